@@ -1,0 +1,195 @@
+"""What is accepted as parameters and gradients, and how a refusal reads: what was
+wanted, what came, what to do. Everything here runs before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt.flat import Array, FlatBuffer
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def on_device(leaf: Any) -> bool:
+    """Whether an array lives on a GPU (or is numba's simulation of one)."""
+    return hasattr(leaf, "__cuda_array_interface__") or getattr(
+        leaf, "__cuda_ndarray__", False
+    )
+
+
+def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
+    """The parameters of each group and the hyperparameters each sets for itself.
+
+    Without groups: all parameters as one part, and None.
+    """
+    is_groups = (
+        isinstance(params, (list, tuple))
+        and len(params) > 0
+        and all(isinstance(g, Mapping) and "params" in g for g in params)
+    )
+    if not is_groups:
+        return [params], None
+    own = [{k: v for k, v in group.items() if k != "params"} for group in params]
+    return [group["params"] for group in params], own
+
+
+def as_array(name: str, value: Any, backend: str) -> Array:
+    """``value`` itself or a view of its memory, as an array of the backend's device."""
+    if backend == "cuda":
+        if not on_device(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__} in host memory, but backend "
+                f"'cuda' needs device arrays; copy it with numba.cuda.to_device"
+            )
+        from fastopt import numba_cuda
+
+        device_array: Array = numba_cuda.as_device_array(value)
+        return device_array
+    if on_device(value):
+        raise TypeError(
+            f"{name} is on a GPU, where backend {backend!r} cannot reach it; "
+            f"use backend='cuda' or copy it to the host"
+        )
+    if isinstance(value, FlatBuffer):
+        return value.data
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(f"{name} does not share its memory: {error}") from error
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
+        return np.asarray(value)
+    raise TypeError(
+        f"{name} must be an array (NumPy's, or one that speaks DLPack, "
+        f"__array_interface__ or __cuda_array_interface__), "
+        f"got {type(value).__name__}"
+    )
+
+
+def check_layout(name: str, array: Array) -> None:
+    """Kernels walk memory element by element, so it must be dense and in order."""
+    flags = array.flags
+    if not flags["C_CONTIGUOUS"]:
+        raise ValueError(
+            f"{name} is not C-contiguous; pass np.ascontiguousarray of it, or its base"
+        )
+    if isinstance(array, np.ndarray) and not array.flags.aligned:
+        raise ValueError(
+            f"{name} is not aligned to its {array.dtype.itemsize}-byte elements; "
+            f"pass a copy"
+        )
+
+
+def check_params(names: Sequence[str], arrays: Sequence[Array]) -> None:
+    """Dtype, layout and writeability of every parameter, and that none overlap."""
+    for name, array in zip(names, arrays, strict=True):
+        if array.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; float32 or float64 is needed"
+            )
+        if array.dtype != arrays[0].dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype} but {names[0]} has "
+                f"{arrays[0].dtype}; use one optimizer for each dtype"
+            )
+        check_layout(name, array)
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise ValueError(
+                f"{name} is read-only, but parameters are updated in place; "
+                f"pass a writeable copy"
+            )
+    placed = sorted(
+        (*span(array), name) for name, array in zip(names, arrays, strict=True)
+    )
+    placed = [entry for entry in placed if entry[0] < entry[1]]
+    for (_, end, first), (begin, _, second) in zip(placed, placed[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{first} and {second} overlap in memory, so one would be updated "
+                f"twice; pass each parameter once"
+            )
+
+
+def span(array: Array) -> tuple[int, int]:
+    """The addresses at which a dense array begins and ends."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None and not isinstance(array, np.ndarray):
+        array = array._ary  # numba's simulation of a device array
+    begin = interface["data"][0] if interface else array.ctypes.data
+    return begin, begin + array.size * array.dtype.itemsize
+
+
+def check_grad(
+    name: str, grad: Array, of: str, param: Array, spans: Sequence[tuple[int, int]]
+) -> None:
+    """A gradient against its parameter, and against the memory of all parameters."""
+    if grad.dtype != param.dtype:
+        raise TypeError(
+            f"{name} has dtype {grad.dtype} but {of} has {param.dtype}; "
+            f"convert it with .astype"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{name} has shape {grad.shape} but {of} has {param.shape}")
+    check_layout(name, grad)
+    begin, end = span(grad)
+    if any(begin < taken_end and taken < end for taken, taken_end in spans):
+        raise ValueError(
+            f"{name} overlaps the parameters in memory; pass a copy of the gradient"
+        )
+
+
+def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
+    """Append the leaves of ``grads`` in the order of ``tree``, whose structure it must
+    have; None stands for a whole branch of None."""
+    if isinstance(tree, Mapping):
+        if grads is None:
+            grads = dict.fromkeys(tree)
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                f"grads{path} must be a dict like params{path}, "
+                f"got {type(grads).__name__}"
+            )
+        if grads.keys() != tree.keys():
+            lacking = [k for k in tree if k not in grads]
+            extra = [k for k in grads if k not in tree]
+            raise ValueError(
+                f"grads{path} must have the keys of params{path}: "
+                + "; ".join(
+                    f"{what} {', '.join(map(repr, keys))}"
+                    for what, keys in (("it lacks", lacking), ("it has extra", extra))
+                    if keys
+                )
+                + " (None leaves a parameter alone)"
+            )
+        for key, child in tree.items():
+            collect(child, grads[key], f"{path}[{key!r}]", found)
+    elif isinstance(tree, (list, tuple)):
+        if grads is None:
+            grads = [None] * len(tree)
+        if not isinstance(grads, (list, tuple)):
+            raise TypeError(
+                f"grads{path} must be a list like params{path}, "
+                f"got {type(grads).__name__}"
+            )
+        if len(grads) != len(tree):
+            raise ValueError(
+                f"grads{path} has {len(grads)} entries but params{path} has "
+                f"{len(tree)}; pass None for a parameter to leave alone"
+            )
+        for index, child in enumerate(tree):
+            collect(child, grads[index], f"{path}[{index}]", found)
+    else:
+        found.append(grads)
+
+
+def check_threads(threads: Any) -> int:
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+        raise TypeError(f"threads must be an integer or None, got {threads!r}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return int(threads)

@@ -1,0 +1,99 @@
+"""The compiled backend: ahead-of-time kernels, one extension per instruction set.
+
+Which extension serves is decided once, by the CPU, when the first optimizer is made;
+``FASTOPT_ISA=baseline | avx2 | avx512`` overrides. Only fastopt's own rules have such
+kernels; a user's rule goes to Numba.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+
+from fastopt.flat import Array, Segment, state_arena
+from fastopt.numpy_ref import Step
+from fastopt.rule import Rule
+from fastopt.rules import RULES
+
+__all__ = ["bind", "missing", "state_arena"]
+
+CHECKS_GRADS = True
+
+HOW_TO_GET = (
+    "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
+    "pip install --force-reinstall --no-deps fastopt"
+)
+
+# Setup names a kernel after its file and function. Looked up by the function itself, so
+# a user's rule of the same name never meets our kernel.
+KERNELS = {
+    rule.update: f"{rule.update.__module__.rpartition('.')[2]}_{rule.update.__name__}"
+    for public in RULES
+    for rule in (public, *public.variants.values())
+}
+
+
+def extension(isa: str) -> ModuleType:
+    """The compiled module for one instruction set; ImportError if it was not built."""
+    return importlib.import_module(f"fastopt._kernels_{isa}")
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The extension for this CPU, or what ``FASTOPT_ISA`` says."""
+    supported: list[str] = extension("baseline").cpu_supports()
+    wanted = os.environ.get("FASTOPT_ISA")
+    if wanted:
+        if wanted not in supported:
+            raise ValueError(
+                f"FASTOPT_ISA={wanted!r} is not among the instruction sets of this CPU "
+                f"that fastopt has kernels for: {', '.join(supported)}"
+            )
+        return extension(wanted)
+    for isa in supported:
+        try:
+            return extension(isa)
+        except ImportError:  # a compiler may lack a set's flags; baseline always is
+            if isa == "baseline":
+                raise
+    raise ImportError("no compiled kernels")
+
+
+def missing() -> str | None:
+    """Why this backend cannot be used and how to get it, or None."""
+    try:
+        kernels()
+    except ImportError as error:
+        return f"the compiled kernels are not installed ({error}); {HOW_TO_GET}"
+    return None
+
+
+def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
+    """As :func:`fastopt.numpy_ref.bind`. This step also checks its gradients; it
+    returns False, and has done nothing, if one of them needs a closer look."""
+    addresses = [
+        (
+            segment.param.ctypes.data,
+            0,
+            *(buffer.ctypes.data for buffer in segment.state),
+            segment.param.size,
+            segment.group,
+        )
+        for segment in segments
+    ]
+    step: Step = kernels().Step(
+        KERNELS[rule.update],
+        addresses,
+        shapes=[segment.param.shape for segment in segments],
+        double=segments[0].param.dtype == np.float64,
+        groups=1 + max(segment.group for segment in segments),
+        scalar_count=1 + rule.scalar_count,
+        count_address=count.ctypes.data,
+        keep=(segments, count),
+    )
+    return step

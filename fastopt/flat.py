@@ -1,0 +1,143 @@
+"""Where parameters and state live: segments, the state's arena, flat buffers, trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+CACHE_LINE = 64
+PAGE = 4096
+STAGGER = 1024
+
+
+class Segment(NamedTuple):
+    """One stretch of memory that a kernel walks: C-contiguous arrays of one shape and
+    dtype, which kernels see as flat. On a GPU they are device arrays."""
+
+    param: Array
+    state: tuple[Array, ...]
+    group: int  # the row of scalars that applies
+
+
+def aligned_zeros(size: int, dtype: npt.DTypeLike, offset: int = 0) -> Array:
+    """``size`` zeros that start ``offset`` bytes after a page (small: a cache line).
+
+    The pages are not touched yet, so they will belong to the threads of the first step;
+    NumPy asks the kernel for huge pages from 4 MiB on.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = size * dtype.itemsize
+    boundary = PAGE if nbytes >= PAGE else CACHE_LINE
+    raw = np.zeros(nbytes + boundary + offset, np.uint8)
+    start = -raw.ctypes.data % boundary + (offset if boundary == PAGE else 0)
+    return raw[start : start + nbytes].view(dtype)
+
+
+def state_arena(
+    sizes: Sequence[int], streams: int, dtype: npt.DTypeLike
+) -> list[tuple[Array, ...]]:
+    """Zeroed state for segments of these sizes: a tuple of ``streams`` arrays for each.
+
+    Each stream is one allocation for all segments. The streams start at different
+    places within a page: buffers that are equal modulo 4096 make a load wait for an
+    unrelated store.
+    """
+    arenas = [
+        aligned_zeros(sum(sizes), dtype, offset=(1 + i) * STAGGER % PAGE)
+        for i in range(streams)
+    ]
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    return [
+        tuple(arena[end - size : end] for arena in arenas)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, lists and tuples with their paths, like ``["w"][0]``."""
+    if isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from leaves(child, f"{path}[{key!r}]")
+    elif isinstance(tree, (list, tuple)):
+        for index, child in enumerate(tree):
+            yield from leaves(child, f"{path}[{index}]")
+    else:
+        yield path, tree
+
+
+def rebuild(tree: Any, values: Iterator[Any]) -> Any:
+    """A tree of the same structure with other leaves, taken in order."""
+    if isinstance(tree, Mapping):
+        return {key: rebuild(child, values) for key, child in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [rebuild(child, values) for child in tree]
+    return next(values)
+
+
+class FlatBuffer:
+    """Many named arrays in one aligned allocation; made by :func:`flatten`.
+
+    ``flat["w"]`` is a view into it, as is everything in ``flat.views``, which has the
+    structure of what was flattened. ``flat.data`` is the whole as one 1-D array.
+    """
+
+    def __init__(self, tree: Any, dtype: npt.DTypeLike) -> None:
+        self.shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves(tree))
+        sizes = [math.prod(shape) for _, shape in self.shapes]
+        self.data = aligned_zeros(sum(sizes), dtype)
+        parts = np.split(self.data, np.cumsum(sizes, dtype=np.int64)[:-1])
+        shaped = (part.reshape(s) for part, (_, s) in zip(parts, self.shapes))
+        self.views = rebuild(tree, iter(list(shaped)))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.views[key]
+
+    def zeros_like(self) -> FlatBuffer:
+        """A zeroed buffer of the same layout and dtype, such as for the gradients."""
+        return FlatBuffer(self.views, self.data.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"<FlatBuffer of {len(self.shapes)} arrays, "
+            f"{self.data.size} elements, {self.data.dtype}>"
+        )
+
+
+def flatten(tree: Any) -> FlatBuffer:
+    """Copy the arrays of a dict, list, or nesting of them, into one :class:`FlatBuffer`.
+
+    A step over one buffer is the fastest there is. All arrays must have one dtype,
+    float32 or float64.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> flat = fastopt.flatten({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> flat["w"].shape, flat.data.shape
+    ((2, 3), (9,))
+    """
+    arrays = [(path, leaf) for path, leaf in leaves(tree)]
+    if not arrays:
+        raise ValueError("nothing to flatten: pass at least one array")
+    for path, leaf in arrays:
+        if not isinstance(leaf, np.ndarray):
+            raise TypeError(f"arrays{path} must be a NumPy array, got {type(leaf)}")
+        if leaf.dtype not in (np.float32, np.float64):
+            raise TypeError(
+                f"arrays{path} has dtype {leaf.dtype}; float32 or float64 is needed"
+            )
+        if leaf.dtype != arrays[0][1].dtype:
+            raise TypeError(
+                f"arrays{path} has dtype {leaf.dtype} but arrays{arrays[0][0]} has "
+                f"{arrays[0][1].dtype}; flatten them in two buffers"
+            )
+    flat = FlatBuffer(tree, arrays[0][1].dtype)
+    for (_, view), (_, leaf) in zip(leaves(flat.views), arrays, strict=True):
+        view[...] = leaf
+    return flat

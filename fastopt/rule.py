@@ -1,0 +1,231 @@
+"""The contract of an optimizer: what happens to one element, and what happens once.
+
+An optimizer here is a pair of pure functions. ``update`` says what a step does to one
+parameter, in scalar arithmetic; ``scalars`` turns the hyperparameters into the few
+constants that ``update`` needs, once per step, on the host, in float64. Every backend
+compiles the same ``update``; nothing else in the package knows a formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastopt.optimizer import Optimizer
+
+Hyperparameter: TypeAlias = float | int | bool
+
+# The primitives. A rule may use + - * /, comparisons, & | on comparisons, abs(), and
+# these, because each of them is correctly rounded (or exact) on every backend; that is
+# what makes the bits agree. These bodies serve NumPy and the host; the other backends
+# put their own in place of them (`with_primitives`).
+
+
+def sqrt(x: Any) -> Any:
+    """The square root, correctly rounded."""
+    return math.sqrt(x) if isinstance(x, float) else np.sqrt(x)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where the condition holds, else ``b``."""
+    return np.where(condition, a, b)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of two; NaN if either is NaN."""
+    return np.where((a > b) | (a != a), a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of two; NaN if either is NaN."""
+    return np.where((a < b) | (a != a), a, b)
+
+
+def copysign(a: Any, b: Any) -> Any:
+    """The magnitude of ``a`` with the sign of ``b``."""
+    return np.copysign(a, b)
+
+
+def sign(x: Any) -> Any:
+    """-1, 0 or 1 with the sign of ``x``; zeros and NaN are returned as they came."""
+    return np.where((x > 0) | (x < 0), np.copysign(np.ones_like(x), x), x)
+
+
+PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign)
+
+
+def with_primitives(
+    update: types.FunctionType, replacements: Mapping[str, Callable[..., Any]]
+) -> types.FunctionType:
+    """A copy of ``update`` whose primitives are a backend's own, by primitive name.
+
+    Looked up by identity, so a rule may import them under any name.
+    """
+    bound = dict(update.__globals__)
+    for name in update.__code__.co_names:
+        primitive = bound.get(name)
+        if primitive in PRIMITIVES:
+            bound[name] = replacements[primitive.__name__]
+    copy = types.FunctionType(update.__code__, bound, update.__name__)
+    copy.__module__ = update.__module__
+    return copy
+
+
+_AT_LEAST_ZERO = {"lr", "eps", "weight_decay", "momentum"}
+
+
+def check_hyperparameter(
+    key: str, name: str, value: Any, default: Any
+) -> Hyperparameter:
+    """``value`` as a plain Python number, or the error that says why it cannot be.
+
+    ``name`` is ``key`` as the message shall call it. ``default`` is the rule's own and
+    gives the kind: a flag or a number. Rules check what is special to them (nesterov
+    needs momentum) in ``scalars``.
+    """
+    if isinstance(default, bool):
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        return bool(value)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, np.integer, np.floating)
+    ):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if key in _AT_LEAST_ZERO and number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    if re.fullmatch(r"beta\d*", key) and not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return number
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An optimizer: ``update`` for one element, ``scalars`` for one step.
+
+    Parameters
+    ----------
+    update
+        ``update(p, g, *state, *scalars) -> (p, *state)``: the new value of one element.
+        Pure; only + - * /, comparisons, ``abs`` and the primitives of this module, and
+        no numeric literal (Numba would turn ``1 - x`` into float64): ``scalars``
+        supplies the constants.
+    scalars
+        ``scalars(t, **hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
+        first step. Its signature is the list of hyperparameters and their defaults.
+        The results are rounded once to the parameters' dtype.
+    state
+        The names of the state buffers, in the order ``update`` takes them. They start
+        at zero.
+    variants
+        For options that change the state: hyperparameters that must be on (non-zero) ->
+        the Rule that then applies. A variant may take fewer or more of the leading
+        scalars.
+    name
+        Used in messages and saved states; by default that of ``update`` or its module.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> def scalars(t, lr=0.1, momentum=0.9):
+    ...     return lr, momentum
+    >>> def update(p, g, m, lr, mu):
+    ...     m = mu * m + g
+    ...     return p - lr * m, m
+    >>> heavy_ball = fastopt.Rule(update, scalars, state=("m",), name="heavy_ball")
+    >>> w = np.ones(3)
+    >>> heavy_ball(w, lr=0.5, backend="numpy").step(np.ones(3))
+    >>> w
+    array([0.5, 0.5, 0.5])
+    """
+
+    update: types.FunctionType
+    scalars: types.FunctionType
+    state: tuple[str, ...] = ()
+    variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for what in ("update", "scalars"):
+            if not isinstance(getattr(self, what), types.FunctionType):
+                raise TypeError(
+                    f"{what} must be a plain Python function, "
+                    f"got {getattr(self, what)!r}"
+                )
+        object.__setattr__(self, "state", tuple(self.state))
+        if not self.name:
+            given = self.update.__name__
+            module = self.update.__module__.rpartition(".")[2]
+            object.__setattr__(self, "name", module if given == "update" else given)
+        if not self.variants:
+            self._check_update()
+
+    def _check_update(self) -> None:
+        code = self.update.__code__
+        taken = 2 + len(self.state)
+        if code.co_argcount < taken:
+            raise TypeError(
+                f"update of {self.name!r} must take (p, g, *state, *scalars), which is "
+                f"at least {taken} arguments here; it takes {code.co_argcount}"
+            )
+        constants = [
+            constant
+            for folded in code.co_consts
+            for constant in (folded if isinstance(folded, tuple) else (folded,))
+        ]
+        literals = [c for c in constants if isinstance(c, (int, float, complex))]
+        if literals:
+            raise ValueError(
+                f"update of {self.name!r} contains the number {literals[0]!r}, which "
+                f"some backends would compute in float64; return it from scalars instead"
+            )
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Names and defaults, from the signature of ``scalars``."""
+        parameters = inspect.signature(self.scalars).parameters
+        return {name: p.default for name, p in list(parameters.items())[1:]}
+
+    @property
+    def scalar_count(self) -> int:
+        """How many scalars ``update`` takes."""
+        return self.update.__code__.co_argcount - 2 - len(self.state)
+
+    def variant(self, hyperparameters: Mapping[str, Any]) -> Rule:
+        """The rule that applies under these values: itself or one of its variants."""
+        switches = {name for names in self.variants for name in names}
+        on = {name for name in switches if hyperparameters[name]}
+        for names, rule in self.variants.items():
+            if set(names) == on:
+                return rule
+        return self
+
+    def __call__(
+        self,
+        params: Any,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        **hyperparameters: Any,
+    ) -> Optimizer:
+        """An :class:`~fastopt.Optimizer` that applies this rule to ``params``."""
+        # Imported here because the arrow runs the other way: optimizers know rules.
+        from fastopt.optimizer import Optimizer
+
+        return Optimizer(
+            self, params, backend=backend, threads=threads, **hyperparameters
+        )
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
+        return f"<rule {self.name}({given})>"

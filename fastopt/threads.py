@@ -1,0 +1,57 @@
+"""How many threads a step may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def after_fork() -> bool:
+    """Whether this process was forked since the import.
+
+    An OpenMP runtime whose threads stayed behind in the parent hangs (libgomp,
+    pytorch#58962) or aborts (Numba's), so steps in such a child are serial; the bits
+    are the same.
+    """
+    return _forked
+
+
+def _cgroup_quota() -> float:
+    """CPUs that the container may use: cgroup v2, then v1; infinite if unlimited."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            v1 = Path("/sys/fs/cgroup/cpu")
+            quota = (v1 / "cpu.cfs_quota_us").read_text().strip()
+            period = (v1 / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return float("inf")
+    if quota in ("max", "-1"):
+        return float("inf")
+    return int(quota) / int(period)
+
+
+def available() -> int:
+    """CPUs allowed by affinity, the container's quota and ``OMP_NUM_THREADS``."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    limits = [float(cpus), _cgroup_quota()]
+    # A list, as in OMP_NUM_THREADS=4,2, is for nested levels; the first counts.
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        limits.append(int(asked))
+    return max(1, int(min(limits)))

@@ -1,0 +1,173 @@
+"""Renders csrc/kernels.pyx.in from the rules: one extension per instruction set.
+
+The rules are read as text, because an isolated build has no NumPy or Numba to import
+them with. Everything else about the package stands in pyproject.toml.
+"""
+
+import ast
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from Cython import Tempita
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+RENDERED = ROOT / "build" / "kernels"
+TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+RULES = ROOT / "fastopt" / "rules"
+
+MSVC = sys.platform == "win32"
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+# The flags are part of the promise of identical bits: every operation rounds once, as
+# written. Not -ffast-math: it reorders, and sets flush-to-zero for the whole process.
+FLAGS = (
+    ["/O2", "/fp:precise"]
+    if MSVC
+    else ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+)
+OPENMP = ["/openmp"] if MSVC else ["-fopenmp"]
+ISAS = {"baseline": []}
+if X86 and not MSVC:
+    ISAS["avx2"] = ["-mavx2"]
+    ISAS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ]
+
+
+@dataclass
+class Kernel:
+    """What the template needs to know of one ``update``."""
+
+    name: str
+    update: ast.FunctionDef
+    state_count: int
+
+    @property
+    def arguments(self):
+        return [argument.arg for argument in self.update.args.args]
+
+    @property
+    def states(self):
+        return [f"s{k}" for k in range(self.state_count)]
+
+    @property
+    def outputs(self):
+        return ["p", *self.states]
+
+    @property
+    def constants(self):
+        return [f"c{k}" for k in range(len(self.arguments) - 2 - self.state_count)]
+
+    @property
+    def locals(self):
+        stored = [
+            node.id
+            for node in ast.walk(self.update)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
+        return [name for name in dict.fromkeys(stored) if name not in self.arguments]
+
+    def tuple_of(self, c_type):
+        return f"{c_type}, " * len(self.outputs)
+
+    def body(self, dtype):
+        """The statements, with every primitive's name made that of its C version."""
+
+        class Concrete(ast.NodeTransformer):
+            def visit_Call(self, node):
+                self.generic_visit(node)
+                node.func = ast.Name(f"{node.func.id}_{dtype}", ast.Load())
+                return node
+
+        tree = ast.parse(ast.unparse(self.update)).body[0]
+        return [ast.unparse(Concrete().visit(statement)) for statement in tree.body]
+
+
+def kernels_of(path):
+    """Every ``Rule(update, scalars, state=...)`` in a rule's file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
+            states = [k.value for k in call.keywords if k.arg == "state"]
+            update = functions[call.args[0].id]
+            yield Kernel(
+                name=f"{path.stem}_{update.name}",
+                update=update,
+                state_count=len(ast.literal_eval(states[0])) if states else 0,
+            )
+
+
+def kernels():
+    """Those of the rules named in RULES, the only list of them."""
+    tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
+    (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return [k for name in names.elts for k in kernels_of(RULES / f"{name.id}.py")]
+
+
+def each(before, names, after=""):
+    """A comma-separated part of an argument list."""
+    return "".join(f"{before}{name}{after}, " for name in names)
+
+
+def extensions():
+    RENDERED.mkdir(parents=True, exist_ok=True)
+    template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
+    rules = kernels()
+    for isa, flags in ISAS.items():
+        source = RENDERED / f"_kernels_{isa}.pyx"
+        text = template.substitute(isa=isa, rules=rules, each=each)
+        if not source.exists() or source.read_text(encoding="utf-8") != text:
+            source.write_text(text, encoding="utf-8")
+        yield Extension(
+            f"fastopt._kernels_{isa}",
+            [str(source.relative_to(ROOT))],
+            extra_compile_args=FLAGS + flags,
+            # Without a C compiler the install goes on; `fastopt info` says what is
+            # missing and how to get it.
+            optional=True,
+            depends=[str(TEMPLATE.relative_to(ROOT))],
+        )
+
+
+class BuildKernels(build_ext):
+    """Adds OpenMP where the compiler has it; the kernels are serial where not."""
+
+    def build_extensions(self):
+        if self.compiles_with(OPENMP):
+            for extension in self.extensions:
+                extension.extra_compile_args += OPENMP
+                # The plain runtime under its plain name, so that torch, Numba and we
+                # share one; a bundled copy would be a second pool of threads.
+                extension.extra_link_args += [] if MSVC else OPENMP
+        super().build_extensions()
+
+    def compiles_with(self, flags):
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "openmp.c"
+            source.write_text("#include <omp.h>\nint main(void){return 0;}\n")
+            try:
+                made = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=flags
+                )
+                self.compiler.link_executable(
+                    made, "openmp", output_dir=folder,
+                    extra_postargs=[] if MSVC else flags,
+                )
+            except Exception as error:  # any kind of compiler failure means: no
+                print(f"fastopt: building without OpenMP: {error}", file=sys.stderr)
+                return False
+        return True
+
+
+setup(
+    ext_modules=cythonize(list(extensions()), build_dir=str(RENDERED.relative_to(ROOT))),
+    cmdclass={"build_ext": BuildKernels},
+    options={"build_ext": {"parallel": 2}},
+)
