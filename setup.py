@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import Cython
 from Cython import Tempita
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
 RULES = ROOT / "fastopt" / "rules"
+FLOOR = ROOT / "fastopt" / "floor.py"
 
 MSVC = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
@@ -105,10 +107,11 @@ def kernels_of(path):
 
 
 def kernels():
-    """Those of the rules named in RULES, the only list of them."""
+    """Those of the rules named in RULES, the only list of them, and of the floor."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
-    return [k for name in names.elts for k in kernels_of(RULES / f"{name.id}.py")]
+    files = [*(RULES / f"{name.id}.py" for name in names.elts), FLOOR]
+    return [kernel for file in files for kernel in kernels_of(file)]
 
 
 def each(before, names, after=""):
@@ -122,22 +125,23 @@ def extensions():
     rules = kernels()
     for isa, flags in ISAS.items():
         source = RENDERED / f"_kernels_{isa}.pyx"
-        text = template.substitute(isa=isa, rules=rules, each=each)
+        text = template.substitute(
+            isa=isa, rules=rules, each=each, cython=Cython.__version__
+        )
         if not source.exists() or source.read_text(encoding="utf-8") != text:
             source.write_text(text, encoding="utf-8")
         yield Extension(
             f"fastopt._kernels_{isa}",
             [str(source.relative_to(ROOT))],
             extra_compile_args=FLAGS + flags,
-            # Without a C compiler the install goes on; `fastopt info` says what is
-            # missing and how to get it.
-            optional=True,
+            optional=True,  # it may be missing from what is to be packed
             depends=[str(TEMPLATE.relative_to(ROOT))],
         )
 
 
 class BuildKernels(build_ext):
-    """Adds OpenMP where the compiler has it; the kernels are serial where not."""
+    """Adds OpenMP where the compiler has it; the kernels are serial where not. Without
+    a C compiler the install goes on: `fastopt info` says what is missing."""
 
     def build_extensions(self):
         if self.compiles_with(OPENMP):
@@ -148,6 +152,13 @@ class BuildKernels(build_ext):
                 extension.extra_link_args += [] if MSVC else OPENMP
         super().build_extensions()
 
+    def build_extension(self, extension):
+        # Not left to `optional`, which lets a compiler that is not there pass.
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            print(f"fastopt: no {extension.name}: {error}", file=sys.stderr)
+
     def compiles_with(self, flags):
         with TemporaryDirectory() as folder:
             source = Path(folder) / "openmp.c"
@@ -157,7 +168,9 @@ class BuildKernels(build_ext):
                     [str(source)], output_dir=folder, extra_postargs=flags
                 )
                 self.compiler.link_executable(
-                    made, "openmp", output_dir=folder,
+                    made,
+                    "openmp",
+                    output_dir=folder,
                     extra_postargs=[] if MSVC else flags,
                 )
             except Exception as error:  # any kind of compiler failure means: no
@@ -167,7 +180,7 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=cythonize(list(extensions()), build_dir=str(RENDERED.relative_to(ROOT))),
+    ext_modules=cythonize(list(extensions())),
     cmdclass={"build_ext": BuildKernels},
     options={"build_ext": {"parallel": 2}},
 )

@@ -8,35 +8,10 @@
 1
 """
 
-from fastopt.flat import FlatBuffer, flatten
-from fastopt.optimizer import Optimizer
-from fastopt.rule import Rule
-from fastopt.rules import (
-    RULES,
-    adam,
-    adamw,
-    amsgrad,
-    amsgradw,
-    dynamic_gd,
-    gd,
-    rmsprop,
-    sgd,
-)
+from fastopt.flat import FlatBuffer as FlatBuffer
+from fastopt.flat import flatten as flatten
+from fastopt.optimizer import Optimizer as Optimizer
+from fastopt.rule import Rule as Rule
+from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only there
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "RULES",
-    "FlatBuffer",
-    "Optimizer",
-    "Rule",
-    "adam",
-    "adamw",
-    "amsgrad",
-    "amsgradw",
-    "dynamic_gd",
-    "flatten",
-    "gd",
-    "rmsprop",
-    "sgd",
-]

@@ -183,6 +183,8 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
             )
         for index, child in enumerate(tree):
             collect(child, grads[index], f"{path}[{index}]", found)
+    elif type(grads) is type(tree) is FlatBuffer and grads.shapes == tree.shapes:
+        found.append(grads.data)
     else:
         found.append(grads)
 

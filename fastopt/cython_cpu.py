@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from fastopt.flat import Array, Segment, state_arena
+from fastopt.floor import FLOORS
 from fastopt.numpy_ref import Step
 from fastopt.rule import Rule
 from fastopt.rules import RULES
@@ -33,7 +34,7 @@ HOW_TO_GET = (
 # a user's rule of the same name never meets our kernel.
 KERNELS = {
     rule.update: f"{rule.update.__module__.rpartition('.')[2]}_{rule.update.__name__}"
-    for public in RULES
+    for public in (*RULES, *FLOORS)
     for rule in (public, *public.variants.values())
 }
 
@@ -76,6 +77,11 @@ def missing() -> str | None:
 def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`. This step also checks its gradients; it
     returns False, and has done nothing, if one of them needs a closer look."""
+    if rule.update not in KERNELS:
+        raise ValueError(
+            f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
+            f"for {rule.name!r}; use backend='numba'"
+        )
     addresses = [
         (
             segment.param.ctypes.data,

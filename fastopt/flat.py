@@ -60,7 +60,7 @@ def state_arena(
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, lists and tuples with their paths, like ``["w"][0]``."""
+    """The leaves of nested dicts, lists and tuples, with paths like ``['w'][0]``."""
     if isinstance(tree, Mapping):
         for key, child in tree.items():
             yield from leaves(child, f"{path}[{key!r}]")
@@ -92,15 +92,20 @@ class FlatBuffer:
         sizes = [math.prod(shape) for _, shape in self.shapes]
         self.data = aligned_zeros(sum(sizes), dtype)
         parts = np.split(self.data, np.cumsum(sizes, dtype=np.int64)[:-1])
-        shaped = (part.reshape(s) for part, (_, s) in zip(parts, self.shapes))
-        self.views = rebuild(tree, iter(list(shaped)))
+        shaped = [
+            part.reshape(shape)
+            for part, (_, shape) in zip(parts, self.shapes, strict=True)
+        ]
+        self.views = rebuild(tree, iter(shaped))
 
     def __getitem__(self, key: Any) -> Any:
         return self.views[key]
 
     def zeros_like(self) -> FlatBuffer:
         """A zeroed buffer of the same layout and dtype, such as for the gradients."""
-        return FlatBuffer(self.views, self.data.dtype)
+        same = FlatBuffer(self.views, self.data.dtype)
+        same.shapes = self.shapes  # one object, so that comparing them takes no time
+        return same
 
     def __repr__(self) -> str:
         return (
@@ -110,7 +115,7 @@ class FlatBuffer:
 
 
 def flatten(tree: Any) -> FlatBuffer:
-    """Copy the arrays of a dict, list, or nesting of them, into one :class:`FlatBuffer`.
+    """Copy the arrays of a dict or list, nested too, into one :class:`FlatBuffer`.
 
     A step over one buffer is the fastest there is. All arrays must have one dtype,
     float32 or float64.

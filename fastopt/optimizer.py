@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import backends, checks, threads as threads_
+from fastopt import backends, checks
+from fastopt import threads as threads_
 from fastopt.flat import Array, FlatBuffer, Segment, leaves
 from fastopt.hyperparameters import Group
 from fastopt.rule import Rule, check_hyperparameter
@@ -92,7 +93,7 @@ class Optimizer:
         )
         mine.update(rule=rule, backend=backend, state={}, _switched_on=set())
         mine.update(_tree=trees if own else trees[0], _names=names, _arrays=arrays)
-        mine.update(_originals=originals, _group_of=group_of)
+        mine.update(_group_of=group_of)
         mine["_spans"] = [checks.span(array) for array in arrays]
         mine["_count"] = np.zeros(1, np.int64)
         mine["groups"] = [
@@ -101,6 +102,7 @@ class Optimizer:
         ]
         for group, values in zip(self.groups, own or [{}], strict=True):
             group.replace({**hyperparameters, **values}, 0)
+        rule.check_results(rule.scalars(1, **self.groups[0].at(0)))
         self._bind()
 
     # Hyperparameters ------------------------------------------------------------------
@@ -221,13 +223,11 @@ class Optimizer:
             return None
         of = self._names[i]
         name = "grads" + of.removeprefix("params")
-        if isinstance(grad, FlatBuffer):
-            original = self._originals[i]
-            if not isinstance(original, FlatBuffer) or grad.shapes != original.shapes:
-                raise ValueError(
-                    f"{name} is a FlatBuffer of another layout than {of}; make it with "
-                    f"the parameters' zeros_like()"
-                )
+        if isinstance(grad, FlatBuffer):  # one of the right layout is unpacked by now
+            raise ValueError(
+                f"{name} is a FlatBuffer of another layout than {of}; make it with the "
+                f"parameters' zeros_like()"
+            )
         array = checks.as_array(name, grad, self.backend)
         checks.check_grad(name, array, of, self._arrays[i], self._spans)
         return array

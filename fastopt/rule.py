@@ -14,7 +14,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,25 @@ if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
 
 Hyperparameter: TypeAlias = float | int | bool
+
+
+class Function(Protocol):
+    """A plain Python function: backends compile its code."""
+
+    __name__: str
+    __module__: str
+    __code__: types.CodeType
+
+    __defaults__: tuple[Any, ...] | None
+
+    @property
+    def __globals__(self) -> dict[str, Any]: ...
+    @property
+    def __closure__(self) -> tuple[types.CellType, ...] | None: ...
+
+    def __hash__(self) -> int: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 # The primitives. A rule may use + - * /, comparisons, & | on comparisons, abs(), and
 # these, because each of them is correctly rounded (or exact) on every backend; that is
@@ -63,18 +82,28 @@ PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign)
 
 
 def with_primitives(
-    update: types.FunctionType, replacements: Mapping[str, Callable[..., Any]]
-) -> types.FunctionType:
+    update: Function, replacements: Mapping[str, Callable[..., Any]]
+) -> Function:
     """A copy of ``update`` whose primitives are a backend's own, by primitive name.
 
     Looked up by identity, so a rule may import them under any name.
     """
-    bound = dict(update.__globals__)
-    for name in update.__code__.co_names:
-        primitive = bound.get(name)
-        if primitive in PRIMITIVES:
-            bound[name] = replacements[primitive.__name__]
-    copy = types.FunctionType(update.__code__, bound, update.__name__)
+
+    def replaced(value: Any) -> Any:
+        ours = any(value is primitive for primitive in PRIMITIVES)
+        return replacements[value.__name__] if ours else value
+
+    used = [name for name in update.__code__.co_names if name in update.__globals__]
+    copy = types.FunctionType(
+        update.__code__,
+        update.__globals__ | {n: replaced(update.__globals__[n]) for n in used},
+        update.__name__,
+        update.__defaults__,
+        closure=tuple(
+            types.CellType(replaced(cell.cell_contents))
+            for cell in update.__closure__ or ()
+        ),
+    )
     copy.__module__ = update.__module__
     return copy
 
@@ -149,8 +178,8 @@ class Rule:
     array([0.5, 0.5, 0.5])
     """
 
-    update: types.FunctionType
-    scalars: types.FunctionType
+    update: Function
+    scalars: Function
     state: tuple[str, ...] = ()
     variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
     name: str = ""
@@ -187,7 +216,7 @@ class Rule:
         if literals:
             raise ValueError(
                 f"update of {self.name!r} contains the number {literals[0]!r}, which "
-                f"some backends would compute in float64; return it from scalars instead"
+                f"some backends would compute in float64; let scalars supply it"
             )
 
     @property
@@ -200,6 +229,37 @@ class Rule:
     def scalar_count(self) -> int:
         """How many scalars ``update`` takes."""
         return self.update.__code__.co_argcount - 2 - len(self.state)
+
+    def check_results(self, constants: tuple[float, ...]) -> None:
+        """That ``scalars`` and ``update`` fit together, by one call on one element."""
+        name = self.name
+        if not isinstance(constants, tuple):
+            raise TypeError(
+                f"scalars of {name!r} must return a tuple, got {constants!r}"
+            )
+        if len(constants) != self.scalar_count and not self.variants:
+            raise TypeError(
+                f"scalars of {name!r} returns {len(constants)} values, but its update "
+                f"takes {self.scalar_count} after (p, g, *state)"
+            )
+        with np.errstate(all="ignore"):
+            one = np.ones(1, np.float32)
+            buffers = [one.copy() for _ in range(2 + len(self.state))]
+            used = map(np.float32, constants[: self.scalar_count])
+            result = self.update(*buffers, *used)
+        wanted = ", ".join(["p", *self.state])
+        if not isinstance(result, tuple) or len(result) != 1 + len(self.state):
+            got = len(result) if isinstance(result, tuple) else repr(result)
+            raise TypeError(
+                f"update of {name!r} must return ({wanted}), a tuple of "
+                f"{1 + len(self.state)}, got {got}"
+            )
+        for new in result:
+            if getattr(new, "dtype", None) != np.float32:
+                raise TypeError(
+                    f"update of {name!r} must return numbers of the parameters' dtype; "
+                    f"from float32 it made {new!r}"
+                )
 
     def variant(self, hyperparameters: Mapping[str, Any]) -> Rule:
         """The rule that applies under these values: itself or one of its variants."""

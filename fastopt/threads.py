@@ -27,7 +27,7 @@ def after_fork() -> bool:
     return _forked
 
 
-def _cgroup_quota() -> float:
+def cgroup_quota() -> float:
     """CPUs that the container may use: cgroup v2, then v1; infinite if unlimited."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -49,7 +49,7 @@ def available() -> int:
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count() or 1
-    limits = [float(cpus), _cgroup_quota()]
+    limits = [float(cpus), cgroup_quota()]
     # A list, as in OMP_NUM_THREADS=4,2, is for nested levels; the first counts.
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:

@@ -1,4 +1,5 @@
-"""Adam, with L2 decay in the gradient as in torch. Kingma & Ba 2015, arXiv:1412.6980."""
+"""Adam; weight decay is added to the gradient, as in torch. Kingma & Ba 2015,
+arXiv:1412.6980."""
 
 from fastopt.rule import Rule, sqrt
 

@@ -1,4 +1,4 @@
-"""AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, arXiv:1711.05101."""
+"""AdamW: Adam, weight decay decoupled. Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
 from fastopt.rule import Rule, sqrt
 

@@ -1,8 +1,9 @@
 """RMSprop. Tieleman & Hinton 2012, Coursera lecture 6e; centered as in Graves 2013,
 arXiv:1308.0850. eps stands outside the root, as in torch (not as in Keras or optax).
 
-Where torch takes the root of v - a*a, rounding can make that a tiny negative number and
-the parameter NaN; here its sign is dropped, so the root stays about as small and real.
+Centered, v is the running variance itself (Finch 2009): torch's mean of squares less
+the squared mean cancels where gradients hardly vary, to nothing or to a negative number
+and NaN. So v is torch's square_avg less the square of its grad_avg.
 """
 
 from fastopt.rule import Rule, sqrt
@@ -13,7 +14,8 @@ def scalars(
 ):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
-    return lr, 1 - alpha, eps, weight_decay, 1.0 if centered else 0.0, momentum
+    center, keep = (1.0, alpha) if centered else (0.0, 1.0)
+    return lr, 1 - alpha, eps, weight_decay, center, keep, momentum
 
 
 def update(p, g, v, lr, c, eps, weight_decay):
@@ -22,41 +24,41 @@ def update(p, g, v, lr, c, eps, weight_decay):
     return p - lr * (g / (sqrt(v) + eps)), v
 
 
-def with_momentum(p, g, v, b, lr, c, eps, weight_decay, center, mu):
+def with_momentum(p, g, v, b, lr, c, eps, weight_decay, center, keep, mu):
     g = g + weight_decay * p
     v = v + c * (g * g - v)
     b = mu * b + g / (sqrt(v) + eps)
     return p - lr * b, v, b
 
 
-def with_mean(p, g, v, a, lr, c, eps, weight_decay, center):
+def with_mean(p, g, v, a, lr, c, eps, weight_decay, center, keep):
     g = g + weight_decay * p
-    v = v + c * (g * g - v)
+    d = g - center * a
+    v = v + c * (keep * (d * d) - v)
     a = a + c * (g - a)
-    return p - lr * (g / (sqrt(abs(v - center * (a * a))) + eps)), v, a
+    return p - lr * (g / (sqrt(v) + eps)), v, a
 
 
-def with_mean_and_momentum(p, g, v, a, b, lr, c, eps, weight_decay, center, mu):
+def with_mean_and_momentum(p, g, v, a, b, lr, c, eps, weight_decay, center, keep, mu):
     g = g + weight_decay * p
-    v = v + c * (g * g - v)
+    d = g - center * a
+    v = v + c * (keep * (d * d) - v)
     a = a + c * (g - a)
-    b = mu * b + g / (sqrt(abs(v - center * (a * a))) + eps)
+    b = mu * b + g / (sqrt(v) + eps)
     return p - lr * b, v, a, b
 
 
 rmsprop = Rule(
     update,
     scalars,
-    state=("square_avg",),
+    state=("v",),
     variants={
-        ("momentum",): Rule(
-            with_momentum, scalars, state=("square_avg", "momentum_buffer")
-        ),
-        ("centered",): Rule(with_mean, scalars, state=("square_avg", "grad_avg")),
+        ("momentum",): Rule(with_momentum, scalars, state=("v", "momentum_buffer")),
+        ("centered",): Rule(with_mean, scalars, state=("v", "grad_avg")),
         ("centered", "momentum"): Rule(
             with_mean_and_momentum,
             scalars,
-            state=("square_avg", "grad_avg", "momentum_buffer"),
+            state=("v", "grad_avg", "momentum_buffer"),
         ),
     },
 )

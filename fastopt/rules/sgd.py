@@ -7,9 +7,7 @@ the learning rate stands outside the buffer. Without momentum there is no buffer
 from fastopt.rule import Rule
 
 
-def scalars(
-    t, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False
-):
+def scalars(t, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
     # With momentum off, as in one group of several, the buffer is the gradient itself.

@@ -1,0 +1,161 @@
+"""AdamW against naive NumPy, torch fused and the floor: ratios from interleaved rounds.
+
+    python bench/ratios.py [--json bench/results/NAME.json] [--rounds 15]
+
+Each round runs every contender once, in a burst of steps after an unmeasured one, in an
+order that rotates; a ratio is taken within a round, where the machine is the same for
+both, and the table shows the median with a bootstrap interval. Run nothing else
+meanwhile.
+"""
+
+import argparse
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+import fastopt
+from fastopt import cython_cpu, threads
+from fastopt.floor import FLOORS
+from fastopt.naive import Naive
+
+SIZES = (1_000, 100_000, 250_000, 1_000_000, 50_000_000)
+BURST_SECONDS = 0.02
+
+
+def contenders(size):
+    """Name -> a function that does one step of AdamW, float32, one flat buffer."""
+    rng = np.random.default_rng(0)
+    grad = rng.standard_normal(size, np.float32)
+
+    def param():
+        return rng.standard_normal(size, np.float32)
+
+    def ours(backend):
+        opt = fastopt.adamw(param(), backend=backend)
+        return lambda: opt.step(grad)
+
+    naive = Naive("adamw", [param()])
+    floor, small = FLOORS[2](param()), grad * np.float32(1e-6)
+    found = {
+        "fastopt": ours("cython"),
+        "fastopt numba": ours("numba"),
+        "floor": lambda: floor.step(small),
+        "naive NumPy": lambda: naive.step([grad]),
+    }
+    try:
+        import torch
+    except ImportError:
+        return found
+    torch.set_num_threads(threads.available())
+    tensor = torch.from_numpy(param())
+    tensor.grad = torch.from_numpy(grad)
+    fused = torch.optim.AdamW([tensor], fused=True)
+    foreach_tensor = torch.from_numpy(param())
+    foreach_tensor.grad = torch.from_numpy(grad)
+    foreach = torch.optim.AdamW([foreach_tensor], foreach=True)
+    return {**found, "torch fused": fused.step, "torch foreach": foreach.step}
+
+
+def burst(step, count):
+    step()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - start) / count
+
+
+def interval(ratios):
+    rng = np.random.default_rng(0)
+    draws = rng.choice(ratios, (2000, len(ratios)))
+    return [float(q) for q in np.quantile(np.median(draws, axis=1), [0.025, 0.975])]
+
+
+def measure(size, rounds):
+    steps = contenders(size)
+    counts = {}
+    for name, step in steps.items():
+        step()  # compiles, allocates, touches
+        counts[name] = max(1, min(2000, int(BURST_SECONDS / burst(step, 1))))
+    names = list(steps)
+    times = {name: [] for name in names}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(burst(steps[name], counts[name]))
+    ours = np.array(times["fastopt"])
+    return {
+        name: {
+            "seconds": float(np.median(t)),
+            "ratio": float(np.median(np.array(t) / ours)),
+            "interval": interval(np.array(t) / ours),
+        }
+        for name, t in times.items()
+    }
+
+
+def machine():
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next(
+            (x.split(":")[1].strip() for x in lines if "model name" in x), model
+        )
+    found = {
+        "date": str(date.today()),
+        "cpu": model,
+        "threads": threads.available(),
+        "isa": cython_cpu.kernels().ISA,
+        "fastopt": fastopt.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    try:
+        import torch
+
+        found["torch"] = torch.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def table(results):
+    names = [name for name in next(iter(results.values())) if name != "fastopt"]
+    lines = [
+        "| elements | fastopt step | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for size, row in results.items():
+        seconds = row["fastopt"]["seconds"]
+        cells = [f"{row[n]['ratio']:.2f}x" for n in names]
+        lines.append(
+            f"| {float(size):.0e} | {seconds * 1e6:.1f} us | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", type=float, nargs="*", default=SIZES)
+    options = parser.parse_args()
+    results = {
+        str(int(size)): measure(int(size), options.rounds) for size in options.sizes
+    }
+    print(json.dumps(machine()))
+    print(table(results))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine(), "adamw float32": results}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""The JIT backend: a rule compiled by Numba, for all CPU cores.
+
+``bind`` has the shape of the reference's. A step is one native call over a table of
+addresses. A kernel does one part of the step and is compiled once for a rule and dtype;
+the parallel region around it takes the kernel's address, so it is compiled once for all
+rules. Both stay on disk as plain object code (see ``kernel_cache``).
+"""
+
+# JIT functions take what Numba infers; its stubs know neither intrinsics nor config.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,call-arg,attr-defined"
+# mypy: disable-error-code="import-untyped,untyped-decorator,var-annotated"
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+import threading
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import config, njit, prange
+from numba.core import cgutils
+from numba.core import types as nt
+from numba.core.errors import NumbaError, TypingError
+from numba.extending import intrinsic
+
+from fastopt import kernel_cache
+from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
+from fastopt.kernel_cache import Kernel
+from fastopt.numpy_ref import Step
+from fastopt.rule import Rule, with_primitives
+from fastopt.threads import after_fork
+
+__all__ = ["bind", "missing", "state_arena"]
+
+CHECKS_GRADS = False
+SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
+LENGTH, GROUP, PARAM, GRAD = range(4)  # columns of the table; the state follows
+WORD = ir.IntType(64)
+FLOAT = {4: ir.FloatType(), 8: ir.DoubleType()}
+
+# Neither fastmath nor contraction: the bits are those of every other backend.
+FLAGS: Any = {"error_model": "numpy"}
+compiled = njit(**FLAGS)
+
+
+def missing() -> str | None:
+    """Why this backend cannot be used, or None."""
+    if config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set; unset it or pass backend='numpy'"
+    return None
+
+
+# The primitives of `fastopt.rule`, in scalars and without a literal's float64.
+
+
+@intrinsic
+def sqrt(typingctx, x):
+    # Numba's own calls libm's, which sets errno and so is not inlined for a scalar.
+    def codegen(context, builder, signature, args):
+        root = builder.module.declare_intrinsic("llvm.sqrt", [args[0].type])
+        return builder.call(root, args)
+
+    return (x(x), codegen) if isinstance(x, nt.Float) else None
+
+
+@compiled
+def where(condition, a, b):
+    return a if condition else b
+
+
+@compiled
+def maximum(a, b):
+    return a if (a > b) | (a != a) else b
+
+
+@compiled
+def minimum(a, b):
+    return a if (a < b) | (a != a) else b
+
+
+@compiled
+def copysign(a, b):
+    return math.copysign(a, b)
+
+
+@compiled
+def sign(x):
+    zero, one = type(x)(0), type(x)(1)
+    return math.copysign(one, x) if (x > zero) | (x < zero) else x
+
+
+PRIMITIVES: dict[str, Any] = {
+    "sqrt": sqrt,
+    "where": where,
+    "maximum": maximum,
+    "minimum": minimum,
+    "copysign": copysign,
+    "sign": sign,
+}
+
+# The kernel
+
+
+@intrinsic
+def word(typingctx, pointer, index):
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(args[0], [args[1]]))
+
+    return nt.int64(pointer, index), codegen
+
+
+@intrinsic
+def add_one(typingctx, pointer):
+    def codegen(context, builder, signature, args):
+        builder.store(builder.add(builder.load(args[0]), WORD(1)), args[0])
+        return context.get_dummy_value()
+
+    return nt.void(pointer), codegen
+
+
+@compiled
+def length_of(table, row, width):
+    return word(table, row * width + LENGTH) if word(table, row * width + GRAD) else 0
+
+
+def for_numba(function: types.FunctionType, dtype: np.dtype[Any]) -> Any:
+    """``function`` with our primitives, its helpers compiled too, its numbers typed."""
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return for_numba(value, dtype)
+        # As in NumPy, a plain number takes the dtype of the array that it meets.
+        return dtype.type(value) if type(value) in (int, float) else value
+
+    copy = with_primitives(function, PRIMITIVES)
+    for name in set(function.__code__.co_names) & copy.__globals__.keys():
+        copy.__globals__[name] = fit(copy.__globals__[name])
+    for cell in copy.__closure__ or ():
+        cell.cell_contents = fit(cell.cell_contents)
+    return compiled(copy)
+
+
+def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -> Any:
+    """The function that does one part of a step over all segments."""
+    real = numba.from_dtype(dtype)
+    width = PARAM + streams
+    line = CACHE_LINE // dtype.itemsize
+
+    def pointer(builder: Any, table: Any, row: Any, stream: int, index: Any) -> Any:
+        column = builder.mul(row, WORD(width))
+        column = builder.add(column, WORD(PARAM + stream))
+        address = builder.load(builder.gep(table, [column]))
+        # The table stays as it is, so this load can leave the loop.
+        address.set_metadata("invariant.load", builder.module.add_metadata([]))
+        pointer = builder.inttoptr(address, FLOAT[dtype.itemsize].as_pointer())
+        return builder.gep(pointer, [index])
+
+    def apart(builder: Any, access: Any, stream: int) -> Any:
+        """Say that streams do not overlap. LLVM would check it at run time, but gives
+        up at five streams (amsgrad) and leaves the loop scalar."""
+        note = builder.module.add_metadata
+        scopes = [note([f"stream {i}", note(["fastopt"])]) for i in range(streams)]
+        access.set_metadata("alias.scope", note([scopes.pop(stream)]))
+        access.set_metadata("noalias", note(scopes))
+        return access
+
+    @intrinsic
+    def load(typingctx, table, row, index):
+        def codegen(context, builder, signature, args):
+            table, row, index = args
+            values = [
+                apart(builder, builder.load(pointer(builder, table, row, i, index)), i)
+                for i in range(streams)
+            ]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return nt.UniTuple(real, streams)(table, row, index), codegen
+
+    @intrinsic
+    def load_scalars(typingctx, scalars, group):
+        def codegen(context, builder, signature, args):
+            first = builder.mul(args[1], WORD(constants))
+            places = [builder.add(first, WORD(i)) for i in range(constants)]
+            values = [builder.load(builder.gep(args[0], [i])) for i in places]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return nt.UniTuple(real, constants)(scalars, group), codegen
+
+    @intrinsic
+    def store(typingctx, table, row, index, values):
+        if values != nt.UniTuple(real, streams - 1):
+            raise TypingError(
+                f"it must return (p, *state), here {streams - 1} values of type "
+                f"{real}; it returns {values}"
+            )
+
+        def codegen(context, builder, signature, args):
+            table, row, index, values = args
+            written = [i for i in range(streams) if PARAM + i != GRAD]
+            values = cgutils.unpack_tuple(builder, values)
+            for i, value in zip(written, values, strict=True):
+                place = pointer(builder, table, row, i, index)
+                apart(builder, builder.store(value, place), i)
+            return context.get_dummy_value()
+
+        return nt.void(table, row, index, values), codegen
+
+    def kernel(table, rows, scalars, part, parts, count):
+        total = 0
+        for row in range(rows):
+            total += length_of(table, row, width)
+        share = (total + parts * line - 1) // (parts * line) * line
+        first, last = part * share, (part + 1) * share
+        for row in range(rows):
+            length = length_of(table, row, width)
+            constants = load_scalars(scalars, word(table, row * width + GROUP))
+            for i in range(max(first, 0), min(last, length)):
+                old = load(table, row, i)
+                g = old[1] * constants[0]
+                store(table, row, i, update(old[0], g, *old[2:], *constants[1:]))
+            first -= length
+            last -= length
+        if parts == 1:
+            add_one(count)
+
+    return kernel
+
+
+@intrinsic
+def call_kernel(typingctx, kernel, table, rows, scalars, part, parts, count):
+    """Call the kernel at this address."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in args[1:]])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    given = (kernel, table, rows, scalars, part, parts, count)
+    return nt.void(*given), codegen
+
+
+def region(kernel, table, rows, scalars, parts, count):
+    for part in prange(parts):
+        call_kernel(kernel, table, rows, scalars, part, parts, count)
+    add_one(count)
+
+
+def compile_kernel(function: Callable[..., None], *taken: Any, **flags: Any) -> Kernel:
+    """Compile a function that takes these types and returns nothing."""
+    native = numba.cfunc(nt.void(*taken), **FLAGS, **flags)(function)
+    text = native.inspect_llvm()
+    imports = re.findall(r'^declare .*@"?([^\s"(]+)"?\(', text, re.M)
+    imports += re.findall(r'^@"?([^\s"]+)"? = external ', text, re.M)
+    return Kernel(
+        native.native_name,
+        tuple(name for name in imports if not name.startswith("llvm.")),
+        kernel_cache.target_machine().emit_object(llvm.parse_assembly(text)),
+    )
+
+
+def source() -> str:
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+@functools.cache
+def kernel_for(update: types.FunctionType, dtype: np.dtype[Any], streams: int) -> Any:
+    """A rule's kernel, as a C function."""
+
+    def identity() -> tuple[Any, ...]:
+        return source(), kernel_cache.fingerprint(update), str(dtype), streams
+
+    def make() -> Kernel:
+        constants = 1 + update.__code__.co_argcount - streams
+        words, scalars = nt.CPointer(nt.int64), nt.CPointer(numba.from_dtype(dtype))
+        kernel = kernel_of(for_numba(update, dtype), dtype, streams, constants)
+        taken = words, nt.int64, scalars, nt.int64, nt.int64, words
+        return compile_kernel(kernel, *taken)
+
+    at, number = ctypes.c_void_p, ctypes.c_int64
+    native = ctypes.CFUNCTYPE(None, at, number, at, number, number, at)
+    return native(kernel_cache.obtain(identity, make))
+
+
+@functools.cache
+def parallel_region() -> Any:
+    """The parallel region, as a C function that takes a kernel's address first."""
+    numba.get_num_threads()  # starts the threads, which the code is linked to
+
+    def make() -> Kernel:
+        words = nt.CPointer(nt.int64)
+        taken = nt.int64, words, nt.int64, words, nt.int64, words
+        return compile_kernel(region, *taken, parallel=True)
+
+    at, number = ctypes.c_void_p, ctypes.c_int64
+    native = ctypes.CFUNCTYPE(None, at, at, number, at, number, at)
+    return native(kernel_cache.obtain(source, make))
+
+
+# Numba's threading layer "workqueue" ends the process when two threads enter it.
+one_region = threading.Lock()
+
+
+def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
+    """As :func:`fastopt.numpy_ref.bind`; the first for a rule and dtype compiles."""
+    dtype = segments[0].param.dtype
+    streams = 2 + len(rule.state)
+    width = 1 + rule.scalar_count
+    try:
+        kernel = kernel_for(rule.update, dtype, streams)
+    except NumbaError as error:
+        raise TypeError(
+            f"Numba cannot compile update of {rule.name!r} for {dtype}: {error}"
+        ) from error
+    table = np.array(
+        [
+            (s.param.size, s.group, s.param.ctypes.data, 0)
+            + tuple(buffer.ctypes.data for buffer in s.state)
+            for s in segments
+        ],
+        np.int64,
+    )
+    size = int(table[:, LENGTH].sum())
+    # Pointers that keep their arrays alive.
+    table_at = table.ctypes.data_as(ctypes.c_void_p)
+    count_at = count.ctypes.data_as(ctypes.c_void_p)
+    kernel_at = ctypes.cast(kernel, ctypes.c_void_p)
+
+    def step(
+        grads: list[Array | None],
+        scalars: list[tuple[float, ...]],
+        threads: int,
+    ) -> bool:
+        constants = np.array(scalars, dtype)
+        if constants.shape[1] != width:
+            raise TypeError(
+                f"update of {rule.name!r} takes {width - 1} scalars, but scalars "
+                f"returned {constants.shape[1] - 1}"
+            )
+        constants_at = constants.ctypes.data
+        table[:, GRAD] = [
+            0 if grad is None else grad.ctypes.data
+            for grad, _ in zip(grads, segments, strict=True)
+        ]
+        given = size
+        if given >= SERIAL_BELOW:
+            given -= int(table[table[:, GRAD] == 0, LENGTH].sum())
+        if threads == 1 or given < SERIAL_BELOW or after_fork():
+            kernel(table_at, len(table), constants_at, 0, 1, count_at)
+            return True
+        region = parallel_region()
+        with one_region:
+            before = numba.get_num_threads()  # of this Python thread
+            numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+            try:
+                region(kernel_at, table_at, len(table), constants_at, threads, count_at)
+            finally:
+                numba.set_num_threads(before)
+        return True
+
+    return step

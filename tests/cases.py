@@ -1,0 +1,85 @@
+"""What the tests run over: every rule, from RULES, under hyperparameters off their
+defaults, and the memory layouts that kernels meet. A new rule needs nothing here."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from fastopt import RULES, Rule
+
+DTYPES = (np.float32, np.float64)
+
+
+def off_default(name: str, default: float) -> float:
+    """A value of a hyperparameter that is legal and not its default."""
+    if name == "lr":
+        return 0.03125 * 1.1
+    if name == "eps":
+        return 1e-3
+    if default == 0:
+        return 0.3
+    return default * 0.93
+
+
+def settings(rule: Rule) -> list[dict]:
+    """Hyperparameters off their defaults, under every choice of the rule's switches."""
+    defaults = rule.hyperparameters
+    flags = [n for n, default in defaults.items() if isinstance(default, bool)]
+    switches = {n for names in rule.variants for n in names} - set(flags)
+    found = []
+    for choice in itertools.product((False, True), repeat=len(flags) + len(switches)):
+        on = dict(zip([*flags, *sorted(switches)], choice, strict=True))
+        values = {
+            n: on[n] if n in flags else off_default(n, default) * on.get(n, True)
+            for n, default in defaults.items()
+        }
+        # Some options exclude others (nesterov dampening): leave out one or none.
+        optional = [n for n, d in defaults.items() if d == 0 and n not in on]
+        for without in (None, *optional):
+            candidate = {**values, **({without: 0.0} if without else {})}
+            try:
+                rule.scalars(1, **candidate)
+            except ValueError:
+                continue
+            found.append(candidate)
+            break
+    return found
+
+
+def label(rule: Rule, values: dict) -> str:
+    """Such as ``sgd-momentum-nesterov``."""
+    switches = {n for names in rule.variants for n in names}
+    flags = {n for n, v in values.items() if v is True}
+    return "-".join(
+        [rule.name, *sorted(n for n in values if n in switches | flags and values[n])]
+    )
+
+
+CASES = [(rule, values) for rule in RULES for values in settings(rule)]
+IDS = [label(rule, values) for rule, values in CASES]
+
+
+def odd_view(values: np.ndarray, offset: int) -> np.ndarray:
+    """A copy that starts ``offset`` elements into its allocation: misaligned."""
+    room = np.empty(values.size + offset, values.dtype)
+    view = room[offset:].reshape(values.shape)
+    view[...] = values
+    return view
+
+
+def nonzero(rng: np.random.Generator, size: int, dtype: type) -> np.ndarray:
+    """Random values of both signs and several magnitudes, none of them zero."""
+    values = rng.standard_normal(size) * 10.0 ** rng.integers(-3, 2, size)
+    return np.where(values == 0, 1.0, values).astype(dtype)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to the last bit; any NaN equals any other, since IEEE leaves its payload
+    and sign to the machine."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    whole = np.uint32 if a.dtype == np.float32 else np.uint64
+    equal = np.atleast_1d(a).view(whole) == np.atleast_1d(b).view(whole)
+    return bool(np.all(equal | (np.isnan(a) & np.isnan(b))))

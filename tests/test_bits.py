@@ -1,0 +1,179 @@
+"""The promise: every backend, instruction set, thread count and layout, the same bits.
+
+The reference is the NumPy backend; the CUDA kernels are held to it in test_cuda.py.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
+
+import fastopt
+from fastopt import backends, cython_cpu, numpy_ref
+
+SIZES = (0, 1, 7, 63, 64, 65, 4097, 1_000_003)
+THREADS = (1, 2, 3, 8)
+STEPS = 10
+
+
+@functools.lru_cache(maxsize=4)
+def gradients(size, dtype):
+    rng = np.random.default_rng(size)
+    return [nonzero(rng, size, dtype) for _ in range(STEPS)]
+
+
+def run(rule, values, size, dtype, layout, backend, threads=1):
+    """Ten steps; the parameters and the state, in one list of arrays."""
+    start = nonzero(np.random.default_rng(1 + size), size, dtype)
+    if layout == "aligned":
+        params, places = [start.copy()], [0]
+    else:  # three segments; the state of the later ones starts misaligned too
+        params = [odd_view(start, 1), odd_view(start[:3], 0), odd_view(start, 3)]
+        places = [3, 1, 1]
+    opt = rule(params, backend=backend, threads=threads, **values)
+    for grad in gradients(size, dtype):
+        grads = [
+            odd_view(grad[: param.size], offset)
+            for param, offset in zip(params, places, strict=True)
+        ]
+        opt.step(grads, grad_scale=0.7)
+    return params + [array for arrays in opt.state.values() for array in arrays]
+
+
+def differing(expected, got):
+    return [
+        i
+        for i, (a, b) in enumerate(zip(expected, got, strict=True))
+        if not same_bits(a, b)
+    ]
+
+
+def compiled_isas():
+    if cython_cpu.missing():
+        return []
+    return cython_cpu.kernels().cpu_supports()
+
+
+@pytest.fixture
+def on_isa(monkeypatch):
+    def use(isa):
+        monkeypatch.setattr(cython_cpu, "kernels", lambda: cython_cpu.extension(isa))
+
+    return use
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_same_bits(rule, values, dtype, size, on_isa):
+    layouts = ("aligned", "odd") if size <= 4097 else ("odd",)
+    for layout in layouts:
+        case = (rule, values, size, dtype, layout)
+        expected = run(*case, "numpy")
+        assert size == 0 or np.all(np.isfinite(expected[0]))
+        for isa in compiled_isas():
+            on_isa(isa)
+            for threads in THREADS:
+                got = run(*case, "cython", threads)
+                assert not differing(expected, got), (layout, isa, threads)
+        for threads in THREADS:
+            got = run(*case, "numba", threads)
+            assert not differing(expected, got), (layout, "numba", threads)
+
+
+def test_a_mutant_is_caught(monkeypatch):
+    """Swapped betas, and a kernel that forgets its last element."""
+    rule, values = next(case for case in CASES if case[0].name == "adamw")
+    expected = run(rule, values, 65, np.float32, "aligned", "cython")
+
+    def swapped(t, lr, beta1, beta2, eps, weight_decay):
+        return rule.scalars(t, lr, beta2, beta1, eps, weight_decay)
+
+    mutant = fastopt.Rule(rule.update, swapped, state=rule.state)
+    assert differing(expected, run(mutant, values, 65, np.float32, "aligned", "numpy"))
+
+    bind = numpy_ref.bind
+
+    def without_tail(rule, segments, count):
+        shorter = [
+            segment._replace(
+                param=segment.param[:-1], state=tuple(s[:-1] for s in segment.state)
+            )
+            for segment in segments
+        ]
+        step = bind(rule, shorter, count)
+        return lambda grads, *rest: step([g[:-1] for g in grads], *rest)
+
+    monkeypatch.setattr(numpy_ref, "bind", without_tail)
+    assert differing(expected, run(rule, values, 65, np.float32, "aligned", "numpy"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_special_values_give_the_same_bits(rule, values, dtype, on_isa):
+    """Infinities, NaN, zeros of both signs and subnormals in either operand."""
+    tiny = np.finfo(dtype).smallest_subnormal
+    special = [
+        np.inf,
+        -np.inf,
+        np.nan,
+        0.0,
+        -0.0,
+        tiny,
+        -tiny,
+        1.0,
+        np.finfo(dtype).max,
+    ]
+    p, g = (np.ravel(a).astype(dtype) for a in np.meshgrid(special, special))
+
+    def after(backend):
+        param = p.copy()
+        opt = rule(param, backend=backend, **values)
+        for scale in (1, -0.5, 1):
+            opt.step(g * dtype(scale))
+        return [param, *(arrays[0] for arrays in opt.state.values())]
+
+    with np.errstate(all="ignore"):
+        expected = after("numpy")
+        for isa in compiled_isas():
+            on_isa(isa)
+            assert not differing(expected, after("cython")), isa
+        assert not differing(expected, after("numba"))
+
+
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_a_variant_with_more_state_gives_the_same_bits(rule, values):
+    """What lets a switch be flipped during a run: with it off, more state changes
+    nothing. (Groups that differ in a switch share one kernel.)"""
+    if not rule.variants:
+        pytest.skip("the rule has no variants")
+    size, dtype = 65, np.float32
+    off = {name: values[name] for name in values}
+    everything = max(rule.variants, key=len)
+    on = {
+        name: True if isinstance(rule.hyperparameters[name], bool) else 0.5
+        for name in everything
+    }
+    start = nonzero(np.random.default_rng(0), size, dtype)
+    alone, first, second = start.copy(), start.copy(), start.copy()
+    opt = rule(alone, **off)
+    both = rule([{"params": first}, {"params": second, **on}], **off)
+    for grad in gradients(size, dtype):
+        opt.step(grad)
+        both.step([grad, grad])
+    assert same_bits(alone, first)
+    assert off == {**off, **on} or not same_bits(first, second)
+
+
+def test_every_instruction_set_of_this_cpu_is_built():
+    """Otherwise the matrix above would say less than it seems to."""
+    if cython_cpu.missing():
+        pytest.skip(f"cython backend: {cython_cpu.missing()}")
+    for isa in compiled_isas():
+        assert cython_cpu.extension(isa).ISA == isa
+
+
+def test_backends_are_all_here():
+    for name in ("numpy", "cython", "numba"):
+        assert backends.load(name)

@@ -1,0 +1,79 @@
+"""Building from source: with a compiler, without, and with one that lacks OpenMP."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastopt import cython_cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("Cython", reason="Cython is needed to build")
+pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is needed")
+
+
+def build(tmp_path, **env):
+    """Build the extensions from a copy of the sources; their paths and the messages."""
+    for name in ("fastopt", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "out"],
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted((tmp_path / "out").rglob("_kernels_*")), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CC is not how Windows compiles")
+def test_without_a_compiler_the_build_goes_on(tmp_path):
+    nothing = str(tmp_path / "no-such-compiler")
+    built, messages = build(tmp_path, CC=nothing, CXX=nothing)
+    assert built == []
+    assert "no-such-compiler" in messages
+    # Yet everything up to the compiler was done: a kernel for every rule was rendered.
+    source = (tmp_path / "build/kernels/_kernels_baseline.pyx").read_text()
+    for kernel in cython_cpu.KERNELS.values():
+        for dtype in ("f32", "f64"):
+            assert f"cdef void {kernel}_{dtype}_kernel(" in source
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
+def test_a_compiler_without_openmp_makes_serial_kernels(tmp_path):
+    """Such as Apple's. The wrapper refuses the flag, as it does."""
+    wrapper = tmp_path / "cc"
+    wrapper.write_text(
+        '#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    built, messages = build(tmp_path, CC=str(wrapper), LDSHARED=f"{wrapper} -shared")
+    assert len(built) >= 1
+    assert "building without OpenMP" in messages
+    (baseline,) = [str(path) for path in built if "baseline" in path.name]
+    code = f"""
+import importlib.util, numpy
+from fastopt import adamw, cython_cpu
+spec = importlib.util.spec_from_file_location("fastopt._kernels_baseline", {baseline!r})
+serial = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(serial)
+assert not serial.OPENMP
+def run():
+    p = numpy.linspace(-1, 1, 100_000)
+    opt = adamw(p, backend="cython", threads=3)
+    for _ in range(3):
+        opt.step(numpy.cos(p))
+    return p
+expected = run()
+cython_cpu.kernels = lambda: serial
+assert numpy.array_equal(expected, run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

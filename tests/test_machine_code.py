@@ -1,0 +1,136 @@
+"""What the compiler made of the Cython kernels, read from their disassembly: the
+baseline really is baseline, every kernel is vectorised, and nothing is contracted."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from fastopt import cython_cpu
+
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("objdump") is None, reason="objdump (binutils) is not installed"
+    ),
+    pytest.mark.skipif(
+        cython_cpu.missing() is not None, reason=f"cython: {cython_cpu.missing()}"
+    ),
+]
+WIDTH = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
+
+
+def disassembly(path):
+    """The instructions of each function of a binary, as (mnemonic, operands)."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", path],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    functions, current = {}, []
+    for line in text.splitlines():
+        if start := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            current = functions.setdefault(start[1], [])
+        elif instruction := re.match(r"\s+[0-9a-f]+:\t(\S+)\s*(.*)", line):
+            current.append(instruction.groups())
+    return functions
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The disassembly of every extension that was built, this CPU's or not."""
+    found = {}
+    for isa in WIDTH:
+        try:
+            found[isa] = disassembly(find_spec(f"fastopt._kernels_{isa}").origin)
+        except AttributeError:  # None: not built
+            pass
+    return found
+
+
+def beyond_sse2(functions):
+    """Instructions that a CPU with nothing above SSE2 would not know."""
+    newer = re.compile(
+        r"v[a-z]|pshufb|ptest|round[ps]|blend|pmull[dw]d|insertps|extractps|h(add|sub)p"
+        r"|(mov|pmov)[sz]x[bwd]|popcnt|[lt]zcnt|crc32"
+    )
+    return {
+        (name, mnemonic)
+        for name, instructions in functions.items()
+        for mnemonic, operands in instructions
+        if re.search("[yz]mm", operands)
+        or (newer.match(mnemonic) and mnemonic not in ("verr", "verw"))
+    }
+
+
+def contracted(functions):
+    """Fused multiply-adds, which round once where the rule says twice."""
+    return {
+        (name, mnemonic)
+        for name, instructions in functions.items()
+        for mnemonic, _ in instructions
+        if re.match(r"vf(n?m(add|sub)|maddsub|msubadd)", mnemonic)
+    }
+
+
+def test_x86_builds_all_three(built):
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert set(built) == set(WIDTH)
+
+
+def test_baseline_needs_nothing_above_sse2(built):
+    assert not beyond_sse2(built["baseline"])
+
+
+def test_nothing_is_contracted(built):
+    for isa, functions in built.items():
+        assert not contracted(functions), isa
+
+
+def test_only_the_avx512_extension_uses_its_registers(built):
+    for isa in ("baseline", "avx2"):
+        for name, instructions in built.get(isa, {}).items():
+            assert not any("zmm" in operands for _, operands in instructions), name
+
+
+@pytest.mark.parametrize("isa", WIDTH)
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("kernel", sorted(cython_cpu.KERNELS.values()))
+def test_every_kernel_is_vectorised_at_full_width(built, kernel, dtype, isa):
+    if isa not in built:
+        pytest.skip(f"no {isa} extension was built here")
+    suffix = "ps" if dtype == "f32" else "pd"
+    (instructions,) = [
+        body
+        for name, body in built[isa].items()
+        if name.endswith(f"_kernels_{isa}_{kernel}_{dtype}_kernel")
+    ]
+    used = {mnemonic.lstrip("v") for mnemonic, _ in instructions}
+    packed = {
+        mnemonic.lstrip("v") for mnemonic, place in instructions if WIDTH[isa] in place
+    }
+    # What stands in the scalar tail stands in the vector body too.
+    scalar = {m for m in used if m[:-2] in ("add", "sub", "mul", "div", "sqrt")}
+    assert scalar and {m[:-2] + suffix for m in scalar} <= packed
+
+
+def test_the_readers_would_notice(tmp_path):
+    """A loop compiled for AVX2 with contraction on is caught by both."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    source, binary = tmp_path / "loop.c", tmp_path / "loop.o"
+    source.write_text(
+        "void f(float *restrict p, const float *restrict g, float lr, long n)"
+        "{ for (long i = 0; i < n; i++) p[i] = p[i] - lr * g[i]; }"
+    )
+    flags = ["-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-c"]
+    done = subprocess.run([compiler, *flags, source, "-o", binary], capture_output=True)
+    if done.returncode:
+        pytest.skip("the compiler does not make x86 code")
+    functions = disassembly(binary)
+    assert beyond_sse2(functions) and contracted(functions)

@@ -1,0 +1,210 @@
+"""Every rule against its paper: see oracle.py. A new rule needs nothing here."""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from oracle import ORACLES, trajectory
+
+from fastopt import RULES, adam, adamw, amsgrad, backends, dynamic_gd, rmsprop, sgd
+from fastopt.rule import sqrt
+
+# The largest error of any element at any of the steps, relative to the largest value
+# that this element has had so far. Measured worst in float64, 20 seeds: 5e-15.
+FLOAT64 = 1e-12
+
+# The same in units of float32's eps, 2**-23, against the float64 oracle on the same
+# float32 inputs. Rounding p 200 times is a random walk of 200 times up to half an ulp,
+# a standard deviation of 4; over 20 seeds of 1003 elements the worst was 14 to 16 for
+# every rule but one. RMSprop (42) divides g + weight_decay * p by its own size: where
+# the sum cancels, its rounding errors come out as large as the step.
+FLOAT32 = {"rmsprop": 100}
+FLOAT32_OF_OTHERS = 40
+
+
+def settings(rule):
+    """Every choice of the options (0 or False by default), with the rest at defaults,
+    their square roots and fourth roots; without the choices that the rule refuses."""
+    defaults = rule.hyperparameters
+    numbers = {name: default for name, default in defaults.items() if default}
+    on = {name: 0.1 for name in defaults if name not in numbers}
+    on |= {name: 0.9 for name in on if name == "momentum"}
+    on |= {name: True for name in on if defaults[name] is False}
+    chosen = itertools.product(*((defaults[name], on[name]) for name in on))
+    for options, power in itertools.product(chosen, (1, 1 / 2, 1 / 4)):
+        values = {name: default**power for name, default in numbers.items()}
+        values |= dict(zip(on, options, strict=True))
+        try:
+            rule.scalars(1, **values)
+        except ValueError:
+            continue
+        yield values
+
+
+def data(size=1003, steps=200, dtype=np.float64):
+    rng = np.random.default_rng(size)
+    p, grads = rng.standard_normal(size), rng.standard_normal((steps, size))
+    assert np.all(grads)
+    return p.astype(dtype), grads.astype(dtype)
+
+
+def error(rule, oracle, p, grads, backend="numpy", **hyperparameters):
+    """Of ``rule`` against an oracle, in the unit given above. NaN if any is."""
+    p, errors = p.copy(), []
+    opt = rule(p, backend=backend, **hyperparameters)
+    largest = np.abs(p).astype(np.float64)
+    for g, true in zip(
+        grads, trajectory(oracle, p, grads, **hyperparameters), strict=True
+    ):
+        opt.step(g)
+        largest = np.maximum(largest, np.abs(true))
+        errors.append(np.abs(p - true) / largest)
+    return np.max(errors)
+
+
+@pytest.fixture(params=["numpy", "cython"])
+def backend(request):
+    try:
+        backends.load(request.param)
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    return request.param
+
+
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+sizes = pytest.mark.parametrize("size", [1, 1003])
+
+
+@every_rule
+@sizes
+def test_agrees_with_the_paper_in_float64(rule, size, backend):
+    assert len(list(settings(rule))) >= 3
+    for values in settings(rule):
+        found = error(rule, ORACLES[rule.name], *data(size), backend, **values)
+        assert found <= FLOAT64, values
+
+
+@every_rule
+@sizes
+def test_agrees_with_the_paper_in_float32(rule, size, backend):
+    bound = FLOAT32.get(rule.name, FLOAT32_OF_OTHERS) * np.finfo(np.float32).eps
+    p, grads = data(size, dtype=np.float32)
+    for values in settings(rule):
+        found = error(rule, ORACLES[rule.name], p, grads, backend, **values)
+        assert found <= bound, values
+
+
+@every_rule
+def test_defaults_are_the_oracles(rule, backend):
+    assert error(rule, ORACLES[rule.name], *data(), backend) <= FLOAT64
+
+
+def test_every_oracle_has_a_rule():
+    assert ORACLES.keys() == {rule.name for rule in RULES}
+
+
+# What the options mean ------------------------------------------------------------
+
+
+def test_without_decay_adamw_is_adam():
+    found = error(adamw, ORACLES["adam"], *data(), weight_decay=0)
+    assert found <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ["", "w"])
+def test_v_max_matters_only_where_v_falls(name):
+    rule = next(rule for rule in RULES if rule.name == "amsgrad" + name)
+    p, grads = data()
+    falling = grads * np.geomspace(1, 1e-3, len(grads))[:, None]
+    rising = np.abs(grads[0]) * np.geomspace(1, 1e3, len(grads))[:, None]
+    without = ORACLES["adam" + name]
+    assert error(rule, without, p, rising, beta2=0.9) <= FLOAT64
+    assert error(rule, without, p, falling, beta2=0.9) > 1e-3
+    assert error(rule, ORACLES[rule.name], p, falling, beta2=0.9) <= FLOAT64
+
+
+def cancelling(p, g, v, a, lr, c, eps, weight_decay, center, keep, mu):
+    """Centered RMSprop as torch has it: the mean of squares less the squared mean."""
+    v = v + c * (g * g - v)
+    a = a + c * (g - a)
+    return p - lr * (g / (sqrt(v - a * a) + eps)), v, a
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-4])
+def test_centered_rmsprop_keeps_what_would_cancel(dtype, noise, backend):
+    # Of gradients 1 + noise, the mean (about 1) is known to eps, so what is left of
+    # them to eps / noise. Measured: 0.2 to 1.5 times that. Torch's form loses eps /
+    # noise**2, all of it in float32 at 1e-4.
+    p, grads = data(steps=1000, dtype=dtype)
+    grads = (1 + dtype(noise) * grads).astype(dtype)
+    bound = 5 * np.finfo(dtype).eps / noise
+    case = (ORACLES["rmsprop"], p, grads)
+    values = {"alpha": 0.9, "centered": True}
+    assert error(rmsprop, *case, backend, **values) <= bound
+    mutant = dataclasses.replace(
+        rmsprop.variants[("centered",)], update=cancelling, name="mutant"
+    )
+    assert not error(mutant, *case, **values) <= bound
+
+
+# Can these tests fail? ------------------------------------------------------------
+
+
+@functools.wraps(adam.scalars)
+def betas_swapped(t, *, beta1, beta2, **others):
+    return adam.scalars(t, beta1=beta2, beta2=beta1, **others)
+
+
+@functools.wraps(adam.scalars)
+def eps_uncorrected(t, *, eps, **others):
+    *before, _, weight_decay = adam.scalars(t, **others)
+    return *before, eps, weight_decay
+
+
+def at_step(mapped, rule):
+    """The scalars of a rule as they are at another step."""
+
+    @functools.wraps(rule.scalars)
+    def scalars(t, **values):
+        return rule.scalars(mapped(t), **values)
+
+    return scalars
+
+
+def eps_inside_the_root(p, g, m, v, step_size, a1, a2, eps, weight_decay):
+    g = g + weight_decay * p
+    m = m + a1 * (g - m)
+    v = v + a2 * (g * g - v)
+    return p - step_size * m / sqrt(v + eps * eps), m, v
+
+
+def maximum_forgotten(p, g, m, v, v_max, step_size, a1, a2, eps, weight_decay):
+    return (*adam.update(p, g, m, v, step_size, a1, a2, eps, weight_decay), v_max)
+
+
+MUTANTS = {
+    "betas swapped": (adam, {"scalars": betas_swapped}),
+    "eps not corrected": (adam, {"scalars": eps_uncorrected}),
+    "eps inside the root": (adam, {"update": eps_inside_the_root}),
+    "the last correction": (adam, {"scalars": at_step(lambda t: max(t - 1, 1), adam)}),
+    "the first correction": (adam, {"scalars": at_step(lambda t: 1, adam)}),
+    "decay in the gradient": (adamw, {"update": adam.update}),
+    "maximum forgotten": (amsgrad, {"update": maximum_forgotten}),
+    "dampened at once": (sgd, {"scalars": at_step(lambda t: t + 1, sgd)}),
+    "lr a step ahead": (dynamic_gd, {"scalars": at_step(lambda t: t + 1, dynamic_gd)}),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@sizes
+def test_flags_a_mutant(mutant, size):
+    rule, changed = MUTANTS[mutant]
+    changed = dataclasses.replace(rule, **changed)
+    errors = [
+        error(changed, ORACLES[rule.name], *data(size), **values)
+        for values in settings(rule)
+    ]
+    assert not np.max(errors) <= FLOAT64
