@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class Optimizer:
         mine.update(_group_of=group_of)
         mine["_spans"] = [checks.span(array) for array in arrays]
         mine["_count"] = np.zeros(1, np.int64)
+        mine["_stepping"] = Lock()
         mine["groups"] = [
             Group(rule, f"groups[{number}]" if own else "", self._assign)
             for number in range(len(trees))
@@ -199,10 +201,22 @@ class Optimizer:
         grad_scale
             A factor for the gradients, applied in the same pass; -1 maximizes.
         """
-        found: list[Any] = []
-        checks.collect(self._tree, grads, "", found)
         if grad_scale != 1.0:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+        found: list[Any] = []
+        checks.collect(self._tree, grads, "", found)
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError(
+                "this optimizer is in a step already, in another thread or in one of "
+                "its schedules; steps of one optimizer must follow each other"
+            )
+        try:
+            self._step_all(found, grad_scale)
+        finally:
+            self._stepping.release()
+
+    def _step_all(self, found: list[Any], grad_scale: float) -> None:
+        """A step with one gradient for each parameter, checked or not."""
         done = self.steps
         scalars = [
             (grad_scale, *self.rule.scalars(done + 1, **group.at(done)))[

@@ -101,6 +101,14 @@ def test_groups_have_their_own_hyperparameters():
 
 
 @pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
+def test_an_empty_group(backend):
+    param = np.ones(3)
+    opt = fastopt.adamw([{"params": param}, {"params": [], "lr": 1.0}], backend=backend)
+    opt.step([np.ones(3), []])
+    assert np.all(param < 1)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
 def test_schedules_and_changes(backend):
     """A schedule sees the completed steps; setting the value by hand is the same."""
     by_schedule, by_hand = np.ones(5), np.ones(5)

@@ -256,6 +256,36 @@ def test_a_schedule_that_fails_leaves_the_step_undone():
     assert np.array_equal(param, after) and opt.steps == 1
 
 
+def test_a_step_within_a_step():
+    """As from two threads: the second is refused, and the first is done."""
+    param, refused = np.ones(3), []
+
+    def schedule(n):
+        if n == 1 and not refused:
+            with pytest.raises(RuntimeError, match="in a step already") as caught:
+                opt.step(np.ones(3))
+            refused.append(caught)
+        return 0.25
+
+    opt = fastopt.gd(param, lr=schedule)
+    opt.step(np.ones(3))
+    opt.step(np.ones(3))
+    assert refused and opt.steps == 2 and np.all(param == 0.5)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_scalars_that_change_their_number(backend):
+    def scalars(t, lr=0.5):
+        return (lr,) if t == 1 else (lr, lr, lr)
+
+    mine = fastopt.Rule(fastopt.gd.update, scalars)
+    param = np.ones(3)
+    opt = mine(param, backend=backend)
+    opt.step(np.ones(3))
+    opt.step(np.ones(3))  # more than the kernel takes are cut off
+    assert np.all(param == 0) and opt.steps == 2
+
+
 def test_threads():
     for bad, error in (
         (0, ValueError),
