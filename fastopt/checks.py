@@ -85,9 +85,18 @@ def check_layout(name: str, array: Array) -> None:
         )
 
 
-def check_params(names: Sequence[str], arrays: Sequence[Array]) -> None:
+def read_only(leaf: Any) -> bool:
+    if on_device(leaf):
+        interface = getattr(leaf, "__cuda_array_interface__", {"data": (0, False)})
+        return bool(interface["data"][1])
+    return isinstance(leaf, np.ndarray) and not leaf.flags.writeable
+
+
+def check_params(
+    names: Sequence[str], arrays: Sequence[Array], originals: Sequence[Any]
+) -> None:
     """Dtype, layout and writeability of every parameter, and that none overlap."""
-    for name, array in zip(names, arrays, strict=True):
+    for name, array, original in zip(names, arrays, originals, strict=True):
         if array.dtype not in DTYPES:
             raise TypeError(
                 f"{name} has dtype {array.dtype}; float32 or float64 is needed"
@@ -98,7 +107,7 @@ def check_params(names: Sequence[str], arrays: Sequence[Array]) -> None:
                 f"{arrays[0].dtype}; use one optimizer for each dtype"
             )
         check_layout(name, array)
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
+        if read_only(original) or read_only(array):
             raise ValueError(
                 f"{name} is read-only, but parameters are updated in place; "
                 f"pass a writeable copy"

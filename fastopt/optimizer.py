@@ -88,7 +88,7 @@ class Optimizer:
             checks.as_array(name, leaf, backend)
             for name, leaf in zip(names, originals, strict=True)
         ]
-        checks.check_params(names, arrays)
+        checks.check_params(names, arrays, originals)
         mine["threads"] = (
             threads_.available() if threads is None else checks.check_threads(threads)
         )

@@ -1,0 +1,382 @@
+"""The CUDA backend without a GPU: its bits in numba's simulator, its machine code as
+compiled, and the launch up to the driver. With a GPU also its bits there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt import RULES, Rule, numba_cuda
+from fastopt.flat import Segment
+from fastopt.rule import copysign, maximum, minimum, sign, sqrt, where
+
+HERE = Path(__file__).parent
+EVERYTHING = [rule for public in RULES for rule in (public, *public.variants.values())]
+WIDTH = {"float32": 4, "float64": 2}
+
+needs_compiler = pytest.mark.skipif(
+    bool(numba_cuda.not_installed)
+    or numba_cuda.SIMULATED
+    or not numba_cuda.nvvm.is_available(),
+    reason=f"the CUDA compiler is not installed: {numba_cuda.HOW_TO_GET}",
+)
+
+
+# The bits
+
+
+def report(simulated: bool) -> str:
+    """What cuda_simulator.py finds wrong. In a process of its own, because the choice
+    is made when numba is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", HERE / "cuda_simulator.py"],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(simulated))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return run.stdout if run.returncode else ""
+
+
+@pytest.mark.skipif(
+    bool(numba_cuda.not_installed), reason="numba-cuda is not installed"
+)
+def test_bits_in_the_simulator():
+    assert not report(simulated=True)
+
+
+@pytest.mark.skipif(bool(numba_cuda.missing()), reason=f"{numba_cuda.missing()}")
+def test_bits_on_the_gpu():
+    assert not report(simulated=False)
+
+
+# The machine code
+
+
+def flaws(ptx: str, dtype: str, streams: int) -> list[str]:
+    """What in the PTX of a kernel that writes so many streams is not as wanted."""
+    kind = f"v{WIDTH[dtype]}.f{dtype[-2:]}"
+    found = Counter(re.findall(r"^\s*(?:@%p\d+ )?([a-z]+[\w.]*)", ptx, re.M))
+    wanted = {f"ld.global.{kind}": streams + 1, f"st.global.{kind}": streams}
+    wrong = [
+        f"{found[instruction]} times {instruction}, not {times}"
+        for instruction, times in wanted.items()
+        if found[instruction] != times
+    ]
+    for instruction in found:
+        head, *tail = instruction.split(".")
+        inexact = head in ("div", "sqrt") and "rn" not in tail
+        fused = head in ("fma", "mad") and tail[-1].startswith("f")
+        may_fuse = (
+            head in ("add", "sub", "mul") and tail[-1][0] == "f" and tail[0] != "rn"
+        )
+        if inexact or fused or may_fuse or "approx" in tail or "ftz" in tail:
+            wrong.append(instruction)
+        if head == "call":
+            wrong.append("a call")
+        if head in ("max", "min") and tail[-1][0] == "f":
+            wrong.append(f"{head}, which drops NaN")
+    if dtype == "float32" and ".f64" in ptx:
+        wrong.append("float64")
+    if ".local" in ptx:
+        wrong.append("local memory")
+    return wrong
+
+
+@pytest.fixture
+def disassemble(tmp_path):
+    """From machine code to its resource usage and instructions, by the pip wheel."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="no cuda-pathfinder")
+    tool = pathfinder.find_nvidia_binary_utility("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump was not found: pip install nvidia-cuda-cuobjdump")
+
+    def disassemble(cubin: bytes) -> list[str]:
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(cubin)
+        return [
+            subprocess.run(
+                [tool, what, path], check=True, capture_output=True, text=True
+            ).stdout
+            for what in ("-res-usage", "-sass")
+        ]
+
+    return disassemble
+
+
+def assemble(ptx: str, arch: str = "sm_90") -> bytes:
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    program = core.Program(ptx, "ptx", core.ProgramOptions(arch=arch))
+    return program.compile("cubin").code
+
+
+def spills(usage: str, instructions: str) -> bool:
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+    assert sizes, usage
+    return any(map(int, sizes)) or bool(re.search(r"\b(?:LDL|STL)\b", instructions))
+
+
+def registers(usage: str) -> int:
+    return max(map(int, re.findall(r"REG:(\d+)", usage)))
+
+
+def wide_accesses(instructions: str) -> list[int]:
+    return [len(re.findall(rf"\b{op}\.E\.128", instructions)) for op in ("LDG", "STG")]
+
+
+def threshold(x, cut):
+    return sign(x) * maximum(abs(x) - cut, cut - cut)
+
+
+def users_update(p, g, m, v, lr, beta, cut):
+    m = where((g > cut) | (g < -cut), beta * m, copysign(m, g))
+    v = minimum(maximum(v, g * g), cut)
+    return p - lr * threshold(m, cut) / (sqrt(v) + cut), m, v
+
+
+def users_scalars(t, lr=0.1, beta=0.9, cut=0.3):
+    return lr, beta, cut
+
+
+def inner_rule():
+    third = 1 / 3
+
+    def signed(x):
+        return third * sign(x)
+
+    def update(p, g, lr):
+        return (p - lr * (signed(g) + third),)
+
+    return Rule(update, lambda t, lr=0.1: (lr,), name="closure")
+
+
+CLOSURE = inner_rule()
+USERS = Rule(users_update, users_scalars, state=("m", "v"))
+
+
+def eight_states(p, g, a, b, c, d, e, f, h, k, lr):
+    return p - lr * (g + a * b + c * d + e * f + h * k), k, h, f, e, d, c, b, a
+
+
+EIGHT = Rule(eight_states, lambda t, lr=0.1: (lr,), state=tuple("abcdefhk"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+@pytest.mark.parametrize(
+    "rule", [*EVERYTHING, USERS, CLOSURE, EIGHT], ids=lambda rule: f"{rule.name}"
+)
+def test_machine_code(rule, dtype, disassemble):
+    streams = 1 + len(rule.state)
+    ptx = numba_cuda.compile_ptx(rule, dtype)
+    assert not flaws(ptx, dtype, streams)
+    primitives = rule.update.__code__.co_names
+    assert ("sqrt.rn" in ptx) == ("sqrt" in primitives)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions)
+    assert wide_accesses(instructions) == [streams + 1, streams]
+    # At 64 registers, an SM still holds half of the threads it has room for.
+    assert registers(usage) <= (80 if rule is EIGHT else 64)
+    if "sqrt" not in primitives:  # division and square root are themselves made of them
+        assert not re.search(r"\b[DF]FMA\b", instructions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+def test_machine_code_for_unaligned_buffers(dtype, disassemble):
+    ptx = numba_cuda.compile_ptx(fastopt.adamw, dtype, aligned=False)
+    assert not re.search(r"(?:ld|st)\.global\.v", ptx)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions)
+    assert wide_accesses(instructions) == [0, 0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("cc", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus(cc, disassemble):
+    ptx = numba_cuda.compile_ptx(fastopt.amsgradw, "float32", cc=cc)
+    assert not flaws(ptx, "float32", 4)
+    assert not spills(*disassemble(assemble(ptx, f"sm_{cc[0]}{cc[1]}")))
+
+
+# That these checks can fail
+
+
+@pytest.fixture
+def contracting(monkeypatch):
+    """The compiler as if it did not know the option against contraction."""
+    original = numba_cuda.nvvm.compile_ir
+
+    def compile_ir(code, **options):
+        assert options.pop("fma") is False
+        return original(code, **options)
+
+    monkeypatch.setattr(numba_cuda.nvvm, "compile_ir", compile_ir)
+
+
+@needs_compiler
+def test_contraction_is_refused(contracting, monkeypatch):
+    with pytest.raises(RuntimeError, match="fuses"):
+        numba_cuda.compile_ptx(fastopt.adamw, "float32")
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, dtype: ptx)
+    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32")
+    assert "fma.rn.f32" in flaws(ptx, "float32", 3)
+
+
+@needs_compiler
+def test_scalar_accesses_are_noticed():
+    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32", aligned=False)
+    assert "0 times ld.global.v4.f32, not 4" in flaws(ptx, "float32", 3)
+
+
+PI = 3.140625
+
+
+def with_attribute(p, g, lr):
+    return (p - lr * g * np.pi,)
+
+
+def with_global(p, g, lr):
+    return (p - lr * g * PI,)
+
+
+@needs_compiler
+def test_float64_in_a_float32_kernel_is_refused(monkeypatch):
+    def scalars(t, lr=0.1):
+        return (lr,)
+
+    assert not flaws(
+        numba_cuda.compile_ptx(Rule(with_global, scalars), "float32"), "float32", 1
+    )
+    rule = Rule(with_attribute, scalars)
+    with pytest.raises(TypeError, match="return its constants from scalars"):
+        numba_cuda.compile_ptx(rule, "float32")
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, dtype: ptx)
+    assert "float64" in flaws(numba_cuda.compile_ptx(rule, "float32"), "float32", 1)
+
+
+@needs_compiler
+def test_spills_are_noticed(disassemble):
+    ptx = numba_cuda.compile_ptx(EIGHT, "float64")
+    tight = re.sub(r"^\)\n\{", ")\n.maxnreg 24\n{", ptx, count=1, flags=re.M)
+    assert tight != ptx
+    assert spills(*disassemble(assemble(tight)))
+
+
+# The launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would go to the driver of an H100."""
+    from numba.cuda import codegen, dispatcher
+
+    found = []
+    library = codegen.CUDACodeLibrary
+    monkeypatch.setattr(
+        dispatcher,
+        "get_current_device",
+        lambda: SimpleNamespace(compute_capability=(9, 0)),
+    )
+    monkeypatch.setattr(library, "_ensure_cc", lambda self, cc: cc or (9, 0, "a"))
+    monkeypatch.setattr(
+        library, "get_cufunc", lambda self: SimpleNamespace(kernel=self.get_cubin())
+    )
+    monkeypatch.setattr(dispatcher._Kernel, "bind", lambda self: None)
+    monkeypatch.setattr(dispatcher, "launch", lambda stream, *call: found.append(call))
+    for cached in (numba_cuda.compiled, numba_cuda.launcher):
+        cached.cache_clear()
+    yield found
+    for cached in (numba_cuda.compiled, numba_cuda.launcher):
+        cached.cache_clear()
+
+
+class OnDevice(SimpleNamespace):
+    """An array of so many float32 at an address."""
+
+    def __init__(self, address: int, size: int):
+        interface = {"data": (address, False)}
+        super().__init__(
+            size=size, dtype=np.dtype("float32"), __cuda_array_interface__=interface
+        )
+
+
+@needs_compiler
+def test_launch(launches, disassemble):
+    where_ = [4096, 8192, 12288]
+    places = [
+        [OnDevice(a, 4097) for a in where_],
+        [OnDevice(a + 4, 4097) for a in where_],
+        [OnDevice(a, 0) for a in where_],
+        [OnDevice(a, 12) for a in where_],
+    ]
+    segments = [
+        Segment(p, tuple(state), group)
+        for (p, *state), group in zip(places, (0, 1, 1, 0), strict=True)
+    ]
+    count = np.zeros(1, np.int64)
+    step = numba_cuda.bind(fastopt.adamw, segments, count)
+    grads = [OnDevice(16384, s.param.size) for s in segments[:3]] + [None]
+    scalars = [(0.5, 0.1, 0.2, 0.3, 0.4, 0.6), (1.0, 0.6, 0.5, 0.4, 0.3, 0.2)]
+    assert step(grads, scalars, 1)
+    assert count[0] == 1
+    vectors, singles = launches
+    for (config, _, *arguments), blocks, offset, values in (
+        (vectors, -(-(1024 + 1) // 256), 0, scalars[0]),
+        (singles, -(-4097 // 256), 4, scalars[1]),
+    ):
+        assert (config.grid, config.block) == ((blocks, 1, 1), (256, 1, 1))
+        numbers = [getattr(argument, "value", argument) for argument in arguments]
+        assert numbers[:5] == [4097, 16384, *(a + offset for a in where_)]
+        assert numbers[5:] == list(map(float, np.float32(values)))
+    usage, instructions = disassemble(vectors[1].code)
+    assert wide_accesses(instructions) == [4, 3]
+    assert not spills(usage, instructions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+def test_linking_does_not_fuse(launches, disassemble, dtype):
+    """Nor does numba's own way from PTX to machine code."""
+    update = fastopt.gd.update
+    kernel = numba_cuda.compiled(update, 0, np.dtype(dtype), WIDTH[dtype])
+    (overload,) = kernel.overloads.values()
+    _, instructions = disassemble(overload.library.get_cubin().code)
+    assert re.search(r"\b[DF]MUL\b", instructions)
+    assert not re.search(r"\b[DF]FMA\b", instructions)
+
+
+@needs_compiler
+def test_contraction_is_refused_before_a_launch(launches, contracting):
+    segment = Segment(OnDevice(4096, 8), (), 0)
+    count = np.zeros(1, np.int64)
+    step = numba_cuda.bind(fastopt.gd, [segment], count)
+    with pytest.raises(RuntimeError, match="fuses"):
+        step([OnDevice(8192, 8)], [(1.0, 0.1)], 1)
+    assert not launches and count[0] == 0
+
+
+def test_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "not_installed", "No module named 'numba_cuda'")
+    assert "pip install 'fastopt[cuda13]'" in numba_cuda.missing()
+
+
+def test_missing_without_numba_cuda():
+    """In a process that cannot import it, the module can still be asked."""
+    code = (
+        "import sys; sys.modules['numba_cuda'] = None; "
+        "from fastopt import numba_cuda; print(numba_cuda.missing())"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "pip install 'fastopt[cuda13]'" in said.stdout
