@@ -152,10 +152,20 @@ def check_grad(
         )
 
 
-def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
-    """Append the leaves of ``grads`` in the order of ``tree``, whose structure it must
-    have; None stands for a whole branch of None."""
+def structure(tree: Any) -> Any:
+    """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
+    at the leaves None, or the layout of a FlatBuffer."""
     if isinstance(tree, Mapping):
+        return {key: structure(child) for key, child in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [structure(child) for child in tree]
+    return tree.shapes if isinstance(tree, FlatBuffer) else None
+
+
+def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
+    """Append the leaves of ``grads`` in the order of ``tree``, a :func:`structure` that
+    it must have; None stands for a whole branch of None."""
+    if type(tree) is dict:
         if grads is None:
             grads = dict.fromkeys(tree)
         if not isinstance(grads, Mapping):
@@ -175,9 +185,8 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
                 )
                 + " (None leaves a parameter alone)"
             )
-        for key, child in tree.items():
-            collect(child, grads[key], f"{path}[{key!r}]", found)
-    elif isinstance(tree, (list, tuple)):
+        children = [(key, child, grads[key]) for key, child in tree.items()]
+    elif type(tree) is list:
         if grads is None:
             grads = [None] * len(tree)
         if not isinstance(grads, (list, tuple)):
@@ -190,12 +199,16 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
                 f"grads{path} has {len(grads)} entries but params{path} has "
                 f"{len(tree)}; pass None for a parameter to leave alone"
             )
-        for index, child in enumerate(tree):
-            collect(child, grads[index], f"{path}[{index}]", found)
-    elif type(grads) is type(tree) is FlatBuffer and grads.shapes == tree.shapes:
-        found.append(grads.data)
+        children = list(zip(range(len(tree)), tree, grads, strict=True))
     else:
-        found.append(grads)
+        same_layout = type(grads) is FlatBuffer and grads.shapes == tree
+        found.append(grads.data if same_layout else grads)
+        return
+    for key, child, grad in children:
+        if child is None:  # most are; a call for each would be most of the time
+            found.append(grad)
+        else:
+            collect(child, grad, f"{path}[{key!r}]", found)
 
 
 def check_threads(threads: Any) -> int:
