@@ -96,9 +96,11 @@ def flaws(ptx: str, dtype: str, streams: int) -> list[str]:
 def disassemble(tmp_path):
     """From machine code to its resource usage and instructions, by the pip wheel."""
     pathfinder = pytest.importorskip("cuda.pathfinder", reason="no cuda-pathfinder")
-    tool = pathfinder.find_nvidia_binary_utility("cuobjdump")
-    if tool is None:
-        pytest.skip("cuobjdump was not found: pip install nvidia-cuda-cuobjdump")
+    # The first calls the second, which it finds beside itself.
+    find = pathfinder.find_nvidia_binary_utility
+    tool, disassembler = find("cuobjdump"), find("nvdisasm")
+    if tool is None or disassembler is None:
+        pytest.skip("no cuobjdump and nvdisasm: pip install 'fastopt[cuda-test]'")
 
     def disassemble(cubin: bytes) -> list[str]:
         path = tmp_path / "kernel.cubin"
