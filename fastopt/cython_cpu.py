@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -28,6 +29,10 @@ CHECKS_GRADS = True
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
     "pip install --force-reinstall --no-deps fastopt"
+)
+HIDDEN = (
+    "this Python was started in the source folder, which hides the installed package; "
+    "start it elsewhere, or install with pip install -e ."
 )
 
 # Setup names a kernel after its file and function. Looked up by the function itself, so
@@ -70,7 +75,11 @@ def missing() -> str | None:
     try:
         kernels()
     except ImportError as error:
-        return f"the compiled kernels are not installed ({error}); {HOW_TO_GET}"
+        in_sources = (Path(__file__).parent.parent / "setup.py").exists()
+        return (
+            f"the compiled kernels are not installed ({error}); "
+            f"{HIDDEN + '; or ' if in_sources else ''}{HOW_TO_GET}"
+        )
     return None
 
 
