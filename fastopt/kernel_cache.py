@@ -33,7 +33,7 @@ from llvmlite import binding as llvm
 from numba import config
 from numba.core.registry import cpu_target
 
-from fastopt.rule import PRIMITIVES
+from fastopt.rule import PRIMITIVES, Function
 
 _MAGIC = b"fastopt kernel 1\n"
 
@@ -54,7 +54,7 @@ class Unhashable(Exception):
     """Something a function depends on has no fingerprint, so it is not cached."""
 
 
-def fingerprint(function: types.FunctionType) -> str:
+def fingerprint(function: Function) -> str:
     """A text of all that determines what ``function`` computes.
 
     That is its bytecode and constants and, recursively, the functions and constants it
@@ -66,7 +66,7 @@ def fingerprint(function: types.FunctionType) -> str:
 def _parts(value: Any, seen: set[int]) -> Iterator[str]:
     value = getattr(value, "py_func", value)  # a helper that the user has jitted
     if isinstance(value, types.FunctionType):
-        if value in PRIMITIVES:
+        if any(value is primitive for primitive in PRIMITIVES):
             yield f"primitive {value.__name__}"
         elif id(value) not in seen:
             seen.add(id(value))

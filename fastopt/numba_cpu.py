@@ -17,7 +17,6 @@ import functools
 import math
 import re
 import threading
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from fastopt import kernel_cache
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
 from fastopt.kernel_cache import Kernel
 from fastopt.numpy_ref import Step
-from fastopt.rule import Rule, with_primitives
+from fastopt.rule import Function, Rule, concrete
 from fastopt.threads import after_fork
 
 __all__ = ["bind", "missing", "state_arena"]
@@ -130,23 +129,6 @@ def add_one(typingctx, pointer):
 @compiled
 def length_of(table, row, width):
     return word(table, row * width + LENGTH) if word(table, row * width + GRAD) else 0
-
-
-def for_numba(function: types.FunctionType, dtype: np.dtype[Any]) -> Any:
-    """``function`` with our primitives, its helpers compiled too, its numbers typed."""
-
-    def fit(value: Any) -> Any:
-        if isinstance(value, types.FunctionType):
-            return for_numba(value, dtype)
-        # As in NumPy, a plain number takes the dtype of the array that it meets.
-        return dtype.type(value) if type(value) in (int, float) else value
-
-    copy = with_primitives(function, PRIMITIVES)
-    for name in set(function.__code__.co_names) & copy.__globals__.keys():
-        copy.__globals__[name] = fit(copy.__globals__[name])
-    for cell in copy.__closure__ or ():
-        cell.cell_contents = fit(cell.cell_contents)
-    return compiled(copy)
 
 
 def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -> Any:
@@ -272,7 +254,7 @@ def source() -> str:
 
 
 @functools.cache
-def kernel_for(update: types.FunctionType, dtype: np.dtype[Any], streams: int) -> Any:
+def kernel_for(update: Function, dtype: np.dtype[Any], streams: int) -> Any:
     """A rule's kernel, as a C function."""
 
     def identity() -> tuple[Any, ...]:
@@ -281,7 +263,8 @@ def kernel_for(update: types.FunctionType, dtype: np.dtype[Any], streams: int) -
     def make() -> Kernel:
         constants = 1 + update.__code__.co_argcount - streams
         words, scalars = nt.CPointer(nt.int64), nt.CPointer(numba.from_dtype(dtype))
-        kernel = kernel_of(for_numba(update, dtype), dtype, streams, constants)
+        element = compiled(concrete(update, dtype, PRIMITIVES, compiled))
+        kernel = kernel_of(element, dtype, streams, constants)
         taken = words, nt.int64, scalars, nt.int64, nt.int64, words
         return compile_kernel(kernel, *taken)
 

@@ -15,7 +15,6 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from numba import config
 
 from fastopt.flat import Array, Segment
 from fastopt.numpy_ref import Step
-from fastopt.rule import Rule, with_primitives
+from fastopt.rule import Rule, concrete
 
 try:
     import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
@@ -115,24 +114,6 @@ def primitives(dtype: type[np.floating[Any]]) -> dict[str, Callable[..., Any]]:
     return {"sqrt": sqrt, "copysign": copysign, **ours}
 
 
-def for_device(function: Any, dtype: np.dtype[Any]) -> Any:
-    """``function`` with our primitives, its helpers likewise, its numbers typed."""
-    ours = primitives(dtype.type)
-
-    def fit(value: Any) -> Any:
-        if isinstance(value, FunctionType) and value not in ours.values():
-            return inlined(for_device(value, dtype))
-        # As in NumPy, a plain number takes the dtype of the array that it meets.
-        return dtype.type(value) if type(value) in (int, float) else value
-
-    copy = with_primitives(function, ours)
-    for name in set(function.__code__.co_names) & copy.__globals__.keys():
-        copy.__globals__[name] = fit(copy.__globals__[name])
-    for cell in copy.__closure__ or ():
-        cell.cell_contents = fit(cell.cell_contents)
-    return copy
-
-
 def vector_update(update: Callable[..., Any], dtype: np.dtype[Any], width: int) -> Any:
     """A function (i, grad, buffers, scalars) that updates ``width`` elements from i on.
 
@@ -199,7 +180,7 @@ def kernel(
     update: Any, states: int, dtype: np.dtype[Any], width: int
 ) -> tuple[Callable[..., None], Any]:
     """The kernel, not yet compiled, and its signature."""
-    element = for_device(update, dtype)
+    element = concrete(update, dtype, primitives(dtype.type), inlined)
     several, single = (vector_update(element, dtype, w) for w in (width, 1))
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:

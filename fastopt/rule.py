@@ -45,7 +45,7 @@ class Function(Protocol):
 # The primitives. A rule may use + - * /, comparisons, & | on comparisons, abs(), and
 # these, because each of them is correctly rounded (or exact) on every backend; that is
 # what makes the bits agree. These bodies serve NumPy and the host; the other backends
-# put their own in place of them (`with_primitives`).
+# put their own in place of them (`concrete`).
 
 
 def sqrt(x: Any) -> Any:
@@ -81,30 +81,39 @@ def sign(x: Any) -> Any:
 PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign)
 
 
-def with_primitives(
-    update: Function, replacements: Mapping[str, Callable[..., Any]]
+def concrete(
+    function: Function,
+    dtype: np.dtype[Any],
+    primitives: Mapping[str, Callable[..., Any]],
+    compiled: Callable[[Function], Any],
 ) -> Function:
-    """A copy of ``update`` whose primitives are a backend's own, by primitive name.
+    """A copy of an update for one backend and dtype, with what it reaches by name:
 
-    Looked up by identity, so a rule may import them under any name.
+    the primitives become the backend's own (by identity, so a rule may import them
+    under any name), its helper functions are made concrete likewise and ``compiled``,
+    and plain numbers take the dtype, as they do in NumPy when they meet an array.
     """
 
-    def replaced(value: Any) -> Any:
-        ours = any(value is primitive for primitive in PRIMITIVES)
-        return replacements[value.__name__] if ours else value
+    def fit(value: Any) -> Any:
+        if any(value is primitive for primitive in PRIMITIVES):
+            return primitives[value.__name__]
+        if isinstance(value, types.FunctionType):
+            return compiled(concrete(value, dtype, primitives, compiled))
+        return dtype.type(value) if type(value) in (int, float) else value
 
-    used = [name for name in update.__code__.co_names if name in update.__globals__]
+    reached = function.__globals__
+    used = [name for name in function.__code__.co_names if name in reached]
     copy = types.FunctionType(
-        update.__code__,
-        update.__globals__ | {n: replaced(update.__globals__[n]) for n in used},
-        update.__name__,
-        update.__defaults__,
+        function.__code__,
+        reached | {name: fit(reached[name]) for name in used},
+        function.__name__,
+        function.__defaults__,
         closure=tuple(
-            types.CellType(replaced(cell.cell_contents))
-            for cell in update.__closure__ or ()
+            types.CellType(fit(cell.cell_contents))
+            for cell in function.__closure__ or ()
         ),
     )
-    copy.__module__ = update.__module__
+    copy.__module__ = function.__module__
     return copy
 
 

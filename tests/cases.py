@@ -75,6 +75,16 @@ def nonzero(rng: np.random.Generator, size: int, dtype: type) -> np.ndarray:
     return np.where(values == 0, 1.0, values).astype(dtype)
 
 
+def special_values(dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair, as parameters and gradients, of infinities, NaN, zeros of both signs,
+    subnormals and extremes."""
+    limits = np.finfo(dtype)
+    tiny, large = limits.smallest_subnormal, limits.max
+    values = [np.inf, -np.inf, np.nan, 0.0, -0.0, tiny, -tiny, 1.0, large]
+    p, g = np.meshgrid(values, values)
+    return p.ravel().astype(dtype), g.ravel().astype(dtype)
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal to the last bit; any NaN equals any other, since IEEE leaves its payload
     and sign to the machine."""

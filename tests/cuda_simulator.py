@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, IDS, nonzero, same_bits
+from cases import CASES, DTYPES, IDS, nonzero, same_bits, special_values
 from numba import cuda
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
@@ -131,20 +131,7 @@ def test_same_bits(rule, values, dtype):
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(rule, values, dtype):
-    """Infinities, NaN, zeros of both signs and subnormals in either operand."""
-    tiny = np.finfo(dtype).smallest_subnormal
-    special = [
-        np.inf,
-        -np.inf,
-        np.nan,
-        0.0,
-        -0.0,
-        tiny,
-        -tiny,
-        1.0,
-        np.finfo(dtype).max,
-    ]
-    p, g = (np.ravel(a).astype(dtype) for a in np.meshgrid(special, special))
+    p, g = special_values(dtype)
     got = cuda.to_device(p)
     cpu = rule(p, backend="numpy", **values)
     gpu = rule(got, backend="cuda", **values)

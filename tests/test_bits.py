@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
+from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits, special_values
 
 import fastopt
 from fastopt import backends, cython_cpu, numpy_ref
@@ -112,20 +112,7 @@ def test_a_mutant_is_caught(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
 def test_special_values_give_the_same_bits(rule, values, dtype, on_isa):
-    """Infinities, NaN, zeros of both signs and subnormals in either operand."""
-    tiny = np.finfo(dtype).smallest_subnormal
-    special = [
-        np.inf,
-        -np.inf,
-        np.nan,
-        0.0,
-        -0.0,
-        tiny,
-        -tiny,
-        1.0,
-        np.finfo(dtype).max,
-    ]
-    p, g = (np.ravel(a).astype(dtype) for a in np.meshgrid(special, special))
+    p, g = special_values(dtype)
 
     def after(backend):
         param = p.copy()

@@ -139,6 +139,23 @@ def test_grads_are_refused_before_anything_is_written(case, backend):
     assert opt.steps == 2
 
 
+@pytest.mark.parametrize("mutant", ["does not check", "writes before it checks"])
+def test_a_lax_step_is_caught(monkeypatch, mutant):
+    """The test above fails for a step that accepts, or refuses too late."""
+    if mutant == "does not check":
+        monkeypatch.setattr(checks, "check_grad", lambda *given: None)
+    else:
+        fit = fastopt.Optimizer._fit
+
+        def late(self, i, grad):
+            self._arrays[0][:] = 0
+            return fit(self, i, grad)
+
+        monkeypatch.setattr(fastopt.Optimizer, "_fit", late)
+    with pytest.raises((pytest.fail.Exception, AssertionError)):
+        test_grads_are_refused_before_anything_is_written("dtype", "numpy")
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradients_that_overlap_parameters(backend):
     room = np.ones(20, np.float32)
