@@ -46,7 +46,7 @@ def run_demo(output: Path, epochs: int, seed: int) -> None:
     try:
         from fastopt.demo import demo
     except ImportError as error:
-        sys.exit(f"fastopt demo: {error}; pip install 'fastopt[demo]'")
+        sys.exit(f"fastopt demo: {error}; pip install '.[demo]' in fastopt's folder")
     try:
         check_writable(output)
     except OSError as error:

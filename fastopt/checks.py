@@ -3,12 +3,13 @@ wanted, what came, what to do. Everything here runs before anything is written."
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastopt.flat import Array, FlatBuffer
+from fastopt.rule import Rule
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -36,22 +37,12 @@ def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
     return [group["params"] for group in params], own
 
 
-def as_array(name: str, value: Any, backend: str) -> Array:
-    """``value`` itself or a view of its memory, as an array of the backend's device."""
-    if backend == "cuda":
-        if not on_device(value):
-            raise TypeError(
-                f"{name} is a {type(value).__name__} in host memory, but backend "
-                f"'cuda' needs device arrays; copy it with numba.cuda.to_device"
-            )
-        from fastopt import numba_cuda
-
-        device_array: Array = numba_cuda.as_device_array(value)
-        return device_array
+def as_array(name: str, value: Any) -> Array:
+    """``value`` itself or a view of its memory, as an array in host memory."""
     if on_device(value):
         raise TypeError(
-            f"{name} is on a GPU, where backend {backend!r} cannot reach it; "
-            f"use backend='cuda' or copy it to the host"
+            f"{name} is on a GPU, where this backend cannot reach it; use "
+            f"backend='cuda' or copy it to the host"
         )
     if isinstance(value, FlatBuffer):
         return value.data
@@ -64,10 +55,11 @@ def as_array(name: str, value: Any, backend: str) -> Array:
             raise TypeError(f"{name} does not share its memory: {error}") from error
     if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
         return np.asarray(value)
+    advice = "; pass a list of arrays" if isinstance(value, Iterator) else ""
     raise TypeError(
         f"{name} must be an array (NumPy's, or one that speaks DLPack, "
         f"__array_interface__ or __cuda_array_interface__), "
-        f"got {type(value).__name__}"
+        f"got {type(value).__name__}{advice}"
     )
 
 
@@ -109,8 +101,9 @@ def check_params(
         check_layout(name, array)
         if read_only(original) or read_only(array):
             raise ValueError(
-                f"{name} is read-only, but parameters are updated in place; "
-                f"pass a writeable copy"
+                f"{name} is read-only, but parameters are updated in place; pass a "
+                f"writeable NumPy array of the same memory (a tensor's .numpy()), or a "
+                f"copy"
             )
     placed = sorted(
         (*span(array), name) for name, array in zip(names, arrays, strict=True)
@@ -127,8 +120,6 @@ def check_params(
 def span(array: Array) -> tuple[int, int]:
     """The addresses at which a dense array begins and ends."""
     interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None and not isinstance(array, np.ndarray):
-        array = array._ary  # numba's simulation of a device array
     begin = interface["data"][0] if interface else array.ctypes.data
     return begin, begin + array.size * array.dtype.itemsize
 
@@ -152,18 +143,18 @@ def check_grad(
         )
 
 
-def structure(tree: Any) -> Any:
+def layout(tree: Any) -> Any:
     """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
     at the leaves None, or the layout of a FlatBuffer."""
     if isinstance(tree, Mapping):
-        return {key: structure(child) for key, child in tree.items()}
+        return {key: layout(child) for key, child in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [structure(child) for child in tree]
+        return [layout(child) for child in tree]
     return tree.shapes if isinstance(tree, FlatBuffer) else None
 
 
 def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
-    """Append the leaves of ``grads`` in the order of ``tree``, a :func:`structure` that
+    """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
     it must have; None stands for a whole branch of None."""
     if type(tree) is dict:
         if grads is None:
@@ -217,3 +208,78 @@ def check_threads(threads: Any) -> int:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return int(threads)
+
+
+def check_saved(
+    saved: Any, format: int, rule: Rule, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """A saved state against the optimizer that is to load it: all but the arrays."""
+    wanted = ("format", "rule", "steps", "switched_on", "groups", "state")
+    if not isinstance(saved, Mapping) or any(key not in saved for key in wanted):
+        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise TypeError(
+            f"expected a state_dict() with the keys {', '.join(wanted)}; got {got}"
+        )
+    if saved["format"] != format:
+        raise ValueError(
+            f"the state has format {saved['format']!r}, this version of fastopt reads "
+            f"{format}; load it with the version that saved it"
+        )
+    if saved["rule"] != rule.name:
+        raise ValueError(
+            f"the state is of rule {saved['rule']!r}, this optimizer's is {rule.name!r}"
+        )
+    steps = saved["steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f'state["steps"] must be an integer >= 0, got {steps!r}')
+    if len(saved["groups"]) != len(groups):
+        raise ValueError(
+            f"the state has {len(saved['groups'])} groups, this optimizer has "
+            f"{len(groups)}"
+        )
+    for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
+        if not isinstance(values, Mapping):
+            raise TypeError(f'state["groups"][{i}] must be a dict, got {values!r}')
+        for key in group:
+            if key not in values and not callable(group[key]):
+                raise ValueError(
+                    f"the state has no {key} for groups[{i}], where it was a schedule; "
+                    f"set one here too before loading"
+                )
+    if not set(saved["switched_on"]) <= rule.switches:
+        raise ValueError(
+            f'state["switched_on"] is {saved["switched_on"]}, of which {rule.name} '
+            f"knows {sorted(rule.switches)}"
+        )
+
+
+def check_saved_state(
+    saved: Mapping[str, Any], rule: Rule, names: Sequence[str], params: Sequence[Array]
+) -> None:
+    """The arrays of a saved state against the parameters."""
+    on = set(saved["switched_on"])
+    buffers = rule.variant(on).state
+    if set(saved["state"]) != set(buffers):
+        raise ValueError(
+            f"the state has buffers {list(saved['state'])}, but {rule.name} with "
+            f"{sorted(on)} on keeps {list(buffers)}"
+        )
+    for buffer, arrays in saved["state"].items():
+        if len(arrays) != len(params):
+            raise ValueError(
+                f'state["{buffer}"] has {len(arrays)} arrays for {len(params)} '
+                f"parameters"
+            )
+        for i, (array, name, param) in enumerate(
+            zip(arrays, names, params, strict=True)
+        ):
+            where = f'state["{buffer}"][{i}]'
+            if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
+                raise TypeError(
+                    f"{where} must be a NumPy array of {param.dtype}, as it was saved, "
+                    f"got {getattr(array, 'dtype', type(array).__name__)}"
+                )
+            if array.shape != param.shape:
+                raise ValueError(
+                    f"{where} has shape {array.shape} but {name} has {param.shape}"
+                )

@@ -7,6 +7,7 @@ kernels; a user's rule goes to Numba.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -16,19 +17,20 @@ from types import ModuleType
 
 import numpy as np
 
+from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.floor import FLOORS
 from fastopt.numpy_ref import Step
 from fastopt.rule import Rule
 from fastopt.rules import RULES
 
-__all__ = ["bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "missing", "state_arena"]
 
 CHECKS_GRADS = True
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
-    "pip install --force-reinstall --no-deps fastopt"
+    "pip install --force-reinstall --no-deps . in its folder"
 )
 HIDDEN = (
     "this Python was started in the source folder, which hides the installed package; "
@@ -40,7 +42,7 @@ HIDDEN = (
 KERNELS = {
     rule.update: f"{rule.update.__module__.rpartition('.')[2]}_{rule.update.__name__}"
     for public in (*RULES, *FLOORS)
-    for rule in (public, *public.variants.values())
+    for rule in public.all
 }
 
 
@@ -52,7 +54,8 @@ def extension(isa: str) -> ModuleType:
 @functools.cache
 def kernels() -> ModuleType:
     """The extension for this CPU, or what ``FASTOPT_ISA`` says."""
-    supported: list[str] = extension("baseline").cpu_supports()
+    baseline = extension("baseline")
+    supported: list[str] = baseline.cpu_supports()
     wanted = os.environ.get("FASTOPT_ISA")
     if wanted:
         if wanted not in supported:
@@ -62,12 +65,9 @@ def kernels() -> ModuleType:
             )
         return extension(wanted)
     for isa in supported:
-        try:
+        with contextlib.suppress(ImportError):  # a compiler may lack a set's flags
             return extension(isa)
-        except ImportError:  # a compiler may lack a set's flags; baseline always is
-            if isa == "baseline":
-                raise
-    raise ImportError("no compiled kernels")
+    return baseline
 
 
 def missing() -> str | None:

@@ -101,6 +101,16 @@ class FlatBuffer:
     def __getitem__(self, key: Any) -> Any:
         return self.views[key]
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self.views
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.views)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy's views must lie in the copy's own data.
+        return flatten, (self.views,)
+
     def zeros_like(self) -> FlatBuffer:
         """A zeroed buffer of the same layout and dtype, such as for the gradients."""
         same = FlatBuffer(self.views, self.data.dtype)
@@ -132,7 +142,10 @@ def flatten(tree: Any) -> FlatBuffer:
         raise ValueError("nothing to flatten: pass at least one array")
     for path, leaf in arrays:
         if not isinstance(leaf, np.ndarray):
-            raise TypeError(f"arrays{path} must be a NumPy array, got {type(leaf)}")
+            raise TypeError(
+                f"arrays{path} must be a NumPy array, got {type(leaf).__name__}; "
+                f"convert it with np.asarray"
+            )
         if leaf.dtype not in (np.float32, np.float64):
             raise TypeError(
                 f"arrays{path} has dtype {leaf.dtype}; float32 or float64 is needed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
@@ -20,16 +20,16 @@ class Group(MutableMapping[str, Any]):
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
         self._assign = assign  # the optimizer's: an assignment may need new state
-        self._values: dict[str, Any] = rule.hyperparameters
+        self._values: dict[str, Any] = dict(rule.hyperparameters)
         self._scheduled: tuple[str, ...] = ()
 
     def at(self, steps: int) -> dict[str, Hyperparameter]:
         """The values that hold when ``steps`` steps are completed."""
         if not self._scheduled:
             return self._values
-        return self._checked(self._values, steps)
+        return self._checked(self._values, steps, self._scheduled)
 
-    def replace(self, changes: Mapping[str, Any], steps: int) -> None:
+    def change(self, changes: Mapping[str, Any], steps: int) -> None:
         """Make all of the changes or, with an error, none."""
         for key in changes:
             if key not in self._values:
@@ -38,20 +38,22 @@ class Group(MutableMapping[str, Any]):
                     f"it has {', '.join(self._values)}"
                 )
         values = {**self._values, **changes}
-        now = self._checked(values, steps)
+        now = self._checked(values, steps, values)
         # A rule's own conditions, such as nesterov's, stand in its scalars.
         self._rule.scalars(steps + 1, **now)
         self._values = {k: v if callable(v) else now[k] for k, v in values.items()}
         self._scheduled = tuple(k for k, v in values.items() if callable(v))
 
     def _checked(
-        self, values: Mapping[str, Any], steps: int
+        self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
     ) -> dict[str, Hyperparameter]:
-        checked = {}
-        for key, default in self._rule.hyperparameters.items():
+        """The values, of which those under ``keys`` are checked and schedules asked."""
+        checked = dict(values)
+        for key in keys:
             value, name = values[key], self._name(key)
             if callable(value):
                 value, name = value(steps), f"{name}({steps})"
+            default = self._rule.hyperparameters[key]
             checked[key] = check_hyperparameter(key, name, value, default)
         return checked
 

@@ -60,40 +60,24 @@ def adam(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: float = 0.0,
-    amsgrad: bool = False,
 ) -> None:
-    if weight_decay:
-        g = g + weight_decay * p
     s["m"] = beta1 * s["m"] + (1 - beta1) * g
-    s["v"] = v = beta2 * s["v"] + (1 - beta2) * g**2
-    if amsgrad:
-        s["v_max"] = v = np.maximum(s["v_max"], v)
+    s["v"] = beta2 * s["v"] + (1 - beta2) * g**2
     m_hat = s["m"] / (1 - beta1**t)
-    v_hat = v / (1 - beta2**t)
-    if decoupled:
-        p *= 1 - lr * decoupled
+    v_hat = s["v"] / (1 - beta2**t)
     p -= lr * m_hat / (np.sqrt(v_hat) + eps)
-
-
-def amsgrad(p: Array, g: Array, s: State, t: int) -> None:
-    adam(p, g, s, t, amsgrad=True)
 
 
 def adamw(
     p: Array, g: Array, s: State, t: int, lr: float = 1e-3, weight_decay: float = 1e-2
 ) -> None:
-    adam(p, g, s, t, lr=lr, decoupled=weight_decay)
-
-
-def amsgradw(p: Array, g: Array, s: State, t: int) -> None:
-    adam(p, g, s, t, decoupled=1e-2, amsgrad=True)
+    p *= 1 - lr * weight_decay
+    adam(p, g, s, t, lr)
 
 
 NAIVE: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (gd, dynamic_gd, sgd, rmsprop, adam, amsgrad, adamw, amsgradw)
+    for function in (gd, dynamic_gd, sgd, rmsprop, adam, adamw)
 }
 
 

@@ -32,13 +32,13 @@ from numba.core.errors import NumbaError, TypingError
 from numba.extending import intrinsic
 
 from fastopt import kernel_cache
+from fastopt.checks import as_array
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
 from fastopt.kernel_cache import Kernel
 from fastopt.numpy_ref import Step
 from fastopt.rule import Function, Rule, concrete
-from fastopt.threads import after_fork
 
-__all__ = ["bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "missing", "state_arena"]
 
 CHECKS_GRADS = False
 SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
@@ -119,6 +119,7 @@ def word(typingctx, pointer, index):
 
 @intrinsic
 def add_one(typingctx, pointer):
+    # In native code, so that no interrupt comes between a step and its count.
     def codegen(context, builder, signature, args):
         builder.store(builder.add(builder.load(args[0]), WORD(1)), args[0])
         return context.get_dummy_value()
@@ -336,7 +337,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         given = size
         if given >= SERIAL_BELOW:
             given -= int(table[table[:, GRAD] == 0, LENGTH].sum())
-        if threads == 1 or given < SERIAL_BELOW or after_fork():
+        if threads == 1 or given < SERIAL_BELOW:
             kernel(table_at, len(table), constants_at, 0, 1, count_at)
             return True
         region = parallel_region()

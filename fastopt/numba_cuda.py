@@ -22,6 +22,7 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba import config
 
+from fastopt.checks import on_device
 from fastopt.flat import Array, Segment
 from fastopt.numpy_ref import Step
 from fastopt.rule import Rule, concrete
@@ -39,15 +40,15 @@ except ImportError as error:
 else:
     not_installed = ""
 
-__all__ = ["as_device_array", "bind", "compile_ptx", "missing", "state_arena"]
-
 CHECKS_GRADS = False
 SIMULATED = bool(config.ENABLE_CUDASIM)
 VECTOR_BYTES = 16
 BLOCK = 256
 ALIGNMENT = 256  # of each segment's state, as of what cudaMalloc returns
 
-HOW_TO_GET = "pip install 'fastopt[cuda13]' (or 'fastopt[cuda12]' for an older driver)"
+HOW_TO_GET = (
+    "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older driver)"
+)
 
 
 def missing() -> str | None:
@@ -61,9 +62,14 @@ def missing() -> str | None:
     return "no NVIDIA GPU with a working driver was found; nvidia-smi should list one"
 
 
-def as_device_array(x: Any) -> Any:
-    """A device array over the memory of what has a ``__cuda_array_interface__``."""
-    return x if is_cuda_ndarray(x) else cuda.as_cuda_array(x)
+def as_array(name: str, value: Any) -> Any:
+    """``value`` itself or a view of its memory, as a device array."""
+    if not on_device(value):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} in host memory, but backend 'cuda' "
+            f"needs device arrays; copy it with numba.cuda.to_device"
+        )
+    return value if is_cuda_ndarray(value) else cuda.as_cuda_array(value)
 
 
 def state_arena(

@@ -1,8 +1,9 @@
 """The reference backend: a rule applied to whole NumPy arrays. Slow and readable.
 
-Every backend is a module with three functions: ``bind`` is given the segments once and
-returns the function that does a step over them; ``state_arena`` makes room for state;
-``missing`` says why the backend cannot be used here, if it cannot.
+Every backend is a module with the same names: ``bind`` is given the segments once and
+returns the function that does a step over them; ``as_array`` and ``state_arena`` give
+it arrays and room for state where it works; ``missing`` says why the backend cannot be
+used here, if it cannot; ``CHECKS_GRADS`` whether a step checks its gradients.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.rule import Rule
 
-__all__ = ["bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "missing", "state_arena"]
 
 Step = Callable[[list[Array | None], list[tuple[float, ...]], int], bool]
 
@@ -48,6 +50,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
                 dtype = segment.param.dtype.type
                 grad_scale, *constants = map(dtype, scalars[segment.group])
                 buffers = (segment.param, *segment.state)
+                # Copies, since a rule may return one buffer as another.
                 values = (b.copy() for b in segment.state)
                 p = segment.param.copy()
                 g = grad * grad_scale

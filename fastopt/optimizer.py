@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from fastopt import backends, checks
-from fastopt import threads as threads_
 from fastopt.flat import Array, FlatBuffer, Segment, leaves
 from fastopt.hyperparameters import Group
 from fastopt.rule import Rule, check_hyperparameter
+from fastopt.threads import after_fork, available
 
 STATE_FORMAT = 1
 
@@ -41,6 +41,19 @@ class Optimizer:
         the optimizer and can be changed at any time. It may be a schedule: a callable
         of the number of completed steps.
 
+    Attributes
+    ----------
+    rule, backend
+        As given or chosen.
+    threads
+        As given or found; can be changed.
+    groups
+        For each group of parameters its hyperparameters, to read and change by name.
+    state
+        The state buffers by name: for each an array a parameter, in its shape.
+    steps
+        The number of completed steps.
+
     Raises
     ------
     TypeError, ValueError
@@ -59,6 +72,12 @@ class Optimizer:
     >>> opt.lr = 0.1
     """
 
+    rule: Rule
+    backend: str
+    threads: int
+    groups: tuple[Group, ...]
+    state: dict[str, list[Array]]
+
     def __init__(
         self,
         rule: Rule,
@@ -68,10 +87,6 @@ class Optimizer:
         threads: int | None = None,
         **hyperparameters: Any,
     ):
-        mine = vars(self)  # plain assignment is for hyperparameters
-        for name in rule.hyperparameters:
-            if hasattr(type(self), name) or name in ("rule", "groups", "state"):
-                raise TypeError(f"a hyperparameter may not be named {name!r}")
         trees, own = checks.split_groups(params)
         found = [
             (f"params{path}", leaf, number)
@@ -83,28 +98,25 @@ class Optimizer:
         names, originals, group_of = zip(*found, strict=True)
         if backend is None:
             backend = backends.choose(rule, any(map(checks.on_device, originals)))
-        mine["_module"] = backends.load(backend)
-        arrays = [
-            checks.as_array(name, leaf, backend)
-            for name, leaf in zip(names, originals, strict=True)
-        ]
+        self._module = backends.load(backend)
+        arrays = list(map(self._module.as_array, names, originals))
         checks.check_params(names, arrays, originals)
-        mine["threads"] = (
-            threads_.available() if threads is None else checks.check_threads(threads)
-        )
-        mine.update(rule=rule, backend=backend, state={}, _switched_on=set())
-        mine.update(_tree=trees if own else trees[0], _names=names, _arrays=arrays)
-        mine.update(_group_of=group_of)
-        mine["_spans"] = [checks.span(array) for array in arrays]
-        mine["_count"] = np.zeros(1, np.int64)
-        mine["_stepping"] = Lock()
-        mine["groups"] = [
+        self.rule, self.backend, self.state = rule, backend, {}
+        self.threads = available() if threads is None else threads
+        self._names: Sequence[str] = names
+        self._arrays, self._spans = arrays, list(map(checks.span, arrays))
+        self._group_of: Sequence[int] = group_of
+        self._layout = checks.layout(trees if own else trees[0])
+        self._switched_on: Set[str] = frozenset()
+        self._count = np.zeros(1, np.int64)
+        self._stepping = Lock()
+        groups = tuple(
             Group(rule, f"groups[{number}]" if own else "", self._assign)
             for number in range(len(trees))
-        ]
-        for group, values in zip(self.groups, own or [{}], strict=True):
-            group.replace({**hyperparameters, **values}, 0)
-        rule.check_results(rule.scalars(1, **self.groups[0].at(0)))
+        )
+        for group, values in zip(groups, own or [{}], strict=True):
+            group.change({**hyperparameters, **values}, 0)
+        self.groups = groups  # from now on, assignment is to hyperparameters
         self._bind()
 
     # Hyperparameters ------------------------------------------------------------------
@@ -121,31 +133,34 @@ class Optimizer:
         return values[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        groups = vars(self).get("groups")
         if name == "threads":
-            vars(self)["threads"] = checks.check_threads(value)
-        elif name in self.groups[0]:
-            self._replace([(group, {name: value}) for group in self.groups], self.steps)
+            super().__setattr__(name, checks.check_threads(value))
+        elif groups is None or name.startswith("_"):
+            super().__setattr__(name, value)
+        elif name in groups[0]:
+            self._change([(group, {name: value}) for group in groups], self.steps)
         else:
             raise AttributeError(
-                f"{self.rule.name} has no hyperparameter {name!r}; it has "
-                f"{', '.join(self.groups[0])}"
+                f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
+                f"{', '.join(groups[0])}"
             )
 
     def _assign(self, group: Group, key: str, value: Any) -> None:
-        self._replace([(group, {key: value})], self.steps)
+        self._change([(group, {key: value})], self.steps)
 
-    def _replace(
+    def _change(
         self, changes: list[tuple[Group, Mapping[str, Any]]], steps: int
     ) -> None:
         """Change hyperparameters, in all of the groups or, with an error, in none."""
         before = [(group, dict(group)) for group, _ in changes]
         try:
             for group, values in changes:
-                group.replace(values, steps)
+                group.change(values, steps)
             self._bind()
         except BaseException:
             for group, values in before:
-                group.replace(values, steps)
+                group.change(values, steps)
             raise
 
     @property
@@ -161,12 +176,13 @@ class Optimizer:
         What was once switched on stays so: with a switch off, a variant does what the
         one without that state does, and the state survives.
         """
-        switches = {name for names in self.rule.variants for name in names}
-        on = {name for name in switches if any(group[name] for group in self.groups)}
+        on = {n for n in self.rule.switches if any(group[n] for group in self.groups)}
         on |= self._switched_on
         if on == self._switched_on and "_plan" in vars(self):
             return
-        rule = self.rule.variant({name: name in on for name in switches})
+        rule = self.rule.variant(on)
+        constants = self.rule.scalars(self.steps + 1, **self.groups[0].at(self.steps))
+        rule.check_results(constants, surplus=bool(self.rule.variants))
         new = [name for name in rule.state if name not in self.state]
         sizes = [array.size for array in self._arrays]
         arena = self._module.state_arena(sizes, len(new), self._arrays[0].dtype)
@@ -182,20 +198,21 @@ class Optimizer:
                 zip(self._arrays, self._group_of, strict=True)
             )
         ]
+        native = self._module.bind(rule, segments, self._count)
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
-        plan = (
-            checks.structure(self._tree),
+        self._plan = (
+            self._layout,
             self.groups,
             self.rule.scalars,
             rule.scalar_count,
             self._count,
             self._stepping,
-            self._module.bind(rule, segments, self._count),
+            native,
             self._module.CHECKS_GRADS,
         )
-        state = {name: state[name] for name in rule.state}
-        vars(self).update(_plan=plan, _switched_on=on, state=state)
+        self._switched_on = on
+        self.state.update(state)
 
     def step(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Update the parameters in place.
@@ -205,17 +222,30 @@ class Optimizer:
         grads
             Gradients in the structure, shapes and dtype of the parameters; ``None`` in
             place of one leaves that parameter and its state alone. They are only read.
+            With groups: a list with the gradients of each.
         grad_scale
             A factor for the gradients, applied in the same pass; -1 maximizes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the gradients do not fit; then nothing has been written.
+        RuntimeError
+            If a step of this optimizer is under way, in another thread.
+
+        Notes
+        -----
+        Steps are counted for the optimizer, not for each parameter as in torch, so a
+        parameter that was left alone has the bias correction of the others.
         """
-        tree, groups, scalars, taken, count, lock, native, native_checks = self._plan
-        if grad_scale != 1.0:
+        layout, groups, scalars, used, count, lock, native, native_checks = self._plan
+        if type(grad_scale) is not float or grad_scale != 1.0:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
         found: list[Any] = []
-        if tree is None:  # a single array
+        if layout is None:  # a single array
             found.append(grads)
         else:
-            checks.collect(tree, grads, "", found)
+            checks.collect(layout, grads, "", found)
         if not lock.acquire(False):
             raise RuntimeError(
                 "this optimizer is in a step already, in another thread or in one of "
@@ -226,8 +256,8 @@ class Optimizer:
             rows = []
             for group in groups:
                 constants = scalars(done + 1, **group.at(done))
-                rows.append((grad_scale, *constants[:taken]))
-            workers = 1 if threads_.after_fork() else self.threads
+                rows.append((grad_scale, *constants[:used]))
+            workers = 1 if after_fork() else self.threads
             if not (native_checks and native(found, rows, workers)):
                 fit = [self._fit(i, grad) for i, grad in enumerate(found)]
                 if not native(fit, rows, workers):
@@ -246,7 +276,7 @@ class Optimizer:
                 f"{name} is a FlatBuffer of another layout than {of}; make it with the "
                 f"parameters' zeros_like()"
             )
-        array = checks.as_array(name, grad, self.backend)
+        array: Array = self._module.as_array(name, grad)
         checks.check_grad(name, array, of, self._arrays[i], self._spans)
         return array
 
@@ -276,86 +306,25 @@ class Optimizer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit, on any backend.
 
-        All of it is checked before anything changes. A hyperparameter that is a
-        schedule here and was left out there stays as it is.
+        All of it is checked before anything changes. Saved hyperparameters replace
+        those set here; one that was a schedule there must be a schedule here, too.
         """
-        steps, switched_on = self._check_saved(saved)
+        checks.check_saved(saved, STATE_FORMAT, self.rule, self.groups)
+        checks.check_saved_state(saved, self.rule, self._names, self._arrays)
+        steps: int = saved["steps"]
         were_on = self._switched_on
-        vars(self)["_switched_on"] = were_on | switched_on
-        vars(self).pop("_plan")
+        self._switched_on = were_on | set(saved["switched_on"])
+        del self._plan
         try:
-            self._replace(list(zip(self.groups, saved["groups"], strict=True)), steps)
+            self._change(list(zip(self.groups, saved["groups"], strict=True)), steps)
         except BaseException:
-            vars(self)["_switched_on"] = were_on
+            self._switched_on = were_on
             self._bind()
             raise
         for name, arrays in self.state.items():
             for i, array in enumerate(arrays):
                 array[...] = saved["state"][name][i] if name in saved["state"] else 0
         self._count[0] = steps
-
-    def _check_saved(self, saved: Mapping[str, Any]) -> tuple[int, set[str]]:
-        """The steps and switches of a saved state that fits, or why it does not."""
-        wanted = ("format", "rule", "steps", "switched_on", "groups", "state")
-        if not isinstance(saved, Mapping) or any(key not in saved for key in wanted):
-            raise TypeError(
-                f"expected a state_dict() with the keys {', '.join(wanted)}; "
-                f"got {saved if not isinstance(saved, Mapping) else list(saved)}"
-            )
-        if saved["format"] != STATE_FORMAT:
-            raise ValueError(
-                f"the state has format {saved['format']!r}, this version of fastopt "
-                f"reads {STATE_FORMAT}; load it with the version that saved it"
-            )
-        if saved["rule"] != self.rule.name:
-            raise ValueError(
-                f"the state is of rule {saved['rule']!r}, this optimizer's is "
-                f"{self.rule.name!r}"
-            )
-        steps = saved["steps"]
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f'state["steps"] must be a number >= 0, got {steps!r}')
-        if len(saved["groups"]) != len(self.groups):
-            raise ValueError(
-                f"the state has {len(saved['groups'])} groups, this optimizer has "
-                f"{len(self.groups)}"
-            )
-        for i, (group, values) in enumerate(
-            zip(self.groups, saved["groups"], strict=True)
-        ):
-            for key in group:
-                if key not in values and not callable(group[key]):
-                    raise ValueError(
-                        f"the state has no {key} for groups[{i}], where it was a "
-                        f"schedule; set one here too before loading"
-                    )
-        switches = {name for names in self.rule.variants for name in names}
-        on = set(saved["switched_on"])
-        names = self.rule.variant({name: name in on for name in switches}).state
-        if not on <= switches or set(saved["state"]) != set(names):
-            raise ValueError(
-                f"the state has buffers {list(saved['state'])}, but {self.rule.name} "
-                f"with {sorted(on)} on keeps {list(names)}"
-            )
-        for name, arrays in saved["state"].items():
-            if len(arrays) != len(self._arrays):
-                raise ValueError(
-                    f'state["{name}"] has {len(arrays)} arrays for '
-                    f"{len(self._arrays)} parameters"
-                )
-            for i, (array, param) in enumerate(zip(arrays, self._arrays, strict=True)):
-                where = f'state["{name}"][{i}]'
-                if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
-                    raise TypeError(
-                        f"{where} must be a NumPy array of {param.dtype}, as it was "
-                        f"saved, got {getattr(array, 'dtype', type(array))}"
-                    )
-                if array.shape != param.shape:
-                    raise ValueError(
-                        f"{where} has shape {array.shape} but {self._names[i]} has "
-                        f"{param.shape}"
-                    )
-        return steps, on
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -8,12 +8,15 @@ compiles the same ``update``; nothing else in the package knows a formula.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import math
 import re
+import sys
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -118,6 +121,9 @@ def concrete(
 
 
 _AT_LEAST_ZERO = {"lr", "eps", "weight_decay", "momentum"}
+# What an optimizer's own attributes and arguments are called.
+_RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
+_RESERVED |= {"state_dict", "load_state_dict"}
 
 
 def check_hyperparameter(
@@ -129,14 +135,15 @@ def check_hyperparameter(
     gives the kind: a flag or a number. Rules check what is special to them (nesterov
     needs momentum) in ``scalars``.
     """
+    given = value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a number of NumPy's, JAX's or torch's
     if isinstance(default, bool):
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-        return bool(value)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {given!r}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {given!r}")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
@@ -160,17 +167,25 @@ class Rule:
         supplies the constants.
     scalars
         ``scalars(t, **hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
-        first step. Its signature is the list of hyperparameters and their defaults.
-        The results are rounded once to the parameters' dtype.
+        first step. Its signature is the list of hyperparameters and their defaults; by
+        name, ``lr``, ``eps``, ``weight_decay`` and ``momentum`` must be at least 0 and
+        ``beta``, ``beta1`` ... in [0, 1). The results are rounded once to the
+        parameters' dtype.
     state
         The names of the state buffers, in the order ``update`` takes them. They start
         at zero.
     variants
         For options that change the state: hyperparameters that must be on (non-zero) ->
-        the Rule that then applies. A variant may take fewer or more of the leading
-        scalars.
+        the Rule that then applies. Each takes as many of the leading scalars as it
+        needs. With the option off, the variant must do what the rule does without it:
+        groups that differ in it share one kernel.
     name
         Used in messages and saved states; by default that of ``update`` or its module.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For functions that do not fit this contract.
 
     Example
     -------
@@ -189,6 +204,7 @@ class Rule:
 
     update: Function
     scalars: Function
+    _: KW_ONLY  # setup.py reads the rules as text, and looks for state=
     state: tuple[str, ...] = ()
     variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
     name: str = ""
@@ -203,10 +219,34 @@ class Rule:
         object.__setattr__(self, "state", tuple(self.state))
         if not self.name:
             given = self.update.__name__
-            module = self.update.__module__.rpartition(".")[2]
-            object.__setattr__(self, "name", module if given == "update" else given)
-        if not self.variants:
-            self._check_update()
+            module = (self.update.__module__ or "__main__").rpartition(".")[2]
+            if given == "update" and module != "__main__":
+                given = module
+                described = sys.modules.get(self.update.__module__)
+                object.__setattr__(self, "__doc__", getattr(described, "__doc__", None))
+            object.__setattr__(self, "name", given)
+        self._check_scalars()
+        self._check_update()
+
+    def _check_scalars(self) -> None:
+        parameters = list(inspect.signature(self.scalars).parameters.values())
+        for parameter in parameters[1:]:
+            name = parameter.name
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise TypeError(
+                    f"scalars of {self.name!r} must name its hyperparameters one by "
+                    f"one, but takes *{name}"
+                )
+            if parameter.default is parameter.empty:
+                raise TypeError(
+                    f"scalars of {self.name!r} must give every hyperparameter a "
+                    f"default; {name} has none"
+                )
+            if name in _RESERVED or name.startswith("_"):
+                raise TypeError(
+                    f"a hyperparameter of {self.name!r} may not be named {name!r}, "
+                    f"which means something else to an optimizer"
+                )
 
     def _check_update(self) -> None:
         code = self.update.__code__
@@ -221,6 +261,12 @@ class Rule:
             for folded in code.co_consts
             for constant in (folded if isinstance(folded, tuple) else (folded,))
         ]
+        # From Python 3.14 on, small integers stand in the instruction.
+        constants += [
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname == "LOAD_SMALL_INT"
+        ]
         literals = [c for c in constants if isinstance(c, (int, float, complex))]
         if literals:
             raise ValueError(
@@ -228,25 +274,40 @@ class Rule:
                 f"some backends would compute in float64; let scalars supply it"
             )
 
-    @property
+    @functools.cached_property
     def hyperparameters(self) -> dict[str, Any]:
         """Names and defaults, from the signature of ``scalars``."""
         parameters = inspect.signature(self.scalars).parameters
         return {name: p.default for name, p in list(parameters.items())[1:]}
+
+    @functools.cached_property
+    def switches(self) -> frozenset[str]:
+        """The hyperparameters that select a variant."""
+        return frozenset(name for names in self.variants for name in names)
+
+    @property
+    def all(self) -> tuple[Rule, ...]:
+        """This rule and its variants: what needs a kernel."""
+        return (self, *self.variants.values())
 
     @property
     def scalar_count(self) -> int:
         """How many scalars ``update`` takes."""
         return self.update.__code__.co_argcount - 2 - len(self.state)
 
-    def check_results(self, constants: tuple[float, ...]) -> None:
-        """That ``scalars`` and ``update`` fit together, by one call on one element."""
+    def check_results(self, constants: tuple[float, ...], surplus: bool) -> None:
+        """That ``scalars`` and ``update`` fit together, by one call on one element.
+
+        ``surplus``: there may be more scalars, for other variants of a rule.
+        """
         name = self.name
         if not isinstance(constants, tuple):
             raise TypeError(
                 f"scalars of {name!r} must return a tuple, got {constants!r}"
             )
-        if len(constants) != self.scalar_count and not self.variants:
+        if len(constants) < self.scalar_count or (
+            len(constants) > self.scalar_count and not surplus
+        ):
             raise TypeError(
                 f"scalars of {name!r} returns {len(constants)} values, but its update "
                 f"takes {self.scalar_count} after (p, g, *state)"
@@ -270,14 +331,17 @@ class Rule:
                     f"from float32 it made {new!r}"
                 )
 
-    def variant(self, hyperparameters: Mapping[str, Any]) -> Rule:
-        """The rule that applies under these values: itself or one of its variants."""
-        switches = {name for names in self.variants for name in names}
-        on = {name for name in switches if hyperparameters[name]}
+    def variant(self, on: Set[str]) -> Rule:
+        """The rule that applies with these switches on: this or one of its variants."""
+        if not on:
+            return self
         for names, rule in self.variants.items():
             if set(names) == on:
                 return rule
-        return self
+        raise ValueError(
+            f"{self.name} has no variant for {' with '.join(sorted(on))}; its variants "
+            f"are for {', '.join(' with '.join(names) for names in self.variants)}"
+        )
 
     def __call__(
         self,

@@ -9,17 +9,35 @@ and where the field (torch) departs from it; its defaults are stated here again.
 
 import numpy as np
 
+ORACLES = {}
+# Bounds for float32, in units of its eps: how test_oracle.py measures, and found them.
+FLOAT32 = {}
 
+
+def oracle(float32):
+    """Enters a function under its name, which is its rule's."""
+
+    def enter(function):
+        ORACLES[function.__name__] = function
+        FLOAT32[function.__name__] = float32
+        return function
+
+    return enter
+
+
+@oracle(float32=40)
 def gd(t, p, g, *, lr=1e-3):
     """Cauchy 1847: a step down the slope."""
     return (p - lr * g,)
 
 
+@oracle(float32=40)
 def dynamic_gd(t, p, g, *, lr=1e-3):
     """Zinkevich 2003 with steps falling as 1/sqrt(t); t - 1 steps are completed."""
     return (p - lr / (1 + np.sqrt(t - 1)) * g,)
 
 
+@oracle(float32=40)
 def sgd(
     t, p, g, b=0, *, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False
 ):
@@ -31,6 +49,7 @@ def sgd(
     return p - lr * (new + momentum * (new - b) if nesterov else new), new
 
 
+@oracle(float32=100)
 def rmsprop(
     t, p, g, n=0, mean=0, delta=0, *, lr=1e-2, alpha=0.99, eps=1e-8,
     weight_decay=0, momentum=0, centered=False,
@@ -46,6 +65,7 @@ def rmsprop(
     return p - lr * delta, n, mean, delta
 
 
+@oracle(float32=40)
 def adam(
     t, p, g, m=0, v=0, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0
 ):
@@ -57,6 +77,7 @@ def adam(
     return p - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
 
 
+@oracle(float32=40)
 def amsgrad(
     t, p, g, m=0, v=0, v_max=0, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
     weight_decay=0,
@@ -71,6 +92,7 @@ def amsgrad(
     return p - lr * m_hat / (np.sqrt(v_hat) + eps), m, v, v_max
 
 
+@oracle(float32=40)
 def adamw(
     t, p, g, m=0, v=0, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2
 ):
@@ -82,6 +104,7 @@ def adamw(
     return p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p), m, v
 
 
+@oracle(float32=40)
 def amsgradw(
     t, p, g, m=0, v=0, v_max=0, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
     weight_decay=1e-2,
@@ -93,12 +116,6 @@ def amsgradw(
     v_max = np.maximum(v_max, v)
     m_hat, v_hat = m / (1 - beta1**t), v_max / (1 - beta2**t)
     return p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p), m, v, v_max
-
-
-ORACLES = {
-    oracle.__name__: oracle
-    for oracle in (gd, dynamic_gd, sgd, rmsprop, adam, amsgrad, adamw, amsgradw)
-}
 
 
 def trajectory(oracle, p, grads, **hyperparameters):

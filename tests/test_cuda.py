@@ -20,7 +20,7 @@ from fastopt.flat import Segment
 from fastopt.rule import copysign, maximum, minimum, sign, sqrt, where
 
 HERE = Path(__file__).parent
-EVERYTHING = [rule for public in RULES for rule in (public, *public.variants.values())]
+EVERYTHING = [rule for public in RULES for rule in public.all]
 WIDTH = {"float32": 4, "float64": 2}
 
 needs_compiler = pytest.mark.skipif(
@@ -100,7 +100,7 @@ def disassemble(tmp_path):
     find = pathfinder.find_nvidia_binary_utility
     tool, disassembler = find("cuobjdump"), find("nvdisasm")
     if tool is None or disassembler is None:
-        pytest.skip("no cuobjdump and nvdisasm: pip install 'fastopt[cuda-test]'")
+        pytest.skip("no cuobjdump and nvdisasm: pip install '.[cuda-test]'")
 
     def disassemble(cubin: bytes) -> list[str]:
         path = tmp_path / "kernel.cubin"
@@ -369,7 +369,7 @@ def test_contraction_is_refused_before_a_launch(launches, contracting):
 
 def test_missing_says_what_to_do(monkeypatch):
     monkeypatch.setattr(numba_cuda, "not_installed", "No module named 'numba_cuda'")
-    assert "pip install 'fastopt[cuda13]'" in numba_cuda.missing()
+    assert "pip install '.[cuda13]'" in numba_cuda.missing()
 
 
 def test_missing_without_numba_cuda():
@@ -381,4 +381,4 @@ def test_missing_without_numba_cuda():
     said = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
-    assert "pip install 'fastopt[cuda13]'" in said.stdout
+    assert "pip install '.[cuda13]'" in said.stdout

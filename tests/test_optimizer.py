@@ -1,6 +1,8 @@
 """The public interface: what can be optimized, changed, saved and resumed."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -169,6 +171,30 @@ def test_gradients_are_only_read():
     grad.flags.writeable = False
     fastopt.adamw(np.ones(100)).step(grad, grad_scale=0.5)
     assert np.all(grad == 1)
+
+
+def test_a_copy_of_a_flat_buffer_holds_together():
+    flat = fastopt.flatten({"w": np.ones((2, 3)), "b": [np.zeros(3)]})
+    for again in (
+        copy.copy(flat),
+        copy.deepcopy(flat),
+        pickle.loads(pickle.dumps(flat)),
+    ):
+        assert again.shapes == flat.shapes and np.array_equal(again.data, flat.data)
+        again.data[:] = 7
+        assert np.all(again["w"] == 7) and np.all(again["b"][0] == 7)
+    assert np.all(flat["w"] == 1)
+    assert "w" in flat and list(flat) == ["w", "b"]
+
+
+def test_numbers_of_other_libraries():
+    """Schedules of optax and others return arrays without dimensions."""
+    params = np.ones(3), np.ones(3), np.ones(3)
+    for param, lr in zip(params, (0.5, np.float32(0.5), np.asarray(0.5)), strict=True):
+        opt = fastopt.gd(param, lr=lambda n, lr=lr: lr)
+        opt.step(np.ones(3), grad_scale=np.float32(2))
+        assert fastopt.gd(param, lr=lr).lr == 0.5
+    assert all(np.all(param == 0) for param in params)
 
 
 class SharesMemory:
@@ -450,9 +476,12 @@ def test_FASTOPT_ISA(isa):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("backend", ["cython", "numba"])
-def test_a_forked_child_steps_serially_with_the_same_bits(backend):
-    done = python(f"""
+@pytest.mark.parametrize(
+    ("backend", "layer"), [("cython", ""), ("numba", "omp"), ("numba", "workqueue")]
+)
+def test_a_forked_child_steps_serially_with_the_same_bits(backend, layer):
+    done = python(
+        f"""
 import os, signal, sys, numpy, fastopt
 def run():
     p = numpy.linspace(-1, 1, 200_003)
@@ -468,7 +497,9 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert numpy.array_equal(run(), parent)
 sys.exit(os.waitstatus_to_exitcode(status))
-""")
+""",
+        **({"NUMBA_THREADING_LAYER": layer} if layer else {}),
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from oracle import ORACLES, trajectory
+from oracle import FLOAT32, ORACLES, trajectory
 
 from fastopt import RULES, adam, adamw, amsgrad, backends, dynamic_gd, rmsprop, sgd
 from fastopt.rule import sqrt
@@ -20,8 +20,6 @@ FLOAT64 = 1e-12
 # a standard deviation of 4; over 20 seeds of 1003 elements the worst was 14 to 16 for
 # every rule but one. RMSprop (42) divides g + weight_decay * p by its own size: where
 # the sum cancels, its rounding errors come out as large as the step.
-FLOAT32 = {"rmsprop": 100}
-FLOAT32_OF_OTHERS = 40
 
 
 def settings(rule):
@@ -89,7 +87,7 @@ def test_agrees_with_the_paper_in_float64(rule, size, backend):
 @every_rule
 @sizes
 def test_agrees_with_the_paper_in_float32(rule, size, backend):
-    bound = FLOAT32.get(rule.name, FLOAT32_OF_OTHERS) * np.finfo(np.float32).eps
+    bound = FLOAT32[rule.name] * np.finfo(np.float32).eps
     p, grads = data(size, dtype=np.float32)
     for values in settings(rule):
         found = error(rule, ORACLES[rule.name], p, grads, backend, **values)

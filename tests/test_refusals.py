@@ -399,8 +399,49 @@ def test_rules():
         fastopt.Rule(lambda p, g, m, lr: (p - lr * g,), scalars, state=("m",))(
             np.ones(3)
         )
-    with pytest.raises(TypeError, match="may not be named 'groups'"):
-        fastopt.Rule(lambda p, g, lr: (p,), lambda t, groups=1.0: (groups,))(np.ones(3))
+    for name in ("groups", "threads", "backend", "_count"):
+        with pytest.raises(TypeError, match=f"may not be named '{name}'"):
+            fastopt.Rule(
+                lambda p, g, lr: (p,), eval(f"lambda t, {name}=1.0: ({name},)")
+            )
+    with pytest.raises(TypeError, match="every hyperparameter a default; lr has none"):
+        fastopt.Rule(lambda p, g, lr: (p,), lambda t, lr: (lr,))
+    with pytest.raises(TypeError, match=r"one by one, but takes \*more"):
+        fastopt.Rule(lambda p, g, lr: (p,), lambda t, **more: (1.0,))
+    with pytest.raises(ValueError, match="contains the number 0.5"):
+        fastopt.Rule(
+            lambda p, g, lr: (p - 0.5 * lr,), scalars, variants={("lr",): fastopt.gd}
+        )
+
+
+def test_switches_without_a_variant():
+    def scalars(t, a=0.0, b=0.0):
+        return (a,)
+
+    with_a = fastopt.Rule(lambda p, g, s, a: (p, s), scalars, state=("s",))
+    with_b = fastopt.Rule(lambda p, g, s, a: (p, s), scalars, state=("s",))
+    rule = fastopt.Rule(
+        lambda p, g, a: (p,), scalars, variants={("a",): with_a, ("b",): with_b}
+    )
+    opt = rule(np.ones(3), a=1.0, backend="numpy")
+    with pytest.raises(ValueError, match="no variant for a with b; .* for a, b"):
+        opt.b = 1.0
+    assert opt.b == 0 and list(opt.state) == ["s"]
+
+
+def test_the_name_of_a_rule():
+    assert fastopt.adamw.name == "adamw" and "Loshchilov" in fastopt.adamw.__doc__
+
+    def update(p, g, lr):
+        return (p - lr * g,)
+
+    update.__module__ = "__main__"
+    assert fastopt.Rule(update, scalars).name == "update"
+
+
+def test_generators_are_not_lists():
+    with pytest.raises(TypeError, match="got generator; pass a list of arrays"):
+        fastopt.gd(np.ones(3) for _ in range(2))
 
 
 def test_refused_flat_buffers():

@@ -1,6 +1,5 @@
-"""AMSGrad: Adam whose step never grows. Reddi, Kale & Kumar 2018, arXiv:1904.09237.
-
-As in torch, the maximum is taken of the uncorrected second moment.
+"""AMSGrad: Adam over the largest second moment so far. Reddi, Kale & Kumar 2018,
+arXiv:1904.09237. As in torch, the maximum is taken of the uncorrected moment.
 """
 
 from fastopt.rule import Rule, maximum, sqrt

@@ -14,6 +14,7 @@ def scalars(
 ):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    # Groups that differ in `centered` share one kernel, so it is two factors there.
     center, keep = (1.0, alpha) if centered else (0.0, 1.0)
     return lr, 1 - alpha, eps, weight_decay, center, keep, momentum
 

@@ -1,7 +1,8 @@
 """SGD with momentum. Polyak 1964; Nesterov's form as in Sutskever et al. 2013, ICML.
 
-torch's conventions: the first step puts the gradient into the buffer undampened, and
-the learning rate stands outside the buffer. Without momentum there is no buffer.
+torch's conventions: the first step of a run puts the gradient into the buffer
+undampened, and the learning rate stands outside it. Without momentum, no buffer; one
+that is switched on later starts dampened, unlike torch's.
 """
 
 from fastopt.rule import Rule
