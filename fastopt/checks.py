@@ -3,6 +3,7 @@ wanted, what came, what to do. Everything here runs before anything is written."
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from fastopt.flat import Array, FlatBuffer
 from fastopt.rule import Rule
 
+MOST_THREADS = 1024
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -46,6 +48,8 @@ def as_array(name: str, value: Any) -> Array:
         )
     if isinstance(value, FlatBuffer):
         return value.data
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its .data, or fill the masked")
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
     if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
@@ -139,7 +143,7 @@ def check_grad(
     begin, end = span(grad)
     if any(begin < taken_end and taken < end for taken, taken_end in spans):
         raise ValueError(
-            f"{name} overlaps the parameters in memory; pass a copy of the gradient"
+            f"{name} overlaps the parameters or their state in memory; pass a copy"
         )
 
 
@@ -205,8 +209,9 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
 def check_threads(threads: Any) -> int:
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
         raise TypeError(f"threads must be an integer or None, got {threads!r}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    # No machine has more, and OpenMP ends a process whose threads it cannot start.
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {threads}")
     return int(threads)
 
 
@@ -230,7 +235,11 @@ def check_saved(
             f"the state is of rule {saved['rule']!r}, this optimizer's is {rule.name!r}"
         )
     steps = saved["steps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+    try:
+        valid = 0 <= operator.index(steps) < 2**62
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(f'state["steps"] must be an integer >= 0, got {steps!r}')
     if len(saved["groups"]) != len(groups):
         raise ValueError(

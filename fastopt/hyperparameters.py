@@ -15,22 +15,31 @@ class Group(MutableMapping[str, Any]):
     """
 
     def __init__(
-        self, rule: Rule, prefix: str, assign: Callable[[Group, str, Any], None]
+        self,
+        rule: Rule,
+        prefix: str,
+        number: int,
+        assign: Callable[[int, Mapping[str, Any]], None],
     ):
+        self.number = number
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
         self._assign = assign  # the optimizer's: an assignment may need new state
-        self._values: dict[str, Any] = dict(rule.hyperparameters)
         self._scheduled: tuple[str, ...] = ()
+        self._values: Mapping[str, Any] = dict(rule.hyperparameters)
 
-    def at(self, steps: int) -> dict[str, Hyperparameter]:
-        """The values that hold when ``steps`` steps are completed."""
-        if not self._scheduled:
-            return self._values
-        return self._checked(self._values, steps, self._scheduled)
+    def at(self, steps: int, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What holds when ``steps`` steps are completed, of our values or of these."""
+        if values is None:
+            if not self._scheduled:
+                return self._values  # type: ignore[return-value]
+            values, scheduled = self._values, self._scheduled
+        else:
+            scheduled = tuple(key for key in values if callable(values[key]))
+        return self._checked(values, steps, scheduled)
 
-    def change(self, changes: Mapping[str, Any], steps: int) -> None:
-        """Make all of the changes or, with an error, none."""
+    def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Our values with these changes, if they are good after ``steps`` steps."""
         for key in changes:
             if key not in self._values:
                 raise TypeError(
@@ -41,8 +50,16 @@ class Group(MutableMapping[str, Any]):
         now = self._checked(values, steps, values)
         # A rule's own conditions, such as nesterov's, stand in its scalars.
         self._rule.scalars(steps + 1, **now)
-        self._values = {k: v if callable(v) else now[k] for k, v in values.items()}
-        self._scheduled = tuple(k for k, v in values.items() if callable(v))
+        return {k: v if callable(v) else now[k] for k, v in values.items()}
+
+    def commit(self, values: Mapping[str, Any]) -> None:
+        """Take over what :meth:`checked` returned."""
+        self._scheduled = tuple(key for key in values if callable(values[key]))
+        self._values = values
+
+    def update(self, *args: Any, **changes: Any) -> None:
+        """Change several at once: all or, with an error, none."""
+        self._assign(self.number, dict(*args, **changes))
 
     def _checked(
         self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
@@ -64,7 +81,7 @@ class Group(MutableMapping[str, Any]):
         return self._values[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._assign(self, key, value)
+        self._assign(self.number, {key: value})
 
     def __delitem__(self, key: str) -> None:
         raise TypeError(f"{self._name(key)} can be changed but not removed")

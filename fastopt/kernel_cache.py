@@ -129,7 +129,7 @@ def directory() -> Path | None:
         return None
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = Path(chosen or Path(home, "fastopt"))
+        path = Path(chosen or Path(home, "fastopt")).expanduser()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home

@@ -255,8 +255,11 @@ def source() -> str:
 
 
 @functools.cache
-def kernel_for(update: Function, dtype: np.dtype[Any], streams: int) -> Any:
-    """A rule's kernel, as a C function."""
+def kernel_for(
+    update: Function, dtype: np.dtype[Any], streams: int, reached: str
+) -> Any:
+    """A rule's kernel, as a C function. ``reached``: a text that differs when something
+    differs that the rule reaches by name."""
 
     def identity() -> tuple[Any, ...]:
         return source(), kernel_cache.fingerprint(update), str(dtype), streams
@@ -289,6 +292,13 @@ def parallel_region() -> Any:
     return native(kernel_cache.obtain(source, make))
 
 
+def reached(update: Function) -> str:
+    try:
+        return kernel_cache.fingerprint(update)
+    except kernel_cache.Unhashable:  # then only the function itself tells
+        return ""
+
+
 # Numba's threading layer "workqueue" ends the process when two threads enter it.
 one_region = threading.Lock()
 
@@ -299,7 +309,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
     streams = 2 + len(rule.state)
     width = 1 + rule.scalar_count
     try:
-        kernel = kernel_for(rule.update, dtype, streams)
+        kernel = kernel_for(rule.update, dtype, streams, reached(rule.update))
     except NumbaError as error:
         raise TypeError(
             f"Numba cannot compile update of {rule.name!r} for {dtype}: {error}"
@@ -323,7 +333,8 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         scalars: list[tuple[float, ...]],
         threads: int,
     ) -> bool:
-        constants = np.array(scalars, dtype)
+        with np.errstate(over="ignore"):
+            constants = np.array(scalars, dtype)
         if constants.shape[1] != width:
             raise TypeError(
                 f"update of {rule.name!r} takes {width - 1} scalars, but scalars "

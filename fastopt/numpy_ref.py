@@ -14,12 +14,14 @@ import numpy as np
 
 from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
-from fastopt.rule import Rule
+from fastopt.rule import PRIMITIVES, Rule, concrete
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
 
 Step = Callable[[list[Array | None], list[tuple[float, ...]], int], bool]
 
+
+NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
 
 # Whether a step itself checks its gradients; if not, the optimizer does so before.
 CHECKS_GRADS = False
@@ -38,25 +40,29 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
     one element, is raised by one at the end. True says that the step was done.
     """
 
+    dtype = segments[0].param.dtype
+    # Numbers that the rule reaches by name take the dtype here as on other backends.
+    update = concrete(rule.update, dtype, NUMPY, lambda function: function)
+
     def step(
         grads: list[Array | None],
         scalars: list[tuple[float, ...]],
         threads: int,
     ) -> bool:
+        results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
             for segment, grad in zip(segments, grads, strict=True):
                 if grad is None:
                     continue
-                dtype = segment.param.dtype.type
-                grad_scale, *constants = map(dtype, scalars[segment.group])
+                grad_scale, *constants = map(dtype.type, scalars[segment.group])
                 buffers = (segment.param, *segment.state)
-                # Copies, since a rule may return one buffer as another.
-                values = (b.copy() for b in segment.state)
-                p = segment.param.copy()
-                g = grad * grad_scale
-                new = rule.update(p, g, *values, *constants)
-                for buffer, value in zip(buffers, new, strict=True):
-                    buffer[...] = value
+                new = update(buffers[0], grad * grad_scale, *buffers[1:], *constants)
+                results += zip(buffers, new, strict=True)
+        # Only now, so that an error in a rule leaves all as it was. (An interrupt in
+        # between does not; the compiled backends do a step in one call.)
+        values = [value.copy() for _, value in results]
+        for (buffer, _), value in zip(results, values, strict=True):
+            buffer[...] = value
         count[0] += 1
         return True
 

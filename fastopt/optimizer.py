@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence, Set
-from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt import backends, checks
 from fastopt.flat import Array, FlatBuffer, Segment, leaves
 from fastopt.hyperparameters import Group
+from fastopt.numpy_ref import Step
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.threads import after_fork, available
 
 STATE_FORMAT = 1
+
+
+class Bound(NamedTuple):
+    """A variant of the rule, bound to the parameters: what applies at present."""
+
+    on: frozenset[str]  # the switches that selected the variant
+    state: dict[str, list[Array]]
+    completed: Array  # steps: one int64, raised by the kernel
+    scalar_count: int
+    step: Step
+    spans: list[tuple[int, int]]  # of all that a step writes, as addresses
 
 
 class Optimizer:
@@ -49,10 +61,8 @@ class Optimizer:
         As given or found; can be changed.
     groups
         For each group of parameters its hyperparameters, to read and change by name.
-    state
-        The state buffers by name: for each an array a parameter, in its shape.
-    steps
-        The number of completed steps.
+    state, steps
+        See below.
 
     Raises
     ------
@@ -76,7 +86,6 @@ class Optimizer:
     backend: str
     threads: int
     groups: tuple[Group, ...]
-    state: dict[str, list[Array]]
 
     def __init__(
         self,
@@ -101,23 +110,23 @@ class Optimizer:
         self._module = backends.load(backend)
         arrays = list(map(self._module.as_array, names, originals))
         checks.check_params(names, arrays, originals)
-        self.rule, self.backend, self.state = rule, backend, {}
+        self.rule, self.backend = rule, backend
         self.threads = available() if threads is None else threads
         self._names: Sequence[str] = names
-        self._arrays, self._spans = arrays, list(map(checks.span, arrays))
+        self._arrays: Sequence[Array] = arrays
         self._group_of: Sequence[int] = group_of
         self._layout = checks.layout(trees if own else trees[0])
-        self._switched_on: Set[str] = frozenset()
-        self._count = np.zeros(1, np.int64)
-        self._stepping = Lock()
+        self._busy = [False]
         groups = tuple(
-            Group(rule, f"groups[{number}]" if own else "", self._assign)
+            Group(rule, f"groups[{number}]" if own else "", number, self._assign)
             for number in range(len(trees))
         )
-        for group, values in zip(groups, own or [{}], strict=True):
-            group.change({**hyperparameters, **values}, 0)
+        values = [
+            group.checked({**hyperparameters, **given}, 0)
+            for group, given in zip(groups, own or [{}], strict=True)
+        ]
         self.groups = groups  # from now on, assignment is to hyperparameters
-        self._bind()
+        self._commit(values, self._bind(values, set(), {}, 0))
 
     # Hyperparameters ------------------------------------------------------------------
 
@@ -139,80 +148,114 @@ class Optimizer:
         elif groups is None or name.startswith("_"):
             super().__setattr__(name, value)
         elif name in groups[0]:
-            self._change([(group, {name: value}) for group in groups], self.steps)
+            self._change([{name: value} for _ in groups])
         else:
             raise AttributeError(
                 f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
                 f"{', '.join(groups[0])}"
             )
 
-    def _assign(self, group: Group, key: str, value: Any) -> None:
-        self._change([(group, {key: value})], self.steps)
+    def _assign(self, number: int, changes: Mapping[str, Any]) -> None:
+        self._change([changes if g.number == number else {} for g in self.groups])
 
-    def _change(
-        self, changes: list[tuple[Group, Mapping[str, Any]]], steps: int
-    ) -> None:
-        """Change hyperparameters, in all of the groups or, with an error, in none."""
-        before = [(group, dict(group)) for group, _ in changes]
-        try:
-            for group, values in changes:
-                group.change(values, steps)
-            self._bind()
-        except BaseException:
-            for group, values in before:
-                group.change(values, steps)
-            raise
+    def _change(self, changes: list[Mapping[str, Any]]) -> None:
+        """Change hyperparameters, a mapping for each group; with an error, none.
+
+        What was once switched on stays so: with a switch off, a variant does what the
+        one without that state does (with finite numbers), and the state survives.
+        """
+        self._refuse_during_a_step()
+        values = [
+            group.checked(given, self.steps)
+            for group, given in zip(self.groups, changes, strict=True)
+        ]
+        on, state = self._bound.on, self._bound.state
+        bound = self._bound
+        if not {n for n in self.rule.switches if any(v[n] for v in values)} <= on:
+            bound = self._bind(values, on, state, self.steps)
+        self._commit(values, bound)
+
+    def _refuse_during_a_step(self) -> None:
+        if self._busy[0]:
+            raise RuntimeError(
+                "this optimizer is in a step, in another thread or in one of its "
+                "schedules; wait for its end"
+            )
+
+    # State and kernels ----------------------------------------------------------------
 
     @property
     def steps(self) -> int:
         """The number of completed steps."""
-        return int(self._count[0])
+        return int(self._bound.completed[0])
 
-    # State and kernels ----------------------------------------------------------------
+    @property
+    def state(self) -> dict[str, list[Array]]:
+        """The state buffers by name: for each an array a parameter, in its shape."""
+        return dict(self._bound.state)
 
-    def _bind(self) -> None:
-        """Give the variant of the rule that now applies its state and its kernel.
-
-        What was once switched on stays so: with a switch off, a variant does what the
-        one without that state does, and the state survives.
-        """
-        on = {n for n in self.rule.switches if any(group[n] for group in self.groups)}
-        on |= self._switched_on
-        if on == self._switched_on and "_plan" in vars(self):
-            return
-        rule = self.rule.variant(on)
-        constants = self.rule.scalars(self.steps + 1, **self.groups[0].at(self.steps))
-        rule.check_results(constants, surplus=bool(self.rule.variants))
-        new = [name for name in rule.state if name not in self.state]
-        sizes = [array.size for array in self._arrays]
-        arena = self._module.state_arena(sizes, len(new), self._arrays[0].dtype)
-        state = dict(self.state)
-        for stream, name in enumerate(new):
-            state[name] = [
-                streams[stream].reshape(array.shape)
-                for streams, array in zip(arena, self._arrays, strict=True)
-            ]
+    def _bind(
+        self,
+        values: Sequence[Mapping[str, Any]],
+        on: Set[str],
+        state: Mapping[str, list[Array]],
+        steps: int,
+    ) -> Bound:
+        """The variant for these values of the groups, and for more switches that are
+        ``on``, with its kernel and its state: what there is of it, or zeros."""
+        rule, dtype = self.rule, self._arrays[0].dtype
+        on = on | {n for n in rule.switches if any(v[n] for v in values)}
+        variant = rule.variant(on)
+        for group, given in zip(self.groups, values, strict=True):
+            constants = rule.scalars(steps + 1, **group.at(steps, given))
+            variant.check_results(constants, dtype, surplus=bool(rule.variants))
+        state = {**self._zeros([n for n in variant.state if n not in state]), **state}
+        state = {name: state[name] for name in variant.state}
         segments = [
-            Segment(array, tuple(state[name][i] for name in rule.state), group)
-            for i, (array, group) in enumerate(
-                zip(self._arrays, self._group_of, strict=True)
+            Segment(array, tuple(buffers), group)
+            for array, group, *buffers in zip(
+                self._arrays, self._group_of, *state.values(), strict=True
             )
         ]
-        native = self._module.bind(rule, segments, self._count)
+        completed = np.array([steps], np.int64)
+        written = [*self._arrays, *(a for arrays in state.values() for a in arrays)]
+        return Bound(
+            on=frozenset(on),
+            state=state,
+            completed=completed,
+            scalar_count=variant.scalar_count,
+            step=self._module.bind(variant, segments, completed),
+            spans=[checks.span(array) for array in written],
+        )
+
+    def _zeros(self, names: Sequence[str]) -> dict[str, list[Array]]:
+        """New state buffers in the shapes of the parameters."""
+        sizes = [array.size for array in self._arrays]
+        arena = self._module.state_arena(sizes, len(names), self._arrays[0].dtype)
+        return {
+            name: [
+                streams[k].reshape(array.shape)
+                for streams, array in zip(arena, self._arrays, strict=True)
+            ]
+            for k, name in enumerate(names)
+        }
+
+    def _commit(self, values: Sequence[Mapping[str, Any]], bound: Bound) -> None:
+        for group, given in zip(self.groups, values, strict=True):
+            group.commit(given)
+        self._bound = bound
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
         self._plan = (
             self._layout,
             self.groups,
             self.rule.scalars,
-            rule.scalar_count,
-            self._count,
-            self._stepping,
-            native,
+            bound.scalar_count,
+            bound.completed,
+            self._busy,
+            bound.step,
             self._module.CHECKS_GRADS,
         )
-        self._switched_on = on
-        self.state.update(state)
 
     def step(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Update the parameters in place.
@@ -238,7 +281,7 @@ class Optimizer:
         Steps are counted for the optimizer, not for each parameter as in torch, so a
         parameter that was left alone has the bias correction of the others.
         """
-        layout, groups, scalars, used, count, lock, native, native_checks = self._plan
+        layout, groups, scalars, used, count, busy, native, native_checks = self._plan
         if type(grad_scale) is not float or grad_scale != 1.0:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
         found: list[Any] = []
@@ -246,11 +289,11 @@ class Optimizer:
             found.append(grads)
         else:
             checks.collect(layout, grads, "", found)
-        if not lock.acquire(False):
-            raise RuntimeError(
-                "this optimizer is in a step already, in another thread or in one of "
-                "its schedules; steps of one optimizer must follow each other"
-            )
+        # Not a Lock: an interrupt may come between its acquire and the try, and then it
+        # is never released. Between these lines there is no call, so there comes none.
+        if busy[0]:
+            self._refuse_during_a_step()
+        busy[0] = True
         try:
             done = count.item()
             rows = []
@@ -263,7 +306,7 @@ class Optimizer:
                 if not native(fit, rows, workers):
                     raise RuntimeError("the kernel refused gradients found to fit")
         finally:
-            lock.release()
+            busy[0] = False
 
     def _fit(self, i: int, grad: Any) -> Array | None:
         """The gradient of the i-th parameter as an array that the kernels can take."""
@@ -277,7 +320,7 @@ class Optimizer:
                 f"parameters' zeros_like()"
             )
         array: Array = self._module.as_array(name, grad)
-        checks.check_grad(name, array, of, self._arrays[i], self._spans)
+        checks.check_grad(name, array, of, self._arrays[i], self._bound.spans)
         return array
 
     # Saving and resuming --------------------------------------------------------------
@@ -288,11 +331,12 @@ class Optimizer:
         Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
         a schedule is left out: give it to the optimizer that is to go on.
         """
+        self._refuse_during_a_step()
         return {
             "format": STATE_FORMAT,
             "rule": self.rule.name,
             "steps": self.steps,
-            "switched_on": sorted(self._switched_on),
+            "switched_on": sorted(self._bound.on),
             "groups": [
                 {key: value for key, value in group.items() if not callable(value)}
                 for group in self.groups
@@ -309,22 +353,21 @@ class Optimizer:
         All of it is checked before anything changes. Saved hyperparameters replace
         those set here; one that was a schedule there must be a schedule here, too.
         """
+        self._refuse_during_a_step()
         checks.check_saved(saved, STATE_FORMAT, self.rule, self.groups)
         checks.check_saved_state(saved, self.rule, self._names, self._arrays)
-        steps: int = saved["steps"]
-        were_on = self._switched_on
-        self._switched_on = were_on | set(saved["switched_on"])
-        del self._plan
-        try:
-            self._change(list(zip(self.groups, saved["groups"], strict=True)), steps)
-        except BaseException:
-            self._switched_on = were_on
-            self._bind()
-            raise
-        for name, arrays in self.state.items():
-            for i, array in enumerate(arrays):
-                array[...] = saved["state"][name][i] if name in saved["state"] else 0
-        self._count[0] = steps
+        steps = operator.index(saved["steps"])
+        values = [
+            group.checked(given, steps)
+            for group, given in zip(self.groups, saved["groups"], strict=True)
+        ]
+        state = self._zeros(list(saved["state"]))
+        for name, arrays in state.items():
+            for new, old in zip(arrays, saved["state"][name], strict=True):
+                new[...] = old
+        # Exactly what was saved: a buffer of a switch that was off there is dropped.
+        on = frozenset(saved["switched_on"])
+        self._commit(values, self._bind(values, on, state, steps))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -53,7 +53,7 @@ class Function(Protocol):
 
 def sqrt(x: Any) -> Any:
     """The square root, correctly rounded."""
-    return math.sqrt(x) if isinstance(x, float) else np.sqrt(x)
+    return math.sqrt(x) if type(x) is float else np.sqrt(x)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
@@ -120,6 +120,33 @@ def concrete(
     return copy
 
 
+def _reached(function: Function, found: list[Function]) -> list[Function]:
+    """A function and the helper functions that it calls, directly or not."""
+    if function not in found:
+        found.append(function)
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        names = function.__code__.co_names
+        for value in (*map(function.__globals__.get, names), *cells):
+            ours = any(value is primitive for primitive in PRIMITIVES)
+            if isinstance(value, types.FunctionType) and not ours:
+                _reached(value, found)
+    return found
+
+
+def _constants(code: types.CodeType) -> list[Any]:
+    """The numbers, and functions, written in a function's code."""
+    found: list[Any] = []
+    for folded in code.co_consts:
+        found += folded if isinstance(folded, tuple) else [folded]
+    # From Python 3.14 on, small integers stand in the instruction.
+    found += [
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname == "LOAD_SMALL_INT"
+    ]
+    return found
+
+
 _AT_LEAST_ZERO = {"lr", "eps", "weight_decay", "momentum"}
 # What an optimizer's own attributes and arguments are called.
 _RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
@@ -144,7 +171,7 @@ def check_hyperparameter(
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {given!r}")
-    number = float(value)
+    number = float(value) if abs(value) <= sys.float_info.max else math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if key in _AT_LEAST_ZERO and number < 0:
@@ -256,23 +283,19 @@ class Rule:
                 f"update of {self.name!r} must take (p, g, *state, *scalars), which is "
                 f"at least {taken} arguments here; it takes {code.co_argcount}"
             )
-        constants = [
-            constant
-            for folded in code.co_consts
-            for constant in (folded if isinstance(folded, tuple) else (folded,))
-        ]
-        # From Python 3.14 on, small integers stand in the instruction.
-        constants += [
-            instruction.argval
-            for instruction in dis.get_instructions(code)
-            if instruction.opname == "LOAD_SMALL_INT"
-        ]
-        literals = [c for c in constants if isinstance(c, (int, float, complex))]
-        if literals:
-            raise ValueError(
-                f"update of {self.name!r} contains the number {literals[0]!r}, which "
-                f"some backends would compute in float64; let scalars supply it"
-            )
+        for function in _reached(self.update, []):
+            for constant in _constants(function.__code__):
+                if isinstance(constant, types.CodeType):
+                    raise ValueError(
+                        f"{function.__name__} of {self.name!r} defines a function "
+                        f"inside; define it outside"
+                    )
+                if isinstance(constant, (int, float, complex)):
+                    raise ValueError(
+                        f"{function.__name__} of {self.name!r} contains the number "
+                        f"{constant!r}, which some backends would compute in float64; "
+                        f"let scalars supply it"
+                    )
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Any]:
@@ -295,8 +318,10 @@ class Rule:
         """How many scalars ``update`` takes."""
         return self.update.__code__.co_argcount - 2 - len(self.state)
 
-    def check_results(self, constants: tuple[float, ...], surplus: bool) -> None:
-        """That ``scalars`` and ``update`` fit together, by one call on one element.
+    def check_results(
+        self, constants: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
+    ) -> None:
+        """That ``scalars`` and ``update`` fit together, by one call on two elements.
 
         ``surplus``: there may be more scalars, for other variants of a rule.
         """
@@ -313,8 +338,17 @@ class Rule:
                 f"takes {self.scalar_count} after (p, g, *state)"
             )
         with np.errstate(all="ignore"):
-            one = np.ones(1, np.float32)
-            buffers = [one.copy() for _ in range(2 + len(self.state))]
+            for constant in constants:
+                if not isinstance(constant, (int, float)):
+                    raise TypeError(
+                        f"scalars of {name!r} must return numbers, got {constant!r}"
+                    )
+                if math.isfinite(constant) and not np.isfinite(dtype.type(constant)):
+                    raise ValueError(
+                        f"scalars of {name!r} returned {constant!r}, too large for "
+                        f"{dtype}"
+                    )
+            buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
             used = map(np.float32, constants[: self.scalar_count])
             result = self.update(*buffers, *used)
         wanted = ", ".join(["p", *self.state])

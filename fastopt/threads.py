@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_forked = False
+
+def _forked_before_the_import() -> bool:
+    """On Linux: whether this process is a fork that has not started a program since
+    (the flag PF_FORKNOEXEC), such as a worker of multiprocessing."""
+    try:
+        stat = Path("/proc/self/stat").read_text()
+    except OSError:
+        return False
+    return bool(int(stat.rpartition(")")[2].split()[6]) & 0x40)
+
+
+_forked = _forked_before_the_import()
 
 
 def _in_child() -> None:
@@ -18,7 +29,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def after_fork() -> bool:
-    """Whether this process was forked since the import.
+    """Whether this process is a fork of another Python.
 
     An OpenMP runtime whose threads stayed behind in the parent hangs (libgomp,
     pytorch#58962) or aborts (Numba's), so steps in such a child are serial; the bits
@@ -52,6 +63,6 @@ def available() -> int:
     limits = [float(cpus), cgroup_quota()]
     # A list, as in OMP_NUM_THREADS=4,2, is for nested levels; the first counts.
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
+    if asked.isascii() and asked.isdigit() and int(asked) > 0:
         limits.append(int(asked))
     return max(1, int(min(limits)))

@@ -201,7 +201,7 @@ def compiled_ir(rule, dtype):
     )
     try:
         numba_cpu.kernel_for.__wrapped__(
-            rule.update, np.dtype(dtype), 2 + len(rule.state)
+            rule.update, np.dtype(dtype), 2 + len(rule.state), ""
         )
     finally:
         patch.undo()

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -258,7 +259,6 @@ def trained(rule, values, dtype, steps, resume_at=None, backends=("cython", "cyt
             params = {"a": before["a"], "b": [before["b"]]}
             opt = rule(params, backend=backends[1])
             opt.load_state_dict(saved)
-            assert opt.steps == n
         opt.step({"a": nonzero(rng, 33, dtype), "b": [nonzero(rng, 5, dtype)[:, None]]})
         before = {"a": params["a"].copy(), "b": params["b"][0].copy()}
     return [
@@ -290,7 +290,7 @@ def test_a_resume_that_forgets_is_caught(monkeypatch, lost):
     def forgetful(self, saved):
         load(self, saved)
         if lost == "steps":
-            self._count[0] = 0
+            self._bound.completed[0] = 0
         else:
             self.state["m"][0][:] = 0
 
@@ -398,8 +398,31 @@ def test_a_state_with_more_buffers_is_loaded():
     a.step(np.ones(3))
     b.step(np.ones(3))
     assert b.momentum == 0.9 and same_bits(first, second)
-    a.load_state_dict(fastopt.sgd(np.ones(3)).state_dict())
-    assert a.momentum == 0 and np.all(a.state["momentum_buffer"][0] == 0)
+    plain = fastopt.sgd(np.ones(3)).state_dict()
+    a.load_state_dict(plain)
+    assert a.momentum == 0 and a.state == {}
+
+
+@pytest.mark.parametrize("rule", [fastopt.sgd, fastopt.rmsprop])
+def test_resume_is_exact_where_more_was_switched_on(rule):
+    """Buffers that the saved run did not have must not gather a history."""
+    on = (
+        {"momentum": 0.9}
+        if rule is fastopt.sgd
+        else {"momentum": 0.9, "centered": True}
+    )
+    first, grad = np.ones(3), np.array([1.0, -2.0, 3.0])
+    a = rule(first, lr=0.1)
+    a.step(grad)
+    second = first.copy()
+    b = rule(second, lr=0.1, **on)
+    b.load_state_dict(a.state_dict())
+    for opt in (a, b):
+        opt.step(grad)
+        opt.groups[0].update(on)
+        opt.step(grad)
+        opt.step(-grad)
+    assert same_bits(first, second)
 
 
 # A user's own rule ------------------------------------------------------------------
@@ -437,6 +460,41 @@ def test_a_users_rule_of_the_same_name_does_not_get_our_kernel():
     param = np.ones(3)
     mine(param).step(np.ones(3))
     assert np.all(param == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_users_constants_take_the_dtype_on_every_backend(dtype):
+    """Not only what scalars returns: numbers that a rule or helper finds by name."""
+    results = []
+    for backend in ("numpy", "numba"):
+        param = nonzero(np.random.default_rng(1), 1001, dtype)
+        mine = fastopt.Rule(with_globals, lambda t, lr=0.3: (lr,), name="mine")
+        mine(param, backend=backend).step(
+            nonzero(np.random.default_rng(2), 1001, dtype)
+        )
+        results.append(param)
+    assert same_bits(*results)
+
+
+THIRD, TENTH = 1 / 3, 0.1
+
+
+def helper(x):
+    return x * TENTH
+
+
+def with_globals(p, g, lr):
+    return (p - THIRD * TENTH * lr * helper(g),)
+
+
+def test_a_changed_global_is_seen(monkeypatch):
+    for factor in (2.0, 3.0):
+        monkeypatch.setitem(with_globals.__globals__, "THIRD", factor)
+        monkeypatch.setitem(with_globals.__globals__, "TENTH", 1.0)
+        param = np.zeros(3)
+        mine = fastopt.Rule(with_globals, lambda t, lr=1.0: (lr,), name="mine")
+        mine(param, backend="numba").step(np.ones(3))
+        assert np.all(param == -factor)
 
 
 # Costs and processes ----------------------------------------------------------------
@@ -501,6 +559,57 @@ sys.exit(os.waitstatus_to_exitcode(status))
         **({"NUMBA_THREADING_LAYER": layer} if layer else {}),
     )
     assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told by a flag of Linux's")
+def test_an_import_after_a_fork_is_noticed():
+    """As in a worker of multiprocessing whose parent's torch has started threads."""
+    done = python("""
+import os, sys
+child = os.fork()
+from fastopt import threads
+if child == 0:
+    os._exit(0 if threads.after_fork() else 1)
+assert not threads.after_fork()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers")
+@pytest.mark.parametrize("backend", ["cython", "numba"])
+def test_interrupts_leave_whole_steps(backend):
+    """200 times Ctrl-C at any moment: a step is done or not, and the next one goes."""
+    done = python(f"""
+import signal, numpy as np, fastopt
+def new(p):
+    return fastopt.adamw([p[:5000], p[5000:]], lr=0.1, backend={backend!r})
+def step(opt, p, g):
+    opt.step([g[:5000], g[5000:]])
+g = np.linspace(-1, 1, 10_000)
+p, q = np.ones(10_000), np.ones(10_000)
+opt, reference = new(p), new(q)
+step(opt, p, g); step(reference, q, g)
+count = 0
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+while count < 200:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (count % 50))
+        for _ in range(100):
+            step(opt, p, g)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        count += 1
+    while reference.steps < opt.steps:
+        step(reference, q, g)
+    assert np.array_equal(p, q), count
+    for name in opt.state:
+        assert all(map(np.array_equal, opt.state[name], reference.state[name])), count
+step(opt, p, g)
+""")
+    assert done.returncode == 0, done.stderr
 
 
 def test_omp_num_threads_and_affinity_limit_the_threads():

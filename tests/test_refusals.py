@@ -171,6 +171,39 @@ def test_gradients_that_overlap_parameters(backend):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_gradients_that_overlap_the_state(backend):
+    opt = fastopt.adamw([np.ones(4), np.ones(3)], backend=backend)
+    for grad in (opt.state["m"][0], opt.state["v"][0]):
+        with pytest.raises(ValueError, match=r"grads\[0\] overlaps the parameters or"):
+            opt.step([grad, None])
+    assert opt.steps == 0
+
+
+def test_number_too_large_for_the_dtype():
+    with pytest.raises(ValueError, match="returned 1e\\+39, too large for float32"):
+        fastopt.gd(np.ones(3, np.float32), lr=1e39)
+    with pytest.raises(ValueError, match="lr must be finite"):
+        fastopt.gd(np.ones(3), lr=10**400)
+    with pytest.raises(TypeError, match="must return numbers, got None"):
+        fastopt.Rule(lambda p, g, a: (p,), lambda t: (None,))(np.ones(3))
+
+
+def test_a_rule_that_fails_leaves_all_as_it_was():
+    def scalars(t, lr=1.0):
+        return (lr,)
+
+    rule = fastopt.Rule(fails_for_three, scalars)
+    params = [np.ones(2), np.ones(3)]
+    with pytest.raises(ValueError, match="ambiguous"):
+        rule(params, backend="numpy")
+    assert all(np.all(p == 1) for p in params)
+
+
+def fails_for_three(p, g, lr):
+    return (p - lr if g > lr else p + lr,)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_number_of_gradients(backend):
     opt = fastopt.gd([np.ones(2), np.ones(3)], backend=backend)
     for wrong in ([np.ones(2)], [np.ones(2), np.ones(3), None]):
@@ -279,7 +312,9 @@ def test_a_step_within_a_step():
 
     def schedule(n):
         if n == 1 and not refused:
-            with pytest.raises(RuntimeError, match="in a step already") as caught:
+            with pytest.raises(
+                RuntimeError, match="is in a step, in another"
+            ) as caught:
                 opt.step(np.ones(3))
             refused.append(caught)
         return 0.25
@@ -310,6 +345,8 @@ def test_threads():
         (1.5, TypeError),
         (True, TypeError),
         ("2", TypeError),
+        (10**6, ValueError),
+        (10**10, ValueError),
     ):
         with pytest.raises(error, match="^threads must be"):
             fastopt.gd(np.ones(3), threads=bad)
@@ -412,6 +449,14 @@ def test_rules():
         fastopt.Rule(
             lambda p, g, lr: (p - 0.5 * lr,), scalars, variants={("lr",): fastopt.gd}
         )
+    with pytest.raises(ValueError, match="halved of .* contains the number 0.5"):
+        fastopt.Rule(lambda p, g, lr: (p - lr * halved(g),), scalars)
+    with pytest.raises(ValueError, match="defines a function inside"):
+        fastopt.Rule(lambda p, g, lr: (p - (lambda x: x)(lr),), scalars)
+
+
+def halved(x):
+    return 0.5 * x
 
 
 def test_switches_without_a_variant():
