@@ -3,6 +3,7 @@ of its own, in numba's simulator or on a GPU if there is one."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -193,6 +194,7 @@ def test_an_error_leaves_the_parameters_alone(monkeypatch):
 def test_swapped_scalars_are_noticed():
     rule, values = next(case for case in CASES if case[0].name == "adamw")
 
+    @functools.wraps(rule.scalars)
     def swapped(t, lr, beta1, beta2, eps, weight_decay):
         return rule.scalars(t, lr, beta2, beta1, eps, weight_decay)
 

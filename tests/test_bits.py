@@ -87,6 +87,7 @@ def test_a_mutant_is_caught(monkeypatch):
     rule, values = next(case for case in CASES if case[0].name == "adamw")
     expected = run(rule, values, 65, np.float32, "aligned", "cython")
 
+    @functools.wraps(rule.scalars)
     def swapped(t, lr, beta1, beta2, eps, weight_decay):
         return rule.scalars(t, lr, beta2, beta1, eps, weight_decay)
 
