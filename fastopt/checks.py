@@ -53,6 +53,9 @@ def as_array(name: str, value: Any) -> Array:
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
     if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        if getattr(value, "is_neg", bool)():
+            # torch negates such a view when it is read; its memory has the other sign.
+            raise TypeError(f"{name} is a lazily negated view; pass its resolve_neg()")
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:

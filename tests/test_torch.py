@@ -206,3 +206,12 @@ def test_a_torch_model_learns():
 def test_a_tensor_that_requires_a_gradient_is_refused():
     with pytest.raises(TypeError, match="does not share its memory"):
         fastopt.adam(torch.zeros(3, requires_grad=True))
+
+
+def test_lazily_negated_views_are_refused():
+    """Their memory holds the other sign, and DLPack does not say so."""
+    param = torch.ones(3, dtype=torch.float64)
+    opt = fastopt.sgd([param], lr=0.5)
+    with pytest.raises(TypeError, match=r"grads\[0\] is a lazily negated view"):
+        opt.step([torch._neg_view(torch.ones(3, dtype=torch.float64))])
+    assert torch.equal(param, torch.ones(3, dtype=torch.float64))
