@@ -1,6 +1,6 @@
 """The cost of a step: every rule x backend x size, beside naive NumPy and the floor.
 
-    pytest bench                         all of it, about ten minutes on two cores
+    pytest bench                         all of it, in under a minute on two cores
     pytest bench -k "adamw and 1e5"      a part
 
 A group is one rule at one size, so that its table compares backends with naive NumPy
