@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 
 from fastopt import RULES, Rule
+from fastopt.rule import sign
 
 DTYPES = (np.float32, np.float64)
 
@@ -27,7 +28,7 @@ def settings(rule: Rule) -> list[dict]:
     """Hyperparameters off their defaults, under every choice of the rule's switches."""
     defaults = rule.hyperparameters
     flags = [n for n, default in defaults.items() if isinstance(default, bool)]
-    switches = {n for names in rule.variants for n in names} - set(flags)
+    switches = rule.switches - set(flags)
     found = []
     for choice in itertools.product((False, True), repeat=len(flags) + len(switches)):
         on = dict(zip([*flags, *sorted(switches)], choice, strict=True))
@@ -50,11 +51,22 @@ def settings(rule: Rule) -> list[dict]:
 
 def label(rule: Rule, values: dict) -> str:
     """Such as ``sgd-momentum-nesterov``."""
-    switches = {n for names in rule.variants for n in names}
     flags = {n for n, v in values.items() if v is True}
-    return "-".join(
-        [rule.name, *sorted(n for n in values if n in switches | flags and values[n])]
-    )
+    on = sorted(n for n in values if n in rule.switches | flags and values[n])
+    return "-".join([rule.name, *on])
+
+
+def closure_rule() -> Rule:
+    """A user's rule made inside a function: helper and constant are in its closure."""
+    third = 1 / 3
+
+    def signed(x):
+        return third * sign(x)
+
+    def update(p, g, lr):
+        return (p - lr * (signed(g) + third),)
+
+    return Rule(update, lambda t, lr=0.1: (lr,), name="closure")
 
 
 CASES = [(rule, values) for rule in RULES for values in settings(rule)]

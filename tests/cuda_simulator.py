@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, IDS, nonzero, same_bits, special_values
+from cases import CASES, DTYPES, IDS, closure_rule, nonzero, same_bits, special_values
 from numba import cuda
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
@@ -45,19 +45,7 @@ def constants(t, lr=0.1, beta=0.9, cut=0.3):
 USERS = Rule(update, constants, state=("m", "v"))
 
 
-def inner_rule():
-    third = 1 / 3
-
-    def signed(x):
-        return third * sign(x)
-
-    def update(p, g, lr):
-        return (p - lr * (signed(g) + third),)
-
-    return Rule(update, lambda t, lr=0.1: (lr,), name="closure")
-
-
-USERS_CLOSURE = inner_rule()
+USERS_CLOSURE = closure_rule()
 EVERY = pytest.mark.parametrize(
     ("rule", "values"),
     [*CASES, *((rule, {"lr": 0.07}) for rule in (USERS, USERS_CLOSURE))],

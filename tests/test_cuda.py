@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cases import closure_rule
 
 import fastopt
 from fastopt import RULES, Rule, numba_cuda
@@ -149,19 +150,7 @@ def users_scalars(t, lr=0.1, beta=0.9, cut=0.3):
     return lr, beta, cut
 
 
-def inner_rule():
-    third = 1 / 3
-
-    def signed(x):
-        return third * sign(x)
-
-    def update(p, g, lr):
-        return (p - lr * (signed(g) + third),)
-
-    return Rule(update, lambda t, lr=0.1: (lr,), name="closure")
-
-
-CLOSURE = inner_rule()
+CLOSURE = closure_rule()
 USERS = Rule(users_update, users_scalars, state=("m", "v"))
 
 
