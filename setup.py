@@ -42,17 +42,48 @@ if X86 and not MSVC:
     ]
 
 
+# What a rule's text may call by name, and the template has in C.
+PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
+
+
 @dataclass
-class Kernel:
-    """What the template needs to know of one ``update``."""
+class Function:
+    """What the template needs to know of a rule's function."""
 
     name: str
-    update: ast.FunctionDef
-    state_count: int
+    tree: ast.FunctionDef
 
     @property
     def arguments(self):
-        return [argument.arg for argument in self.update.args.args]
+        return [argument.arg for argument in self.tree.args.args]
+
+    @property
+    def locals(self):
+        stored = [
+            node.id
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
+        return [name for name in dict.fromkeys(stored) if name not in self.arguments]
+
+    def body(self, dtype):
+        """The statements, with every primitive's name made that of its C version."""
+
+        class Concrete(ast.NodeTransformer):
+            def visit_Name(self, node):
+                c_name = f"{node.id}_{dtype}" if node.id in PRIMITIVES else node.id
+                return ast.Name(c_name, node.ctx)
+
+        tree = ast.parse(ast.unparse(self.tree)).body[0]
+        text = "\n".join(ast.unparse(Concrete().visit(line)) for line in tree.body)
+        return text.split("\n")
+
+
+@dataclass
+class Kernel(Function):
+    """An ``update``."""
+
+    state_count: int
 
     @property
     def states(self):
@@ -66,52 +97,44 @@ class Kernel:
     def constants(self):
         return [f"c{k}" for k in range(len(self.arguments) - 2 - self.state_count)]
 
-    @property
-    def locals(self):
-        stored = [
-            node.id
-            for node in ast.walk(self.update)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        ]
-        return [name for name in dict.fromkeys(stored) if name not in self.arguments]
-
     def tuple_of(self, c_type):
         return f"{c_type}, " * len(self.outputs)
 
-    def body(self, dtype):
-        """The statements, with every primitive's name made that of its C version."""
 
-        class Concrete(ast.NodeTransformer):
-            def visit_Call(self, node):
-                self.generic_visit(node)
-                node.func = ast.Name(f"{node.func.id}_{dtype}", ast.Load())
-                return node
+@dataclass
+class Scalars(Function):
+    """A ``scalars``, with the C types of what it takes: flags and numbers."""
 
-        tree = ast.parse(ast.unparse(self.update)).body[0]
-        return [ast.unparse(Concrete().visit(statement)) for statement in tree.body]
+    @property
+    def typed(self):
+        defaults = map(ast.literal_eval, self.tree.args.defaults)
+        types = ["bint" if isinstance(value, bool) else "double" for value in defaults]
+        names = self.arguments[1:]
+        return [f"{t} {name}" for t, name in zip(types, names, strict=True)]
 
 
-def kernels_of(path):
-    """Every ``Rule(update, scalars, state=...)`` in a rule's file."""
+def functions_of(path):
+    """Those of every ``Rule(update, scalars, state=...)`` in a rule's file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+    scalars = {}
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
+            update, once = (argument.id for argument in call.args)
             states = [k.value for k in call.keywords if k.arg == "state"]
-            update = functions[call.args[0].id]
-            yield Kernel(
-                name=f"{path.stem}_{update.name}",
-                update=update,
-                state_count=len(ast.literal_eval(states[0])) if states else 0,
-            )
+            count = len(ast.literal_eval(states[0])) if states else 0
+            yield Kernel(f"{path.stem}_{update}", functions[update], count)
+            if once in functions:  # or it is another rule's
+                scalars[once] = Scalars(f"{path.stem}_{once}", functions[once])
+    yield from scalars.values()
 
 
-def kernels():
+def functions():
     """Those of the rules named in RULES, the only list of them, and of the floor."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
     files = [*(RULES / f"{name.id}.py" for name in names.elts), FLOOR]
-    return [kernel for file in files for kernel in kernels_of(file)]
+    return [function for file in files for function in functions_of(file)]
 
 
 def each(before, names, after=""):
@@ -122,11 +145,17 @@ def each(before, names, after=""):
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
-    rules = kernels()
+    found = functions()
+    kernels = [function for function in found if isinstance(function, Kernel)]
+    scalars = [function for function in found if isinstance(function, Scalars)]
     for isa, flags in ISAS.items():
         source = RENDERED / f"_kernels_{isa}.pyx"
         text = template.substitute(
-            isa=isa, rules=rules, each=each, cython=Cython.__version__
+            isa=isa,
+            rules=kernels,
+            scalars=scalars,
+            each=each,
+            cython=Cython.__version__,
         )
         if not source.exists() or source.read_text(encoding="utf-8") != text:
             source.write_text(text, encoding="utf-8")

@@ -21,12 +21,10 @@ from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.floor import FLOORS
 from fastopt.numpy_ref import Step
-from fastopt.rule import Rule
+from fastopt.rule import Function, Rule
 from fastopt.rules import RULES
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
-
-CHECKS_GRADS = True
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
@@ -37,13 +35,16 @@ HIDDEN = (
     "start it elsewhere, or install with pip install -e ."
 )
 
-# Setup names a kernel after its file and function. Looked up by the function itself, so
-# a user's rule of the same name never meets our kernel.
-KERNELS = {
-    rule.update: f"{rule.update.__module__.rpartition('.')[2]}_{rule.update.__name__}"
-    for public in (*RULES, *FLOORS)
-    for rule in public.all
-}
+
+def compiled_name(function: Function) -> str:
+    """What setup.py calls a function of ours: after its file and itself."""
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
+
+
+# Looked up by the function itself, so a user's of the same name never meets ours.
+OURS = [rule for public in (*RULES, *FLOORS) for rule in public.all]
+KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
+SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
 
 
 def extension(isa: str) -> ModuleType:
@@ -85,7 +86,8 @@ def missing() -> str | None:
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`. This step also checks its gradients; it
-    returns False, and has done nothing, if one of them needs a closer look."""
+    returns False, and has done nothing, if one of them needs a closer look. Its method
+    ``at`` takes hyperparameters and computes the scalars itself."""
     if rule.update not in KERNELS:
         raise ValueError(
             f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
@@ -101,8 +103,11 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         )
         for segment in segments
     ]
-    step: Step = kernels().Step(
+    compiled = kernels()
+    ours = SCALARS.get(rule.scalars)
+    step: Step = compiled.Step(
         KERNELS[rule.update],
+        getattr(compiled, ours) if ours else rule.scalars,
         addresses,
         shapes=[segment.param.shape for segment in segments],
         double=segments[0].param.dtype == np.float64,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,6 +15,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 CACHE_LINE = 64
 PAGE = 4096
+HUGE_PAGE = 2 << 20
 STAGGER = 1024
 
 
@@ -25,37 +28,51 @@ class Segment(NamedTuple):
     group: int  # the row of scalars that applies
 
 
-def aligned_zeros(size: int, dtype: npt.DTypeLike, offset: int = 0) -> Array:
-    """``size`` zeros that start ``offset`` bytes after a page (small: a cache line).
+def zeroed(nbytes: int) -> Array:
+    """Zero bytes that begin with a huge page, if they are enough for one; if not, with
+    a page; with a cache line, if they do not fill a page.
 
-    The pages are not touched yet, so they will belong to the threads of the first step;
-    NumPy asks the kernel for huge pages from 4 MiB on.
+    Nothing is touched yet, so the pages will belong to the threads of the first step.
+    NumPy asks for huge pages from 4 MiB on and begins 16 bytes into a page, where
+    half of a kernel's stores would cross cache lines (docs/performance.md).
     """
-    dtype = np.dtype(dtype)
-    nbytes = size * dtype.itemsize
-    boundary = PAGE if nbytes >= PAGE else CACHE_LINE
-    raw = np.zeros(nbytes + boundary + offset, np.uint8)
-    start = -raw.ctypes.data % boundary + (offset if boundary == PAGE else 0)
-    return raw[start : start + nbytes].view(dtype)
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        boundary = PAGE if nbytes >= PAGE else CACHE_LINE
+        raw = np.zeros(nbytes + boundary, np.uint8)
+    else:
+        boundary = HUGE_PAGE
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        region = mmap.mmap(-1, nbytes + boundary, flags=private)
+        with contextlib.suppress(OSError):  # advice, which a system may not take
+            region.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(region, np.uint8)
+    start = -raw.ctypes.data % boundary
+    return raw[start : start + nbytes]
 
 
-def state_arena(
-    sizes: Sequence[int], streams: int, dtype: npt.DTypeLike
-) -> list[tuple[Array, ...]]:
-    """Zeroed state for segments of these sizes: a tuple of ``streams`` arrays for each.
+def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]]:
+    """Zeroed state for these parameters: for each, ``streams`` flat arrays.
 
-    Each stream is one allocation for all segments. The streams start at different
-    places within a page: buffers that are equal modulo 4096 make a load wait for an
-    unrelated store.
+    All in one allocation, a stream after the other. Each array begins as many bytes
+    after a cache line's begin as its parameter, so that where one of a step's stores
+    keeps within lines, all do. Streams begin at different places within a page: buffers
+    that are equal modulo 4096 make a load wait for an unrelated store.
     """
-    arenas = [
-        aligned_zeros(sum(sizes), dtype, offset=(1 + i) * STAGGER % PAGE)
-        for i in range(streams)
-    ]
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    starts, end = [], 0
+    for param in params:
+        end += (param.ctypes.data - end) % CACHE_LINE
+        starts.append(end)
+        end += param.nbytes
+    stride = -(-end // PAGE) * PAGE + STAGGER if end >= PAGE else end
+    stride = -(-stride // CACHE_LINE) * CACHE_LINE
+    raw = zeroed(STAGGER + stride * streams)[STAGGER:]
+
+    def at(begin: int, param: Array) -> Array:
+        return raw[begin : begin + param.nbytes].view(param.dtype)
+
     return [
-        tuple(arena[end - size : end] for arena in arenas)
-        for size, end in zip(sizes, ends, strict=True)
+        tuple(at(start + k * stride, param) for k in range(streams))
+        for start, param in zip(starts, params, strict=True)
     ]
 
 
@@ -87,10 +104,11 @@ class FlatBuffer:
     structure of what was flattened. ``flat.data`` is the whole as one 1-D array.
     """
 
-    def __init__(self, tree: Any, dtype: npt.DTypeLike) -> None:
+    def __init__(self, tree: Any, dtype: npt.DTypeLike, offset: int = 0) -> None:
         self.shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves(tree))
         sizes = [math.prod(shape) for _, shape in self.shapes]
-        self.data = aligned_zeros(sum(sizes), dtype)
+        nbytes = sum(sizes) * np.dtype(dtype).itemsize
+        self.data = zeroed(offset + nbytes)[offset:].view(dtype)
         parts = np.split(self.data, np.cumsum(sizes, dtype=np.int64)[:-1])
         shaped = [
             part.reshape(shape)
@@ -113,7 +131,7 @@ class FlatBuffer:
 
     def zeros_like(self) -> FlatBuffer:
         """A zeroed buffer of the same layout and dtype, such as for the gradients."""
-        same = FlatBuffer(self.views, self.data.dtype)
+        same = FlatBuffer(self.views, self.data.dtype, offset=STAGGER // 2)
         same.shapes = self.shapes  # one object, so that comparing them takes no time
         return same
 

@@ -28,15 +28,21 @@ class Group(MutableMapping[str, Any]):
         self._scheduled: tuple[str, ...] = ()
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
 
-    def at(self, steps: int, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What holds when ``steps`` steps are completed, of our values or of these."""
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The names of those that are schedules."""
+        return self._scheduled
+
+    def at(
+        self, steps: int, values: Mapping[str, Any] | None = None
+    ) -> tuple[Hyperparameter, ...]:
+        """What holds when ``steps`` steps are completed, of our values or of these, in
+        the order in which ``scalars`` takes them."""
         if values is None:
-            if not self._scheduled:
-                return self._values  # type: ignore[return-value]
             values, scheduled = self._values, self._scheduled
         else:
             scheduled = tuple(key for key in values if callable(values[key]))
-        return self._checked(values, steps, scheduled)
+        return tuple(self._checked(values, steps, scheduled).values())
 
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Our values with these changes, if they are good after ``steps`` steps."""
@@ -49,7 +55,7 @@ class Group(MutableMapping[str, Any]):
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)
         # A rule's own conditions, such as nesterov's, stand in its scalars.
-        self._rule.scalars(steps + 1, **now)
+        self._rule.scalars(steps + 1, *now.values())
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 
     def commit(self, values: Mapping[str, Any]) -> None:

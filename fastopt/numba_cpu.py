@@ -40,10 +40,11 @@ from fastopt.rule import Function, Rule, concrete
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
 
-CHECKS_GRADS = False
 SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
+ALIGN_FROM = 4096  # elements; for fewer, it would
 LENGTH, GROUP, PARAM, GRAD = range(4)  # columns of the table; the state follows
 WORD = ir.IntType(64)
+REAL = {4: ctypes.c_float, 8: ctypes.c_double}
 FLOAT = {4: ir.FloatType(), 8: ir.DoubleType()}
 
 # Neither fastmath nor contraction: the bits are those of every other backend.
@@ -136,7 +137,8 @@ def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -
     """The function that does one part of a step over all segments."""
     real = numba.from_dtype(dtype)
     width = PARAM + streams
-    line = CACHE_LINE // dtype.itemsize
+    itemsize = dtype.itemsize
+    line = CACHE_LINE // itemsize
 
     def pointer(builder: Any, table: Any, row: Any, stream: int, index: Any) -> Any:
         column = builder.mul(row, WORD(width))
@@ -206,10 +208,17 @@ def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -
         for row in range(rows):
             length = length_of(table, row, width)
             constants = load_scalars(scalars, word(table, row * width + GROUP))
-            for i in range(max(first, 0), min(last, length)):
-                old = load(table, row, i)
-                g = old[1] * constants[0]
-                store(table, row, i, update(old[0], g, *old[2:], *constants[1:]))
+            begin, end = max(first, 0), min(last, length)
+            # On their own the few up to a cache line's end, so that no store of the
+            # rest crosses a line; as a loop, for a second copy would be compiled too.
+            cut = begin
+            if end - begin >= ALIGN_FROM:
+                cut += -(word(table, row * width + PARAM) // itemsize + begin) % line
+            for i_from, i_to in ((begin, cut), (cut, end)):
+                for i in range(i_from, i_to):
+                    old = load(table, row, i)
+                    g = old[1] * constants[0]
+                    store(table, row, i, update(old[0], g, *old[2:], *constants[1:]))
             first -= length
             last -= length
         if parts == 1:
@@ -322,7 +331,10 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         ],
         np.int64,
     )
-    size = int(table[:, LENGTH].sum())
+    sizes = [segment.param.size for segment in segments]
+    groups = 1 + max(segment.group for segment in segments)
+    # A cast to float rounds once; NumPy would do it at ten times the cost of a call.
+    constants = (REAL[dtype.itemsize] * (groups * width))()
     # Pointers that keep their arrays alive.
     table_at = table.ctypes.data_as(ctypes.c_void_p)
     count_at = count.ctypes.data_as(ctypes.c_void_p)
@@ -333,30 +345,30 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         scalars: list[tuple[float, ...]],
         threads: int,
     ) -> bool:
-        with np.errstate(over="ignore"):
-            constants = np.array(scalars, dtype)
-        if constants.shape[1] != width:
-            raise TypeError(
-                f"update of {rule.name!r} takes {width - 1} scalars, but scalars "
-                f"returned {constants.shape[1] - 1}"
-            )
-        constants_at = constants.ctypes.data
-        table[:, GRAD] = [
-            0 if grad is None else grad.ctypes.data
-            for grad, _ in zip(grads, segments, strict=True)
-        ]
-        given = size
-        if given >= SERIAL_BELOW:
-            given -= int(table[table[:, GRAD] == 0, LENGTH].sum())
+        used = scalars[:groups]  # the last groups may be without parameters
+        for row in used:
+            if len(row) != width:
+                raise TypeError(
+                    f"update of {rule.name!r} takes {width - 1} scalars, but scalars "
+                    f"returned {len(row) - 1}"
+                )
+        constants[:] = [value for row in used for value in row]
+        given = 0
+        for i, (grad, size) in enumerate(zip(grads, sizes, strict=True)):
+            address = 0
+            if grad is not None:
+                address = grad.__array_interface__["data"][0]
+                given += size
+            table[i, GRAD] = address
         if threads == 1 or given < SERIAL_BELOW:
-            kernel(table_at, len(table), constants_at, 0, 1, count_at)
+            kernel(table_at, len(sizes), constants, 0, 1, count_at)
             return True
         region = parallel_region()
         with one_region:
             before = numba.get_num_threads()  # of this Python thread
             numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
             try:
-                region(kernel_at, table_at, len(table), constants_at, threads, count_at)
+                region(kernel_at, table_at, len(sizes), constants, threads, count_at)
             finally:
                 numba.set_num_threads(before)
         return True

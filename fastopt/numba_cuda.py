@@ -40,7 +40,6 @@ except ImportError as error:
 else:
     not_installed = ""
 
-CHECKS_GRADS = False
 SIMULATED = bool(config.ENABLE_CUDASIM)
 VECTOR_BYTES = 16
 BLOCK = 256
@@ -72,14 +71,12 @@ def as_array(name: str, value: Any) -> Any:
     return value if is_cuda_ndarray(value) else cuda.as_cuda_array(value)
 
 
-def state_arena(
-    sizes: Sequence[int], streams: int, dtype: npt.DTypeLike
-) -> list[tuple[Any, ...]]:
-    """Zeroed state for segments of these sizes: a tuple of ``streams`` arrays for each.
+def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
+    """Zeroed state for these parameters: for each, ``streams`` flat arrays.
 
-    Each stream is one allocation for all segments, which all start aligned in it.
+    Each stream is one allocation for all parameters, in which all of them are aligned.
     """
-    dtype = np.dtype(dtype)
+    dtype, sizes = params[0].dtype, [param.size for param in params]
     unit = ALIGNMENT // dtype.itemsize
     ends = np.cumsum([-(-size // unit) * unit for size in sizes]).tolist()
     starts = [0, *ends]

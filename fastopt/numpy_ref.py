@@ -3,7 +3,7 @@
 Every backend is a module with the same names: ``bind`` is given the segments once and
 returns the function that does a step over them; ``as_array`` and ``state_arena`` give
 it arrays and room for state where it works; ``missing`` says why the backend cannot be
-used here, if it cannot; ``CHECKS_GRADS`` whether a step checks its gradients.
+used here, if it cannot.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ Step = Callable[[list[Array | None], list[tuple[float, ...]], int], bool]
 
 
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
-
-# Whether a step itself checks its gradients; if not, the optimizer does so before.
-CHECKS_GRADS = False
 
 
 def missing() -> str | None:

@@ -13,7 +13,7 @@ from fastopt.flat import Array, FlatBuffer, Segment, leaves
 from fastopt.hyperparameters import Group
 from fastopt.numpy_ref import Step
 from fastopt.rule import Rule, check_hyperparameter
-from fastopt.threads import after_fork, available
+from fastopt.threads import available, forked
 
 STATE_FORMAT = 1
 
@@ -21,10 +21,10 @@ STATE_FORMAT = 1
 class Bound(NamedTuple):
     """A variant of the rule, bound to the parameters: what applies at present."""
 
-    on: frozenset[str]  # the switches that selected the variant
+    on: frozenset[str]  # the switches that selected it
+    rule: Rule
     state: dict[str, list[Array]]
     completed: Array  # steps: one int64, raised by the kernel
-    scalar_count: int
     step: Step
     spans: list[tuple[int, int]]  # of all that a step writes, as addresses
 
@@ -145,6 +145,8 @@ class Optimizer:
         groups = vars(self).get("groups")
         if name == "threads":
             super().__setattr__(name, checks.check_threads(value))
+            if groups is not None:
+                self._plan_steps()
         elif groups is None or name.startswith("_"):
             super().__setattr__(name, value)
         elif name in groups[0]:
@@ -207,7 +209,7 @@ class Optimizer:
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
         variant = rule.variant(on)
         for group, given in zip(self.groups, values, strict=True):
-            constants = rule.scalars(steps + 1, **group.at(steps, given))
+            constants = variant.scalars(steps + 1, *group.at(steps, given))
             variant.check_results(constants, dtype, surplus=bool(rule.variants))
         state = {**self._zeros([n for n in variant.state if n not in state]), **state}
         state = {name: state[name] for name in variant.state}
@@ -221,17 +223,16 @@ class Optimizer:
         written = [*self._arrays, *(a for arrays in state.values() for a in arrays)]
         return Bound(
             on=frozenset(on),
+            rule=variant,
             state=state,
             completed=completed,
-            scalar_count=variant.scalar_count,
             step=self._module.bind(variant, segments, completed),
             spans=[checks.span(array) for array in written],
         )
 
     def _zeros(self, names: Sequence[str]) -> dict[str, list[Array]]:
         """New state buffers in the shapes of the parameters."""
-        sizes = [array.size for array in self._arrays]
-        arena = self._module.state_arena(sizes, len(names), self._arrays[0].dtype)
+        arena = self._module.state_arena(self._arrays, len(names))
         return {
             name: [
                 streams[k].reshape(array.shape)
@@ -244,17 +245,19 @@ class Optimizer:
         for group, given in zip(self.groups, values, strict=True):
             group.commit(given)
         self._bound = bound
+        self._plan_steps()
+
+    def _plan_steps(self) -> None:
+        schedules = any(group.schedules for group in self.groups)
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
         self._plan = (
             self._layout,
-            self.groups,
-            self.rule.scalars,
-            bound.scalar_count,
-            bound.completed,
+            None if schedules else [group.at(self.steps) for group in self.groups],
             self._busy,
-            bound.step,
-            self._module.CHECKS_GRADS,
+            forked,
+            self.threads,
+            getattr(self._bound.step, "at", None),
         )
 
     def step(self, grads: Any, *, grad_scale: float = 1.0) -> None:
@@ -281,13 +284,13 @@ class Optimizer:
         Steps are counted for the optimizer, not for each parameter as in torch, so a
         parameter that was left alone has the bias correction of the others.
         """
-        layout, groups, scalars, used, count, busy, native, native_checks = self._plan
+        layout, values, busy, forked, threads, compiled = self._plan
         if type(grad_scale) is not float or grad_scale != 1.0:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
-        found: list[Any] = []
         if layout is None:  # a single array
-            found.append(grads)
+            found = [grads]
         else:
+            found = []
             checks.collect(layout, grads, "", found)
         # Not a Lock: an interrupt may come between its acquire and the try, and then it
         # is never released. Between these lines there is no call, so there comes none.
@@ -295,18 +298,29 @@ class Optimizer:
             self._refuse_during_a_step()
         busy[0] = True
         try:
-            done = count.item()
-            rows = []
-            for group in groups:
-                constants = scalars(done + 1, **group.at(done))
-                rows.append((grad_scale, *constants[:used]))
-            workers = 1 if after_fork() else self.threads
-            if not (native_checks and native(found, rows, workers)):
-                fit = [self._fit(i, grad) for i, grad in enumerate(found)]
-                if not native(fit, rows, workers):
-                    raise RuntimeError("the kernel refused gradients found to fit")
+            if values is None:  # there are schedules
+                done = self.steps
+                values = [group.at(done) for group in self.groups]
+            if forked[0]:
+                threads = 1
+            # The compiled step takes plain arrays only, and refuses before it writes.
+            if compiled is None or not compiled(found, values, grad_scale, threads):
+                self._step_checked(found, values, grad_scale, threads)
         finally:
             busy[0] = False
+
+    def _step_checked(
+        self, grads: list[Any], values: list[Any], grad_scale: float, threads: int
+    ) -> None:
+        """A step after a look at each gradient, which finds the words for a refusal."""
+        bound, t = self._bound, self.steps + 1
+        scalars = [
+            (grad_scale, *bound.rule.scalars(t, *given)[: bound.rule.scalar_count])
+            for given in values
+        ]
+        fit = [self._fit(i, grad) for i, grad in enumerate(grads)]
+        if not bound.step(fit, scalars, threads):
+            raise RuntimeError("the kernel refused gradients found to fit")
 
     def _fit(self, i: int, grad: Any) -> Array | None:
         """The gradient of the i-th parameter as an array that the kernels can take."""

@@ -16,7 +16,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Set
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -193,19 +193,19 @@ class Rule:
         no numeric literal (Numba would turn ``1 - x`` into float64): ``scalars``
         supplies the constants.
     scalars
-        ``scalars(t, **hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
-        first step. Its signature is the list of hyperparameters and their defaults; by
-        name, ``lr``, ``eps``, ``weight_decay`` and ``momentum`` must be at least 0 and
-        ``beta``, ``beta1`` ... in [0, 1). The results are rounded once to the
-        parameters' dtype.
+        ``scalars(t, *hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
+        first step. Its signature is the list of hyperparameters and their defaults; it
+        is called with all of them, by position. By name, ``lr``, ``eps``,
+        ``weight_decay`` and ``momentum`` must be at least 0 and ``beta``, ``beta1`` ...
+        in [0, 1). The results are rounded once to the parameters' dtype.
     state
         The names of the state buffers, in the order ``update`` takes them. They start
         at zero.
     variants
         For options that change the state: hyperparameters that must be on (non-zero) ->
-        the Rule that then applies. Each takes as many of the leading scalars as it
-        needs. With the option off, the variant must do what the rule does without it:
-        groups that differ in it share one kernel.
+        the Rule that then applies. Each takes as many of this rule's leading scalars as
+        it needs. With the option off, the variant must do what the rule does without
+        it: groups that differ in it share one kernel.
     name
         Used in messages and saved states; by default that of ``update`` or its module.
 
@@ -263,6 +263,11 @@ class Rule:
                 raise TypeError(
                     f"scalars of {self.name!r} must name its hyperparameters one by "
                     f"one, but takes *{name}"
+                )
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise TypeError(
+                    f"scalars of {self.name!r} must take its hyperparameters by "
+                    f"position, but takes {name} by name only; remove the *"
                 )
             if parameter.default is parameter.empty:
                 raise TypeError(
@@ -371,7 +376,8 @@ class Rule:
             return self
         for names, rule in self.variants.items():
             if set(names) == on:
-                return rule
+                ours = rule.scalars is self.scalars
+                return rule if ours else replace(rule, scalars=self.scalars)
         raise ValueError(
             f"{self.name} has no variant for {' with '.join(sorted(on))}; its variants "
             f"are for {', '.join(' with '.join(names) for names in self.variants)}"

@@ -16,26 +16,19 @@ def _forked_before_the_import() -> bool:
     return bool(int(stat.rpartition(")")[2].split()[6]) & 0x40)
 
 
-_forked = _forked_before_the_import()
+# Whether this process is a fork of another Python. An OpenMP runtime whose threads
+# stayed behind in the parent hangs (libgomp, pytorch#58962) or aborts (Numba's), so
+# steps in such a child are serial; the bits are the same. In a list, because every step
+# looks, and calling a function would take longer than looking.
+forked = [_forked_before_the_import()]
 
 
 def _in_child() -> None:
-    global _forked
-    _forked = True
+    forked[0] = True
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
-
-
-def after_fork() -> bool:
-    """Whether this process is a fork of another Python.
-
-    An OpenMP runtime whose threads stayed behind in the parent hangs (libgomp,
-    pytorch#58962) or aborts (Numba's), so steps in such a child are serial; the bits
-    are the same.
-    """
-    return _forked
 
 
 def cgroup_quota() -> float:

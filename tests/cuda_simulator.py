@@ -154,7 +154,8 @@ def test_several_parameters_and_none():
 
 
 def test_state_starts_at_zero():
-    for streams in numba_cuda.state_arena([3, 0, 70], 2, np.float32):
+    params = [cuda.to_device(np.ones(size, np.float32)) for size in (3, 0, 70)]
+    for streams in numba_cuda.state_arena(params, 2):
         assert len(streams) == 2
         assert not any(np.any(s.copy_to_host()) for s in streams)
 

@@ -154,6 +154,34 @@ def test_a_variant_with_more_state_gives_the_same_bits(rule, values):
     assert off == {**off, **on} or not same_bits(first, second)
 
 
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_compiled_scalars_are_the_rules_own(rule, values, on_isa):
+    """Their bits, for ordinary and extreme numbers, and their errors."""
+    rng = np.random.default_rng(0)
+    name = cython_cpu.SCALARS[rule.scalars]
+    for isa in compiled_isas():
+        compiled = getattr(cython_cpu.extension(isa), name)
+        for t in [1, 2, 3, 1000, 10**6, 10**9, *rng.integers(1, 5000, 200).tolist()]:
+            given = [
+                value if isinstance(value, bool) else value * rng.uniform(0.5, 1)
+                for value in (rule.hyperparameters | values).values()
+            ]
+            expected = rule.scalars(t, *given)
+            assert compiled(t, *given) == expected, (isa, t, given)
+        assert all(type(value) is float for value in compiled(1, *given))
+
+
+def test_compiled_scalars_refuse_what_the_rules_do():
+    if cython_cpu.missing():
+        pytest.skip(f"cython backend: {cython_cpu.missing()}")
+    compiled = cython_cpu.kernels()
+    with pytest.raises(ValueError, match="nesterov=True needs momentum"):
+        compiled.sgd_scalars(1, 0.1, 0.0, 0.0, 0.0, True)
+    for scalars in (compiled.adam_scalars, fastopt.adam.scalars):
+        with pytest.raises(ZeroDivisionError):
+            scalars(1, 0.1, 1.0, 0.9, 1e-8, 0.0)
+
+
 def test_every_instruction_set_of_this_cpu_is_built():
     """Otherwise the matrix above would say less than it seems to."""
     if cython_cpu.missing():

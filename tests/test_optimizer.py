@@ -569,8 +569,8 @@ import os, sys
 child = os.fork()
 from fastopt import threads
 if child == 0:
-    os._exit(0 if threads.after_fork() else 1)
-assert not threads.after_fork()
+    os._exit(0 if threads.forked[0] else 1)
+assert not threads.forked[0]
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """)
     assert done.returncode == 0, done.stderr

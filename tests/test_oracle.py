@@ -152,22 +152,22 @@ def test_centered_rmsprop_keeps_what_would_cancel(dtype, noise, backend):
 
 
 @functools.wraps(adam.scalars)
-def betas_swapped(t, *, beta1, beta2, **others):
-    return adam.scalars(t, beta1=beta2, beta2=beta1, **others)
+def betas_swapped(t, lr, beta1, beta2, eps, weight_decay):
+    return adam.scalars(t, lr, beta2, beta1, eps, weight_decay)
 
 
 @functools.wraps(adam.scalars)
-def eps_uncorrected(t, *, eps, **others):
-    *before, _, weight_decay = adam.scalars(t, **others)
-    return *before, eps, weight_decay
+def eps_uncorrected(t, lr, beta1, beta2, eps, weight_decay):
+    *before, _, decay = adam.scalars(t, lr, beta1, beta2, eps, weight_decay)
+    return *before, eps, decay
 
 
 def at_step(mapped, rule):
     """The scalars of a rule as they are at another step."""
 
     @functools.wraps(rule.scalars)
-    def scalars(t, **values):
-        return rule.scalars(mapped(t), **values)
+    def scalars(t, *values, **by_name):
+        return rule.scalars(mapped(t), *values, **by_name)
 
     return scalars
 

@@ -445,6 +445,8 @@ def test_rules():
         fastopt.Rule(lambda p, g, lr: (p,), lambda t, lr: (lr,))
     with pytest.raises(TypeError, match=r"one by one, but takes \*more"):
         fastopt.Rule(lambda p, g, lr: (p,), lambda t, **more: (1.0,))
+    with pytest.raises(TypeError, match=r"by position, but takes lr by name only"):
+        fastopt.Rule(lambda p, g, lr: (p,), lambda t, *, lr=1.0: (lr,))
     with pytest.raises(ValueError, match="contains the number 0.5"):
         fastopt.Rule(
             lambda p, g, lr: (p - 0.5 * lr,), scalars, variants={("lr",): fastopt.gd}
