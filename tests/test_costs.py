@@ -1,0 +1,170 @@
+"""What a step costs that can be counted, and so must never grow: memory, Python calls,
+native calls. Counts are the same on every machine; times belong to the benchmarks.
+
+The other counts are in test_machine_code.py (vector instructions in each compiled
+kernel) and test_cuda.py (loads and stores in each CUDA kernel's PTX and machine code).
+"""
+
+import gc
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt import backends, cython_cpu, numba_cpu
+
+RULES = [rule.name for rule in fastopt.RULES]
+BACKENDS = [name for name in ("cython", "numba") if not backends.load(name).missing()]
+SIZE = 50_000  # above the size from which steps are parallel
+
+
+def tree(kind, count=1):
+    """Parameters or gradients of ``count`` arrays."""
+    arrays = [np.full(SIZE // count, 0.5, np.float32) for _ in range(count)]
+    return {
+        "array": arrays[0],
+        "list": arrays,
+        "flat": fastopt.flatten(arrays),
+        "dict": {str(k): array for k, array in enumerate(arrays)},
+    }[kind]
+
+
+def stepper(rule, backend, kind="flat", count=1):
+    opt = getattr(fastopt, rule)(tree(kind, count), backend=backend)
+    grads = tree(kind, count)
+    for _ in range(3):
+        opt.step(grads)
+    return lambda: opt.step(grads)
+
+
+def allocated(step, steps=100):
+    """Bytes that a step leaves, and the most that it has at one time."""
+    tracemalloc.start()
+    try:
+        step()
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in range(steps):
+            step()
+        _, peak = tracemalloc.get_traced_memory()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return (after - before) / steps, peak - before
+
+
+# The gradients, the scalars and the frames of one step; one of its arrays is 40,000.
+SOME_NUMBERS = 16_000
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_allocates_nothing(backend, rule):
+    step = stepper(rule, backend, "list", count=5)
+    # Some freed tuples Python keeps to use again: a leak would grow at every try.
+    left, most = map(min, zip(*(allocated(step) for _ in range(3)), strict=True))
+    assert left < 100
+    assert most < SOME_NUMBERS
+
+
+def test_an_allocation_would_be_noticed():
+    param, grad = tree("array"), tree("array")
+    kept = []
+
+    def temporary():
+        np.subtract(param, 0.1 * grad, out=param)
+
+    def leak():
+        kept.append(bytes(100))
+
+    assert allocated(temporary)[1] > 4 * SIZE
+    assert allocated(leak)[0] > 100
+
+
+def calls(rule, kind, count):
+    """The Python functions that a compiled step calls, native code's entry among them,
+    and those of Python's own in C."""
+    opt = getattr(fastopt, rule)(tree(kind, count), backend="cython")
+    grads = tree(kind, count)
+    *plan, compiled = opt._plan  # which a profile does not show
+
+    def native(*arguments):
+        return compiled(*arguments)
+
+    opt._plan = (*plan, native)
+    python, builtin = [], []
+
+    def note(frame, event, argument):
+        if event == "call":
+            python.append(frame.f_code.co_name)
+        elif event == "c_call":
+            builtin.append(argument.__name__)
+
+    opt.step(grads)
+    sys.setprofile(note)
+    try:
+        opt.step(grads)
+    finally:
+        sys.setprofile(None)
+    assert opt.steps == 2 and builtin.pop() == "setprofile"
+    return python, builtin
+
+
+needs_kernels = pytest.mark.skipif(
+    "cython" not in BACKENDS, reason="the compiled kernels are missing"
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rule", RULES)
+def test_calls_of_a_compiled_step(rule):
+    """One from Python into native code, and nothing on the way that is not needed."""
+    assert calls(rule, "array", 1) == (["step", "native"], [])
+    for count in (1, 7):
+        assert calls(rule, "flat", count) == (["step", "collect", "native"], ["append"])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_calls_do_not_grow_with_the_number_of_arrays(kind):
+    few, many = (calls("adamw", kind, count) for count in (3, 100))
+    assert few[0] == many[0] and few[0].count("native") == 1
+    # But for the cheapest, one for each: the gradient is put into a list.
+    assert many[1].count("append") == 100
+    assert len(many[1]) - 100 == len(few[1]) - 3 <= 4
+
+
+@needs_kernels
+def test_a_detour_would_be_noticed(monkeypatch):
+    step = fastopt.Optimizer.step
+    monkeypatch.setattr(fastopt.Optimizer, "step", lambda self, g: step(self, g))
+    assert calls("adamw", "array", 1)[0] == ["<lambda>", "step", "native"]
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_numba_step_is_one_native_call(monkeypatch, count):
+    made = []
+
+    def counting(name, native):
+        def call(*arguments):
+            made.append(name)
+            return native(*arguments)
+
+        return call
+
+    parallel = numba_cpu.parallel_region()
+    monkeypatch.setattr(numba_cpu, "parallel_region", lambda: counting("all", parallel))
+    step = stepper("adamw", "numba", "list", count)
+    made.clear()
+    step()
+    assert made == ["all"]
+
+
+@needs_kernels
+def test_the_compiled_steps_have_openmp():
+    """Or a step would be serial: half the speed, and no other test would see it."""
+    assert cython_cpu.kernels().OPENMP
