@@ -135,7 +135,7 @@ def test_calls_do_not_grow_with_the_number_of_arrays(kind):
     assert few[0] == many[0] and few[0].count("native") == 1
     # But for the cheapest, one for each: the gradient is put into a list.
     assert many[1].count("append") == 100
-    assert len(many[1]) - 100 == len(few[1]) - 3 <= 4
+    assert len(many[1]) - 100 == len(few[1]) - 3 <= 8
 
 
 @needs_kernels
