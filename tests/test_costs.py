@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import backends, cython_cpu, numba_cpu
+from fastopt import cython_cpu, numba_cpu
 
 RULES = [rule.name for rule in fastopt.RULES]
-BACKENDS = [name for name in ("cython", "numba") if not backends.load(name).missing()]
+MODULES = {"cython": cython_cpu, "numba": numba_cpu}
+BACKENDS = [name for name, module in MODULES.items() if not module.missing()]
 SIZE = 50_000  # above the size from which steps are parallel
 
 

@@ -3,6 +3,7 @@ compiled, and the launch up to the driver. With a GPU also its bits there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -371,3 +372,20 @@ def test_missing_without_numba_cuda():
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     assert "pip install '.[cuda13]'" in said.stdout
+
+
+def test_the_gpu_benchmark_runs(tmp_path):
+    """In the simulator, where its times mean nothing: on a GPU it must work at once."""
+    pytest.importorskip("numba_cuda")
+    record = tmp_path / "gpu.json"
+    command = [HERE.parent / "bench" / "gpu.py", "--sizes", "70", "--json", record]
+    subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+        check=True,
+        capture_output=True,
+    )
+    results = json.loads(record.read_text())["results"]
+    assert set(results) == {"adamw", "sgd (momentum)", "lion"}
+    for kind in results.values():
+        assert {"fastopt", "floor", "device copy"} <= set(kind["70"])

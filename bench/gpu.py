@@ -1,0 +1,176 @@
+"""Steps on an NVIDIA GPU, against what its memory can do and against torch fused.
+
+    python bench/gpu.py [--json bench/results/gpu.json] [--sizes 1e6 1e8 1e9]
+
+For the traffic of three kinds of rule (AdamW: 4 streams read, 3 written; SGD with
+momentum and Lion: 3 and 2) it times, by events on the device, fastopt, the same traffic
+without arithmetic, a copy within the device, and the fused optimizers of torch and apex
+where they are installed. The median of 30 single steps each, in turns. A rate is the
+bytes that a step must move over its time; a copy's, the bytes it reads and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+import fastopt
+from fastopt.floor import FLOORS
+from fastopt.rule import Rule, sign
+
+STEPS = 30
+WARM_UP = 3
+Step = Callable[[], object]
+
+
+def lion_scalars(t, lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0):
+    return lr, 1 - beta1, 1 - beta2, lr * weight_decay
+
+
+def lion_update(p, g, m, lr, a1, a2, decay):
+    p = p - (lr * sign(m + a1 * (g - m)) + decay * p)
+    return p, m + a2 * (g - m)
+
+
+# Chen et al. 2023, arXiv:2302.06675; here for its traffic, one state buffer.
+LION = Rule(lion_update, lion_scalars, state=("m",), name="lion")
+
+# Name -> the rule, its hyperparameters, its state buffers, torch's class and apex's.
+KINDS: dict[str, tuple[Rule, dict[str, float], int, str, str]] = {
+    "adamw": (fastopt.adamw, {}, 2, "AdamW", "FusedAdam"),
+    "sgd (momentum)": (fastopt.sgd, {"momentum": 0.9}, 1, "SGD", "FusedSGD"),
+    "lion": (LION, {}, 1, "", ""),
+}
+
+
+def device_array(size: int, seed: int) -> Any:
+    """Normal numbers; large arrays repeat a million of them."""
+    part = np.random.default_rng(seed).standard_normal(min(size, 2**20), np.float32)
+    array = cuda.device_array(size, np.float32)
+    for begin in range(0, size, part.size):
+        end = min(begin + part.size, size)
+        array[begin:end].copy_to_device(part[: end - begin])
+    return array
+
+
+def ours(rule: Rule, size: int, scale: float = 1.0, **hyperparameters: float) -> Step:
+    opt = rule(device_array(size, 0), backend="cuda", **hyperparameters)
+    grad = device_array(size, 1)
+    return lambda: opt.step(grad, grad_scale=scale)
+
+
+def copy(size: int) -> Step:
+    source, target = device_array(size, 0), cuda.device_array(size, np.float32)
+    return lambda: target.copy_to_device(source)
+
+
+def peers(torch_name: str, apex_name: str, momentum: dict[str, float]) -> Any:
+    """Name -> optimizer class with its arguments, of those that are installed."""
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    try:
+        import torch
+    except ImportError:
+        return found
+    if torch_name and torch.cuda.is_available():
+        optimizer = getattr(torch.optim, torch_name)
+        found["torch fused"] = optimizer, {"lr": 1e-3, "fused": True, **momentum}
+        try:
+            from apex import optimizers
+        except ImportError:
+            return found
+        found["apex"] = getattr(optimizers, apex_name), {"lr": 1e-3, **momentum}
+    return found
+
+
+def of_torch(optimizer: Any, options: dict[str, Any], size: int) -> Step:
+    import torch
+
+    param = torch.randn(size, device="cuda", requires_grad=True)
+    param.grad = torch.randn(size, device="cuda")
+    step: Step = optimizer([param], **options).step
+    return step
+
+
+def milliseconds(step: Step) -> float:
+    """On the device, between two events on the default stream, which all share."""
+    begin, end = cuda.event(), cuda.event()
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def measure(name: str, size: int) -> dict[str, Any]:
+    """Each contender alone in memory: a billion parameters of AdamW take 16 GB."""
+    rule, hyperparameters, states, torch_name, apex_name = KINDS[name]
+    make: dict[str, Callable[[], Step]] = {
+        "fastopt": lambda: ours(rule, size, **hyperparameters),
+        "floor": lambda: ours(FLOORS[states], size, scale=1e-6),
+        "device copy": lambda: copy(size),
+    }
+    for peer, (optimizer, options) in peers(
+        torch_name, apex_name, hyperparameters
+    ).items():
+        make[peer] = lambda o=optimizer, given=options: of_torch(o, given, size)
+    streams = 3 + 2 * states
+    results = {}
+    for contender, build in make.items():
+        step = build()
+        times = [milliseconds(step) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+        moved = 4 * size * (2 if contender == "device copy" else streams)
+        median = float(np.median(times))
+        results[contender] = {
+            "milliseconds": median,
+            "quartiles": [float(q) for q in np.quantile(times, [0.25, 0.75])],
+            "GB/s": moved / median / 1e6 if median else None,
+        }
+        del step
+    return results
+
+
+def machine() -> dict[str, str]:
+    found = {"date": str(date.today()), "python": platform.python_version()}
+    name = getattr(cuda.get_current_device(), "name", "numba's simulator")
+    found["gpu"] = name.decode() if isinstance(name, bytes) else str(name)
+    for package in ("fastopt", "numba", "numba-cuda", "torch", "apex"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sizes", type=float, nargs="*", default=[1e6, 1e8, 1e9])
+    options = parser.parse_args()
+    record: dict[str, Any] = {"machine": machine(), "results": {}}
+    print(json.dumps(record["machine"]))
+    for name in KINDS:
+        for size in map(int, options.sizes):
+            results = measure(name, size)
+            record["results"].setdefault(name, {})[str(size)] = results
+            for contender, found in results.items():
+                rate = found["GB/s"]
+                print(
+                    f"{name:<15} {size:>13,} {contender:<12} "
+                    f"{found['milliseconds']:>9.3f} ms  "
+                    f"{'' if rate is None else f'{rate:,.0f} GB/s'}"
+                )
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
