@@ -1,4 +1,4 @@
-"""The command line: ``fastopt info`` and ``fastopt demo``."""
+"""The command line: ``fastopt info``, ``fastopt demo`` and ``fastopt bench``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,26 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> int:
+    """Such as 1000 or 1e3."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if number < 1 or not number.is_integer():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(number)
+
+
+def tensors(text: str) -> tuple[int, int]:
+    count, x, elements = text.partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(
+            f"must be tensors x elements, such as 100x1000, got {text!r}"
+        )
+    return size(count), size(elements)
+
+
 def check_writable(path: Path) -> None:
     """Raise OSError now rather than after the training."""
     existed = path.exists()
@@ -52,6 +72,49 @@ def run_demo(output: Path, epochs: int, seed: int) -> None:
     except OSError as error:
         sys.exit(f"fastopt demo: cannot write {output}: {error.strerror}")
     demo(output, epochs, seed)
+
+
+def run_bench(
+    rules: list[str],
+    sizes: list[int] | None,
+    tensors: list[tuple[int, int]] | None,
+    against: list[str] | None,
+    rounds: int | None,
+    quick: bool,
+    output: Path,
+) -> None:
+    from fastopt.bench import cases, contender
+
+    try:
+        from fastopt.bench.run import bench
+    except ImportError as error:
+        sys.exit(f"fastopt bench: {error}; pip install '.[bench]' in fastopt's folder")
+    known = list(contender.CONTENDERS)
+    for name in against or ():
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            sys.exit(f"fastopt bench: nobody is called {name!r}; there are {names}")
+    # fastopt is what ratios refer to, and the floor what they are judged by.
+    chosen = {"fastopt", "floor", *(known if against is None else against)}
+    try:
+        output.mkdir(exist_ok=True)
+        check_writable(output / "bench.json")
+    except OSError as error:
+        sys.exit(f"fastopt bench: cannot write to {output}: {error.strerror}")
+    if sizes is None:
+        sizes = list(cases.QUICK_SIZES if quick else cases.SIZES)
+    if tensors is None:
+        tensors = [] if quick else list(cases.TENSORS)
+    try:
+        bench(
+            cases.cases(rules, sizes, tensors),
+            [name for name in known if name in chosen],
+            rounds or (5 if quick else 15),
+            output,
+        )
+    except KeyboardInterrupt:
+        print("fastopt bench: interrupted; nothing is written", file=sys.stderr)
+        sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,6 +150,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seed", type=seed, default=0, help="for the first weights and the batches"
     )
     command.set_defaults(run=run_demo)
+
+    about = "measure a step beside NumPy, torch, DeepSpeed, optax and bitsandbytes"
+    command = commands.add_parser(
+        "bench",
+        help=about,
+        description=f"{about}: those of them that are installed. A full run takes "
+        "long, and wants a machine that does nothing else.",
+    )
+    names = [rule.name for rule in fastopt.RULES]
+    command.add_argument(
+        "--rules",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="RULE",
+        help="with their variants (default: all)",
+    )
+    command.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size,
+        metavar="N",
+        help="elements of a single tensor (default: 1e3 to 1e8)",
+    )
+    command.add_argument(
+        "--tensors",
+        nargs="*",
+        type=tensors,
+        metavar="COUNTxN",
+        help="cases of many tensors (default: 100x1000 150x333333)",
+    )
+    command.add_argument(
+        "--against",
+        nargs="+",
+        metavar="NAME",
+        help='beside fastopt and the floor, such as "torch fused" (default: all)',
+    )
+    command.add_argument("--rounds", type=positive, help="(default: 15)")
+    command.add_argument(
+        "--quick", action="store_true", help="1e3, 1e5 and 1e6 only, in 5 rounds"
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fastopt-bench"),
+        metavar="FOLDER",
+        help="for bench.json and the pictures (default: %(default)s)",
+    )
+    command.set_defaults(run=run_bench)
 
     chosen = vars(parser.parse_args(arguments))
     chosen.pop("run")(**chosen)

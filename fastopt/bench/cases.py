@@ -1,0 +1,55 @@
+"""What is measured: every rule of ``RULES`` with its variants, by size. A new rule
+needs nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import fastopt
+from fastopt.bench.contender import Case, state_count
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+QUICK_SIZES = (1_000, 100_000, 1_000_000)
+TENSORS = ((100, 1_000), (150, 333_333))  # how many, of how many elements
+
+# What the switches of rules are turned to; flags become True.
+ON = {"momentum": 0.9}
+
+
+def switched(rule: fastopt.Rule) -> list[dict[str, float | bool]]:
+    """The rule's defaults, and each of its variants switched on."""
+    return [{}] + [{n: ON.get(n, True) for n in names} for names in rule.variants]
+
+
+def title(case: Case) -> str:
+    """Such as ``sgd (momentum)``."""
+    on = ", ".join(case.hyperparameters)
+    return f"{case.rule} ({on})" if on else case.rule
+
+
+def shape(case: Case) -> str:
+    """Such as ``1,000``, or ``100 x 1,000`` for many tensors."""
+    many = f"{case.tensors:,} x " if case.tensors > 1 else ""
+    return f"{many}{case.elements:,}"
+
+
+def all_elements(case: Case) -> int:
+    return case.tensors * case.elements
+
+
+def bytes_moved(case: Case) -> int:
+    """By one step, at the least: all streams are read, and all but the gradients
+    written, 4 bytes an element."""
+    return 4 * (3 + 2 * state_count(case)) * all_elements(case)
+
+
+def cases(
+    rules: Iterable[str], sizes: Iterable[int], tensors: Iterable[tuple[int, int]]
+) -> list[Case]:
+    shapes = [(1, size) for size in sizes] + list(tensors)
+    return [
+        Case(name, hyperparameters, count, elements)
+        for name in rules
+        for hyperparameters in switched(getattr(fastopt, name))
+        for count, elements in shapes
+    ]

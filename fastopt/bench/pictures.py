@@ -1,0 +1,202 @@
+"""The pictures: a step's time, and its share of the floor's speed, against size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastopt.bench.cases import title
+from fastopt.bench.contender import CONTENDERS
+from fastopt.bench.measure import Measured
+
+Curve = dict[int, float]  # by number of elements
+
+
+class Line(NamedTuple):
+    color: str  # of Okabe and Ito's palette, which colour-blind readers tell apart
+    style: str
+    width: float = 1.4
+
+
+# A family shares a colour, and its members differ in how they are dashed.
+LINES = {
+    "fastopt": Line("#000000", "-", 2.8),
+    "fastopt arrays": Line("#000000", "--"),
+    "fastopt numba": Line("#000000", ":"),
+    "floor": Line("#888888", "-", 2.0),
+    "naive NumPy": Line("#E69F00", "-"),
+    "torch fused": Line("#0072B2", "-"),
+    "torch fused, huge pages": Line("#0072B2", "--"),
+    "torch foreach": Line("#56B4E9", "-"),
+    "torch loop": Line("#56B4E9", "--"),
+    "DeepSpeed": Line("#D55E00", "-"),
+    "optax": Line("#009E73", "-"),
+    "bitsandbytes": Line("#CC79A7", "-"),
+}
+
+
+def shown(measured: list[Measured]) -> list[Measured]:
+    """Of one rule, AdamW if it was measured, the cases with a single tensor."""
+    single = [m for m in measured if m.timings and m.case.tensors == 1]
+    names = [title(m.case) for m in single]
+    name = "adamw" if "adamw" in names else next(iter(names), "")
+    return [m for m in single if title(m.case) == name]
+
+
+def spread(ends: list[float], gap: float) -> list[float]:
+    """Places for labels at these ends, in [0, 1], as near as lets them be ``gap``
+    apart: neighbours that are too near move away from each other until none are."""
+    order = sorted(range(len(ends)), key=ends.__getitem__)
+    places = list(ends)
+    for _ in range(500):
+        for low, high in zip(order, order[1:], strict=False):
+            missing = max(0, gap - (places[high] - places[low]))
+            places[low] -= missing / 2
+            places[high] += missing / 2
+        places = [min(max(place, 0), 1) for place in places]
+    return places
+
+
+def label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
+    """Each curve's name beside its end, and a thin line between the two."""
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    ends = [to_fraction.transform(list(curve.items())[-1]) for curve in curves.values()]
+    places = spread([end[1] for end in ends], gap=0.052)
+    for name, end, place in zip(curves, ends, places, strict=True):
+        axes.annotate(
+            name,
+            xy=(end[0] + 0.005, end[1]),
+            xytext=(1.06, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=LINES[name].color,
+            va="center",
+            weight="bold" if name == "fastopt" else "normal",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.75",
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+            },
+            annotation_clip=False,
+        )
+
+
+def draw(
+    curves: dict[str, Curve],
+    heading: str,
+    below: str,
+    y_label: str,
+    set_up: Callable[[Axes], None],
+) -> Figure:
+    figure = Figure(figsize=(9, 5.6), dpi=150)
+    FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.09, right=0.75, top=0.87, bottom=0.11)
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        line = LINES[name]
+        axes.plot(
+            list(curve),
+            list(curve.values()),
+            color=line.color,
+            linestyle=line.style,
+            linewidth=line.width,
+            marker="o",
+            markersize=2 + line.width,
+            zorder=3 if name == "fastopt" else 2,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.03)
+    set_up(axes)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("elements (float32, one tensor)")
+    axes.set_ylabel(y_label)
+    axes.set_title(heading, loc="left", weight="bold", pad=24)
+    axes.annotate(
+        below,
+        (0, 1),
+        (0, 8),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color="0.3",
+    )
+    label_ends(axes, curves)
+    return figure
+
+
+def times(rows: list[Measured]) -> Figure:
+    """Time of a step against size, both logarithmic."""
+    curves = curves_of(rows, lambda m, name: m.timings[name].seconds)
+    return draw(
+        curves,
+        f"{title(rows[0].case)}: the time of a step",
+        "Medians of interleaved rounds; lower is faster",
+        "seconds",
+        lambda axes: axes.set_yscale("log"),
+    )
+
+
+def roofline(rows: list[Measured]) -> Figure:
+    """How near each comes to the speed of the same traffic without arithmetic."""
+    curves = curves_of(
+        [m for m in rows if "floor" in m.timings],
+        lambda m, name: m.timings["floor"].ratio / m.timings[name].ratio,
+    )
+    del curves["floor"]  # the line at 1
+
+    def set_up(axes: Axes) -> None:
+        axes.axhline(1, color=LINES["floor"].color, linewidth=LINES["floor"].width)
+        axes.annotate(
+            "floor",
+            (0.01, 1),
+            (0, 4),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            color="0.4",
+        )
+        highest = max(max(curve.values()) for curve in curves.values())
+        axes.set_ylim(0, 1.1 * max(1, highest))
+
+    return draw(
+        curves,
+        f"{title(rows[0].case)}: share of the memory floor's speed",
+        "The floor reads and writes the same buffers without arithmetic; higher is "
+        "faster",
+        "share of the floor's speed",
+        set_up,
+    )
+
+
+def curves_of(
+    rows: list[Measured], value: Callable[[Measured, str], float]
+) -> dict[str, Curve]:
+    found = {
+        name: {m.case.elements: value(m, name) for m in rows if name in m.timings}
+        for name in CONTENDERS
+    }
+    return {name: dict(sorted(curve.items())) for name, curve in found.items() if curve}
+
+
+def save(measured: list[Measured], folder: Path) -> list[Path]:
+    """Write each picture as PNG and SVG; none if there is nothing to draw."""
+    rows = shown(measured)
+    figures: dict[str, Figure] = {}
+    if rows:
+        figures["time"] = times(rows)
+    if any("floor" in m.timings for m in rows):
+        figures["roofline"] = roofline(rows)
+    paths = []
+    # The same results give the same file: no date, and no random names in the SVG.
+    with matplotlib.rc_context({"svg.hashsalt": "fastopt"}):
+        for name, figure in figures.items():
+            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+                paths.append(folder / f"{name}.{suffix}")
+                figure.savefig(paths[-1], metadata=metadata)
+    return paths
