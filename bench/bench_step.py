@@ -6,7 +6,7 @@
 A group is one rule at one size, so that its table compares backends with naive NumPy
 and with the floor, the same traffic without arithmetic. The sizes stand for the
 regimes: call overhead, cache, memory. Absolute times mean little on a shared machine;
-ratios.py measures ratios, interleaved.
+``fastopt bench`` measures ratios, interleaved.
 """
 
 import numpy as np

@@ -1,6 +1,5 @@
 """The README says what is so: its code runs, its figures are the committed ones."""
 
-import json
 import re
 import subprocess
 import sys
@@ -29,15 +28,16 @@ def test_the_rule_is_the_file():
     assert (ROOT / "fastopt" / "rules" / "adamw.py").read_text("utf-8") == BLOCKS[2]
 
 
-def test_the_table_is_the_measurement():
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import ratios
-    finally:
-        sys.path.pop(0)
-    measured = json.loads((ROOT / "bench" / "results" / "adamw.json").read_text())
-    assert ratios.table(measured["adamw float32"]) in README
-    assert measured["machine"]["cpu"] in README
+def test_the_table_is_the_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import readme
+
+    from fastopt.bench import report
+
+    assert readme.filled(README) == README
+    assert report.read(readme.measurement(README)).machine["cpu"] in README
+    with pytest.raises(ValueError, match="has no <!-- speed"):
+        readme.filled("")
 
 
 def test_ci_runs_the_command():
