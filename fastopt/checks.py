@@ -4,7 +4,8 @@ wanted, what came, what to do. Everything here runs before anything is written."
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
 
 def as_array(name: str, value: Any) -> Array:
     """``value`` itself or a view of its memory, as an array in host memory."""
+    if type(value) is np.ndarray:
+        return value
     if on_device(value):
         raise TypeError(
             f"{name} is on a GPU, where this backend cannot reach it; use "
@@ -131,10 +134,16 @@ def span(array: Array) -> tuple[int, int]:
     return begin, begin + array.size * array.dtype.itemsize
 
 
+def spans_of(arrays: Iterable[Array]) -> list[tuple[int, int]]:
+    """What they cover, by address; arrays of no elements are in nobody's way."""
+    return sorted((begin, end) for begin, end in map(span, arrays) if begin < end)
+
+
 def check_grad(
     name: str, grad: Array, of: str, param: Array, spans: Sequence[tuple[int, int]]
 ) -> None:
-    """A gradient against its parameter, and against the memory of all parameters."""
+    """A gradient against its parameter, and against all that a step writes: arrays
+    that do not overlap each other, in order."""
     if grad.dtype != param.dtype:
         raise TypeError(
             f"{name} has dtype {grad.dtype} but {of} has {param.dtype}; "
@@ -144,7 +153,8 @@ def check_grad(
         raise ValueError(f"{name} has shape {grad.shape} but {of} has {param.shape}")
     check_layout(name, grad)
     begin, end = span(grad)
-    if any(begin < taken_end and taken < end for taken, taken_end in spans):
+    last = bisect_left(spans, (end,)) - 1  # of those that begin before our end
+    if begin < end and last >= 0 and spans[last][1] > begin:
         raise ValueError(
             f"{name} overlaps the parameters or their state in memory; pass a copy"
         )

@@ -366,11 +366,14 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         region = parallel_region()
         with one_region:
             before = numba.get_num_threads()  # of this Python thread
-            numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+            wanted = min(threads, config.NUMBA_NUM_THREADS)
             try:
+                if wanted != before:
+                    numba.set_num_threads(wanted)
                 region(kernel_at, table_at, len(sizes), constants, threads, count_at)
             finally:
-                numba.set_num_threads(before)
+                if wanted != before:
+                    numba.set_num_threads(before)
         return True
 
     return step

@@ -26,7 +26,7 @@ class Bound(NamedTuple):
     state: dict[str, list[Array]]
     completed: Array  # steps: one int64, raised by the kernel
     step: Step
-    spans: list[tuple[int, int]]  # of all that a step writes, as addresses
+    spans: list[tuple[int, int]]  # of all that a step writes, by address
 
 
 class Optimizer:
@@ -227,7 +227,7 @@ class Optimizer:
             state=state,
             completed=completed,
             step=self._module.bind(variant, segments, completed),
-            spans=[checks.span(array) for array in written],
+            spans=checks.spans_of(written),
         )
 
     def _zeros(self, names: Sequence[str]) -> dict[str, list[Array]]:
