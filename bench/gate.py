@@ -73,8 +73,9 @@ class Verdict:
 
     @property
     def blind(self) -> bool:
-        """Whether a slowdown that must be seen could pass as noise."""
-        return not self.slower and 1 + self.tolerance > self.low * (1 + MUST_SEE)
+        """Whether a slowdown that must be seen, with this spread, could pass."""
+        seen_at = (1 + MUST_SEE) * self.low / self.ratio
+        return not self.slower and seen_at <= 1 + self.tolerance
 
 
 def verdict(tree: Sequence[float], base: Sequence[float]) -> Verdict:

@@ -289,6 +289,8 @@ class Optimizer:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
         if layout is None:  # a single array
             found = [grads]
+        elif type(grads) is FlatBuffer and grads.shapes is layout:
+            found = [grads.data]
         else:
             found = []
             checks.collect(layout, grads, "", found)
