@@ -93,6 +93,16 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
             f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
             f"for {rule.name!r}; use backend='numba'"
         )
+    return driver(KERNELS[rule.update], rule, segments, count)
+
+
+def driver(
+    kernel: str | int, rule: Rule, segments: Sequence[Segment], count: Array
+) -> Step:
+    """The step over these segments with a kernel: one of ours by name, or one of
+    Numba's by address."""
+    compiled = kernels()
+    ours = SCALARS.get(rule.scalars)
     addresses = [
         (
             segment.param.ctypes.data,
@@ -103,10 +113,8 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
         )
         for segment in segments
     ]
-    compiled = kernels()
-    ours = SCALARS.get(rule.scalars)
     step: Step = compiled.Step(
-        KERNELS[rule.update],
+        kernel,
         getattr(compiled, ours) if ours else rule.scalars,
         addresses,
         shapes=[segment.param.shape for segment in segments],

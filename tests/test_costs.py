@@ -86,11 +86,11 @@ def test_an_allocation_would_be_noticed():
     assert allocated(leak)[0] > 100
 
 
-def calls(rule, kind, count):
+def calls(rule, kind, count, backend="cython"):
     """The Python functions that a compiled step calls, native code's entry among them,
     and those of Python's own in C."""
     params = tree(kind, count)
-    opt = getattr(fastopt, rule)(params, backend="cython")
+    opt = getattr(fastopt, rule)(params, backend=backend)
     grads = params.zeros_like() if kind == "flat" else tree(kind, count)
     *plan, compiled = opt._plan  # which a profile does not show
 
@@ -125,8 +125,9 @@ needs_kernels = pytest.mark.skipif(
 @pytest.mark.parametrize("rule", RULES)
 def test_calls_of_a_compiled_step(rule):
     """One from Python into native code, and nothing on the way that is not needed."""
-    for kind, count in (("array", 1), ("flat", 1), ("flat", 7)):
-        assert calls(rule, kind, count) == (["step", "native"], [])
+    for backend in BACKENDS:
+        for kind, count in (("array", 1), ("flat", 1), ("flat", 7)):
+            assert calls(rule, kind, count, backend) == (["step", "native"], [])
 
 
 @needs_kernels
@@ -144,25 +145,6 @@ def test_a_detour_would_be_noticed(monkeypatch):
     step = fastopt.Optimizer.step
     monkeypatch.setattr(fastopt.Optimizer, "step", lambda self, g: step(self, g))
     assert calls("adamw", "array", 1)[0] == ["<lambda>", "step", "native"]
-
-
-@pytest.mark.parametrize("count", [1, 100])
-def test_a_numba_step_is_one_native_call(monkeypatch, count):
-    made = []
-
-    def counting(name, native):
-        def call(*arguments):
-            made.append(name)
-            return native(*arguments)
-
-        return call
-
-    parallel = numba_cpu.parallel_region()
-    monkeypatch.setattr(numba_cpu, "parallel_region", lambda: counting("all", parallel))
-    step = stepper("adamw", "numba", "list", count)
-    made.clear()
-    step()
-    assert made == ["all"]
 
 
 @needs_kernels

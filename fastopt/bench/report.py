@@ -75,8 +75,8 @@ def multiple(ratio: float) -> str:
 
 
 def is_loss(name: str, timing: Timing) -> bool:
-    """The floor does no arithmetic: that it is faster is no loss."""
-    return name not in (REFERENCE, "floor") and timing.ratio < 1
+    """As it is shown. The floor does no arithmetic: that it is faster is no loss."""
+    return name not in (REFERENCE, "floor") and round(timing.ratio, 2) < 1
 
 
 # The terminal -----------------------------------------------------------------------
