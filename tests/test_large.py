@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 CHUNK = 64 << 20
 ELEMENTS = 2**31 + CHUNK // 4 + 1000
-FIXED = 0x10
+FIXED, NORESERVE = 0x10, 0x4000  # Linux's, which mmap does not name
 
 
 class Sparse:
@@ -25,7 +25,8 @@ class Sparse:
 
     def __init__(self):
         size = -(-4 * ELEMENTS // CHUNK) * CHUNK
-        self.region = mmap.mmap(-1, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+        self.region = mmap.mmap(-1, size, flags)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self.region))
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
