@@ -390,7 +390,12 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
     command = [sys.executable, "-m", "fastopt", "bench", *COMMAND[:-1], "100000"]
     command += ["--against", "naive NumPy", "--output", str(tmp_path)]
     bench = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores the signal, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
 
