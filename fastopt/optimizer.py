@@ -254,8 +254,6 @@ class Optimizer:
         self._plan = (
             self._layout,
             None if schedules else [group.at(self.steps) for group in self.groups],
-            self._busy,
-            forked,
             self.threads,
             getattr(self._bound.step, "at", None),
         )
@@ -284,22 +282,25 @@ class Optimizer:
         Steps are counted for the optimizer, not for each parameter as in torch, so a
         parameter that was left alone has the bias correction of the others.
         """
-        layout, values, busy, forked, threads, compiled = self._plan
         if type(grad_scale) is not float or grad_scale != 1.0:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
-        if layout is None:  # a single array
-            found = [grads]
-        elif type(grads) is FlatBuffer and grads.shapes is layout:
-            found = [grads.data]
-        else:
-            found = []
-            checks.collect(layout, grads, "", found)
+        busy = self._busy
         # Not a Lock: an interrupt may come between its acquire and the try, and then it
         # is never released. Between these lines there is no call, so there comes none.
         if busy[0]:
             self._refuse_during_a_step()
         busy[0] = True
         try:
+            # Only now: the gradients' own code, a mapping's or a schedule's, is refused
+            # to change the optimizer, and another thread is, too.
+            layout, values, threads, compiled = self._plan
+            if layout is None:  # a single array
+                found = [grads]
+            elif type(grads) is FlatBuffer and grads.shapes is layout:
+                found = [grads.data]
+            else:
+                found = []
+                checks.collect(layout, grads, "", found)
             if values is None:  # there are schedules
                 done = self.steps
                 values = [group.at(done) for group in self.groups]

@@ -12,6 +12,7 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, same_bits
 
 import fastopt
+from fastopt import cython_cpu
 
 
 def three(dtype=np.float64):
@@ -618,3 +619,30 @@ def test_omp_num_threads_and_affinity_limit_the_threads():
     if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         assert python(pinned + code, OMP_NUM_THREADS="").stdout == "1\n"
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
+def test_gradients_that_change_the_optimizer_are_refused(backend):
+    """Their structure may be anybody's code; a step goes by one state of affairs."""
+    if backend == "cython" and cython_cpu.missing():
+        pytest.skip(cython_cpu.missing())
+
+    class Meddling(dict):
+        def keys(self):
+            meddle()
+            return super().keys()
+
+    param = np.ones(3)
+    opt = fastopt.sgd({"w": param}, lr=0.5, backend=backend)
+    saved = opt.state_dict()
+    for meddle in (
+        lambda: setattr(opt, "momentum", 0.9),
+        lambda: setattr(opt, "lr", 0.0),
+        lambda: opt.load_state_dict(saved),
+        lambda: opt.step({"w": np.ones(3)}),
+    ):
+        with pytest.raises(RuntimeError, match="is in a step"):
+            opt.step(Meddling(w=np.ones(3)))
+        assert opt.steps == 0 and param.tolist() == [1, 1, 1]
+    opt.step({"w": np.ones(3)})
+    assert opt.steps == 1 and param.tolist() == [0.5, 0.5, 0.5]
