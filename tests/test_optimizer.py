@@ -628,8 +628,12 @@ def test_gradients_that_change_the_optimizer_are_refused(backend):
         pytest.skip(cython_cpu.missing())
 
     class Meddling(dict):
+        def __init__(self, meddle):
+            super().__init__(w=np.ones(3))
+            self.meddle = meddle
+
         def keys(self):
-            meddle()
+            self.meddle()
             return super().keys()
 
     param = np.ones(3)
@@ -642,7 +646,7 @@ def test_gradients_that_change_the_optimizer_are_refused(backend):
         lambda: opt.step({"w": np.ones(3)}),
     ):
         with pytest.raises(RuntimeError, match="is in a step"):
-            opt.step(Meddling(w=np.ones(3)))
+            opt.step(Meddling(meddle))
         assert opt.steps == 0 and param.tolist() == [1, 1, 1]
     opt.step({"w": np.ones(3)})
     assert opt.steps == 1 and param.tolist() == [0.5, 0.5, 0.5]

@@ -135,7 +135,8 @@ def floor(case: Case) -> Contender:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, as it does in programs whose heap has grown. In a
     fresh one, temporaries go back to the system and come back by page faults: that
-    made NumPy's step of 100,000 elements 8 times as long, which is not its arithmetic.
+    made NumPy's step of 100,000 elements 5 times as long, which is not its arithmetic.
+    Arrays of more than 32 MiB glibc gives back all the same.
     """
     mallopt = (
         getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -153,7 +154,6 @@ def naive_numpy(case: Case) -> Contender:
     known = inspect.signature(by_hand).parameters if by_hand else {}
     if not by_hand or not case.hyperparameters.keys() <= known.keys():
         raise Unavailable("nobody wrote this by hand in fastopt/naive.py")
-    keep_freed_memory()
     params, grads = list(normal(case, PARAMS)), list(normal(case, GRADS))
     opt = Naive(case.rule, params, **case.hyperparameters)
     return Contender(partial(opt.step, grads), lambda: params, grads)
@@ -409,7 +409,8 @@ class Process:
         import_packages(self.name)
         self.contender = CONTENDERS[self.name](case)
         self.contender.step()  # compiles, allocates, touches
-        seconds = timed(self.contender.step, 1)
+        # The least of some: after a single one's hiccup all bursts would be short.
+        seconds = min(timed(self.contender.step, 1) for _ in range(3))
         self.count = max(1, min(MOST_STEPS, int(BURST_SECONDS / seconds)))
         return {"seconds": seconds}
 
@@ -448,6 +449,7 @@ def main() -> None:
     os.dup2(2, 1)
     from fastopt import threads
 
+    keep_freed_memory()
     # For all OpenMP runtimes, which read it when they are loaded.
     os.environ["OMP_NUM_THREADS"] = str(threads.available())
     try:

@@ -1,7 +1,6 @@
 """How it is measured: bursts of all contenders in turn, and ratios within a round.
 
-A round has one burst of each contender, and the next one begins with another of them.
-The machine is the same for all in a round, whatever its other tenants do, so a ratio is
+A round has one burst of each contender, in an order drawn anew. The machine is the same for all in a round, whatever its other tenants do, so a ratio is
 taken there and nowhere else; its median over the rounds is the result.
 """
 
@@ -233,9 +232,10 @@ def rounds_of(
 ) -> dict[str, list[float]]:
     """Seconds of a step in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        # Any order, so that nobody always comes after the same one.
+        for name in map(names.__getitem__, rng.permutation(len(names))):
             time.sleep(PAUSE_SECONDS)
             seconds[name].append(workers[name].ask("burst")["seconds"])
             tick()

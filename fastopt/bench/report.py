@@ -20,8 +20,6 @@ from fastopt.bench.contender import CONTENDERS, Case
 from fastopt.bench.measure import REFERENCE, Measured, Timing
 
 FORMAT = 1
-# The README's columns: all contenders, but the slow way of calling torch.
-COLUMNS = [name for name in CONTENDERS if name != "torch loop"]
 
 
 class Report(NamedTuple):
@@ -155,7 +153,7 @@ def fingerprint(machine: dict[str, Any]) -> Table:
 
 def markdown(measured: list[Measured]) -> str:
     """One rule's table; losses are bold."""
-    names = [n for n in COLUMNS if any(n in m.timings for m in measured)]
+    names = [n for n in CONTENDERS if any(n in m.timings for m in measured)]
     lines = [
         "| elements | " + " | ".join(names) + " |",
         "|--:" * (1 + len(names)) + "|",
