@@ -5,8 +5,10 @@
 For the traffic of three kinds of rule (AdamW: 4 streams read, 3 written; SGD with
 momentum and Lion: 3 and 2) it times, by events on the device, fastopt, the same traffic
 without arithmetic, a copy within the device, and the fused optimizers of torch and apex
-where they are installed. The median of 30 single steps each, in turns. A rate is the
-bytes that a step must move over its time; a copy's, the bytes it reads and writes.
+where they are installed: one after the other, for a billion parameters fill a GPU, the
+median of 30 bursts of steps each. Small steps wait for the host that launches them, so
+at a million it is launches that are compared. A rate is the bytes that a step must move
+over its time; a copy's, the bytes it reads and writes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from datetime import date
 from importlib import metadata
@@ -27,7 +30,7 @@ import fastopt
 from fastopt.floor import FLOORS
 from fastopt.rule import Rule, sign
 
-STEPS = 30
+BURSTS, STEPS = 30, 10
 WARM_UP = 3
 Step = Callable[[], object]
 
@@ -101,13 +104,21 @@ def of_torch(optimizer: Any, options: dict[str, Any], size: int) -> Step:
 
 
 def milliseconds(step: Step) -> float:
-    """On the device, between two events on the default stream, which all share."""
+    """Of a step, between two events on the default stream, which all share."""
     begin, end = cuda.event(), cuda.event()
     begin.record()
-    step()
+    for _ in range(STEPS):
+        step()
     end.record()
     end.synchronize()
-    return float(begin.elapsed_time(end))
+    return float(begin.elapsed_time(end)) / STEPS
+
+
+def release_memory() -> None:
+    """torch keeps what it frees, and the next contender may need it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(name: str, size: int) -> dict[str, Any]:
@@ -126,7 +137,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
     results = {}
     for contender, build in make.items():
         step = build()
-        times = [milliseconds(step) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+        times = [milliseconds(step) for _ in range(WARM_UP + BURSTS)][WARM_UP:]
         moved = 4 * size * (2 if contender == "device copy" else streams)
         median = float(np.median(times))
         results[contender] = {
@@ -135,6 +146,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
             "GB/s": moved / median / 1e6 if median else None,
         }
         del step
+        release_memory()
     return results
 
 

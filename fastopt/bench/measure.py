@@ -1,7 +1,10 @@
 """How it is measured: bursts of all contenders in turn, and ratios within a round.
 
-A round has one burst of each contender, in an order drawn anew. The machine is the same for all in a round, whatever its other tenants do, so a ratio is
-taken there and nowhere else; its median over the rounds is the result.
+A round has one burst of each contender, in an order drawn anew. The machine is the same
+for all in a round, whatever its other tenants do, so a ratio is taken there and nowhere
+else; its median over the rounds is the result. Where a process got its memory stays the
+same in all rounds, so the interval does not tell how much that matters: at a million
+elements another run can differ by more.
 """
 
 from __future__ import annotations
