@@ -22,6 +22,7 @@ RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
+PASSES = ROOT / "fastopt" / "passes.py"
 
 MSVC = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -44,14 +45,19 @@ if X86 and not MSVC:
 
 # What a rule's text may call by name, and the template has in C.
 PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
+PRIMITIVES |= {"wide", "cbrt"}
 
 
 @dataclass
 class Function:
     """What the template needs to know of a rule's function."""
 
-    name: str
+    path: Path  # the file that defines it
     tree: ast.FunctionDef
+
+    @property
+    def name(self):
+        return f"{self.path.stem}_{self.tree.name}"
 
     @property
     def arguments(self):
@@ -66,13 +72,33 @@ class Function:
         ]
         return [name for name in dict.fromkeys(stored) if name not in self.arguments]
 
+    @property
+    def returned(self):
+        """How many values it returns; 0: one, and not in a tuple."""
+        (value,) = [
+            node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)
+        ]
+        return len(value.elts) if isinstance(value, ast.Tuple) else 0
+
+    @property
+    def helpers(self):
+        """The functions that it calls, by the name it calls them by."""
+        called = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
+        found = {name: defined(self.path, name) for name in sorted(called - PRIMITIVES)}
+        return {name: function for name, function in found.items() if function}
+
+    def result(self, c_type):
+        return f"({f'{c_type}, ' * self.returned})" if self.returned else c_type
+
     def body(self, dtype):
-        """The statements, with every primitive's name made that of its C version."""
+        """The statements, with every function's name made that of its C version."""
+        helpers = self.helpers
 
         class Concrete(ast.NodeTransformer):
             def visit_Name(self, node):
-                c_name = f"{node.id}_{dtype}" if node.id in PRIMITIVES else node.id
-                return ast.Name(c_name, node.ctx)
+                name = helpers[node.id].name if node.id in helpers else node.id
+                known = node.id in PRIMITIVES or node.id in helpers
+                return ast.Name(f"{name}_{dtype}" if known else name, node.ctx)
 
         tree = ast.parse(ast.unparse(self.tree)).body[0]
         text = "\n".join(ast.unparse(Concrete().visit(line)) for line in tree.body)
@@ -81,7 +107,7 @@ class Function:
 
 @dataclass
 class Kernel(Function):
-    """An ``update``."""
+    """An ``update`` or a ``measure``: something that a loop runs over the buffers."""
 
     state_count: int
 
@@ -97,11 +123,11 @@ class Kernel(Function):
     def constants(self):
         return [f"c{k}" for k in range(len(self.arguments) - 2 - self.state_count)]
 
-    def tuple_of(self, c_type):
-        return f"{c_type}, " * len(self.outputs)
+
+class Measure(Kernel):
+    pass
 
 
-@dataclass
 class Scalars(Function):
     """A ``scalars``, with the C types of what it takes: flags and numbers."""
 
@@ -110,31 +136,51 @@ class Scalars(Function):
         defaults = map(ast.literal_eval, self.tree.args.defaults)
         types = ["bint" if isinstance(value, bool) else "double" for value in defaults]
         names = self.arguments[1:]
-        return [f"{t} {name}" for t, name in zip(types, names, strict=True)]
+        carried = ["double"] * (len(names) - len(types))
+        return [f"{t} {name}" for t, name in zip(carried + types, names, strict=True)]
+
+
+def defined(path, name, kind=Function, *more):
+    """The function that a file means by a name, its own or another rule's, or None."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return kind(path, node, *more)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    other = RULES / f"{node.module.rpartition('.')[2]}.py"
+                    if node.module.startswith("fastopt.rules.") and other.exists():
+                        return defined(other, alias.name, kind, *more)
+    return None
 
 
 def functions_of(path):
-    """Those of every ``Rule(update, scalars, state=...)`` in a rule's file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
-    scalars = {}
-    for call in ast.walk(tree):
+    """Those of every ``Rule(update, scalars, state=..., measure=...)`` in a file."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
-            update, once = (argument.id for argument in call.args)
-            states = [k.value for k in call.keywords if k.arg == "state"]
-            count = len(ast.literal_eval(states[0])) if states else 0
-            yield Kernel(f"{path.stem}_{update}", functions[update], count)
-            if once in functions:  # or it is another rule's
-                scalars[once] = Scalars(f"{path.stem}_{once}", functions[once])
-    yield from scalars.values()
+            update, scalars = (argument.id for argument in call.args)
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            count = len(ast.literal_eval(given["state"])) if "state" in given else 0
+            yield defined(path, update, Kernel, count)
+            if "measure" in given:
+                yield defined(path, given["measure"].id, Measure, count)
+            yield defined(path, scalars, Scalars)
 
 
 def functions():
-    """Those of the rules named in RULES, the only list of them, and of the floor."""
+    """Those of the rules named in RULES, the only list of them, of the floor and of
+    what a step does beside; and the helper functions that they call."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
-    files = [*(RULES / f"{name.id}.py" for name in names.elts), FLOOR]
-    return [function for file in files for function in functions_of(file)]
+    files = [*(RULES / f"{name.id}.py" for name in names.elts), FLOOR, PASSES]
+    found = {}
+    waiting = [function for file in files for function in functions_of(file)]
+    for function in waiting:
+        if function.name not in found:
+            found[function.name] = function
+            if not isinstance(function, Scalars):
+                waiting += function.helpers.values()
+    return list(found.values())
 
 
 def each(before, names, after=""):
@@ -146,14 +192,14 @@ def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
     found = functions()
-    kernels = [function for function in found if isinstance(function, Kernel)]
-    scalars = [function for function in found if isinstance(function, Scalars)]
     for isa, flags in ISAS.items():
         source = RENDERED / f"_kernels_{isa}.pyx"
         text = template.substitute(
             isa=isa,
-            rules=kernels,
-            scalars=scalars,
+            updates=[f for f in found if type(f) is Kernel],
+            measures=[f for f in found if type(f) is Measure],
+            helpers=[f for f in found if type(f) is Function],
+            scalars=[f for f in found if type(f) is Scalars],
             each=each,
             cython=Cython.__version__,
         )

@@ -128,17 +128,17 @@ cdef void slowed(
         pass
 
 
-cdef void walk("""
+cdef class Step:"""
 
 
 def slow_down(source: Path, factor: float) -> Path:
     """Let every kernel of a source tree take that many times as long."""
     template = source / "csrc" / "kernels.pyx.in"
     text = template.read_text(encoding="utf-8")
-    if text.count("cdef void walk(") != 1 or "    kernel(row, " not in text:
+    if text.count("cdef class Step:") != 1 or "    self.kernel(row, " not in text:
         raise RuntimeError(f"{template.name} has changed; change slow_down with it")
-    text = text.replace("    kernel(row, ", "    slowed(kernel, row, ")
-    text = text.replace("cdef void walk(", SLOWED.format(factor=factor).lstrip())
+    text = text.replace("    self.kernel(row, ", "    slowed(self.kernel, row, ")
+    text = text.replace("cdef class Step:", SLOWED.format(factor=factor).lstrip())
     template.write_text(text, encoding="utf-8")
     return source
 

@@ -3,7 +3,7 @@ wanted, what came, what to do. Everything here runs before anything is written."
 
 from __future__ import annotations
 
-import operator
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.flat import Array, FlatBuffer
-from fastopt.rule import Rule
+from fastopt.rule import check_hyperparameter
 
 MOST_THREADS = 1024
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -173,6 +173,8 @@ def layout(tree: Any) -> Any:
 def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
     """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
     it must have; None stands for a whole branch of None."""
+    if type(grads) is FlatBuffer and type(tree) in (dict, list):
+        grads = grads.views  # of one whose arrays are taken one by one
     if type(tree) is dict:
         if grads is None:
             grads = dict.fromkeys(tree)
@@ -228,80 +230,61 @@ def check_threads(threads: Any) -> int:
     return int(threads)
 
 
-def check_saved(
-    saved: Any, format: int, rule: Rule, groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """A saved state against the optimizer that is to load it: all but the arrays."""
-    wanted = ("format", "rule", "steps", "switched_on", "groups", "state")
-    if not isinstance(saved, Mapping) or any(key not in saved for key in wanted):
-        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-        raise TypeError(
-            f"expected a state_dict() with the keys {', '.join(wanted)}; got {got}"
-        )
-    if saved["format"] != format:
+def check_decay(name: str, value: Any) -> float | None:
+    """The decay of a moving average."""
+    if value is None:
+        return None
+    number = float(check_hyperparameter("", name, value, 1.0))
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), or None, got {value!r}")
+    return number
+
+
+def check_same_kind(name: str, value: Any, now: Any) -> None:
+    """What decides about memory is decided when an optimizer is made."""
+    if (value is None) != (now is None):
         raise ValueError(
-            f"the state has format {saved['format']!r}, this version of fastopt reads "
-            f"{format}; load it with the version that saved it"
-        )
-    if saved["rule"] != rule.name:
-        raise ValueError(
-            f"the state is of rule {saved['rule']!r}, this optimizer's is {rule.name!r}"
-        )
-    steps = saved["steps"]
-    try:
-        valid = 0 <= operator.index(steps) < 2**62
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f'state["steps"] must be an integer >= 0, got {steps!r}')
-    if len(saved["groups"]) != len(groups):
-        raise ValueError(
-            f"the state has {len(saved['groups'])} groups, this optimizer has "
-            f"{len(groups)}"
-        )
-    for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
-        if not isinstance(values, Mapping):
-            raise TypeError(f'state["groups"][{i}] must be a dict, got {values!r}')
-        for key in group:
-            if key not in values and not callable(group[key]):
-                raise ValueError(
-                    f"the state has no {key} for groups[{i}], where it was a schedule; "
-                    f"set one here too before loading"
-                )
-    if not set(saved["switched_on"]) <= rule.switches:
-        raise ValueError(
-            f'state["switched_on"] is {saved["switched_on"]}, of which {rule.name} '
-            f"knows {sorted(rule.switches)}"
+            f"{name} is {now!r} and cannot become {value!r}: whether there is one is "
+            f"decided when the optimizer is made"
         )
 
 
-def check_saved_state(
-    saved: Mapping[str, Any], rule: Rule, names: Sequence[str], params: Sequence[Array]
-) -> None:
-    """The arrays of a saved state against the parameters."""
-    on = set(saved["switched_on"])
-    buffers = rule.variant(on).state
-    if set(saved["state"]) != set(buffers):
+def check_limit(name: str, value: Any) -> float:
+    """A bound for gradients; None is no bound."""
+    if value is None:
+        return math.inf
+    number = float(check_hyperparameter("", name, value, 1.0))
+    if number <= 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return number
+
+
+def check_nonfinite(value: Any) -> str:
+    if value not in ("propagate", "skip", "raise"):
         raise ValueError(
-            f"the state has buffers {list(saved['state'])}, but {rule.name} with "
-            f"{sorted(on)} on keeps {list(buffers)}"
+            f'nonfinite must be "propagate", "skip" or "raise", got {value!r}'
         )
-    for buffer, arrays in saved["state"].items():
-        if len(arrays) != len(params):
+    return str(value)
+
+
+def check_writeable(names: Sequence[str], grads: Sequence[Array | None]) -> None:
+    """Gradients that are to be set to zero: writeable, and apart from each other."""
+    placed = []
+    for name, grad in zip(names, grads, strict=True):
+        if grad is None:
+            continue
+        if read_only(grad):
             raise ValueError(
-                f'state["{buffer}"] has {len(arrays)} arrays for {len(params)} '
-                f"parameters"
+                f"{name} is read-only, but zero_grads=True writes to it; pass a "
+                f"writeable array, or leave zero_grads out"
             )
-        for i, (array, name, param) in enumerate(
-            zip(arrays, names, params, strict=True)
-        ):
-            where = f'state["{buffer}"][{i}]'
-            if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
-                raise TypeError(
-                    f"{where} must be a NumPy array of {param.dtype}, as it was saved, "
-                    f"got {getattr(array, 'dtype', type(array).__name__)}"
-                )
-            if array.shape != param.shape:
-                raise ValueError(
-                    f"{where} has shape {array.shape} but {name} has {param.shape}"
-                )
+        begin, end = span(grad)
+        if begin < end:
+            placed.append((begin, end, name))
+    placed.sort()
+    for (_, end, first), (begin, _, second) in zip(placed, placed[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{first} and {second} overlap in memory, and zero_grads=True would "
+                f"set one to zero before it is read; pass copies"
+            )

@@ -21,6 +21,7 @@ from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.floor import FLOORS
 from fastopt.numpy_ref import Step
+from fastopt.passes import PASSES
 from fastopt.rule import Function, Rule
 from fastopt.rules import RULES
 
@@ -42,8 +43,9 @@ def compiled_name(function: Function) -> str:
 
 
 # Looked up by the function itself, so a user's of the same name never meets ours.
-OURS = [rule for public in (*RULES, *FLOORS) for rule in public.all]
+OURS = [rule for public in (*RULES, *FLOORS, *PASSES) for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
+MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
 SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
 
 
@@ -84,23 +86,29 @@ def missing() -> str | None:
     return None
 
 
-def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`. This step also checks its gradients; it
     returns False, and has done nothing, if one of them needs a closer look. Its method
     ``at`` takes hyperparameters and computes the scalars itself."""
-    if rule.update not in KERNELS:
+    measure = MEASURES.get(rule.measure) if rule.measure else None
+    if rule.update not in KERNELS or (rule.measure and not measure):
         raise ValueError(
             f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
             f"for {rule.name!r}; use backend='numba'"
         )
-    return driver(KERNELS[rule.update], rule, segments, count)
+    return driver(KERNELS[rule.update], measure, rule, segments, count, carry)
 
 
 def driver(
-    kernel: str | int, rule: Rule, segments: Sequence[Segment], count: Array
+    kernel: str | int,
+    measure: str | int | None,
+    rule: Rule,
+    segments: Sequence[Segment],
+    count: Array,
+    carry: Array,
 ) -> Step:
-    """The step over these segments with a kernel: one of ours by name, or one of
-    Numba's by address."""
+    """The step over these segments with two kernels: ours by name, or Numba's by
+    address."""
     compiled = kernels()
     ours = SCALARS.get(rule.scalars)
     addresses = [
@@ -109,7 +117,7 @@ def driver(
             0,
             *(buffer.ctypes.data for buffer in segment.state),
             segment.param.size,
-            segment.group,
+            segment.row,
         )
         for segment in segments
     ]
@@ -118,10 +126,22 @@ def driver(
         getattr(compiled, ours) if ours else rule.scalars,
         addresses,
         shapes=[segment.param.shape for segment in segments],
+        averages=addresses_of([segment.average for segment in segments]),
         double=segments[0].param.dtype == np.float64,
-        groups=1 + max(segment.group for segment in segments),
+        sets=carry.shape[1],
         scalar_count=1 + rule.scalar_count,
+        measure=measure,
+        terms=rule.terms,
+        measured=1 + rule.measure_count,
         count_address=count.ctypes.data,
-        keep=(segments, count),
+        carry_address=carry.ctypes.data,
+        carried=carry.shape[2],
+        keep=(segments, count, carry),
     )
     return step
+
+
+def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:
+    """Of the moving averages; None if there are none."""
+    found = [average.ctypes.data for average in averages if average is not None]
+    return found or None

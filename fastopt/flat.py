@@ -25,7 +25,8 @@ class Segment(NamedTuple):
 
     param: Array
     state: tuple[Array, ...]
-    group: int  # the row of scalars that applies
+    row: int  # the row of scalars that applies
+    average: Array | None = None  # the moving average of param, if one is kept
 
 
 def zeroed(nbytes: int) -> Array:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
+
+Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
 
 
 class Group(MutableMapping[str, Any]):
@@ -20,22 +22,46 @@ class Group(MutableMapping[str, Any]):
         prefix: str,
         number: int,
         assign: Callable[[int, Mapping[str, Any]], None],
+        frozen: Any = False,
     ):
         self.number = number
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
         self._assign = assign  # the optimizer's: an assignment may need new state
+        self._frozen = self._flag(frozen)
         self._scheduled: tuple[str, ...] = ()
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether steps leave this group alone, as if its gradients were None."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        before, self._frozen = self._frozen, self._flag(value)
+        try:
+            self._assign(self.number, {})
+        except BaseException:
+            self._frozen = before
+            raise
+
+    def _flag(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            name = self._name("frozen")
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        return value
+
+    def rename(self, prefix: str) -> None:
+        """What messages call this group from now on."""
+        self._prefix = prefix
 
     @property
     def schedules(self) -> tuple[str, ...]:
         """The names of those that are schedules."""
         return self._scheduled
 
-    def at(
-        self, steps: int, values: Mapping[str, Any] | None = None
-    ) -> tuple[Hyperparameter, ...]:
+    def at(self, steps: int, values: Mapping[str, Any] | None = None) -> Values:
         """What holds when ``steps`` steps are completed, of our values or of these, in
         the order in which ``scalars`` takes them."""
         if values is None:
@@ -55,7 +81,7 @@ class Group(MutableMapping[str, Any]):
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)
         # A rule's own conditions, such as nesterov's, stand in its scalars.
-        self._rule.scalars(steps + 1, *now.values())
+        self._rule.scalars(steps + 1, *self._rule.first_carry(now), *now.values())
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 
     def commit(self, values: Mapping[str, Any]) -> None:

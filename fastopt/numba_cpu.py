@@ -1,10 +1,10 @@
 """The JIT backend: a rule compiled by Numba, for all CPU cores.
 
-``bind`` has the shape of the reference's. A step is one native call over a table of
-addresses, by the compiled backend's driver or, where that is missing, by our own. A
-kernel does one part of the step and is compiled once for a rule and dtype; our parallel
-region around it takes the kernel's address, so it is compiled once for all rules. Both
-stay on disk as plain object code (see ``kernel_cache``).
+A kernel does a stretch of one segment, as those of the compiled backend do, and is
+compiled once for a rule and dtype; so is one for what a rule measures. The compiled
+backend's driver calls them by address, or, where that is missing, our own: a walk over
+the segments in a parallel region, which is compiled once for all rules. Everything
+stays on disk as plain object code (see ``kernel_cache``).
 """
 
 # JIT functions take what Numba infers; its stubs know neither intrinsics nor config.
@@ -20,7 +20,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numba
 import numpy as np
@@ -32,19 +32,19 @@ from numba.core import types as nt
 from numba.core.errors import NumbaError, TypingError
 from numba.extending import intrinsic
 
-from fastopt import cython_cpu, kernel_cache
+from fastopt import cython_cpu, kernel_cache, llvm_ir
 from fastopt.checks import as_array
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
 from fastopt.kernel_cache import Kernel
-from fastopt.numpy_ref import Step
+from fastopt.numpy_ref import LANES, PLAIN, Extras, Step
 from fastopt.rule import Function, Rule, concrete
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
 
 SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
 ALIGN_FROM = 4096  # elements; for fewer, it would
-# Columns of the table, as in the compiled backend: p, g, state..., length, group.
-PARAM, GRAD, LENGTH, GROUP = 0, 1, -2, -1
+# Columns of the table, as in the compiled backend: p, g, state..., length, row.
+PARAM, GRAD, LENGTH, ROW = 0, 1, -2, -1
 WORD = ir.IntType(64)
 REAL = {4: ctypes.c_float, 8: ctypes.c_double}
 FLOAT = {4: ir.FloatType(), 8: ir.DoubleType()}
@@ -100,6 +100,22 @@ def sign(x):
     return math.copysign(one, x) if (x > zero) | (x < zero) else x
 
 
+@intrinsic
+def wide(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return context.cast(builder, args[0], signature.args[0], nt.float64)
+
+    return (nt.float64(x), codegen) if isinstance(x, nt.Float) else None
+
+
+@intrinsic
+def cbrt(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return llvm_ir.cbrt(builder, args[0], np.dtype(str(signature.args[0])))
+
+    return (x(x), codegen) if isinstance(x, nt.Float) else None
+
+
 PRIMITIVES: dict[str, Any] = {
     "sqrt": sqrt,
     "where": where,
@@ -107,46 +123,21 @@ PRIMITIVES: dict[str, Any] = {
     "minimum": minimum,
     "copysign": copysign,
     "sign": sign,
+    "wide": wide,
+    "cbrt": cbrt,
 }
 
-# The kernel
+# The kernels
 
 
-@intrinsic
-def word(typingctx, pointer, index):
-    def codegen(context, builder, signature, args):
-        return builder.load(builder.gep(args[0], [args[1]]))
-
-    return nt.int64(pointer, index), codegen
-
-
-@intrinsic
-def add_one(typingctx, pointer):
-    # In native code, so that no interrupt comes between a step and its count.
-    def codegen(context, builder, signature, args):
-        builder.store(builder.add(builder.load(args[0]), WORD(1)), args[0])
-        return context.get_dummy_value()
-
-    return nt.void(pointer), codegen
-
-
-@compiled
-def length_of(table, row, width):
-    length = word(table, (row + 1) * width + LENGTH)
-    return length if word(table, row * width + GRAD) else 0
-
-
-def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -> Any:
-    """The function that does one part of a step over all segments."""
+def accesses(dtype: np.dtype[Any], streams: int, constants: int) -> tuple[Any, ...]:
+    """What loads and stores element ``index`` of the streams that a row of the table
+    begins with, and what loads the scalars. Everything is given by its address."""
     real = numba.from_dtype(dtype)
-    width = streams + 2
-    itemsize = dtype.itemsize
-    line = CACHE_LINE // itemsize
 
-    def pointer(builder: Any, table: Any, row: Any, stream: int, index: Any) -> Any:
-        column = builder.mul(row, WORD(width))
-        column = builder.add(column, WORD(PARAM + stream))
-        address = builder.load(builder.gep(table, [column]))
+    def pointer(builder: Any, row: Any, stream: int, index: Any) -> Any:
+        words = builder.inttoptr(row, WORD.as_pointer())
+        address = builder.load(builder.gep(words, [WORD(stream)]))
         # The table stays as it is, so this load can leave the loop.
         address.set_metadata("invariant.load", builder.module.add_metadata([]))
         pointer = builder.inttoptr(address, FLOAT[dtype.itemsize].as_pointer())
@@ -162,29 +153,30 @@ def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -
         return access
 
     @intrinsic
-    def load(typingctx, table, row, index):
+    def load(typingctx, row, index):
         def codegen(context, builder, signature, args):
-            table, row, index = args
+            row, index = args
             values = [
-                apart(builder, builder.load(pointer(builder, table, row, i, index)), i)
+                apart(builder, builder.load(pointer(builder, row, i, index)), i)
                 for i in range(streams)
             ]
             return context.make_tuple(builder, signature.return_type, values)
 
-        return nt.UniTuple(real, streams)(table, row, index), codegen
+        return nt.UniTuple(real, streams)(row, index), codegen
 
     @intrinsic
-    def load_scalars(typingctx, scalars, group):
+    def load_scalars(typingctx, scalars):
         def codegen(context, builder, signature, args):
-            first = builder.mul(args[1], WORD(constants))
-            places = [builder.add(first, WORD(i)) for i in range(constants)]
-            values = [builder.load(builder.gep(args[0], [i])) for i in places]
+            first = builder.inttoptr(args[0], FLOAT[dtype.itemsize].as_pointer())
+            values = [
+                builder.load(builder.gep(first, [WORD(i)])) for i in range(constants)
+            ]
             return context.make_tuple(builder, signature.return_type, values)
 
-        return nt.UniTuple(real, constants)(scalars, group), codegen
+        return nt.UniTuple(real, constants)(scalars), codegen
 
     @intrinsic
-    def store(typingctx, table, row, index, values):
+    def store(typingctx, row, index, values):
         if values != nt.UniTuple(real, streams - 1):
             raise TypingError(
                 f"it must return (p, *state), here {streams - 1} values of type "
@@ -192,60 +184,178 @@ def kernel_of(update: Any, dtype: np.dtype[Any], streams: int, constants: int) -
             )
 
         def codegen(context, builder, signature, args):
-            table, row, index, values = args
-            written = [i for i in range(streams) if PARAM + i != GRAD]
+            row, index, values = args
+            written = [i for i in range(streams) if i != GRAD]
             values = cgutils.unpack_tuple(builder, values)
             for i, value in zip(written, values, strict=True):
-                place = pointer(builder, table, row, i, index)
-                apart(builder, builder.store(value, place), i)
+                apart(builder, builder.store(value, pointer(builder, row, i, index)), i)
             return context.get_dummy_value()
 
-        return nt.void(table, row, index, values), codegen
+        return nt.void(row, index, values), codegen
 
-    def kernel(table, rows, scalars, part, parts, count):
-        total = 0
-        for row in range(rows):
-            total += length_of(table, row, width)
-        share = (total + parts * line - 1) // (parts * line) * line
-        first, last = part * share, (part + 1) * share
-        for row in range(rows):
-            length = length_of(table, row, width)
-            constants = load_scalars(scalars, word(table, (row + 1) * width + GROUP))
-            begin, end = max(first, 0), min(last, length)
-            # On their own the few up to a cache line's end, so that no store of the
-            # rest crosses a line; as a loop, for a second copy would be compiled too.
-            cut = begin
-            if end - begin >= ALIGN_FROM:
-                cut += -(word(table, row * width + PARAM) // itemsize + begin) % line
-            for i_from, i_to in ((begin, cut), (cut, end)):
-                for i in range(i_from, i_to):
-                    old = load(table, row, i)
-                    g = old[1] * constants[0]
-                    store(table, row, i, update(old[0], g, *old[2:], *constants[1:]))
-            first -= length
-            last -= length
-        if parts == 1:
-            add_one(count)
+    return load, load_scalars, store
+
+
+def update_kernel(
+    update: Any, dtype: np.dtype[Any], streams: int, constants: int, terms: int
+) -> Any:
+    """The function that updates elements [start, start + n) of a segment."""
+    load, load_scalars, store = accesses(dtype, streams, constants)
+
+    def kernel(row, start, n, scalars):
+        constants = load_scalars(scalars)
+        for i in range(start, start + n):
+            old = load(row, i)
+            g = old[1] * constants[0]
+            store(row, i, update(old[0], g, *old[2:], *constants[1:]))
 
     return kernel
 
 
+def measure_kernel(
+    measure: Any, dtype: np.dtype[Any], streams: int, constants: int, terms: int
+) -> Any:
+    """The function that sums up what is measured of at most a chunk of a segment."""
+    load, load_scalars, _ = accesses(dtype, streams, constants)
+    double = FLOAT[8]
+
+    @intrinsic
+    def make_lanes(typingctx):
+        def codegen(context, builder, signature, args):
+            room = cgutils.alloca_once(builder, ir.ArrayType(double, terms * LANES))
+            return builder.bitcast(room, double.as_pointer())
+
+        return nt.CPointer(nt.float64)(), codegen
+
+    @intrinsic
+    def add(typingctx, lanes, lane, values):
+        kinds = list(values) if isinstance(values, nt.BaseTuple) else []
+        if len(kinds) != terms or not all(isinstance(k, nt.Float) for k in kinds):
+            raise TypingError(f"it must return a tuple of {terms} numbers")
+
+        def codegen(context, builder, signature, args):
+            lanes, lane, values = args
+            values = cgutils.unpack_tuple(builder, values)
+            for k, value in enumerate(values):
+                value = context.cast(builder, value, kinds[k], nt.float64)
+                place = builder.gep(lanes, [builder.add(lane, WORD(k * LANES))])
+                builder.store(builder.fadd(builder.load(place), value), place)
+            return context.get_dummy_value()
+
+        return nt.void(lanes, lane, values), codegen
+
+    @intrinsic
+    def put(typingctx, place, index, value):
+        def codegen(context, builder, signature, args):
+            first = builder.inttoptr(args[0], double.as_pointer())
+            builder.store(args[2], builder.gep(first, [args[1]]))
+            return context.get_dummy_value()
+
+        return nt.void(place, index, value), codegen
+
+    def kernel(row, start, n, scalars, sums):
+        constants = load_scalars(scalars)
+        lanes = make_lanes()
+        sum_of = numba.carray(lanes, terms * LANES)
+        for k in range(terms * LANES):
+            sum_of[k] = 0.0
+        end = start + n
+        whole = start + n // LANES * LANES
+        for first in range(start, whole, LANES):
+            for lane in range(LANES):
+                old = load(row, first + lane)
+                g = old[1] * constants[0]
+                add(lanes, lane, measure(old[0], g, *old[2:], *constants[1:]))
+        for i in range(whole, end):
+            old = load(row, i)
+            g = old[1] * constants[0]
+            add(lanes, i - whole, measure(old[0], g, *old[2:], *constants[1:]))
+        for k in range(terms):
+            half = LANES // 2
+            while half:
+                for lane in range(k * LANES, k * LANES + half):
+                    sum_of[lane] += sum_of[lane + half]
+                half //= 2
+            put(sums, k, sum_of[k * LANES])
+
+    return kernel
+
+
+# The driver, for where the compiled backend's is missing
+
+
 @intrinsic
-def call_kernel(typingctx, kernel, table, rows, scalars, part, parts, count):
+def word(typingctx, address, index):
+    def codegen(context, builder, signature, args):
+        words = builder.inttoptr(args[0], WORD.as_pointer())
+        return builder.load(builder.gep(words, [args[1]]))
+
+    return nt.int64(address, index), codegen
+
+
+@intrinsic
+def add_one(typingctx, address):
+    # In native code, so that no interrupt comes between a step and its count.
+    def codegen(context, builder, signature, args):
+        place = builder.inttoptr(args[0], WORD.as_pointer())
+        builder.store(builder.add(builder.load(place), WORD(1)), place)
+        return context.get_dummy_value()
+
+    return nt.void(address), codegen
+
+
+@intrinsic
+def call_kernel(typingctx, kernel, row, start, n, scalars):
     """Call the kernel at this address."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in args[1:]])
+        kind = ir.FunctionType(ir.VoidType(), [WORD] * 4)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    given = (kernel, table, rows, scalars, part, parts, count)
-    return nt.void(*given), codegen
+    return nt.void(kernel, row, start, n, scalars), codegen
 
 
-def region(kernel, table, rows, scalars, parts, count):
+@compiled
+def length_of(table, row, columns):
+    length = word(table, (row + 1) * columns + LENGTH)
+    return length if word(table, row * columns + GRAD) else 0
+
+
+@compiled
+def walk(kernel, table, rows, columns, scalars, stride, itemsize, part, parts):
+    """One part of several of a step over all segments."""
+    line = CACHE_LINE // itemsize
+    total = 0
+    for row in range(rows):
+        total += length_of(table, row, columns)
+    share = (total + parts * line - 1) // (parts * line) * line
+    first, last = part * share, (part + 1) * share
+    for row in range(rows):
+        length = length_of(table, row, columns)
+        begin, end = max(first, 0), min(last, length)
+        if begin < end:
+            at = table + row * columns * 8
+            constants = scalars + word(at, columns + ROW) * stride
+            # On their own the few up to a cache line's end, so that no store of the
+            # rest crosses a line.
+            cut = begin
+            if end - begin >= ALIGN_FROM:
+                cut += -(word(at, PARAM) // itemsize + begin) % line
+                call_kernel(kernel, at, begin, cut - begin, constants)
+            call_kernel(kernel, at, cut, end - cut, constants)
+        first -= length
+        last -= length
+
+
+def serial(kernel, table, rows, columns, scalars, stride, itemsize, parts, count):
+    walk(kernel, table, rows, columns, scalars, stride, itemsize, 0, 1)
+    add_one(count)
+
+
+def region(kernel, table, rows, columns, scalars, stride, itemsize, parts, count):
     for part in prange(parts):
-        call_kernel(kernel, table, rows, scalars, part, parts, count)
+        walk(kernel, table, rows, columns, scalars, stride, itemsize, part, parts)
     add_one(count)
 
 
@@ -263,45 +373,49 @@ def compile_kernel(function: Callable[..., None], *taken: Any, **flags: Any) -> 
 
 
 def source() -> str:
-    return Path(__file__).read_text(encoding="utf-8")
+    files = map(Path, (__file__, llvm_ir.__file__))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @functools.cache
 def kernel_for(
-    update: Function, dtype: np.dtype[Any], streams: int, reached: str
-) -> Any:
-    """A rule's kernel, as a C function. ``reached``: a text that differs when something
-    differs that the rule reaches by name."""
+    build: Callable[..., Any],
+    element: Function,
+    dtype: np.dtype[Any],
+    streams: int,
+    terms: int,
+    reached: str,
+) -> int:
+    """The address of a kernel for a function of a rule. ``reached``: a text that
+    differs when something differs that the rule reaches by name."""
+    kind = build.__name__
 
     def identity() -> tuple[Any, ...]:
-        return source(), kernel_cache.fingerprint(update), str(dtype), streams
+        return source(), kernel_cache.fingerprint(element), str(dtype), streams, kind
 
     def make() -> Kernel:
-        constants = 1 + update.__code__.co_argcount - streams
-        words, scalars = nt.CPointer(nt.int64), nt.CPointer(numba.from_dtype(dtype))
-        element = compiled(concrete(update, dtype, PRIMITIVES, compiled))
-        kernel = kernel_of(element, dtype, streams, constants)
-        taken = words, nt.int64, scalars, nt.int64, nt.int64, words
-        return compile_kernel(kernel, *taken)
+        constants = 1 + element.__code__.co_argcount - streams
+        function = compiled(concrete(element, dtype, PRIMITIVES, compiled))
+        kernel = build(function, dtype, streams, constants, terms)
+        return compile_kernel(kernel, *[nt.int64] * kernel.__code__.co_argcount)
 
-    at, number = ctypes.c_void_p, ctypes.c_int64
-    native = ctypes.CFUNCTYPE(None, at, number, at, number, number, at)
-    return native(kernel_cache.obtain(identity, make))
+    return kernel_cache.obtain(identity, make)
 
 
 @functools.cache
-def parallel_region() -> Any:
-    """The parallel region, as a C function that takes a kernel's address first."""
-    numba.get_num_threads()  # starts the threads, which the code is linked to
+def own_driver(function: Callable[..., None], **flags: Any) -> Any:
+    """The walk or the region, as a C function."""
+    if flags:
+        numba.get_num_threads()  # starts the threads, which the code is linked to
+
+    def identity() -> tuple[Any, ...]:
+        return source(), function.__name__
 
     def make() -> Kernel:
-        words = nt.CPointer(nt.int64)
-        taken = nt.int64, words, nt.int64, words, nt.int64, words
-        return compile_kernel(region, *taken, parallel=True)
+        return compile_kernel(function, *[nt.int64] * 9, **flags)
 
-    at, number = ctypes.c_void_p, ctypes.c_int64
-    native = ctypes.CFUNCTYPE(None, at, at, number, at, number, at)
-    return native(kernel_cache.obtain(source, make))
+    native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
+    return native(kernel_cache.obtain(identity, make))
 
 
 def reached(update: Function) -> str:
@@ -315,85 +429,122 @@ def reached(update: Function) -> str:
 one_region = threading.Lock()
 
 
-def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`; the first for a rule and dtype compiles.
 
-    Where the compiled backend is here, its driver calls our kernel: a step of 1,000
+    Where the compiled backend is here, its driver calls our kernels: a step of 1,000
     elements then takes a sixth of the time, and no thread of Numba's is started.
     """
     if cython_cpu.missing() is None and cython_cpu.kernels().OPENMP:
-        address = ctypes.cast(kernel(rule, segments), ctypes.c_void_p).value
-        return cython_cpu.driver(cast(int, address), rule, segments, count)
-    return bind_alone(rule, segments, count)
+        kernels = kernel(rule, "update", segments), kernel(rule, "measure", segments)
+        return cython_cpu.driver(*kernels, rule, segments, count, carry)
+    return bind_alone(rule, segments, count, carry)
 
 
-def kernel(rule: Rule, segments: Sequence[Segment]) -> Any:
+def kernel(rule: Rule, what: str, segments: Sequence[Segment]) -> Any:
+    """The address of the kernel for a rule's update or measure; None if it has none."""
+    element = getattr(rule, what)
+    if element is None:
+        return None
     dtype, streams = segments[0].param.dtype, 2 + len(rule.state)
+    build = update_kernel if what == "update" else measure_kernel
     try:
-        return kernel_for(rule.update, dtype, streams, reached(rule.update))
+        return kernel_for(build, element, dtype, streams, rule.terms, reached(element))
     except NumbaError as error:
         raise TypeError(
-            f"Numba cannot compile update of {rule.name!r} for {dtype}: {error}"
+            f"Numba cannot compile {what} of {rule.name!r} for {dtype}: {error}"
         ) from error
 
 
-def bind_alone(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
-    """The same without the compiled backend: a parallel region of Numba's own."""
-    native = kernel(rule, segments)
-    dtype = segments[0].param.dtype
-    width = 1 + rule.scalar_count
-    table = np.array(
-        [
-            (s.param.ctypes.data, 0)
-            + tuple(buffer.ctypes.data for buffer in s.state)
-            + (s.param.size, s.group)
-            for s in segments
-        ],
-        np.int64,
-    )
-    sizes = [segment.param.size for segment in segments]
-    groups = 1 + max(segment.group for segment in segments)
-    # A cast to float rounds once; NumPy would do it at ten times the cost of a call.
-    constants = (REAL[dtype.itemsize] * (groups * width))()
-    # Pointers that keep their arrays alive.
-    table_at = table.ctypes.data_as(ctypes.c_void_p)
-    count_at = count.ctypes.data_as(ctypes.c_void_p)
-    kernel_at = ctypes.cast(native, ctypes.c_void_p)
+def bind_alone(
+    rule: Rule, segments: Sequence[Segment], count: Array, carry: Array
+) -> Step:
+    """The same without the compiled backend."""
+    return Alone(rule, segments, count, carry)
 
-    def step(
-        grads: list[Array | None],
-        scalars: list[tuple[float, ...]],
-        threads: int,
+
+class Alone(Step):
+    """Steps by our own driver; sums, and what a step does beside its rule, are left to
+    NumPy."""
+
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], count: Array, carry: Array
+    ):
+        super().__init__(rule, segments, count)
+        dtype = segments[0].param.dtype
+        self.rule, self.kernel = rule, kernel(rule, "update", segments)
+        self.table = np.array(
+            [
+                (s.param.ctypes.data, 0)
+                + tuple(buffer.ctypes.data for buffer in s.state)
+                + (s.param.size, s.row)
+                for s in segments
+            ],
+            np.int64,
+        )
+        self.sets, self.width = carry.shape[1], 1 + rule.scalar_count
+        # A cast to float rounds once; NumPy would do it at ten times a call's cost.
+        self.constants = (REAL[dtype.itemsize] * (self.sets * self.width))()
+
+    def __call__(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
     ) -> bool:
-        used = scalars[:groups]  # the last groups may be without parameters
-        for row in used:
-            if len(row) != width:
+        for row in rows:
+            if len(row) != self.width:
                 raise TypeError(
-                    f"update of {rule.name!r} takes {width - 1} scalars, but scalars "
-                    f"returned {len(row) - 1}"
+                    f"update of {self.rule.name!r} takes {self.width - 1} scalars, but "
+                    f"scalars returned {len(row) - 1}"
                 )
-        constants[:] = [value for row in used for value in row]
         given = 0
-        for i, (grad, size) in enumerate(zip(grads, sizes, strict=True)):
+        clipped = []
+        for i, (grad, segment) in enumerate(
+            zip(self.grads, self.segments, strict=True)
+        ):
             address = 0
             if grad is not None:
+                if extras.clip_value < math.inf:
+                    factor = rows[segment.row][0]
+                    grad = self.grad(i, factor, extras.clip_value)
+                    clipped.append(grad)
                 address = grad.__array_interface__["data"][0]
-                given += size
-            table[i, GRAD] = address
-        if threads == 1 or given < SERIAL_BELOW:
-            native(table_at, len(sizes), constants, 0, 1, count_at)
-            return True
-        region = parallel_region()
+                given += grad.size
+            self.table[i, GRAD] = address
+        if clipped:
+            rows = [(1.0, *row[1:]) for row in rows]
+        self.constants[:] = [value for row in rows for value in row]
+        self._run(1 if given < SERIAL_BELOW else threads)
+        for grad, segment in zip(self.grads, self.segments, strict=True):
+            if segment.average is not None:
+                weight = self.type(extras.ema_weight)
+                with np.errstate(all="ignore"):
+                    (new,) = self.average(segment.average, segment.param, weight)
+                segment.average[...] = new
+            if extras.zero_grads and grad is not None:
+                grad[...] = 0
+        return True
+
+    def _run(self, threads: int) -> None:
+        arguments = (
+            self.kernel,
+            self.table.ctypes.data,
+            *self.table.shape,
+            ctypes.addressof(self.constants),
+            ctypes.sizeof(self.constants) // self.sets,
+            self.type().itemsize,
+            threads,
+            self.count.ctypes.data,
+        )
+        if threads == 1:
+            own_driver(serial)(*arguments)
+            return
+        native = own_driver(region, parallel=True)
         with one_region:
             before = numba.get_num_threads()  # of this Python thread
             wanted = min(threads, config.NUMBA_NUM_THREADS)
             try:
                 if wanted != before:
                     numba.set_num_threads(wanted)
-                region(kernel_at, table_at, len(sizes), constants, threads, count_at)
+                native(*arguments)
             finally:
                 if wanted != before:
                     numba.set_num_threads(before)
-        return True
-
-    return step

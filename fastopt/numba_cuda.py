@@ -2,6 +2,8 @@
 
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
+What a step does beside the rule is in the same kernel. Sums take a thread for each lane
+of each chunk, one more to add the lanes up, and the host for the chunks.
 Buffers that do not start on 16 bytes go through the same kernel one element at a time.
 Nothing is contracted or approximated, so the bits are the reference's. Under
 NUMBA_ENABLE_CUDASIM=1 all but the vector instructions runs in numba's simulator.
@@ -15,22 +17,24 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import config
 
+from fastopt import llvm_ir, passes
+from fastopt import rule as rules
 from fastopt.checks import on_device
 from fastopt.flat import Array, Segment
-from fastopt.numpy_ref import Step
+from fastopt.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step
 from fastopt.rule import Rule, concrete
 
 try:
     import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
     from numba import cuda
-    from numba.cuda import types
+    from numba.cuda import cgutils, types
     from numba.cuda.core.errors import NumbaPerformanceWarning
     from numba.cuda.cudadrv import nvvm
     from numba.cuda.cudadrv.devicearray import is_cuda_ndarray
@@ -114,42 +118,119 @@ def primitives(dtype: type[np.floating[Any]]) -> dict[str, Callable[..., Any]]:
         return copysign(one, x) if x > zero or x < zero else x
 
     ours = {f.__name__: inlined(f) for f in (where, maximum, minimum, sign)}
-    return {"sqrt": sqrt, "copysign": copysign, **ours}
+    ours |= {"sqrt": sqrt, "copysign": copysign}
+    if SIMULATED:
+        return {**ours, "wide": np.float64, "cbrt": rules.cbrt}
+    return {**ours, "wide": intrinsic(widened), "cbrt": intrinsic(cube_root)}
 
 
-def vector_update(update: Callable[..., Any], dtype: np.dtype[Any], width: int) -> Any:
+def widened(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], signature.args[0], types.float64)
+
+    return types.float64(x), generate
+
+
+def cube_root(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype = np.dtype(str(signature.args[0]))
+        return llvm_ir.cbrt(builder, arguments[0], dtype)
+
+    return x(x), generate
+
+
+class Beside(NamedTuple):
+    """What a kernel does beside the update."""
+
+    clip: bool = False  # with two scalars more: low and high
+    average: bool = False  # with a buffer more, and its weight
+    zero: bool = False
+
+
+NOTHING = Beside()
+
+
+class Elements(NamedTuple):
+    """The functions of one element that kernels are made of."""
+
+    update: Any  # or a measure
+    clip: Any
+    average: Any
+
+
+def elements(function: Any, dtype: np.dtype[Any]) -> Elements:
+    of = function, passes.clip.update, passes.average.update
+    return Elements(*(concrete(f, dtype, primitives(dtype.type), inlined) for f in of))
+
+
+def unfused(context: Any) -> None:
+    """Products and sums are not to be fused in the kernel that is being generated. No
+    public switch says so; `check` sees to it that this one works."""
+    library = context.active_code_library
+    getattr(library, "_nvvm_options", {})["fma"] = False
+
+
+def parts(builder: Any, array: Any) -> list[Any]:
+    return [builder.extract_value(array, k) for k in range(len(array.type))]
+
+
+def caller(context: Any, builder: Any, real: Any) -> Callable[..., list[Any]]:
+    """What generates a call of an element's function with arguments of type ``real``,
+    which returns so many results."""
+
+    def call(
+        function: Any, arguments: list[Any], results: int, kind: Any = real
+    ) -> list[Any]:
+        signature = types.UniTuple(kind, results)(*[real] * len(arguments))
+        element = context.compile_subroutine(
+            builder, function, signature, caching=False
+        )
+        result = context.call_internal(builder, element.fndesc, signature, arguments)
+        return parts(builder, result)
+
+    return call
+
+
+def vector_update(
+    of: Elements, beside: Beside, dtype: np.dtype[Any], width: int
+) -> Any:
     """A function (i, grad, buffers, scalars) that updates ``width`` elements from i on.
 
     In a kernel it is an intrinsic, because only LLVM's vectors become 16-byte loads and
     stores, and because it can be written once for any number of buffers.
     """
 
+    def split(scalars: list[Any]) -> tuple[Any, list[Any], list[Any], list[Any]]:
+        """The factor, the constants, those of clipping and those of the average."""
+        factor, *rest = scalars
+        weight = [rest.pop()] if beside.average else []
+        limits = rest[-2:] if beside.clip else []
+        return factor, rest[: len(rest) - len(limits)], limits, weight
+
     def simulated(i: int, grad: Any, buffers: Any, scalars: Any) -> None:
         with np.errstate(all="ignore"):
-            grad_scale, *constants = map(dtype.type, scalars)
+            factor, constants, limits, weight = split(list(map(dtype.type, scalars)))
             for j in range(i, i + width):
                 p, *state = (buffer[j] for buffer in buffers)
-                new = update(p, grad[j] * grad_scale, *state, *constants)
+                average = [state.pop()] if beside.average else []
+                g = grad[j] * factor
+                if beside.clip:
+                    (g,) = of.clip(g, g, *limits)
+                new = list(of.update(p, g, *state, *constants))
+                if beside.average:
+                    new += of.average(*average, new[0], *weight)
                 for buffer, value in zip(buffers, new, strict=True):
                     buffer[j] = value
+                if beside.zero:
+                    grad[j] = 0
 
     def typed(context: Any, i: Any, grad: Any, buffers: Any, scalars: Any) -> Any:
         real, streams = scalars.dtype, len(buffers)
-        takes = [real] * (streams + len(scalars))  # p, g, *state, *constants
-        signature = types.UniTuple(real, streams)(*takes)
 
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            # Products and sums are not to be fused in the kernel that this goes into.
-            # No public switch says so; `check` sees to it that this one works.
-            library = context.active_code_library
-            getattr(library, "_nvvm_options", {})["fma"] = False
-            element = context.compile_subroutine(
-                builder, update, signature, caching=False
-            )
+            unfused(context)
+            call = caller(context, builder, real)
             vector = ir.VectorType(context.get_value_type(real), width)
-
-            def parts(array: Any) -> list[Any]:
-                return [builder.extract_value(array, k) for k in range(len(array.type))]
 
             def place(pointer: Any) -> Any:
                 first = builder.gep(pointer, [i])
@@ -157,21 +238,28 @@ def vector_update(update: Callable[..., Any], dtype: np.dtype[Any], width: int) 
                 return builder.addrspacecast(pointer, vector.as_pointer(1))  # global
 
             i, grad, buffers, scalars = arguments
-            places = [place(pointer) for pointer in (grad, *parts(buffers))]
+            places = [place(p) for p in (grad, *parts(builder, buffers))]
             align = width * dtype.itemsize
             old = [builder.load(pointer, align=align) for pointer in places]
             new = [ir.Constant(vector, ir.Undefined)] * streams
-            grad_scale, *constants = parts(scalars)
+            factor, constants, limits, weight = split(parts(builder, scalars))
             for k in range(width):
                 lane = ir.Constant(ir.IntType(32), k)
                 g, p, *state = (builder.extract_element(v, lane) for v in old)
-                values = [p, builder.fmul(g, grad_scale), *state, *constants]
-                values = parts(
-                    context.call_internal(builder, element.fndesc, signature, values)
-                )
+                average = [state.pop()] if beside.average else []
+                g = builder.fmul(g, factor)
+                if beside.clip:
+                    (g,) = call(of.clip, [g, g, *limits], 1)
+                count = streams - beside.average
+                values = call(of.update, [p, g, *state, *constants], count)
+                if beside.average:
+                    values += call(of.average, [*average, values[0], *weight], 1)
                 new = list(map(builder.insert_element, new, values, [lane] * streams))
             for v, pointer in zip(new, places[1:], strict=True):
                 builder.store(v, pointer, align=align)
+            if beside.zero:
+                zeros = ir.Constant(vector, None)
+                builder.store(zeros, places[0], align=align)
             return context.get_dummy_value()
 
         return types.void(i, grad, buffers, scalars), generate
@@ -179,12 +267,85 @@ def vector_update(update: Callable[..., Any], dtype: np.dtype[Any], width: int) 
     return simulated if SIMULATED else intrinsic(typed)
 
 
+def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
+    """A function (first, count, grad, buffers, scalars, sums, place) that puts, for
+    every term, the sum over each LANES-th element from ``first`` on into the sums."""
+
+    def simulated(
+        first: int,
+        count: int,
+        grad: Any,
+        buffers: Any,
+        scalars: Any,
+        sums: Any,
+        to: int,
+    ) -> None:
+        with np.errstate(all="ignore"):
+            factor, *constants = map(dtype.type, scalars)
+            limits = [constants.pop(), constants.pop()][::-1] if clip else []
+            totals = [0.0] * terms
+            for i in range(first, first + count * LANES, LANES):
+                p, *state = (buffer[i] for buffer in buffers)
+                g = grad[i] * factor
+                if clip:
+                    (g,) = of.clip(g, g, *limits)
+                found = of.update(p, g, *state, *constants)
+                totals = [t + float(x) for t, x in zip(totals, found, strict=True)]
+            for k, total in enumerate(totals):
+                sums[to + k * LANES] = total
+
+    def typed(
+        context: Any,
+        first: Any,
+        count: Any,
+        grad: Any,
+        buffers: Any,
+        scalars: Any,
+        sums: Any,
+        to: Any,
+    ) -> Any:
+        real = scalars.dtype
+
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            unfused(context)
+            first, count, grad, buffers, scalars, sums, to = arguments
+            call = caller(context, builder, real)
+            zero = ir.Constant(ir.DoubleType(), 0.0)
+            totals = [cgutils.alloca_once_value(builder, zero) for _ in range(terms)]
+            factor, *constants = parts(builder, scalars)
+            limits = [constants.pop(), constants.pop()][::-1] if clip else []
+            pointers = [grad, *parts(builder, buffers)]
+            with cgutils.for_range(builder, count) as loop:
+                step = builder.mul(loop.index, ir.Constant(loop.index.type, LANES))
+                i = builder.add(first, step)
+                g, p, *state = (builder.load(builder.gep(q, [i])) for q in pointers)
+                g = builder.fmul(g, factor)
+                if clip:
+                    (g,) = call(of.clip, [g, g, *limits], 1)
+                given = [p, g, *state, *constants]
+                found = call(of.update, given, terms, types.float64)
+                for total, value in zip(totals, found, strict=True):
+                    builder.store(builder.fadd(builder.load(total), value), total)
+            for k, total in enumerate(totals):
+                place = builder.add(to, ir.Constant(to.type, k * LANES))
+                builder.store(builder.load(total), builder.gep(sums, [place]))
+            return context.get_dummy_value()
+
+        return types.void(first, count, grad, buffers, scalars, sums, to), generate
+
+    return simulated if SIMULATED else intrinsic(typed)
+
+
 def kernel(
-    update: Any, states: int, dtype: np.dtype[Any], width: int
+    update: Any,
+    states: int,
+    dtype: np.dtype[Any],
+    width: int,
+    beside: Beside = NOTHING,
 ) -> tuple[Callable[..., None], Any]:
     """The kernel, not yet compiled, and its signature."""
-    element = concrete(update, dtype, primitives(dtype.type), inlined)
-    several, single = (vector_update(element, dtype, w) for w in (width, 1))
+    of = elements(update, dtype)
+    several, single = (vector_update(of, beside, dtype, w) for w in (width, 1))
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:
         thread = cuda.grid(1)
@@ -199,12 +360,57 @@ def kernel(
         return kernel, None
     real = types.float32 if dtype == np.float32 else types.float64
     pointer = types.CPointer(real)
-    buffers = types.UniTuple(pointer, 1 + states)
-    scalars = types.UniTuple(real, update.__code__.co_argcount - 1 - states)
+    buffers = types.UniTuple(pointer, 1 + states + beside.average)
+    constants = update.__code__.co_argcount - 1 - states
+    constants += 2 * beside.clip + beside.average
+    scalars = types.UniTuple(real, constants)
     return kernel, types.void(types.int64, pointer, buffers, scalars)
 
 
-def check(ptx: str, dtype: np.dtype[Any]) -> str:
+def sums_kernel(
+    measure: Any, states: int, dtype: np.dtype[Any], terms: int, clip: bool = False
+) -> tuple[Callable[..., None], Any]:
+    """The kernel that sums up each lane of each chunk, likewise."""
+    lane_of = lane_sum(elements(measure, dtype), clip, terms, dtype)
+
+    def kernel(size: int, grad: Any, buffers: Any, scalars: Any, sums: Any) -> None:
+        thread = cuda.grid(1)
+        chunk, lane = thread // LANES, thread % LANES
+        first = chunk * CHUNK + lane
+        if chunk * CHUNK < size:
+            beyond = min(size, (chunk + 1) * CHUNK)
+            count = (beyond - first + LANES - 1) // LANES if first < beyond else 0
+            to = chunk * terms * LANES + lane
+            lane_of(first, count, grad, buffers, scalars, sums, to)
+
+    kernel.__qualname__ = f"{measure.__module__}.{measure.__name__}"
+    if SIMULATED:
+        return kernel, None
+    real = types.float32 if dtype == np.float32 else types.float64
+    pointer = types.CPointer(real)
+    taken = measure.__code__.co_argcount - 1 - states + 2 * clip
+    return kernel, types.void(
+        types.int64,
+        pointer,
+        types.UniTuple(pointer, 1 + states),
+        types.UniTuple(real, taken),
+        types.CPointer(types.float64),
+    )
+
+
+def add_lanes(count: int, lanes: Any, sums: Any) -> None:
+    """The kernel that adds up the lanes of each chunk and term, by halves."""
+    thread = cuda.grid(1)
+    if thread < count:
+        begin, half = thread * LANES, LANES // 2
+        while half > 0:
+            for lane in range(begin, begin + half):
+                lanes[lane] += lanes[lane + half]
+            half //= 2
+        sums[thread] = lanes[begin]
+
+
+def check(ptx: str, dtype: np.dtype[Any], sums: bool = False) -> str:
     """The kernel's PTX, unless its bits would differ from those of other backends."""
     # An addition that does not say how to round may be fused by the assembler later.
     if re.search(r"\b(fma\.|(add|sub|mul)\.f)", ptx):
@@ -212,7 +418,7 @@ def check(ptx: str, dtype: np.dtype[Any]) -> str:
             "this version of numba-cuda fuses multiplications with additions, which "
             "changes results, and fastopt cannot prevent it; 0.30.4 is known to work"
         )
-    if dtype == np.float32 and re.search(r"\.f64", ptx):
+    if dtype == np.float32 and not sums and re.search(r"\.f64", ptx):
         raise TypeError(
             "update computes in float64, though everything it is given is float32; "
             "return its constants from scalars instead"
@@ -221,34 +427,51 @@ def check(ptx: str, dtype: np.dtype[Any]) -> str:
 
 
 def compile_ptx(
-    rule: Rule, dtype: npt.DTypeLike, cc: tuple[int, int] = (9, 0), aligned: bool = True
+    rule: Rule,
+    dtype: npt.DTypeLike,
+    cc: tuple[int, int] = (9, 0),
+    aligned: bool = True,
+    beside: Beside = NOTHING,
 ) -> str:
     """The PTX for a compute capability of the kernel that a step launches. No GPU."""
     dtype = np.dtype(dtype)
     width = VECTOR_BYTES // dtype.itemsize if aligned else 1
-    function, signature = kernel(rule.update, len(rule.state), dtype, width)
+    of = rule.update, len(rule.state), dtype, width, beside
+    function, signature = kernel(*of)
     return check(cuda.compile_ptx(function, signature, cc=cc)[0], dtype)
 
 
+def compile_sums_ptx(
+    rule: Rule, dtype: npt.DTypeLike, cc: tuple[int, int] = (9, 0), clip: bool = False
+) -> str:
+    """The same, of the kernel for what a rule measures."""
+    of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip
+    function, signature = sums_kernel(*of)
+    return check(cuda.compile_ptx(function, signature, cc=cc)[0], of[2], sums=True)
+
+
 @functools.cache
-def compiled(update: Any, states: int, dtype: np.dtype[Any], width: int) -> Any:
-    """The kernel for this GPU."""
-    function, signature = kernel(update, states, dtype, width)
+def compiled(make: Callable[..., Any], *of: Any) -> Any:
+    """The kernel that ``kernel`` or ``sums_kernel`` makes, for this GPU."""
+    function, signature = make(*of)
     dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
-    check(dispatcher.inspect_asm(signature.args), dtype)
+    check(dispatcher.inspect_asm(signature.args), of[2], make is sums_kernel)
     return dispatcher
 
 
 @functools.cache
-def launcher(
-    update: Any, states: int, dtype: np.dtype[Any], width: int, blocks: int
-) -> Any:
-    """The kernel with its grid, to be called with its arguments."""
+def lanes_launcher(blocks: int) -> Any:
+    return cuda.jit(add_lanes)[blocks, BLOCK]
+
+
+@functools.cache
+def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
+    """A kernel with its grid, to be called with its arguments."""
     if SIMULATED:  # where one kernel has only one grid at a time
-        return cuda.jit(kernel(update, states, dtype, width)[0])[blocks, BLOCK]
+        return cuda.jit(make(*of)[0])[blocks, BLOCK]
     with warnings.catch_warnings():  # numba says that a small grid leaves the GPU idle
         warnings.simplefilter("ignore", NumbaPerformanceWarning)
-        return compiled(update, states, dtype, width)[blocks, BLOCK]
+        return compiled(make, *of)[blocks, BLOCK]
 
 
 def address(array: Any) -> int:
@@ -263,31 +486,93 @@ def operand(array: Any) -> Any:
     return array.reshape(-1) if SIMULATED else address(array)
 
 
-def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`, with device arrays. The kernels are enqueued
     on numba's default stream, and ``threads`` means nothing here."""
-    bound = []
-    for segment in segments:
-        buffers = (segment.param, *segment.state)
-        address_bits = functools.reduce(operator.or_, map(address, buffers))
-        bound.append((segment, tuple(map(operand, buffers)), address_bits))
+    return OnDevice(rule, segments, count)
 
-    def step(
-        grads: list[Array | None], scalars: list[tuple[float, ...]], threads: int
+
+class OnDevice(Step):
+    def __init__(self, rule: Rule, segments: Sequence[Segment], count: Array):
+        self.rule, self.segments, self.count = rule, segments, count
+        self.dtype = segments[0].param.dtype
+        self.buffers = []  # what the kernels take, and all the addresses' bits
+        for segment in segments:
+            average = () if segment.average is None else (segment.average,)
+            arrays = (segment.param, *segment.state, *average)
+            bits = functools.reduce(operator.or_, map(address, arrays))
+            self.buffers.append((tuple(map(operand, arrays)), bits))
+
+    def sums(
+        self,
+        what: str,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[float, ...] | None]:
+        rule = self.rule if what == "rule" else passes.accumulate
+        sizes = [
+            0 if grad is None else segment.param.size
+            for segment, grad in zip(self.segments, self.grads, strict=True)
+        ]
+        chunks = [-(-size // CHUNK) for size in sizes]
+        terms, total = rule.terms, sum(chunks)
+        if not total:
+            found: Array = np.zeros(0)
+        else:
+            lanes = cuda.device_array(total * terms * LANES, np.float64)
+            begin = 0
+            for segment, grad, size, here in zip(
+                self.segments, self.grads, sizes, chunks, strict=True
+            ):
+                if size:
+                    state = segment.state if what == "rule" else ()
+                    buffers = tuple(map(operand, (segment.param, *state)))
+                    limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+                    scalars = (*rows[segment.row][: 1 + rule.measure_count], *limits)
+                    of = rule.measure, len(state), self.dtype, terms, bool(limits)
+                    blocks = -(-here * LANES // BLOCK)
+                    launcher(blocks, sums_kernel, *of)(
+                        size, operand(grad), buffers, scalars, operand(lanes[begin:])
+                    )
+                begin += here * terms * LANES
+            sums = cuda.device_array(total * terms, np.float64)
+            launch = lanes_launcher(-(-total * terms // BLOCK))
+            launch(total * terms, lanes, sums)
+            found = sums.copy_to_host()
+        by_chunk = iter(found.reshape(-1, terms).tolist())
+        results: list[tuple[float, ...] | None] = []
+        for grad, here in zip(self.grads, chunks, strict=True):
+            totals = [0.0] * terms
+            for _ in range(here):
+                totals = [a + b for a, b in zip(totals, next(by_chunk), strict=True)]
+            results.append(None if grad is None else tuple(totals))
+        return results
+
+    def __call__(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
     ) -> bool:
+        clip = extras.clip_value < math.inf
+        limits = (-extras.clip_value, extras.clip_value) if clip else ()
         launches = []  # complete before the first, so that no error leaves half a step
-        for (segment, buffers, bits), grad in zip(bound, grads, strict=True):
-            size, dtype = segment.param.size, segment.param.dtype
-            if grad is None or size == 0:
-                continue
-            aligned = (bits | address(grad)) % VECTOR_BYTES == 0
-            width = VECTOR_BYTES // dtype.itemsize if aligned else 1
-            blocks = -(-(size // width + size % width) // BLOCK)
-            launch = launcher(rule.update, len(rule.state), dtype, width, blocks)
-            launches.append((launch, operand(grad), buffers, segment))
-        for launch, grad, buffers, segment in launches:
-            launch(segment.param.size, grad, buffers, scalars[segment.group])
-        count[0] += 1
+        for segment, grad, (buffers, bits) in zip(
+            self.segments, self.grads, self.buffers, strict=True
+        ):
+            size, averaged = segment.param.size, segment.average is not None
+            weight = (extras.ema_weight,) if averaged else ()
+            rule, beside = self.rule, Beside(clip, averaged, extras.zero_grads)
+            scalars = (*rows[segment.row], *limits, *weight)
+            if grad is None and averaged:  # then only the average moves
+                rule, beside, scalars = passes.average, NOTHING, (1.0, *weight)
+                grad, buffers = segment.param, buffers[-1:]
+            if grad is not None and size:
+                aligned = (bits | address(grad)) % VECTOR_BYTES == 0
+                width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
+                blocks = -(-(size // width + size % width) // BLOCK)
+                of = rule.update, len(rule.state), self.dtype, width, beside
+                launch = launcher(blocks, kernel, *of)
+                launches.append((launch, size, operand(grad), buffers, scalars))
+        for launch, *arguments in launches:
+            launch(*arguments)
+        self.count[0] += 1
         return True
-
-    return step

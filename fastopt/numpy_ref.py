@@ -1,27 +1,43 @@
 """The reference backend: a rule applied to whole NumPy arrays. Slow and readable.
 
 Every backend is a module with the same names: ``bind`` is given the segments once and
-returns the function that does a step over them; ``as_array`` and ``state_arena`` give
-it arrays and room for state where it works; ``missing`` says why the backend cannot be
-used here, if it cannot.
+returns what does steps over them, with the methods of ``Step`` here; ``as_array`` and
+``state_arena`` give it arrays and room for state where it works; ``missing`` says why
+the backend cannot be used here, if it cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt import passes
 from fastopt.checks import as_array
 from fastopt.flat import Array, Segment, state_arena
-from fastopt.rule import PRIMITIVES, Rule, concrete
+from fastopt.rule import PRIMITIVES, Function, Rule, concrete
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
 
-Step = Callable[[list[Array | None], list[tuple[float, ...]], int], bool]
-
-
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
+
+# Sums are of float64, in an order that holds on every backend: each chunk of a segment
+# by lanes, the lanes by halves, the chunks one after the other.
+CHUNK = 4096
+LANES = 32
+
+
+class Extras(NamedTuple):
+    """What a step does beside the update."""
+
+    clip_value: float = math.inf  # for the scaled gradients
+    ema_weight: float = 0.0  # of the new parameters in their average; 0: none is kept
+    zero_grads: bool = False
+
+
+PLAIN = Extras()
 
 
 def missing() -> str | None:
@@ -29,38 +45,119 @@ def missing() -> str | None:
     return None
 
 
-def bind(rule: Rule, segments: Sequence[Segment], count: Array) -> Step:
-    """The function ``step(grads, scalars, threads)`` over these segments.
+def sum_in_order(terms: Array) -> float:
+    """The sum of an array in the order that is promised."""
+    flat = terms.astype(np.float64).reshape(-1)
+    padded = np.zeros(-(-flat.size // CHUNK) * CHUNK)
+    padded[: flat.size] = flat
+    chunks = padded.reshape(-1, CHUNK // LANES, LANES)
+    lanes = np.zeros((len(chunks), LANES))
+    for k in range(CHUNK // LANES):
+        lanes += chunks[:, k]
+    return add_up(lanes)
 
-    ``grads`` holds one array a segment (None: leave it alone), ``scalars`` one tuple a
-    group, which starts with the factor for the gradients. ``count``, an int64 array of
-    one element, is raised by one at the end. True says that the step was done.
-    """
 
-    dtype = segments[0].param.dtype
-    # Numbers that the rule reaches by name take the dtype here as on other backends.
-    update = concrete(rule.update, dtype, NUMPY, lambda function: function)
+def add_up(lanes: Array) -> float:
+    """The sum of the lanes of a segment's chunks."""
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    total = 0.0
+    for chunk in lanes[:, 0].tolist():
+        total += chunk
+    return total
 
-    def step(
-        grads: list[Array | None],
-        scalars: list[tuple[float, ...]],
-        threads: int,
-    ) -> bool:
-        results: list[tuple[Array, Array]] = []
-        with np.errstate(all="ignore"):
-            for segment, grad in zip(segments, grads, strict=True):
-                if grad is None:
-                    continue
-                grad_scale, *constants = map(dtype.type, scalars[segment.group])
-                buffers = (segment.param, *segment.state)
-                new = update(buffers[0], grad * grad_scale, *buffers[1:], *constants)
-                results += zip(buffers, new, strict=True)
-        # Only now, so that an error in a rule leaves all as it was. (An interrupt in
-        # between does not; the compiled backends do a step in one call.)
-        values = [value.copy() for _, value in results]
-        for (buffer, _), value in zip(results, values, strict=True):
-            buffer[...] = value
-        count[0] += 1
+
+class Step:
+    """Steps over fixed segments."""
+
+    def __init__(self, rule: Rule, segments: Sequence[Segment], count: Array):
+        dtype = segments[0].param.dtype
+
+        def element(function: Function | None) -> Any:
+            # Numbers that a rule reaches by name take the dtype, as on other backends.
+            return function and concrete(function, dtype, NUMPY, lambda helper: helper)
+
+        self.segments, self.count, self.type = segments, count, dtype.type
+        self.update = element(rule.update)
+        self.measures = {
+            "rule": (element(rule.measure), rule.measure_count),
+            "gradients": (element(passes.accumulate.measure), 0),
+        }
+        self.average = element(passes.average.update)
+        self.clip = element(passes.clip.update)
+
+    def take(self, grads: list[Array | None]) -> bool:
+        """The gradients for what follows, one array a segment; None: leave it alone.
+        False if one needs a closer look: a backend may make its own checks."""
+        self.grads = grads
         return True
 
-    return step
+    def grad(self, i: int, factor: float, limit: float) -> Array:
+        """A segment's gradient as rules see it: scaled and clipped."""
+        grad: Any = self.grads[i]
+        grad = grad * self.type(factor)
+        if limit < math.inf:
+            grad = self.clip(grad, grad, self.type(-limit), self.type(limit))
+        return np.asarray(grad)
+
+    def sums(
+        self,
+        what: str,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[float, ...] | None]:
+        """For each segment, the sums of what the rule measures, or, of the
+        "gradients", what their norm is made of. None where there is no gradient."""
+        measure, taken = self.measures[what]
+        sums: list[tuple[float, ...] | None] = []
+        with np.errstate(all="ignore"):
+            for i, segment in enumerate(self.segments):
+                if self.grads[i] is None:
+                    sums.append(None)
+                    continue
+                factor, *constants = rows[segment.row]
+                grad = self.grad(i, factor, clip_value)
+                state = segment.state if what == "rule" else ()
+                used = map(self.type, constants[:taken])
+                terms = measure(segment.param, grad, *state, *used)
+                sums.append(tuple(map(sum_in_order, terms)))
+        return sums
+
+    def __call__(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+    ) -> bool:
+        """Do the step: the update with a row of scalars, of which the first is the
+        factor for the gradients; ``count``, an int64 array of one element, is raised.
+        True."""
+        results: list[tuple[Array, Array]] = []
+        with np.errstate(all="ignore"):
+            for i, segment in enumerate(self.segments):
+                p, given = segment.param, self.grads[i]
+                if given is not None:
+                    factor, *constants = rows[segment.row]
+                    grad = self.grad(i, factor, extras.clip_value)
+                    used = map(self.type, constants)
+                    new = self.update(p, grad, *segment.state, *used)
+                    results += zip((p, *segment.state), new, strict=True)
+                    p = new[0]
+                if segment.average is not None:
+                    weight = self.type(extras.ema_weight)
+                    (new,) = self.average(segment.average, p, weight)
+                    results.append((segment.average, new))
+                if extras.zero_grads and given is not None:
+                    results.append((given, np.zeros_like(given)))
+        # Only now, so that an error in a rule leaves all as it was. (An interrupt in
+        # between does not; the compiled backends do a step in one call.)
+        values = [np.array(value) for _, value in results]
+        for (buffer, _), value in zip(results, values, strict=True):
+            buffer[...] = value
+        self.count[0] += 1
+        return True
+
+
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
+    """What does steps over these segments. ``count`` is where the completed steps are
+    counted; of ``carry``, a rule's two sets in turn, one holds at even counts."""
+    return Step(rule, segments, count)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import backends, checks
+from fastopt import backends, checks, passes, saving
+from fastopt.bound import Bound, bind, fill
 from fastopt.flat import Array, FlatBuffer, Segment, leaves
-from fastopt.hyperparameters import Group
-from fastopt.numpy_ref import Step
-from fastopt.rule import Rule, check_hyperparameter
+from fastopt.hyperparameters import Group, Values
+from fastopt.numpy_ref import NUMPY, Extras, Step
+from fastopt.parameters import Parameters, zeros
+from fastopt.rule import Rule, check_hyperparameter, concrete
 from fastopt.threads import available, forked
 
-STATE_FORMAT = 1
+ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
 
 
-class Bound(NamedTuple):
-    """A variant of the rule, bound to the parameters: what applies at present."""
+class Pending(NamedTuple):
+    """Sums of gradients, until a step takes them."""
 
-    on: frozenset[str]  # the switches that selected it
-    rule: Rule
-    state: dict[str, list[Array]]
-    completed: Array  # steps: one int64, raised by the kernel
+    sums: list[Array]
+    given: list[bool]  # whether any gradient came, by parameter
     step: Step
-    spans: list[tuple[int, int]]  # of all that a step writes, by address
+    spans: list[tuple[int, int]]
 
 
 class Optimizer:
@@ -48,10 +49,18 @@ class Optimizer:
     threads
         At most so many CPU threads; by default what affinity, the container's quota and
         ``OMP_NUM_THREADS`` allow.
+    ema
+        Decay of a moving average of the parameters, updated in the same pass as they:
+        ``average = ema * average + (1 - ema) * p``. It starts with the parameters as
+        they are at the first step, and follows them where a gradient is None, too.
+    weight_decay_mask
+        Where weight decay applies: a tree of bools in the structure of the parameters,
+        or a callable of a parameter's path, such as ``"['w'][0]"``, and the array.
+        ``lambda path, array: array.ndim > 1`` spares vectors, as people do.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable
-        of the number of completed steps.
+        of the number of completed steps. A group may also have ``frozen=True``.
 
     Attributes
     ----------
@@ -59,9 +68,12 @@ class Optimizer:
         As given or chosen.
     threads
         As given or found; can be changed.
+    ema
+        As given; can be changed. None: there is no moving average.
     groups
-        For each group of parameters its hyperparameters, to read and change by name.
-    state, steps
+        For each group of parameters its hyperparameters, to read and change by name,
+        and ``frozen``: whether steps leave its parameters alone.
+    state, steps, skipped, grad_norm, ema_params
         See below.
 
     Raises
@@ -85,6 +97,7 @@ class Optimizer:
     rule: Rule
     backend: str
     threads: int
+    ema: float | None
     groups: tuple[Group, ...]
 
     def __init__(
@@ -94,39 +107,97 @@ class Optimizer:
         *,
         backend: str | None = None,
         threads: int | None = None,
+        ema: float | None = None,
+        weight_decay_mask: Any = None,
         **hyperparameters: Any,
     ):
         trees, own = checks.split_groups(params)
-        found = [
-            (f"params{path}", leaf, number)
-            for number, tree in enumerate(trees)
-            for path, leaf in leaves(tree, f"[{number}]" if own else "")
-        ]
-        if not found:
-            raise ValueError("params is empty; pass at least one array")
-        names, originals, group_of = zip(*found, strict=True)
         if backend is None:
-            backend = backends.choose(rule, any(map(checks.on_device, originals)))
+            device = any(checks.on_device(leaf) for _, leaf in leaves(trees))
+            backend = backends.choose(rule, device)
         self._module = backends.load(backend)
-        arrays = list(map(self._module.as_array, names, originals))
-        checks.check_params(names, arrays, originals)
+        by_segment = rule.measure is not None and rule.over == "segment"
+        self._params = Parameters(
+            self._module,
+            trees,
+            own is not None,
+            by_segment or weight_decay_mask is not None,
+            weight_decay_mask,
+        )
         self.rule, self.backend = rule, backend
         self.threads = available() if threads is None else threads
-        self._names: Sequence[str] = names
-        self._arrays: Sequence[Array] = arrays
-        self._group_of: Sequence[int] = group_of
-        self._layout = checks.layout(trees if own else trees[0])
+        self.ema = ema
+        if self._params.masked and "weight_decay" not in rule.hyperparameters:
+            raise TypeError(
+                f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
+            )
         self._busy = [False]
+        self._pending: Pending | None = None
+        self._spare: Pending | None = None  # zeros, for the next accumulation
+        self._skipped, self._grad_norm = 0, math.nan
+        self._averages = None if ema is None else self._params.like()
+        given = [dict(group) for group in own or [{}]]
         groups = tuple(
-            Group(rule, f"groups[{number}]" if own else "", number, self._assign)
-            for number in range(len(trees))
+            Group(
+                rule,
+                f"groups[{number}]" if own else "",
+                number,
+                self._assign,
+                frozen=changes.pop("frozen", False),
+            )
+            for number, changes in enumerate(given)
         )
         values = [
-            group.checked({**hyperparameters, **given}, 0)
-            for group, given in zip(groups, own or [{}], strict=True)
+            group.checked({**hyperparameters, **changes}, 0)
+            for group, changes in zip(groups, given, strict=True)
         ]
         self.groups = groups  # from now on, assignment is to hyperparameters
-        self._commit(values, self._bind(values, set(), {}, 0))
+        self._commit(values, self._bind(values))
+
+    def add_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters: ``{"params": ..., "lr": ...}``, as in the beginning.
+
+        What it does not set has the rule's defaults. From now on gradients are a list
+        with those of each group. The steps so far count for the new parameters, too.
+        """
+        self._refuse_during_a_step()
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(
+                f'a group is a dict with "params" and hyperparameters, got {group!r}'
+            )
+        if self._pending is not None:
+            raise RuntimeError(
+                "there are accumulated gradients; step or drop_accumulated() first"
+            )
+        changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
+        params = self._params.with_group(group["params"])
+        number = len(self.groups)
+        new = Group(
+            self.rule,
+            f"groups[{number}]",
+            number,
+            self._assign,
+            frozen=group.get("frozen", False),
+        )
+        values = [g.checked({}, self.steps) for g in self.groups]
+        values.append(new.checked(changes, self.steps))
+        averages = None if self.ema is None else params.like()
+        if averages is not None:
+            old = self._averages[1] if self._averages else []
+            for average, value in zip(
+                averages[1], [*old, *params.arrays[len(old) :]], strict=True
+            ):
+                fill(average, value)
+        before = self._params, self._averages, self.groups
+        self._params, self._averages, self._spare = params, averages, None
+        vars(self)["groups"] = (*self.groups, new)
+        try:
+            self._commit(values, self._bind(values, self._bound))
+        except BaseException:
+            self._params, self._averages, vars(self)["groups"] = before
+            raise
+        for number, member in enumerate(self.groups):
+            member.rename(f"groups[{number}]")
 
     # Hyperparameters ------------------------------------------------------------------
 
@@ -147,6 +218,10 @@ class Optimizer:
             super().__setattr__(name, checks.check_threads(value))
             if groups is not None:
                 self._plan_steps()
+        elif name == "ema":
+            if groups is not None:
+                checks.check_same_kind(name, value, self.ema)
+            super().__setattr__(name, checks.check_decay(name, value))
         elif groups is None or name.startswith("_"):
             super().__setattr__(name, value)
         elif name in groups[0]:
@@ -171,10 +246,9 @@ class Optimizer:
             group.checked(given, self.steps)
             for group, given in zip(self.groups, changes, strict=True)
         ]
-        on, state = self._bound.on, self._bound.state
         bound = self._bound
-        if not {n for n in self.rule.switches if any(v[n] for v in values)} <= on:
-            bound = self._bind(values, on, state, self.steps)
+        if not {n for n in self.rule.switches if any(v[n] for v in values)} <= bound.on:
+            bound = self._bind(values, bound)
         self._commit(values, bound)
 
     def _refuse_during_a_step(self) -> None:
@@ -189,57 +263,112 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """The number of completed steps."""
-        return int(self._bound.completed[0])
+        return self._bound.steps
+
+    @property
+    def skipped(self) -> int:
+        """How often ``nonfinite="skip"`` has left a step out."""
+        return self._skipped
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of all gradients, scaled and not yet clipped, in the last step that
+        had ``clip_norm`` or looked for what is not finite; NaN before one."""
+        return self._grad_norm
 
     @property
     def state(self) -> dict[str, list[Array]]:
         """The state buffers by name: for each an array a parameter, in its shape."""
         return dict(self._bound.state)
 
+    @property
+    def ema_params(self) -> Any:
+        """The moving average of the parameters, in their structure: the very memory
+        that steps update. None without ``ema``."""
+        return self._averages[0] if self._averages else None
+
+    def eval_params(self) -> Any:
+        """The parameters to use, such as for a validation, in their structure.
+
+        For most rules the parameters themselves, as given. For those that take their
+        gradients elsewhere (``schedule_free_*``), new arrays.
+        """
+        self._refuse_during_a_step()
+        bound, params = self._bound, self._params
+        if bound.rule.evaluate is None:
+            return params.trees if params.grouped else params.trees[0]
+        dtype = params.arrays[0].dtype
+        evaluate = concrete(bound.rule.evaluate, dtype, NUMPY, lambda helper: helper)
+        t, taken = max(self.steps, 1), len(bound.rule.state) + 1
+        rows = [
+            bound.rule.scalars(t, *carried, *given)
+            for carried, given in zip(
+                bound.carried.tolist(), self._values(self.steps), strict=True
+            )
+        ]
+        count = evaluate.__code__.co_argcount - taken
+        tree, arrays = params.like()
+        for array, param, of_set, *state in zip(
+            arrays, params.arrays, params.set_of, *bound.state.values(), strict=True
+        ):
+            buffers = map(saving.to_host, (param, *state))
+            used = map(dtype.type, rows[of_set][:count])
+            with np.errstate(all="ignore"):
+                fill(array, np.asarray(evaluate(*buffers, *used)))
+        return tree
+
+    def _values(self, steps: int) -> list[Values]:
+        """The hyperparameters that hold now, for each set of them."""
+        given = [group.at(steps) for group in self.groups]
+        if not self._params.masked:
+            return given
+        names = list(self.groups[0])
+        sets = self._sets([dict(zip(names, values, strict=True)) for values in given])
+        return [tuple(values.values()) for values in sets]
+
+    def _sets(self, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The values of the groups for each set: without decay where it is masked."""
+        return [
+            {**values[group], **({} if decays else {"weight_decay": 0.0})}
+            for group, decays in self._params.sets
+        ]
+
     def _bind(
         self,
         values: Sequence[Mapping[str, Any]],
-        on: Set[str],
-        state: Mapping[str, list[Array]],
-        steps: int,
+        before: Bound | None = None,
+        on: Set[str] = frozenset(),
+        **saved: Any,
     ) -> Bound:
         """The variant for these values of the groups, and for more switches that are
-        ``on``, with its kernel and its state: what there is of it, or zeros."""
-        rule, dtype = self.rule, self._arrays[0].dtype
+        ``on``, with its kernel and its state: what there was ``before`` or is
+        ``saved``, and else new."""
+        rule, dtype = self.rule, self._params.arrays[0].dtype
+        steps = saved.get("steps", before.steps if before else 0)
+        on = on | (before.on if before else frozenset())
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
         variant = rule.variant(on)
-        for group, given in zip(self.groups, values, strict=True):
-            constants = variant.scalars(steps + 1, *group.at(steps, given))
-            variant.check_results(constants, dtype, surplus=bool(rule.variants))
-        state = {**self._zeros([n for n in variant.state if n not in state]), **state}
-        state = {name: state[name] for name in variant.state}
-        segments = [
-            Segment(array, tuple(buffers), group)
-            for array, group, *buffers in zip(
-                self._arrays, self._group_of, *state.values(), strict=True
-            )
+        now = [
+            dict(zip(given, group.at(steps, given), strict=True))
+            for group, given in zip(self.groups, values, strict=True)
         ]
-        completed = np.array([steps], np.int64)
-        written = [*self._arrays, *(a for arrays in state.values() for a in arrays)]
-        return Bound(
-            on=frozenset(on),
-            rule=variant,
-            state=state,
-            completed=completed,
-            step=self._module.bind(variant, segments, completed),
-            spans=checks.spans_of(written),
+        sets = self._sets(now)
+        for given in sets:
+            carry = variant.first_carry(given)
+            constants = variant.scalars(steps + 1, *carry, *given.values())
+            variant.check_results(
+                steps + 1, constants, dtype, surplus=bool(rule.variants)
+            )
+        kept = {"state": before.state, "carried": before.carried} if before else {}
+        return bind(
+            self._module,
+            variant,
+            frozenset(on),
+            self._params,
+            sets,
+            averages=self._averages[1] if self._averages else None,
+            **{"state": {}, "carried": None, "steps": steps, **kept, **saved},
         )
-
-    def _zeros(self, names: Sequence[str]) -> dict[str, list[Array]]:
-        """New state buffers in the shapes of the parameters."""
-        arena = self._module.state_arena(self._arrays, len(names))
-        return {
-            name: [
-                streams[k].reshape(array.shape)
-                for streams, array in zip(arena, self._arrays, strict=True)
-            ]
-            for k, name in enumerate(names)
-        }
 
     def _commit(self, values: Sequence[Mapping[str, Any]], bound: Bound) -> None:
         for group, given in zip(self.groups, values, strict=True):
@@ -249,16 +378,35 @@ class Optimizer:
 
     def _plan_steps(self) -> None:
         schedules = any(group.schedules for group in self.groups)
+        rule = self._bound.rule
+        # What the compiled step cannot do all by itself.
+        more = (
+            rule.measure is not None
+            or self._averages is not None
+            or any(group.frozen for group in self.groups)
+            or (bool(rule.starts or rule.carry) and self.steps == 0)
+        )
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
         self._plan = (
-            self._layout,
-            None if schedules else [group.at(self.steps) for group in self.groups],
+            self._params.layout,
+            None if schedules else self._values(self.steps),
             self.threads,
-            getattr(self._bound.step, "at", None),
+            None if more else getattr(self._bound.step, "at", None),
         )
 
-    def step(self, grads: Any, *, grad_scale: float = 1.0) -> None:
+    # Steps ----------------------------------------------------------------------------
+
+    def step(
+        self,
+        grads: Any = ACCUMULATED,
+        *,
+        grad_scale: float = 1.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        zero_grads: bool = False,
+    ) -> None:
         """Update the parameters in place.
 
         Parameters
@@ -266,14 +414,30 @@ class Optimizer:
         grads
             Gradients in the structure, shapes and dtype of the parameters; ``None`` in
             place of one leaves that parameter and its state alone. They are only read.
-            With groups: a list with the gradients of each.
+            With groups: a list with the gradients of each. By default those that were
+            accumulated, which start at zero again.
         grad_scale
             A factor for the gradients, applied in the same pass; -1 maximizes.
+        clip_norm
+            The most that the norm of all gradients together, scaled, may be; larger
+            ones are shrunk to it as by torch's ``clip_grad_norm_``. One pass more over
+            the gradients, which only reads.
+        clip_value
+            The most that the magnitude of each element may be, after ``clip_norm``.
+        nonfinite
+            What to do about an infinity or a NaN in the gradients: "propagate" it,
+            "skip" the step (parameters, state and count stay; ``skipped`` counts it),
+            or "raise" FloatingPointError. All but the first read the gradients once
+            more.
+        zero_grads
+            Set the gradients to zero when they have been read.
 
         Raises
         ------
         TypeError, ValueError
             If the gradients do not fit; then nothing has been written.
+        FloatingPointError
+            With ``nonfinite="raise"``; nothing has been written.
         RuntimeError
             If a step of this optimizer is under way, in another thread.
 
@@ -294,51 +458,204 @@ class Optimizer:
             # Only now: the gradients' own code, a mapping's or a schedule's, is refused
             # to change the optimizer, and another thread is, too.
             layout, values, threads, compiled = self._plan
-            if layout is None:  # a single array
+            pending = self._pending if grads is ACCUMULATED else None
+            if pending is not None:
+                found: list[Any] = [
+                    array if given else None
+                    for array, given in zip(pending.sums, pending.given, strict=True)
+                ]
+                compiled = None
+            elif layout is None and grads is not ACCUMULATED:  # a single array
                 found = [grads]
             elif type(grads) is FlatBuffer and grads.shapes is layout:
                 found = [grads.data]
             else:
+                if grads is ACCUMULATED:
+                    raise TypeError("step needs gradients: none have been accumulated")
                 found = []
                 checks.collect(layout, grads, "", found)
+            if self._pending is not pending:
+                raise RuntimeError(
+                    "there are accumulated gradients; step() without any takes them, "
+                    "drop_accumulated() forgets them"
+                )
             if values is None:  # there are schedules
-                done = self.steps
-                values = [group.at(done) for group in self.groups]
+                values = self._values(self.steps)
             if forked[0]:
                 threads = 1
+            if (
+                clip_norm is not None
+                or clip_value is not None
+                or nonfinite != "propagate"
+                or zero_grads
+            ):
+                compiled = None
             # The compiled step takes plain arrays only, and refuses before it writes.
             if compiled is None or not compiled(found, values, grad_scale, threads):
-                self._step_checked(found, values, grad_scale, threads)
+                self._step_in_full(
+                    found,
+                    values,
+                    threads,
+                    grad_scale,
+                    checks.check_limit("clip_norm", clip_norm),
+                    checks.check_limit("clip_value", clip_value),
+                    checks.check_nonfinite(nonfinite),
+                    zero_grads or pending is not None,
+                )
+                if pending is not None:
+                    nothing = [False] * len(found)
+                    self._pending, self._spare = None, pending._replace(given=nothing)
         finally:
             busy[0] = False
 
-    def _step_checked(
-        self, grads: list[Any], values: list[Any], grad_scale: float, threads: int
+    def _step_in_full(
+        self,
+        found: list[Any],
+        values: list[Values],
+        threads: int,
+        grad_scale: float,
+        clip_norm: float,
+        clip_value: float,
+        nonfinite: str,
+        zero_grads: bool,
     ) -> None:
-        """A step after a look at each gradient, which finds the words for a refusal."""
-        bound, t = self._bound, self.steps + 1
-        scalars = [
-            (grad_scale, *bound.rule.scalars(t, *given)[: bound.rule.scalar_count])
-            for given in values
-        ]
-        fit = [self._fit(i, grad) for i, grad in enumerate(grads)]
-        if not bound.step(fit, scalars, threads):
+        """A step with all that there is to it, in the order in which it happens."""
+        bound, params = self._bound, self._params
+        step, first = bound.step, bound.steps == 0
+        if any(group.frozen for group in self.groups):
+            found = [
+                None if self.groups[number].frozen else grad
+                for number, grad in zip(params.group_of, found, strict=True)
+            ]
+        grads = self._take(step, found, bound.spans)
+        if zero_grads:
+            names = [self._grad_name(i) for i in range(len(grads))]
+            checks.check_writeable(names, grads)
+        if first and (bound.rule.starts or bound.rule.carry or bound.averages):
+            names = list(self.groups[0])
+            sets = [dict(zip(names, given, strict=True)) for given in values]
+            bound.start(sets, dict.fromkeys(bound.rule.state, 0))
+        factor = grad_scale
+        if clip_norm < math.inf or nonfinite != "propagate":
+            norm, bad = bound.norm(grad_scale, threads)
+            self._grad_norm = norm
+            if bad and nonfinite == "raise":
+                raise FloatingPointError(
+                    f"not all is finite in {', '.join(map(self._grad_name, bad))}; "
+                    f"nothing was updated"
+                )
+            if bad and nonfinite == "skip":
+                self._skipped += 1
+                for grad in grads if zero_grads else ():
+                    if grad is not None:
+                        fill(grad, 0.0)
+                return
+            # As torch has it; a NaN goes on into the parameters, as it does there.
+            shrink = clip_norm / (norm + 1e-6)
+            factor *= 1.0 if shrink >= 1 else shrink
+        rows = bound.scalars(values, factor, threads, clip_value)
+        weight = 0.0 if self.ema is None else 1 - self.ema
+        if not step(rows, threads, Extras(clip_value, weight, zero_grads)):
             raise RuntimeError("the kernel refused gradients found to fit")
+        if first:
+            self._plan_steps()
 
-    def _fit(self, i: int, grad: Any) -> Array | None:
+    def _take(
+        self, step: Step, found: list[Any], spans: Sequence[tuple[int, int]]
+    ) -> list[Array | None]:
+        """Give gradients to a step: as they are, if it checks them itself and they are
+        plain arrays that fit; else after a look at each, which finds the words for a
+        refusal."""
+        if hasattr(step, "at") and step.take(found):
+            return found
+        fit = [self._fit(i, grad, spans) for i, grad in enumerate(found)]
+        if not step.take(fit):
+            raise RuntimeError("the kernel refused gradients found to fit")
+        return fit
+
+    def _grad_name(self, i: int) -> str:
+        return "grads" + self._params.names[i].removeprefix("params")
+
+    def _fit(self, i: int, grad: Any, spans: Sequence[tuple[int, int]]) -> Array | None:
         """The gradient of the i-th parameter as an array that the kernels can take."""
         if grad is None:
             return None
-        of = self._names[i]
-        name = "grads" + of.removeprefix("params")
+        of, name = self._params.names[i], self._grad_name(i)
         if isinstance(grad, FlatBuffer):  # one of the right layout is unpacked by now
             raise ValueError(
                 f"{name} is a FlatBuffer of another layout than {of}; make it with the "
                 f"parameters' zeros_like()"
             )
         array: Array = self._module.as_array(name, grad)
-        checks.check_grad(name, array, of, self._arrays[i], self._bound.spans)
+        checks.check_grad(name, array, of, self._params.arrays[i], spans)
         return array
+
+    # Gradients that come in parts -----------------------------------------------------
+
+    def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
+        """Add gradients, times a factor, to a sum that the next ``step()`` takes.
+
+        They are as for :meth:`step`, and only read. The sums have the parameters'
+        dtype; a parameter that only got None is left alone by that step.
+        """
+        grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+        self._refuse_during_a_step()
+        found: list[Any] = []
+        checks.collect(self._params.layout, grads, "", found)
+        self._busy[0] = True
+        try:
+            pending = self._pending or self._spare or self._new_pending()
+            self._take(pending.step, found, pending.spans)
+            pending.step([(grad_scale,)], self.threads)
+            for i, grad in enumerate(found):
+                pending.given[i] |= grad is not None
+            self._pending = pending
+        finally:
+            self._busy[0] = False
+
+    def drop_accumulated(self) -> None:
+        """Forget what :meth:`accumulate` was given since the last step."""
+        self._refuse_during_a_step()
+        self._pending = self._spare = None
+
+    def _new_pending(self) -> Pending:
+        arrays = self._params.arrays
+        (sums,) = zeros(self._module.state_arena, arrays, 1)
+        rule, count = passes.accumulate, np.zeros(1, np.int64)
+        segments = [Segment(array, (), 0) for array in sums]
+        step = self._module.bind(rule, segments, count, np.zeros((2, 1, 0)))
+        return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))
+
+    def estimate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
+        """Put an estimate into the state, for a rule that works with one (``sophia_g``;
+        its page says of what ``grads`` are to be the gradients). Like a step otherwise,
+        but parameters and the count stay."""
+        if self.rule.estimate is None:
+            raise TypeError(f"{self.rule.name} works without estimates")
+        grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+        self._refuse_during_a_step()
+        found: list[Any] = []
+        checks.collect(self._params.layout, grads, "", found)
+        self._busy[0] = True
+        try:
+            buffer, rule = self.rule.estimate
+            bound, values = self._bound, self._values(self.steps)
+            segments = [
+                Segment(array, (), of_set)
+                for array, of_set in zip(
+                    bound.state[buffer], self._params.set_of, strict=True
+                )
+            ]
+            count, carry = np.zeros(1, np.int64), np.zeros((2, len(values), 0))
+            step = self._module.bind(rule, segments, count, carry)
+            self._take(step, found, bound.spans)
+            rows = [
+                (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
+                for given in values
+            ]
+            step(rows, self.threads)
+        finally:
+            self._busy[0] = False
 
     # Saving and resuming --------------------------------------------------------------
 
@@ -349,20 +666,7 @@ class Optimizer:
         a schedule is left out: give it to the optimizer that is to go on.
         """
         self._refuse_during_a_step()
-        return {
-            "format": STATE_FORMAT,
-            "rule": self.rule.name,
-            "steps": self.steps,
-            "switched_on": sorted(self._bound.on),
-            "groups": [
-                {key: value for key, value in group.items() if not callable(value)}
-                for group in self.groups
-            ],
-            "state": {
-                name: [_to_host(array) for array in arrays]
-                for name, arrays in self.state.items()
-            },
-        }
+        return saving.save(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit, on any backend.
@@ -371,20 +675,46 @@ class Optimizer:
         those set here; one that was a schedule there must be a schedule here, too.
         """
         self._refuse_during_a_step()
-        checks.check_saved(saved, STATE_FORMAT, self.rule, self.groups)
-        checks.check_saved_state(saved, self.rule, self._names, self._arrays)
+        saving.check(saved, self)
         steps = operator.index(saved["steps"])
+        given = [dict(group) for group in saved["groups"]]
+        frozen = [group.pop("frozen") for group in given]
         values = [
-            group.checked(given, steps)
-            for group, given in zip(self.groups, saved["groups"], strict=True)
+            group.checked(changes, steps)
+            for group, changes in zip(self.groups, given, strict=True)
         ]
-        state = self._zeros(list(saved["state"]))
-        for name, arrays in state.items():
-            for new, old in zip(arrays, saved["state"][name], strict=True):
-                new[...] = old
+        arena, arrays = self._module.state_arena, self._params.arrays
+        state = dict(
+            zip(
+                saved["state"],
+                zeros(arena, arrays, len(saved["state"])),
+                strict=True,
+            )
+        )
         # Exactly what was saved: a buffer of a switch that was off there is dropped.
-        on = frozenset(saved["switched_on"])
-        self._commit(values, self._bind(values, on, state, steps))
+        bound = self._bind(
+            values,
+            on=frozenset(saved["switched_on"]),
+            state=state,
+            carried=saved["carry"],
+            steps=steps,
+        )
+        pending = None
+        if saved["accumulated"] is not None:
+            pending = self._new_pending()
+            for i, array in enumerate(saved["accumulated"]):
+                if array is not None:
+                    fill(pending.sums[i], array)
+                    pending.given[i] = True
+        for name, buffers in bound.state.items():
+            for new, old in zip(buffers, saved["state"][name], strict=True):
+                fill(new, old)
+        for average, old in zip(bound.averages or (), saved["ema"] or (), strict=True):
+            fill(average, old)
+        self._pending, self._skipped = pending, operator.index(saved["skipped"])
+        self._commit(values, bound)
+        for group, flag in zip(self.groups, frozen, strict=True):
+            group.frozen = flag
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -393,14 +723,10 @@ class Optimizer:
         )
 
     def __repr__(self) -> str:
-        size = sum(array.size for array in self._arrays)
+        arrays = self._params.arrays
+        size = sum(array.size for array in arrays)
         groups = self.groups[0] if len(self.groups) == 1 else self.groups
         return (
-            f"<{self.rule.name}: {size} {self._arrays[0].dtype} parameters, backend "
+            f"<{self.rule.name}: {size} {arrays[0].dtype} parameters, backend "
             f"{self.backend!r}, {self.steps} steps done, {groups}>"
         )
-
-
-def _to_host(array: Any) -> Array:
-    host: Array = array.copy_to_host() if hasattr(array, "copy_to_host") else array
-    return np.array(host)

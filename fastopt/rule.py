@@ -81,7 +81,37 @@ def sign(x: Any) -> Any:
     return np.where((x > 0) | (x < 0), np.copysign(np.ones_like(x), x), x)
 
 
-PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign)
+def wide(x: Any) -> Any:
+    """``x`` in float64, for sums whose terms would overflow; in ``measure`` only."""
+    return np.asarray(x, np.float64)
+
+
+# The bits of x**(-1/3) are about these less a third of the bits of x, within 3.5%. Each
+# round of Newton's method doubles the digits: measured 3.6 and 4.0 units of eps.
+CBRT = {
+    np.dtype(np.float32): (0x54A21D2A, 3),
+    np.dtype(np.float64): (0x553EF0FF289DD796, 4),
+}
+
+
+def cbrt(x: Any) -> Any:
+    """The cube root of a number from 0 on: to a few units in the last place, not
+    rounded correctly, but by operations that are, and so the same everywhere."""
+    x = np.asarray(x)
+    magic, rounds = CBRT[x.dtype]
+    third, four_thirds = x.dtype.type(1 / 3), x.dtype.type(4 / 3)
+    bits = np.atleast_1d(x).view(x.dtype.str.replace("f", "i"))
+    bits = (bits >> 2) + (bits >> 4)  # no processor divides vectors of integers
+    bits = bits + (bits >> 4)
+    bits = bits + (bits >> 8)
+    bits = bits + (bits >> 16)
+    y = (bits.dtype.type(magic) - bits).view(x.dtype).reshape(x.shape)
+    for _ in range(rounds):
+        y = y * (four_thirds - third * (x * y * y * y))
+    return x * y * y
+
+
+PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign, wide, cbrt)
 
 
 def concrete(
@@ -150,7 +180,9 @@ def _constants(code: types.CodeType) -> list[Any]:
 _AT_LEAST_ZERO = {"lr", "eps", "weight_decay", "momentum"}
 # What an optimizer's own attributes and arguments are called.
 _RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
-_RESERVED |= {"state_dict", "load_state_dict"}
+_RESERVED |= {"state_dict", "load_state_dict", "add_group", "accumulate", "estimate"}
+_RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad_norm"}
+_RESERVED |= {"skipped", "weight_decay_mask"}
 
 
 def check_hyperparameter(
@@ -201,6 +233,28 @@ class Rule:
     state
         The names of the state buffers, in the order ``update`` takes them. They start
         at zero.
+    starts
+        Where they do not: name -> ``"p"`` (a copy of the parameter), the name of a
+        hyperparameter, or a number. Taken when the optimizer is made, and once more at
+        its first step, for parameters may have got their first values in between.
+    carry
+        Numbers that a rule remembers from step to step on the host, in float64: name ->
+        its first value, a number or the name of a hyperparameter. ``scalars`` takes
+        them after ``t``, without defaults, and returns the new ones at the end.
+    measure, settle, over
+        For a rule with norms. ``measure(p, g, *state, *scalars) -> terms``, written
+        like ``update``, is summed in float64 over each array (``over="segment"``) or
+        over all (``"all"``), in an order that does not depend on backend or threads,
+        before anything is written. Then ``settle(t, n, *sums, *results of scalars)``,
+        with ``n`` elements, returns what goes on to ``update``, and the new carry. A
+        rule over segments has a carry for each array, any other one for each group.
+    evaluate
+        ``evaluate(p, *state, *scalars) -> p``: the parameters that are to be used,
+        where these are not those that the gradients are taken at.
+    estimate
+        ``(name, rule)``: what ``Optimizer.estimate`` does to that state buffer, for
+        which the rule's ``p`` stands, with a gradient of another kind. It has the same
+        hyperparameters.
     variants
         For options that change the state: hyperparameters that must be on (non-zero) ->
         the Rule that then applies. Each takes as many of this rule's leading scalars as
@@ -233,11 +287,24 @@ class Rule:
     scalars: Function
     _: KW_ONLY  # setup.py reads the rules as text, and looks for state=
     state: tuple[str, ...] = ()
+    starts: Mapping[str, str | float] = field(default_factory=dict)
+    carry: Mapping[str, str | float] = field(default_factory=dict)
+    measure: Function | None = None
+    settle: Function | None = None
+    over: str = "segment"
+    evaluate: Function | None = None
+    estimate: tuple[str, Rule] | None = None
     variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
     name: str = ""
 
     def __post_init__(self) -> None:
-        for what in ("update", "scalars"):
+        if (self.measure is None) != (self.settle is None):
+            raise TypeError("measure and settle belong together: give both or neither")
+        if self.over not in ("segment", "all"):
+            raise ValueError(f"over must be 'segment' or 'all', got {self.over!r}")
+        optional = ("measure", "settle", "evaluate")
+        given = [what for what in optional if getattr(self, what) is not None]
+        for what in ("update", "scalars", *given):
             if not isinstance(getattr(self, what), types.FunctionType):
                 raise TypeError(
                     f"{what} must be a plain Python function, "
@@ -245,19 +312,28 @@ class Rule:
                 )
         object.__setattr__(self, "state", tuple(self.state))
         if not self.name:
-            given = self.update.__name__
+            name = self.update.__name__
             module = (self.update.__module__ or "__main__").rpartition(".")[2]
-            if given == "update" and module != "__main__":
-                given = module
+            if name == "update" and module != "__main__":
+                name = module
                 described = sys.modules.get(self.update.__module__)
                 object.__setattr__(self, "__doc__", getattr(described, "__doc__", None))
-            object.__setattr__(self, "name", given)
+            object.__setattr__(self, "name", name)
         self._check_scalars()
-        self._check_update()
+        self._check_starts()
+        for element in (self.update, self.measure, self.evaluate):
+            if element is not None:
+                self._check_element(element)
 
     def _check_scalars(self) -> None:
-        parameters = list(inspect.signature(self.scalars).parameters.values())
-        for parameter in parameters[1:]:
+        parameters = list(inspect.signature(self.scalars).parameters.values())[1:]
+        carry = [parameter.name for parameter in parameters[: len(self.carry)]]
+        if carry != list(self.carry):
+            raise TypeError(
+                f"scalars of {self.name!r} must take the carry after t, "
+                f"{', '.join(self.carry)}, but takes {', '.join(carry)}"
+            )
+        for parameter in parameters[len(self.carry) :]:
             name = parameter.name
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(
@@ -280,15 +356,28 @@ class Rule:
                     f"which means something else to an optimizer"
                 )
 
-    def _check_update(self) -> None:
-        code = self.update.__code__
-        taken = 2 + len(self.state)
+    def _check_starts(self) -> None:
+        for name in self.starts:
+            if name not in self.state:
+                raise ValueError(f"starts of {self.name!r}: {name!r} is not in state")
+        for start in (*self.starts.values(), *self.carry.values()):
+            if isinstance(start, str) and start not in ("p", *self.hyperparameters):
+                raise ValueError(
+                    f"{self.name!r} starts something at {start!r}, which is no "
+                    f"hyperparameter"
+                )
+
+    def _check_element(self, element: Function) -> None:
+        """What ``update`` may be, and its like."""
+        code = element.__code__
+        taken = (1 if element is self.evaluate else 2) + len(self.state)
         if code.co_argcount < taken:
             raise TypeError(
-                f"update of {self.name!r} must take (p, g, *state, *scalars), which is "
-                f"at least {taken} arguments here; it takes {code.co_argcount}"
+                f"{element.__name__} of {self.name!r} must take (p, "
+                f"{'' if element is self.evaluate else 'g, '}*state, *scalars), which "
+                f"is at least {taken} arguments here; it takes {code.co_argcount}"
             )
-        for function in _reached(self.update, []):
+        for function in _reached(element, []):
             for constant in _constants(function.__code__):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(
@@ -305,8 +394,8 @@ class Rule:
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Any]:
         """Names and defaults, from the signature of ``scalars``."""
-        parameters = inspect.signature(self.scalars).parameters
-        return {name: p.default for name, p in list(parameters.items())[1:]}
+        parameters = list(inspect.signature(self.scalars).parameters.items())
+        return {name: p.default for name, p in parameters[1 + len(self.carry) :]}
 
     @functools.cached_property
     def switches(self) -> frozenset[str]:
@@ -315,60 +404,101 @@ class Rule:
 
     @property
     def all(self) -> tuple[Rule, ...]:
-        """This rule and its variants: what needs a kernel."""
-        return (self, *self.variants.values())
+        """This rule and those that come with it: what needs a kernel."""
+        estimate = (self.estimate[1],) if self.estimate else ()
+        return (self, *self.variants.values(), *estimate)
 
     @property
     def scalar_count(self) -> int:
         """How many scalars ``update`` takes."""
         return self.update.__code__.co_argcount - 2 - len(self.state)
 
-    def check_results(
-        self, constants: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
-    ) -> None:
-        """That ``scalars`` and ``update`` fit together, by one call on two elements.
+    @property
+    def measure_count(self) -> int:
+        """How many scalars ``measure`` takes."""
+        if self.measure is None:
+            return 0
+        return self.measure.__code__.co_argcount - 2 - len(self.state)
 
-        ``surplus``: there may be more scalars, for other variants of a rule.
+    @functools.cached_property
+    def terms(self) -> int:
+        """How many values ``measure`` returns."""
+        if self.measure is None:
+            return 0
+        buffers = [np.ones(1, np.float32) for _ in range(2 + len(self.state))]
+        with np.errstate(all="ignore"):
+            return len(self.measure(*buffers, *[np.float32(1)] * self.measure_count))
+
+    def start(self, of: str | float, values: Mapping[str, Any]) -> float:
+        """A number that something starts at, under these hyperparameters."""
+        return float(values[of] if isinstance(of, str) else of)
+
+    def first_carry(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        """What ``scalars`` takes at the first step, after ``t``."""
+        return tuple(self.start(of, values) for of in self.carry.values())
+
+    def check_results(
+        self, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
+    ) -> None:
+        """That the functions fit together, by one call of each on two elements.
+
+        ``results`` are those of ``scalars``. ``surplus``: there may be more of them,
+        for other variants of a rule.
         """
-        name = self.name
-        if not isinstance(constants, tuple):
+        buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
+        self._check_numbers("scalars", results, dtype)
+        if self.measure is not None and self.settle is not None:
+            with np.errstate(all="ignore"):
+                terms = self.measure(*buffers, *results[: self.measure_count])
+            if not isinstance(terms, tuple):
+                raise TypeError(
+                    f"measure of {self.name!r} must return a tuple, got {terms!r}"
+                )
+            results = self.settle(t, 2.0, *(float(x[0]) for x in terms), *results)
+            self._check_numbers("settle", results, dtype)
+        last = "scalars" if self.settle is None else "settle"
+        given = len(results) - len(self.carry)
+        if given < self.scalar_count or (given > self.scalar_count and not surplus):
+            carried = f" and {len(self.carry)} to carry" if self.carry else ""
             raise TypeError(
-                f"scalars of {name!r} must return a tuple, got {constants!r}"
-            )
-        if len(constants) < self.scalar_count or (
-            len(constants) > self.scalar_count and not surplus
-        ):
-            raise TypeError(
-                f"scalars of {name!r} returns {len(constants)} values, but its update "
-                f"takes {self.scalar_count} after (p, g, *state)"
+                f"{last} of {self.name!r} returns {len(results)} values, but its "
+                f"update takes {self.scalar_count} after (p, g, *state){carried}"
             )
         with np.errstate(all="ignore"):
-            for constant in constants:
-                if not isinstance(constant, (int, float)):
-                    raise TypeError(
-                        f"scalars of {name!r} must return numbers, got {constant!r}"
-                    )
-                if math.isfinite(constant) and not np.isfinite(dtype.type(constant)):
-                    raise ValueError(
-                        f"scalars of {name!r} returned {constant!r}, too large for "
-                        f"{dtype}"
-                    )
-            buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
-            used = map(np.float32, constants[: self.scalar_count])
+            used = map(np.float32, results[: self.scalar_count])
             result = self.update(*buffers, *used)
         wanted = ", ".join(["p", *self.state])
         if not isinstance(result, tuple) or len(result) != 1 + len(self.state):
             got = len(result) if isinstance(result, tuple) else repr(result)
             raise TypeError(
-                f"update of {name!r} must return ({wanted}), a tuple of "
+                f"update of {self.name!r} must return ({wanted}), a tuple of "
                 f"{1 + len(self.state)}, got {got}"
             )
         for new in result:
             if getattr(new, "dtype", None) != np.float32:
                 raise TypeError(
-                    f"update of {name!r} must return numbers of the parameters' dtype; "
-                    f"from float32 it made {new!r}"
+                    f"update of {self.name!r} must return numbers of the parameters' "
+                    f"dtype; from float32 it made {new!r}"
                 )
+
+    def _check_numbers(self, what: str, results: Any, dtype: np.dtype[Any]) -> None:
+        if not isinstance(results, tuple):
+            raise TypeError(
+                f"{what} of {self.name!r} must return a tuple, got {results!r}"
+            )
+        for constant in results:
+            if not isinstance(constant, (int, float)):
+                raise TypeError(
+                    f"{what} of {self.name!r} must return numbers, got {constant!r}"
+                )
+        kept = len(results) - len(self.carry)
+        with np.errstate(all="ignore"):
+            for constant in results[:kept]:
+                if math.isfinite(constant) and not np.isfinite(dtype.type(constant)):
+                    raise ValueError(
+                        f"{what} of {self.name!r} returned {constant!r}, too large for "
+                        f"{dtype}"
+                    )
 
     def variant(self, on: Set[str]) -> Rule:
         """The rule that applies with these switches on: this or one of its variants."""
@@ -377,7 +507,9 @@ class Rule:
         for names, rule in self.variants.items():
             if set(names) == on:
                 ours = rule.scalars is self.scalars
-                return rule if ours else replace(rule, scalars=self.scalars)
+                if ours:
+                    return rule
+                return replace(rule, scalars=self.scalars, carry=self.carry)
         raise ValueError(
             f"{self.name} has no variant for {' with '.join(sorted(on))}; its variants "
             f"are for {', '.join(' with '.join(names) for names in self.variants)}"
@@ -389,6 +521,8 @@ class Rule:
         *,
         backend: str | None = None,
         threads: int | None = None,
+        ema: float | None = None,
+        weight_decay_mask: Any = None,
         **hyperparameters: Any,
     ) -> Optimizer:
         """An :class:`~fastopt.Optimizer` that applies this rule to ``params``."""
@@ -396,7 +530,13 @@ class Rule:
         from fastopt.optimizer import Optimizer
 
         return Optimizer(
-            self, params, backend=backend, threads=threads, **hyperparameters
+            self,
+            params,
+            backend=backend,
+            threads=threads,
+            ema=ema,
+            weight_decay_mask=weight_decay_mask,
+            **hyperparameters,
         )
 
     def __repr__(self) -> str:

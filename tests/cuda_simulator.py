@@ -163,10 +163,10 @@ def test_state_starts_at_zero():
 def test_an_error_leaves_the_parameters_alone(monkeypatch):
     """The first segment must not be updated when the second has no kernel."""
 
-    def only_aligned(update, states, dtype, width, blocks):
+    def only_aligned(blocks, make, update, states, dtype, width, beside):
         if width == 1:
             raise RuntimeError("no kernel")
-        return launcher(update, states, dtype, width, blocks)
+        return launcher(blocks, make, update, states, dtype, width, beside)
 
     launcher = numba_cuda.launcher
     monkeypatch.setattr(numba_cuda, "launcher", only_aligned)
@@ -196,10 +196,10 @@ def test_swapped_scalars_are_noticed():
 def test_a_skipped_tail_is_noticed(monkeypatch, size):
     vector_update = numba_cuda.vector_update
 
-    def without_tail(update, dtype, width):
+    def without_tail(of, beside, dtype, width):
         if width == 1:
             return lambda i, grad, buffers, scalars: None
-        return vector_update(update, dtype, width)
+        return vector_update(of, beside, dtype, width)
 
     monkeypatch.setattr(numba_cuda, "vector_update", without_tail)
     assert differing(*CASES[0], size, np.float32, 0, steps=1) == [0]
@@ -209,8 +209,8 @@ def test_a_skipped_tail_is_noticed(monkeypatch, size):
 def test_a_step_too_far_is_noticed(monkeypatch):
     vector_update = numba_cuda.vector_update
 
-    def one_further(update, dtype, width):
-        return vector_update(update, dtype, width + 1)
+    def one_further(of, beside, dtype, width):
+        return vector_update(of, beside, dtype, width + 1)
 
     monkeypatch.setattr(numba_cuda, "vector_update", one_further)
     with pytest.raises(IndexError):
@@ -222,11 +222,11 @@ def test_unequal_precision_is_noticed(monkeypatch):
     """As if a float32 kernel computed in float64."""
     vector_update = numba_cuda.vector_update
 
-    def in_double(update, dtype, width):
+    def in_double(of, beside, dtype, width):
         def wide(*args):
-            return update(*map(np.float64, args))
+            return of.update(*map(np.float64, args))
 
-        return vector_update(wide, dtype, width)
+        return vector_update(of._replace(update=wide), beside, dtype, width)
 
     monkeypatch.setattr(numba_cuda, "vector_update", in_double)
     rule, values = next(case for case in CASES if case[0].name == "adamw")

@@ -219,7 +219,7 @@ def contracting(monkeypatch):
 def test_contraction_is_refused(contracting, monkeypatch):
     with pytest.raises(RuntimeError, match="fuses"):
         numba_cuda.compile_ptx(fastopt.adamw, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, dtype: ptx)
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, *of: ptx)
     ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32")
     assert "fma.rn.f32" in flaws(ptx, "float32", 3)
 
@@ -252,7 +252,7 @@ def test_float64_in_a_float32_kernel_is_refused(monkeypatch):
     rule = Rule(with_attribute, scalars)
     with pytest.raises(TypeError, match="return its constants from scalars"):
         numba_cuda.compile_ptx(rule, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, dtype: ptx)
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, *of: ptx)
     assert "float64" in flaws(numba_cuda.compile_ptx(rule, "float32"), "float32", 1)
 
 
@@ -316,10 +316,10 @@ def test_launch(launches, disassemble):
         for (p, *state), group in zip(places, (0, 1, 1, 0), strict=True)
     ]
     count = np.zeros(1, np.int64)
-    step = numba_cuda.bind(fastopt.adamw, segments, count)
+    step = numba_cuda.bind(fastopt.adamw, segments, count, np.zeros((2, 2, 0)))
     grads = [OnDevice(16384, s.param.size) for s in segments[:3]] + [None]
     scalars = [(0.5, 0.1, 0.2, 0.3, 0.4, 0.6), (1.0, 0.6, 0.5, 0.4, 0.3, 0.2)]
-    assert step(grads, scalars, 1)
+    assert step.take(grads) and step(scalars, 1)
     assert count[0] == 1
     vectors, singles = launches
     for (config, _, *arguments), blocks, offset, values in (
@@ -340,7 +340,8 @@ def test_launch(launches, disassemble):
 def test_linking_does_not_fuse(launches, disassemble, dtype):
     """Nor does numba's own way from PTX to machine code."""
     update = fastopt.gd.update
-    kernel = numba_cuda.compiled(update, 0, np.dtype(dtype), WIDTH[dtype])
+    of = update, 0, np.dtype(dtype), WIDTH[dtype], numba_cuda.NOTHING
+    kernel = numba_cuda.compiled(numba_cuda.kernel, *of)
     (overload,) = kernel.overloads.values()
     _, instructions = disassemble(overload.library.get_cubin().code)
     assert re.search(r"\b[DF]MUL\b", instructions)
@@ -351,9 +352,10 @@ def test_linking_does_not_fuse(launches, disassemble, dtype):
 def test_contraction_is_refused_before_a_launch(launches, contracting):
     segment = Segment(OnDevice(4096, 8), (), 0)
     count = np.zeros(1, np.int64)
-    step = numba_cuda.bind(fastopt.gd, [segment], count)
+    step = numba_cuda.bind(fastopt.gd, [segment], count, np.zeros((2, 1, 0)))
+    step.take([OnDevice(8192, 8)])
     with pytest.raises(RuntimeError, match="fuses"):
-        step([OnDevice(8192, 8)], [(1.0, 0.1)], 1)
+        step([(1.0, 0.1)], 1)
     assert not launches and count[0] == 0
 
 

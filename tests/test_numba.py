@@ -34,8 +34,13 @@ def cache(tmp_path_factory):
     path.chmod(0o700)
     patch = pytest.MonkeyPatch()
     patch.setenv("FASTOPT_CACHE_DIR", str(path))
+    numba_cpu.own_driver(numba_cpu.serial)  # is in none of the caches that tests make
     yield path
     patch.undo()
+
+
+def no_carry(rows=1):
+    return np.zeros((2, rows, 0))
 
 
 def run(bind, rule, params, grads, constants, threads=1, groups=None):
@@ -45,9 +50,10 @@ def run(bind, rule, params, grads, constants, threads=1, groups=None):
         for p, group in zip(params, groups or [0] * len(params), strict=True)
     ]
     count = np.zeros(1, np.int64)
-    step = bind(rule, segments, count)
+    step = bind(rule, segments, count, no_carry(1 + max(groups or [0])))
     for grad in grads:
-        assert step(grad, constants, threads) is True
+        assert step.take(grad)
+        assert step(constants, threads) is True
     return [a for s in segments for a in (s.param, *s.state)], int(count[0])
 
 
@@ -146,10 +152,13 @@ def test_checker_sees_a_skipped_tail(monkeypatch):
 
     params, grads, groups = ragged(np.float32)
     monkeypatch.setenv("FASTOPT_CACHE_DIR", "")
-    monkeypatch.setattr(numba_cpu, "kernel_for", numba_cpu.kernel_for.__wrapped__)
-    assert agree(adamw, params, grads, CONSTANTS, 1, groups)
+    monkeypatch.setattr(numba_cpu, "own_driver", numba_cpu.own_driver.__wrapped__)
+    alone = {"binds": [numba_cpu.bind_alone]}
+    assert agree(adamw, params, grads, CONSTANTS, 1, groups, **alone)
     monkeypatch.setattr(numba_cpu, "length_of", whole_lines)
-    assert not agree(adamw, params, grads, CONSTANTS, 1, groups)
+    walk = numba_cpu.compiled(numba_cpu.walk.py_func)
+    monkeypatch.setattr(numba_cpu, "walk", walk)
+    assert not agree(adamw, params, grads, CONSTANTS, 1, groups, **alone)
 
 
 # What a user's rule may get wrong
@@ -209,7 +218,12 @@ def compiled_ir(rule, dtype):
     )
     try:
         numba_cpu.kernel_for.__wrapped__(
-            rule.update, np.dtype(dtype), 2 + len(rule.state), ""
+            numba_cpu.update_kernel,
+            rule.update,
+            np.dtype(dtype),
+            2 + len(rule.state),
+            0,
+            "",
         )
     finally:
         patch.undo()
@@ -260,10 +274,12 @@ numba_cpu.compile_kernel = lambda *a, **k: made.append(a) or original(*a, **k)
 rng = np.random.default_rng(0)
 p = rng.standard_normal(50_000).astype("f4")
 segment = Segment(p, (np.zeros_like(p), np.zeros_like(p)), 0)
-step = numba_cpu.bind_alone(adamw, [segment], np.zeros(1, np.int64))
+count, carry = np.zeros(1, np.int64), np.zeros((2, 1, 0))
+step = numba_cpu.bind_alone(adamw, [segment], count, carry)
 for _ in range(2):
     g = rng.standard_normal(p.size).astype("f4")
-    step([g], [(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)], 2)
+    step.take([g])
+    step([(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)], 2)
 import hashlib
 print(len(made), hashlib.sha256(p.tobytes()).hexdigest())
 """
@@ -539,10 +555,13 @@ def test_concurrent_python_threads(cache, layer):
         rng = np.random.default_rng(3)
         p = rng.standard_normal(40_000)
         segment = Segment(p, tuple(np.zeros_like(p) for _ in rule.state), 0)
-        step = numba_cpu.bind_alone(rule, [segment], np.zeros(1, np.int64))
+        step = numba_cpu.bind_alone(
+            rule, [segment], np.zeros(1, np.int64), np.zeros((2, 1, 0))
+        )
         scalars = [(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)[: 1 + rule.scalar_count]]
         for _ in range(60):
-            step([rng.standard_normal(p.size)], scalars, 2)
+            step.take([rng.standard_normal(p.size)])
+            step(scalars, 2)
         out.append(hashlib.sha256(p.tobytes()).hexdigest())
     rules = [adamw, amsgrad, sgd, adamw]
     alone, together = [[] for _ in rules], [[] for _ in rules]
@@ -562,7 +581,7 @@ def test_other_python_threads_run_during_a_step():
     """The kernel releases the GIL."""
     p = np.ones(4_000_000)
     segment = Segment(p, (np.zeros_like(p), np.zeros_like(p)), 0)
-    step = numba_cpu.bind_alone(adamw, [segment], np.zeros(1, np.int64))
+    step = numba_cpu.bind_alone(adamw, [segment], np.zeros(1, np.int64), no_carry())
     stop, ticks, during = threading.Event(), [0], 0
 
     def tick():
@@ -575,7 +594,8 @@ def test_other_python_threads_run_during_a_step():
     # With the GIL held, none could fall between two readings in one native call.
     for _ in range(20):
         before = ticks[0]
-        step([p], [CONSTANTS[0]], 1)
+        step.take([p])
+        step([CONSTANTS[0]], 1)
         during += ticks[0] - before
     stop.set()
     thread.join()

@@ -147,9 +147,9 @@ def test_a_lax_step_is_caught(monkeypatch, mutant):
     else:
         fit = fastopt.Optimizer._fit
 
-        def late(self, i, grad):
-            self._arrays[0][:] = 0
-            return fit(self, i, grad)
+        def late(self, i, grad, spans):
+            self._params.arrays[0][:] = 0
+            return fit(self, i, grad, spans)
 
         monkeypatch.setattr(fastopt.Optimizer, "_fit", late)
     with pytest.raises((pytest.fail.Exception, AssertionError)):

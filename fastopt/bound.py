@@ -1,0 +1,185 @@
+"""A rule bound to parameters: their state, and what a step of it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastopt import checks
+from fastopt.flat import Array, Segment
+from fastopt.hyperparameters import Values
+from fastopt.numpy_ref import Step
+from fastopt.parameters import Parameters, zeros
+from fastopt.rule import Rule
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What applies at present: the rule, or one of its variants, and its buffers."""
+
+    on: frozenset[str]  # the switches that selected it
+    rule: Rule
+    params: Parameters
+    state: dict[str, list[Array]]
+    averages: list[Array] | None
+    carry: Array  # two sets in turn; in each a row for every row of scalars
+    completed: Array  # steps: one int64, raised by the kernel
+    step: Step
+    spans: list[tuple[int, int]]  # of all that a step writes, by address
+
+    @property
+    def steps(self) -> int:
+        return int(self.completed[0])
+
+    @property
+    def carried(self) -> Array:
+        """The carry that the completed steps left; the other set is the next step's."""
+        carried: Array = self.carry[self.steps % 2]
+        return carried
+
+    @property
+    def sets(self) -> Sequence[int]:
+        """For each row of scalars, the set of hyperparameters that it is made from."""
+        by_segment = self.rule.measure is not None and self.rule.over == "segment"
+        return self.params.set_of if by_segment else range(len(self.params.sets))
+
+    def start(
+        self, values: Sequence[Mapping[str, Any]], since: Mapping[str, int]
+    ) -> None:
+        """Give what does not start at zero its value, under the hyperparameters of each
+        set; of state buffers, from the segment on that ``since`` says."""
+        params = self.params
+        for name, first in since.items():
+            if name not in self.rule.starts:
+                continue
+            for i in range(first, len(params.arrays)):
+                of, given = self.rule.starts[name], values[params.set_of[i]]
+                fill(
+                    self.state[name][i],
+                    params.arrays[i] if of == "p" else self.rule.start(of, given),
+                )
+        if not self.steps:
+            for row, of_set in enumerate(self.sets):
+                self.carry[:, row] = self.rule.first_carry(values[of_set])
+            for average, param in zip(self.averages or (), params.arrays, strict=False):
+                fill(average, param)
+
+    def norm(self, grad_scale: float, threads: int) -> tuple[float, list[int]]:
+        """The norm of all gradients, scaled, and the segments where one of them is not
+        finite."""
+        rows: list[Values] = [(grad_scale,)] * len(self.sets)
+        squares, bad = 0.0, []
+        for i, sums in enumerate(self.step.sums("gradients", rows, threads)):
+            if sums is not None:
+                squares += sums[0]
+                bad += [i] if math.isnan(sums[1]) else []
+        return math.sqrt(squares), bad
+
+    def scalars(
+        self, values: Sequence[Values], factor: float, threads: int, clip_value: float
+    ) -> list[Values]:
+        """What the kernels take for the next step: for each row the factor for the
+        gradients and the constants. The new carry is put in its place, where it counts
+        when the step is completed."""
+        rule, t = self.rule, self.steps + 1
+        carried, kept = self.carried.tolist(), len(rule.carry)
+        rows = [
+            rule.scalars(t, *old, *values[of_set])
+            for of_set, old in zip(self.sets, carried, strict=True)
+        ]
+        if rule.settle is not None:
+            given = [(factor, *row) for row in rows]
+            sums = self.step.sums("rule", given, threads, clip_value)
+            nothing = (0.0,) * rule.scalar_count
+            for r, (n, total) in enumerate(self._totals(sums)):
+                if total is None:  # a row without elements: no update, and no change
+                    rows[r] = (*nothing, *carried[r])
+                else:
+                    rows[r] = rule.settle(t, float(n), *total, *rows[r])
+        if kept:
+            self.carry[t % 2] = [row[-kept:] for row in rows]
+        return [(factor, *row[: rule.scalar_count]) for row in rows]
+
+    def _totals(
+        self, sums: list[tuple[float, ...] | None]
+    ) -> list[tuple[int, tuple[float, ...] | None]]:
+        """For each row of scalars, the elements that are updated and their sums."""
+        sizes = [array.size for array in self.params.arrays]
+        there: list[tuple[int, tuple[float, ...] | None]] = [
+            (size, terms) if terms is not None and size else (0, None)
+            for size, terms in zip(sizes, sums, strict=True)
+        ]
+        if self.rule.over == "segment":
+            return there
+        n, total = 0, None
+        for size, terms in there:
+            if terms is not None:
+                n += size
+                old = total or (0.0,) * len(terms)
+                total = tuple(a + b for a, b in zip(old, terms, strict=True))
+        return [(n, total)] * len(self.sets)
+
+
+def fill(array: Array, value: Any) -> None:
+    """Write into an array, in host memory or on a device."""
+    if array.size:
+        flat = value if isinstance(value, float) else value.reshape(-1)
+        array.reshape(-1)[:] = flat
+
+
+def bind(
+    module: ModuleType,
+    rule: Rule,
+    on: frozenset[str],
+    params: Parameters,
+    values: Sequence[Mapping[str, Any]],
+    *,
+    state: Mapping[str, list[Array]],
+    averages: list[Array] | None,
+    carried: Array | None,
+    steps: int,
+) -> Bound:
+    """Bind a rule to parameters, with what there is of its state, for the first of
+    them; the rest is new. ``values``: now, for each set of the hyperparameters."""
+    arrays = params.arrays
+    since = {name: len(state.get(name, ())) for name in rule.state}
+    buffers = {name: list(state.get(name, ())) for name in rule.state}
+    for first in set(since.values()) - {len(arrays)}:
+        names = [name for name in rule.state if since[name] == first]
+        made = zeros(module.state_arena, arrays[first:], len(names))
+        for name, fresh in zip(names, made, strict=True):
+            buffers[name] += fresh
+    by_segment = rule.measure is not None and rule.over == "segment"
+    row_of = range(len(arrays)) if by_segment else params.set_of
+    segments = [
+        Segment(array, tuple(streams), row, averages[i] if averages else None)
+        for i, (array, row, *streams) in enumerate(
+            zip(arrays, row_of, *buffers.values(), strict=True)
+        )
+    ]
+    completed = np.array([steps], np.int64)
+    sets = params.set_of if by_segment else range(len(params.sets))
+    carry = np.zeros((2, len(sets), len(rule.carry)))
+    for row, of_set in enumerate(sets):
+        carry[:, row] = rule.first_carry(values[of_set])
+    if carried is not None:
+        carry[:, : len(carried)] = carried
+    written = [*arrays, *(a for made in buffers.values() for a in made)]
+    bound = Bound(
+        on=on,
+        rule=rule,
+        params=params,
+        state=buffers,
+        averages=averages,
+        carry=carry,
+        completed=completed,
+        step=module.bind(rule, segments, completed, carry),
+        spans=checks.spans_of([*written, *(averages or ())]),
+    )
+    bound.start(values, since)
+    return bound

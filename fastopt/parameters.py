@@ -1,0 +1,140 @@
+"""The arrays that an optimizer works on, and the structure that they were given in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from fastopt import checks
+from fastopt.flat import Array, FlatBuffer, leaves, rebuild
+
+
+class Parameters:
+    """Some trees of arrays, one for each group, as a list of segments to be.
+
+    Attributes
+    ----------
+    names, arrays, group_of
+        Of each segment: what messages call it, its memory, its group's number.
+    sets, set_of
+        The groups, and whether their weight decay applies: what needs hyperparameters
+        of its own. And for each segment its place in this list.
+    layout
+        For :func:`checks.collect`.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        trees: Sequence[Any],
+        grouped: bool,
+        separate: bool,
+        weight_decay_mask: Any = None,
+    ):
+        self.trees, self.grouped = list(trees), grouped
+        self._separate, self._mask = separate, weight_decay_mask
+        self._module = module
+        plain = [self._expanded(tree) for tree in trees]
+        found = [
+            (path, leaf, number)
+            for number, tree in enumerate(plain)
+            for path, leaf in leaves(tree, f"[{number}]" if grouped else "")
+        ]
+        if not found:
+            raise ValueError("params is empty; pass at least one array")
+        paths, originals, group_of = zip(*found, strict=True)
+        self.names = [f"params{path}" for path in paths]
+        self.arrays: list[Array] = list(map(module.as_array, self.names, originals))
+        self.group_of: Sequence[int] = group_of
+        checks.check_params(self.names, self.arrays, originals)
+        decays = self._decaying(paths)
+        rows = list(zip(group_of, decays, strict=True))
+        self.sets = [
+            (number, flag)
+            for number in range(len(plain))
+            for flag in (True, False)
+            if flag or (number, flag) in rows
+        ]
+        self.set_of = list(map(self.sets.index, rows))
+        self.layout = checks.layout(plain if grouped else plain[0])
+
+    @property
+    def masked(self) -> bool:
+        return not all(decays for _, decays in self.sets)
+
+    def with_group(self, tree: Any) -> Parameters:
+        """These, and a group more at the end."""
+        return Parameters(
+            self._module, [*self.trees, tree], True, self._separate, self._mask
+        )
+
+    def _expanded(self, tree: Any) -> Any:
+        """A tree in which what is to be a segment is a leaf."""
+        if not self._separate:
+            return tree
+        values = (
+            leaf.views if isinstance(leaf, FlatBuffer) else leaf
+            for _, leaf in leaves(tree)
+        )
+        return rebuild(tree, values)
+
+    def _decaying(self, paths: Sequence[str]) -> list[bool]:
+        """For each array, whether weight decay applies to it."""
+        mask = self._mask
+        if mask is None:
+            return [True] * len(paths)
+        if callable(mask):
+            told = list(map(mask, paths, self.arrays))
+        else:
+            flags = list(leaves(mask))
+            if [path for path, _ in flags] != list(paths):
+                raise ValueError(
+                    f"weight_decay_mask must have the structure of params, with the "
+                    f"leaves {', '.join(paths)}; it has "
+                    f"{', '.join(path for path, _ in flags)}"
+                )
+            told = [flag for _, flag in flags]
+        for name, flag in zip(self.names, told, strict=True):
+            if not isinstance(flag, bool):
+                raise TypeError(
+                    f"weight_decay_mask must say True or False for {name}, got {flag!r}"
+                )
+        return told
+
+    def like(self) -> tuple[Any, list[Array]]:
+        """New arrays like these: in the structure of the parameters, in which a
+        FlatBuffer stands for one; and one for each segment."""
+        segments: list[Array | None] = []  # None: not in a FlatBuffer
+        given = [leaf for _, leaf in leaves(self.trees)]
+        trees: list[FlatBuffer | None] = []
+        for leaf in given:
+            if isinstance(leaf, FlatBuffer):
+                flat = leaf.zeros_like()
+                trees.append(flat)
+                views = [view for _, view in leaves(flat.views)]
+                segments += views if self._separate else [flat.data]
+            else:
+                trees.append(None)
+                segments.append(None)
+        alone = [a for a, s in zip(self.arrays, segments, strict=True) if s is None]
+        fresh = zeros(self._module.state_arena, alone, 1)[0] if alone else []
+        of_segments, of_leaves = iter(fresh), iter(fresh)
+        arrays = [next(of_segments) if s is None else s for s in segments]
+        values = (next(of_leaves) if tree is None else tree for tree in trees)
+        whole = rebuild(self.trees, values)
+        return whole if self.grouped else whole[0], arrays
+
+
+def zeros(
+    arena: Callable[..., list[tuple[Array, ...]]], arrays: Sequence[Array], count: int
+) -> list[list[Array]]:
+    """``count`` zeroed arrays for each of these, in its shape: as many lists."""
+    made = arena(arrays, count)
+    return [
+        [
+            streams[k].reshape(array.shape)
+            for streams, array in zip(made, arrays, strict=True)
+        ]
+        for k in range(count)
+    ]

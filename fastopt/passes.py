@@ -1,0 +1,52 @@
+"""What a step does beside its rule, in the same pass over memory; written as rules are,
+so that every backend compiles it, with the same bits."""
+
+from fastopt.rule import Rule, maximum, minimum, wide
+
+
+def none(t):
+    return ()
+
+
+def square(p, g):
+    """For the norm of the gradients. The second term is NaN if one is not finite, and
+    else 0: the square may overflow in float64 alone."""
+    return wide(g) * wide(g), g - g
+
+
+def settled(t, n, squares, zero):
+    return ()
+
+
+def add(p, g):
+    return (p + g,)
+
+
+# The sum of gradients, and, for what is measured of any rule's segments, their norm.
+accumulate = Rule(add, none, measure=square, settle=settled, over="all")
+
+
+def approach(p, g, weight):
+    return (p + weight * (g - p),)
+
+
+def one(t, weight=1.0):
+    return (weight,)
+
+
+# The moving average p of what stands in for the gradients: the parameters.
+average = Rule(approach, one)
+
+
+def limited(p, g, low, high):
+    return (minimum(maximum(g, low), high),)
+
+
+def bounds(t, low=-1.0, high=1.0):
+    return low, high
+
+
+# A copy p of the gradients, with each element limited.
+clip = Rule(limited, bounds)
+
+PASSES = (accumulate, average, clip)

@@ -1,0 +1,165 @@
+"""What a run needs to go on exactly: saved as plain data, and checked on its return."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastopt.flat import Array
+from fastopt.rule import check_hyperparameter
+
+if TYPE_CHECKING:
+    from fastopt.optimizer import Optimizer
+
+FORMAT = 2
+KEYS = (
+    "format rule steps skipped switched_on groups state carry ema accumulated".split()
+)
+
+
+def save(opt: Optimizer) -> dict[str, Any]:
+    """A copy of everything but the parameters, and the schedules."""
+    bound, pending = opt._bound, opt._pending
+    return {
+        "format": FORMAT,
+        "rule": opt.rule.name,
+        "steps": opt.steps,
+        "skipped": opt.skipped,
+        "switched_on": sorted(bound.on),
+        "groups": [
+            {k: v for k, v in group.items() if not callable(v)}
+            | {"frozen": group.frozen}
+            for group in opt.groups
+        ],
+        "state": {
+            name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
+        },
+        "carry": bound.carried.tolist(),
+        "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
+        "accumulated": pending
+        and [
+            to_host(array) if given else None
+            for array, given in zip(pending.sums, pending.given, strict=True)
+        ],
+    }
+
+
+def to_host(array: Any) -> Array:
+    host: Array = array.copy_to_host() if hasattr(array, "copy_to_host") else array
+    return np.array(host)
+
+
+def check(saved: Any, opt: Optimizer) -> None:
+    """A saved state against the optimizer that is to load it."""
+    rule, groups = opt.rule, opt.groups
+    if not isinstance(saved, Mapping) or any(key not in saved for key in KEYS[:1]):
+        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise TypeError(
+            f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
+        )
+    if saved["format"] != FORMAT:
+        raise ValueError(
+            f"the state has format {saved['format']!r}, this version of fastopt reads "
+            f"{FORMAT}; load it with the version that saved it"
+        )
+    if any(key not in saved for key in KEYS):
+        raise TypeError(
+            f"expected a state_dict() with the keys {', '.join(KEYS)}; "
+            f"got {list(saved)}"
+        )
+    if saved["rule"] != rule.name:
+        raise ValueError(
+            f"the state is of rule {saved['rule']!r}, this optimizer's is {rule.name!r}"
+        )
+    for key in ("steps", "skipped"):
+        try:
+            valid = 0 <= operator.index(saved[key]) < 2**62
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f'state["{key}"] must be an integer >= 0, got {saved[key]!r}'
+            )
+    if len(saved["groups"]) != len(groups):
+        raise ValueError(
+            f"the state has {len(saved['groups'])} groups, this optimizer has "
+            f"{len(groups)}"
+        )
+    for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
+        if not isinstance(values, Mapping):
+            raise TypeError(f'state["groups"][{i}] must be a dict, got {values!r}')
+        if not isinstance(values.get("frozen"), bool):
+            raise TypeError(f'state["groups"][{i}]["frozen"] must be True or False')
+        for key in group:
+            if key not in values and not callable(group[key]):
+                raise ValueError(
+                    f"the state has no {key} for groups[{i}], where it was a schedule; "
+                    f"set one here too before loading"
+                )
+    if not set(saved["switched_on"]) <= rule.switches:
+        raise ValueError(
+            f'state["switched_on"] is {saved["switched_on"]}, of which {rule.name} '
+            f"knows {sorted(rule.switches)}"
+        )
+    check_buffers(saved, opt)
+
+
+def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
+    """The arrays and numbers of a saved state against the parameters."""
+    rule, on = opt.rule, set(saved["switched_on"])
+    buffers = rule.variant(on).state
+    if set(saved["state"]) != set(buffers):
+        raise ValueError(
+            f"the state has buffers {list(saved['state'])}, but {rule.name} with "
+            f"{sorted(on)} on keeps {list(buffers)}"
+        )
+    for buffer, arrays in saved["state"].items():
+        check_arrays(f'state["{buffer}"]', arrays, opt)
+    if (saved["ema"] is None) != (opt.ema is None):
+        here, there = ("none", "one") if opt.ema is None else ("one", "none")
+        raise ValueError(
+            f"the state has {there} of the parameters' moving averages, this "
+            f"optimizer {here}; make it with the ema that it was saved with"
+        )
+    if saved["ema"] is not None:
+        check_arrays('state["ema"]', saved["ema"], opt)
+    if saved["accumulated"] is not None:
+        check_arrays('state["accumulated"]', saved["accumulated"], opt, optional=True)
+    rows, numbers = len(opt._bound.sets), len(rule.carry)
+    carry = saved["carry"]
+    if len(carry) != rows or any(len(row) != numbers for row in carry):
+        raise ValueError(
+            f'state["carry"] must have {rows} rows of {numbers} numbers, got {carry!r}'
+        )
+    for row in carry:
+        for number in row:
+            if not isinstance(number, float):
+                check_hyperparameter("", 'state["carry"]', number, 1.0)
+
+
+def check_arrays(
+    name: str, arrays: Sequence[Any], opt: Optimizer, optional: bool = False
+) -> None:
+    """Saved arrays, one for each parameter."""
+    params = opt._bound.params
+    if len(arrays) != len(params.arrays):
+        raise ValueError(
+            f"{name} has {len(arrays)} arrays for {len(params.arrays)} parameters"
+        )
+    for i, (array, of, param) in enumerate(
+        zip(arrays, params.names, params.arrays, strict=True)
+    ):
+        if array is None and optional:
+            continue
+        if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
+            raise TypeError(
+                f"{name}[{i}] must be a NumPy array of {param.dtype}, as it was saved, "
+                f"got {getattr(array, 'dtype', type(array).__name__)}"
+            )
+        if array.shape != param.shape:
+            raise ValueError(
+                f"{name}[{i}] has shape {array.shape} but {of} has {param.shape}"
+            )
