@@ -121,7 +121,7 @@ class Bound:
             if terms is not None:
                 n += size
                 old = total or (0.0,) * len(terms)
-                total = tuple(a + b for a, b in zip(old, terms, strict=True))
+                total = tuple([a + b for a, b in zip(old, terms, strict=True)])
         return [(n, total)] * len(self.sets)
 
 

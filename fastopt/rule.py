@@ -316,9 +316,11 @@ class Rule:
             module = (self.update.__module__ or "__main__").rpartition(".")[2]
             if name == "update" and module != "__main__":
                 name = module
-                described = sys.modules.get(self.update.__module__)
-                object.__setattr__(self, "__doc__", getattr(described, "__doc__", None))
             object.__setattr__(self, "name", name)
+        for module in (self.update.__module__ or "", self.scalars.__module__ or ""):
+            if module.rpartition(".")[2] == self.name:
+                doc = getattr(sys.modules.get(module), "__doc__", None)
+                object.__setattr__(self, "__doc__", doc)
         self._check_scalars()
         self._check_starts()
         for element in (self.update, self.measure, self.evaluate):

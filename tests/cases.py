@@ -41,7 +41,7 @@ def settings(rule: Rule) -> list[dict]:
         for without in (None, *optional):
             candidate = {**values, **({without: 0.0} if without else {})}
             try:
-                rule.scalars(1, **candidate)
+                rule.scalars(1, *rule.first_carry(candidate), **candidate)
             except ValueError:
                 continue
             found.append(candidate)

@@ -1,41 +1,53 @@
 """Every rule against its paper: see oracle.py. A new rule needs nothing here."""
 
+# ruff: noqa: F401 (they enter their oracles)
 import dataclasses
 import functools
 import itertools
 
 import numpy as np
+import oracle_modern
+import oracle_norms
+import oracle_torch
 import pytest
 from oracle import FLOAT32, ORACLES, trajectory
+from oracle import FLOAT64 as FLOAT64_OF
 
 from fastopt import RULES, adam, adamw, amsgrad, backends, dynamic_gd, rmsprop, sgd
 from fastopt.rule import sqrt
 
 # The largest error of any element at any of the steps, relative to the largest value
-# that this element has had so far. Measured worst in float64, 20 seeds: 5e-15.
+# that this element has had so far. Measured worst in float64: 2e-14, but for Prodigy,
+# whose p0 - p loses the digits that a step of 1e-6 is smaller than p: 4e-11.
 FLOAT64 = 1e-12
 
 # The same in units of float32's eps, 2**-23, against the float64 oracle on the same
 # float32 inputs. Rounding p 200 times is a random walk of 200 times up to half an ulp,
 # a standard deviation of 4; over 20 seeds of 1003 elements the worst was 14 to 16 for
-# every rule but one. RMSprop (42) divides g + weight_decay * p by its own size: where
-# the sum cancels, its rounding errors come out as large as the step.
+# most rules. RMSprop (42) divides g + weight_decay * p by its own size: where the sum
+# cancels, its rounding errors come out as large as the step; so do NovoGrad, LaProp and
+# Adan. Rules by the sign (Lion 68) round lr once, and then go 200 times the same way;
+# so do those that round a factor close to 1 (ASGD 83). DoG (440) and Prodigy (15; with
+# a single parameter 210,000: 2.5 percent) take the distance p - p0 of parameters that
+# have hardly moved.
 
 
 def settings(rule):
     """Every choice of the options (0 or False by default), with the rest at defaults,
     their square roots and fourth roots; without the choices that the rule refuses."""
     defaults = rule.hyperparameters
-    numbers = {name: default for name, default in defaults.items() if default}
+    flags = [name for name, default in defaults.items() if isinstance(default, bool)]
+    numbers = {n: default for n, default in defaults.items() if default}
+    numbers = {n: default for n, default in numbers.items() if n not in flags}
     on = {name: 0.1 for name in defaults if name not in numbers}
     on |= {name: 0.9 for name in on if name == "momentum"}
-    on |= {name: True for name in on if defaults[name] is False}
+    on |= {name: not defaults[name] for name in flags}
     chosen = itertools.product(*((defaults[name], on[name]) for name in on))
     for options, power in itertools.product(chosen, (1, 1 / 2, 1 / 4)):
         values = {name: default**power for name, default in numbers.items()}
         values |= dict(zip(on, options, strict=True))
         try:
-            rule.scalars(1, **values)
+            rule.scalars(1, *rule.first_carry(values), **values)
         except ValueError:
             continue
         yield values
@@ -81,7 +93,7 @@ def test_agrees_with_the_paper_in_float64(rule, size, backend):
     assert len(list(settings(rule))) >= 3
     for values in settings(rule):
         found = error(rule, ORACLES[rule.name], *data(size), backend, **values)
-        assert found <= FLOAT64, values
+        assert found <= FLOAT64_OF[rule.name], values
 
 
 @every_rule
@@ -96,7 +108,8 @@ def test_agrees_with_the_paper_in_float32(rule, size, backend):
 
 @every_rule
 def test_defaults_are_the_oracles(rule, backend):
-    assert error(rule, ORACLES[rule.name], *data(), backend) <= FLOAT64
+    found = error(rule, ORACLES[rule.name], *data(), backend)
+    assert found <= FLOAT64_OF[rule.name]
 
 
 def test_every_oracle_has_a_rule():

@@ -13,7 +13,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 150
+    """But for the tables that are made from measurements and rules."""
+    written = re.sub(r"<!-- (\w+): made by .*?<!-- /\1 -->", "", README, flags=re.S)
+    assert len(written.splitlines()) <= 140
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -46,19 +48,6 @@ def test_ci_runs_the_command():
     assert [c.split("/")[-1] for c in commands] == ["fastopt demo", "pytest"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert 'grep -oE "python3 -m venv .*pytest" README.md' in ci
-
-
-def test_contributings_worked_example_is_a_rule():
-    import numpy as np
-
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code = re.search(r"( +)```python\n(.*?)```", text, re.S)
-    lines = [line.removeprefix(code[1]) for line in code[2].splitlines()]
-    names = {"__name__": "lion"}
-    exec(compile("\n".join(lines), "CONTRIBUTING.md", "exec"), names)
-    param = np.ones(3)
-    names["lion"](param, lr=0.5, backend="numpy").step(np.array([1.0, -2.0, 0.0]))
-    assert param.tolist() == [0.5, 1.5, 1.0]
 
 
 @pytest.mark.parametrize("module", ["fastopt", "fastopt.flat", "fastopt.rule"])

@@ -13,21 +13,61 @@ import fastopt
 torch = pytest.importorskip("torch", reason="torch is not installed")
 SGD, RMSprop = torch.optim.SGD, torch.optim.RMSprop
 Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
+NAdam, RAdam = torch.optim.NAdam, torch.optim.RAdam
 
 OF_ADAM = {"betas": (0.8, 0.99), "eps": 1e-3}
-NUMBERS = {SGD: {}, RMSprop: {"alpha": 0.9, "eps": 1e-3}, Adam: OF_ADAM, AdamW: OF_ADAM}
+NUMBERS = {
+    SGD: {},
+    RMSprop: {"alpha": 0.9, "eps": 1e-3},
+    Adam: OF_ADAM,
+    AdamW: OF_ADAM,
+    torch.optim.Adamax: OF_ADAM,
+    NAdam: {**OF_ADAM, "momentum_decay": 0.02},
+    RAdam: OF_ADAM,
+    torch.optim.Adagrad: {"lr": 0.1, "eps": 1e-3},
+    torch.optim.Adadelta: {"lr": 0.3, "rho": 0.8, "eps": 1e-3},
+    torch.optim.Rprop: {"lr": 0.02, "etas": (0.4, 1.3), "step_sizes": (1e-3, 0.1)},
+    torch.optim.ASGD: {"lr": 0.03, "lambd": 0.01, "alpha": 0.6, "t0": 20.0},
+}
 SWITCHES = {
     SGD: ["momentum", "dampening", "weight_decay", "nesterov", "maximize"],
     RMSprop: ["momentum", "centered", "weight_decay", "maximize"],
     Adam: ["amsgrad", "weight_decay", "decoupled_weight_decay", "maximize"],
     AdamW: ["amsgrad", "weight_decay", "maximize"],
+    torch.optim.Adamax: ["weight_decay", "maximize"],
+    NAdam: ["weight_decay", "decoupled_weight_decay", "maximize"],
+    RAdam: ["weight_decay", "decoupled_weight_decay", "maximize"],
+    torch.optim.Adagrad: [
+        "weight_decay",
+        "lr_decay",
+        "initial_accumulator_value",
+        "maximize",
+    ],
+    torch.optim.Adadelta: ["weight_decay", "maximize"],
+    torch.optim.Rprop: ["maximize"],
+    torch.optim.ASGD: ["weight_decay", "maximize"],
 }
 ON = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+ON |= {"lr_decay": 0.05, "initial_accumulator_value": 0.2}
+PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("eta_minus", "eta_plus"),
+    "step_sizes": ("step_min", "step_max"),
+}
 HOW = {
     "loop": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def numbers_in_float64():
+    """Torch keeps NAdam's mu_product and ASGD's eta and mu in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 def combinations():
@@ -46,14 +86,15 @@ def combinations():
             yield pytest.param(optimizer, options, id=name)
 
 
-def ours(optimizer, *, betas=(), amsgrad=False, decoupled_weight_decay=False, **others):
+def ours(optimizer, *, amsgrad=False, decoupled_weight_decay=False, **others):
     """The rule and the hyperparameters that stand for those of torch."""
-    if optimizer in (Adam, AdamW):
-        rule = "amsgrad" if amsgrad else "adam"
-        rule += "w" if decoupled_weight_decay else ""
-        others |= zip(("beta1", "beta2"), betas, strict=True)
-    else:
-        rule = optimizer.__name__.lower()
+    rule = "adam" if optimizer is AdamW else optimizer.__name__.lower()
+    if rule == "adam" and amsgrad:
+        rule = "amsgrad"
+    rule += "w" if decoupled_weight_decay else ""
+    for pair, names in PAIRS.items():
+        if pair in others:
+            others |= zip(names, others[pair], strict=True)
     rule = getattr(fastopt, rule)
     return rule, {name: others[name] for name in rule.hyperparameters}
 
@@ -100,6 +141,19 @@ def test_every_option(optimizer, options):
     assert_agree(params, tensors)
 
 
+def test_the_mean_of_asgd():
+    params, grads = draw()
+    tensors = tensors_of(params)
+    theirs = torch.optim.ASGD(tensors, lr=0.03, t0=20)
+    opt = fastopt.asgd(params, lr=0.03, t0=20)
+    for step in grads:
+        torch_step(theirs, step)
+        opt.step(step)
+    means = [theirs.state[tensor]["ax"] for tensor in tensors]
+    assert_agree(opt.eval_params(), means)
+    assert not np.allclose(params[0], means[0].numpy())
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("optimizer", SWITCHES)
 def test_defaults(optimizer, amsgrad):
@@ -108,7 +162,10 @@ def test_defaults(optimizer, amsgrad):
     assert rule.hyperparameters == values
 
 
-@pytest.mark.parametrize("optimizer", SWITCHES)
+# ASGD's docstring says what differs there.
+@pytest.mark.parametrize(
+    "optimizer", [o for o in SWITCHES if o is not torch.optim.ASGD]
+)
 def test_groups_and_a_changed_lr(optimizer):
     params, grads = draw()
     tensors = tensors_of(params)

@@ -1,0 +1,366 @@
+"""The README's table of rules and a page for each, from the rules themselves.
+
+    python docs/make.py            write them
+    python docs/make.py --check    exit 1 if they are not what the rules say
+
+All of it is read from fastopt.RULES: names, defaults and state from the rule, formulas
+from its code (formula.py), and words from the module's docstring, whose first sentence
+is the summary and whose first paragraph names the paper: authors and year, such as
+"Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al. 2023", and after it, where there is
+one, "arXiv:1412.6980". Further paragraphs say what differs from other people's code.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import formula
+
+import fastopt
+from fastopt import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = re.compile(
+    r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
+)
+
+ARXIV = r"arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
+NO_NAME = r"(?!(?:In|Since|Until|From|By|Of|As)\b)"
+NAME = rf"(?:(?:[Vv][ao]n|[Dd]e[nr]?|[Ll][ae]) )*{NO_NAME}[^\W\d_a-zß-ÿ][\w'’-]*"
+AUTHORS = rf"{NAME}(?:, {NAME})*(?: et al\.|,? (?:&|and) {NAME})?"
+CITATION = re.compile(
+    rf"(?P<authors>{AUTHORS}),? \(?(?P<year>(?:17|18|19|20)\d\d)\b\)?|{ARXIV}"
+)
+
+
+# Docstrings -------------------------------------------------------------------------
+
+
+def module(rule):
+    """The rule's own; its update may be another rule's."""
+    own = f"fastopt.rules.{rule.name}"
+    return sys.modules[own if own in sys.modules else rule.update.__module__]
+
+
+def kinds(rule):
+    """The rule and its variants."""
+    return [rule, *rule.variants.values()]
+
+
+def paragraphs(rule):
+    """Those of the docstring of the rule's module."""
+    text = inspect.cleandoc(module(rule).__doc__ or "")
+    return re.split(r"\n\s*\n", text)
+
+
+def papers(rule):
+    """The papers that the first paragraph names: "authors year" and arXiv's number,
+    either of which may be missing."""
+    found, end, text = [], 0, " ".join(paragraphs(rule)[0].split())
+    for match in CITATION.finditer(text):
+        if match["authors"]:
+            found.append([f"{match['authors']} {match['year']}", ""])
+        elif found and not found[-1][1] and ";" not in text[end : match.start()]:
+            found[-1][1] = match["arxiv"]
+        else:
+            found.append(["", match["arxiv"]])
+        end = match.end()
+    if not found:
+        raise ValueError(
+            f"{rule.name}: the first paragraph of the docstring names no paper; write "
+            f"'Kingma & Ba 2015' or 'arXiv:1412.6980', or both with a comma between"
+        )
+    return found
+
+
+def summary(rule):
+    """The first sentence."""
+    text = " ".join(paragraphs(rule)[0].split())
+    first = re.split(r"(?<!\bal)(?<!\b[A-Z])\. ", text)[0]
+    return escaped(first.removesuffix("."))
+
+
+def escaped(text):
+    """Plain text as Markdown, with what stands between backticks as code."""
+    parts = re.split(r"(`+[^`]+`+)", text)
+    code = [f"`{part.strip('`')}`" for part in parts[1::2]]
+    parts[1::2] = code
+    parts[::2] = [re.sub(r"([*<$\\])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def linked(text):
+    return re.sub(ARXIV, lambda m: arxiv_link(m["arxiv"], m[0]), text)
+
+
+def arxiv_link(number, text):
+    return f"[{text}](https://arxiv.org/abs/{number})"
+
+
+def cited(rule):
+    """The papers with links, for a table."""
+    return "; ".join(
+        arxiv_link(number, paper or f"arXiv:{number}") if number else paper
+        for paper, number in papers(rule)
+    )
+
+
+# Tables -----------------------------------------------------------------------------
+
+
+def table(head, rows):
+    """In Markdown; the titles of figures, which go to the right, end in a blank."""
+    rule = ["--:" if title.endswith(" ") else "---" for title in head]
+    lines = [[title.strip() for title in head], rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def span(numbers):
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def catalogue(rules, folder):
+    """The README's table."""
+    names = ", ".join(f"`{name}`" for name in backends.MODULES)
+    rows = [
+        (
+            f"[`{rule.name}`]({folder}{rule.name}.md)",
+            cited(rule),
+            span([4 * len(one.state) for one in kinds(rule)]),
+            "all",
+            ", ".join(name for name in rule.hyperparameters if name != "lr"),
+        )
+        for rule in rules
+    ]
+    head = ("rule", "paper", "bytes ", "backends", "options beside `lr`")
+    return (
+        f"{table(head, rows)}\n\n"
+        f"Bytes are those of the state, for each float32 parameter. All backends: "
+        f"{names}.\n"
+    )
+
+
+def readme(text, rules):
+    if not TABLE.search(text):
+        raise ValueError("README.md has no <!-- rules: made by ... --> to fill")
+    made = catalogue(rules, "docs/rules/")
+    return TABLE.sub(lambda marked: f"{marked[1]}{made}{marked[2]}", text)
+
+
+def index(rules):
+    rows = [
+        (f"[`{rule.name}`]({rule.name}.md)", summary(rule), cited(rule))
+        for rule in rules
+    ]
+    return f"# Rules\n\n{table(('rule', 'what it is', 'paper'), rows)}\n"
+
+
+# Pages ------------------------------------------------------------------------------
+
+
+def page(rule):
+    """All about a rule."""
+    formulas, latex = formula.Formulas(rule), formula.Latex()
+    for name in rule.hyperparameters:  # they come first where two look alike
+        latex.symbol(name)
+    source = inspect.getsource(module(rule)).rstrip()
+    about, *notes = [linked(escaped(paragraph)) for paragraph in paragraphs(rule)]
+    lr = f", lr={defaults(rule)['lr']}" if "lr" in rule.hyperparameters else ""
+    parts = [
+        f"# {rule.name}",
+        about,
+        code(f"opt = fastopt.{rule.name}(params{lr})\nopt.step(grads)" + more(rule)),
+        *notes,
+        "## Options",
+        options(rule, latex),
+        *refusals(formulas),
+        "## State",
+        *state(rule, formulas, latex),
+        "## Formula",
+        *sections(formulas, latex),
+        *estimate(rule),
+        "## Code",
+        f"[fastopt/rules/{rule.name}.py](../../fastopt/rules/{rule.name}.py):",
+        code(source),
+    ]
+    made = f"<!-- Made by docs/make.py from fastopt/rules/{rule.name}.py. -->"
+    return "\n\n".join([made, *parts]) + "\n"
+
+
+def code(text, language="python"):
+    return f"```{language}\n{text}\n```"
+
+
+def math(tex):
+    return f"$`{tex}`$"  # GitHub's form in which Markdown leaves everything alone
+
+
+def defaults(rule):
+    """The defaults as they are written: 1e-3, not 0.001."""
+    source = inspect.getsource(rule.scalars)
+    arguments = ast.parse(source).body[0].args
+    names = [argument.arg for argument in arguments.args[-len(arguments.defaults) :]]
+    texts = [ast.get_source_segment(source, value) for value in arguments.defaults]
+    return dict(zip(names, texts, strict=True))
+
+
+def more(rule):
+    """What else one calls."""
+    lines = []
+    if rule.estimate:
+        lines.append("opt.estimate(other)  # now and then: see below")
+    if rule.evaluate:
+        lines.append("best = opt.eval_params()  # to validate with and to keep")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def options(rule, latex):
+    rows = [
+        (f"`{name}`", f"`{default}`", math(latex.symbol(name)))
+        for name, default in defaults(rule).items()
+    ]
+    return table(("option", "default", "in the formula"), rows)
+
+
+def refusals(formulas):
+    """When scalars raises an error."""
+    for node in formulas.refused:
+        text = node.body[0].exc.args[0]
+        parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+        texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+        message = "".join(texts).partition(", got")[0]
+        yield f"Refused where `{ast.unparse(node.test)}`: {escaped(message)}."
+
+
+def switched(names):
+    """Options that select a variant."""
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def state(rule, formulas, latex):
+    """The buffers, what they start at, and what is remembered beside them."""
+    found = {}  # a buffer -> the options of the variants that have it
+    options = {rule: (), **{variant: on for on, variant in rule.variants.items()}}
+    for section in formulas.sections:
+        if section.what == "update":
+            of, symbols = section.rule, map(latex.symbol, section.names[2:])
+            for name, symbol in zip(of.state, symbols, strict=True):
+                row = f"`{name}`", math(symbol), begins(of.starts.get(name, 0))
+                found.setdefault(row, []).append(options[of])
+    rows = []
+    for row, variants in found.items():
+        common = [n for n in variants[-1] if all(n in names for names in variants)]
+        rows.append((*row, switched(common) or "always"))
+    head = ("buffer", "in the formula", "starts at", "with")
+    shown = 4 if rule.variants else 3
+    if rows:
+        yield table(head[:shown], [row[:shown] for row in rows])
+    size = span([4 * len(variant.state) for variant in kinds(rule)])
+    yield f"{size} bytes for each float32 parameter."
+    if rule.carry:
+        each = "array" if rule.settle and rule.over == "segment" else "group"
+        yield f"Remembered from step to step in float64, one for each {each}:"
+        rows = [
+            (f"`{name}`", math(latex.symbol(name)), begins(first))
+            for name, first in rule.carry.items()
+        ]
+        yield table(("number", "in the formula", "starts at"), rows)
+
+
+def begins(start):
+    if start == "p":
+        return "the parameter"
+    return f"`{start}`" if isinstance(start, str) else f"{start:g}"
+
+
+def sections(formulas, latex):
+    """The formulas, each after what it is about."""
+    rule = formulas.rule
+    over = "each array" if rule.over == "segment" else "all arrays together"
+    for section in formulas.sections:
+        if section.what == "scalars":
+            steps = f", with {math('t')} = 1 at the first" if section.uses("t") else ""
+            yield f"Once a step{steps}:"
+        elif section.what == "measure":
+            forgotten = any(not line.new for line in section.lines)
+            but = "; what changes here is forgotten again" if forgotten else ""
+            yield f"Sums over the elements of {over}, before anything changes{but}:"
+        elif section.what == "settle":
+            once = ", for each array" if rule.over == "segment" else ""
+            count = f", with {math('n')} elements" if section.uses("n") else ""
+            yield f"From these sums{once}{count}:"
+        elif section.what == "evaluate":
+            x = math(latex.symbol(section.lines[-1].names[0]))
+            yield f"What `opt.eval_params()` gives, {x}:"
+        elif section.rule is rule:
+            p, g, *_ = map(latex.symbol, section.names)
+            yield f"For each element {math(p)} with its gradient {math(g)}:"
+        else:
+            on = {variant: names for names, variant in rule.variants.items()}
+            yield f"With {switched(on[section.rule])}:"
+        yield code(latex.lines(section.lines), "math")
+
+
+def estimate(rule):
+    if rule.estimate:
+        name, other = rule.estimate
+        p, g = math("p"), math("g")
+        yield f"`opt.estimate(other)`, where {p} is `{name}` and {g} is the other:"
+        formulas, latex = formula.Formulas(other), formula.Latex()
+        yield from (code(latex.lines(s.lines), "math") for s in formulas.sections)
+
+
+# Files ------------------------------------------------------------------------------
+
+
+def wanted(root, rules):
+    """What is to stand in which file; None for a page that has no rule."""
+    folder = root / "docs" / "rules"
+    files = dict.fromkeys(folder.glob("*.md"))
+    files[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), rules)
+    files[folder / "README.md"] = index(rules)
+    for rule in rules:
+        try:
+            files[folder / f"{rule.name}.md"] = page(rule)
+        except ValueError as error:
+            raise ValueError(f"fastopt/rules/{rule.name}.py: {error}") from error
+    return files
+
+
+def stale(root, rules=fastopt.RULES):
+    """The files that are to change, and how."""
+    changes = {}
+    for path, text in wanted(root, rules).items():
+        old = path.read_text(encoding="utf-8") if path.exists() else None
+        if old != text:
+            lines = [(part or "").splitlines() for part in (old, text)]
+            diff = difflib.unified_diff(*lines, str(path.relative_to(root)), n=0)
+            changes[path] = text, [line.rstrip("\n") for line in diff]
+    return changes
+
+
+def main(root=ROOT):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    changes = stale(root)
+    for path, (text, diff) in changes.items():
+        if options.check:
+            print("\n".join([*diff[:20], *(["..."] if len(diff) > 20 else [])]))
+        elif text is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if options.check and changes:
+        names = ", ".join(str(path.relative_to(root)) for path in changes)
+        sys.exit(f"not what the rules say: {names}; run python docs/make.py")
+
+
+if __name__ == "__main__":
+    main()

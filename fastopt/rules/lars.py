@@ -1,0 +1,39 @@
+"""LARS: SGD with momentum in proportion to each array's norm. You et al. 2017,
+arXiv:1708.03888. As timm: lr stands outside the momentum, arrays without weight decay
+keep it, unless ``always_adapt``; the paper's momentum and decay are the defaults.
+"""
+
+from fastopt.rule import Rule, sqrt, wide
+
+
+def scalars(
+    t,
+    lr=1.0,
+    momentum=0.9,
+    weight_decay=5e-4,
+    trust_coeff=1e-3,
+    eps=1e-8,
+    always_adapt=False,
+):
+    adapt = 1.0 if always_adapt or weight_decay != 0 else 0.0
+    return lr, momentum, weight_decay, trust_coeff, eps, adapt
+
+
+def measure(p, g, b):
+    return wide(p) * wide(p), wide(g) * wide(g)
+
+
+def settle(t, n, pp, gg, lr, mu, weight_decay, trust_coeff, eps, adapt):
+    ratio = 1.0
+    if adapt > 0 and pp > 0 and gg > 0:
+        norm = sqrt(pp)
+        ratio = trust_coeff * norm / (sqrt(gg) + weight_decay * norm + eps)
+    return lr, mu, weight_decay, ratio
+
+
+def update(p, g, b, lr, mu, weight_decay, ratio):
+    b = mu * b + ratio * (g + weight_decay * p)
+    return p - lr * b, b
+
+
+lars = Rule(update, scalars, state=("momentum_buffer",), measure=measure, settle=settle)
