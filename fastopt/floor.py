@@ -29,10 +29,15 @@ def streams3(p, g, a, b, c):
     return a, b, c, p + g
 
 
+def streams4(p, g, a, b, c, d):
+    return a, b, c, d, p + g
+
+
 # By number of state buffers.
 FLOORS: tuple[Rule, ...] = (
     Rule(streams0, scalars),
     Rule(streams1, scalars, state=("a",)),
     Rule(streams2, scalars, state=("a", "b")),
     Rule(streams3, scalars, state=("a", "b", "c")),
+    Rule(streams4, scalars, state=("a", "b", "c", "d")),
 )

@@ -12,6 +12,12 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 QUICK_SIZES = (1_000, 100_000, 1_000_000)
 TENSORS = ((100, 1_000), (150, 333_333))  # how many, of how many elements
 
+# What a step may do beside its rule, as it is measured with adamw.
+ASKED: tuple[dict[str, float], ...] = (
+    {"clip_norm": 1.0},
+    {"clip_norm": 1.0, "ema": 0.999},
+)
+
 # What the switches of rules are turned to; flags become True.
 ON = {"momentum": 0.9}
 
@@ -24,7 +30,8 @@ def switched(rule: fastopt.Rule) -> list[dict[str, float | bool]]:
 def title(case: Case) -> str:
     """Such as ``sgd (momentum)``."""
     on = ", ".join(case.hyperparameters)
-    return f"{case.rule} ({on})" if on else case.rule
+    beside = "".join(f" + {name}" for name in case.asked)
+    return (f"{case.rule} ({on})" if on else case.rule) + beside
 
 
 def shape(case: Case) -> str:
@@ -39,8 +46,12 @@ def all_elements(case: Case) -> int:
 
 def bytes_moved(case: Case) -> int:
     """By one step, at the least: all streams are read, and all but the gradients
-    written, 4 bytes an element."""
-    return 4 * (3 + 2 * state_count(case)) * all_elements(case)
+    written, 4 bytes an element; for norms they are read once more."""
+    streams = 2 + state_count(case)
+    moved = 2 * streams - 1 + 2 * ("ema" in case.asked) + ("clip_norm" in case.asked)
+    if getattr(fastopt, case.rule).measure is not None:
+        moved += streams
+    return 4 * moved * all_elements(case)
 
 
 def cases(
@@ -48,8 +59,9 @@ def cases(
 ) -> list[Case]:
     shapes = [(1, size) for size in sizes] + list(tensors)
     return [
-        Case(name, hyperparameters, count, elements)
+        Case(name, hyperparameters, count, elements, asked)
         for name in rules
         for hyperparameters in switched(getattr(fastopt, name))
+        for asked in ({}, *(ASKED if name == "adamw" else ()))
         for count, elements in shapes
     ]

@@ -30,7 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple, TextIO
@@ -57,6 +57,7 @@ class Case:
     hyperparameters: dict[str, Any]
     tensors: int
     elements: int  # of each tensor
+    asked: dict[str, Any] = field(default_factory=dict)  # beside: clip_norm, ema
 
 
 class Contender(NamedTuple):
@@ -109,20 +110,35 @@ def flat_buffers(case: Case) -> tuple[Any, Any]:
 
 def fastopt_flat(case: Case, backend: str) -> Contender:
     params, grads = flat_buffers(case)
-    opt = fastopt_rule(case)(params, backend=backend, **case.hyperparameters)
-    return Contender(partial(opt.step, grads), lambda: params.views, grads.views)
+    step = fastopt_step(case, params, grads, backend)
+    return Contender(step, lambda: params.views, grads.views)
+
+
+def fastopt_step(case: Case, params: Any, grads: Any, backend: str) -> Any:
+    asked = dict(case.asked)
+    ema = asked.pop("ema", None)
+    rule = fastopt_rule(case)
+    opt = rule(params, backend=backend, ema=ema, **case.hyperparameters)
+    return partial(opt.step, grads, **asked)
 
 
 def fastopt_arrays(case: Case) -> Contender:
     params, grads = list(normal(case, PARAMS)), list(normal(case, GRADS))
     given = (params, grads) if case.tensors > 1 else (params[0], grads[0])
-    opt = fastopt_rule(case)(given[0], backend="cython", **case.hyperparameters)
-    return Contender(partial(opt.step, given[1]), lambda: params, grads)
+    step = fastopt_step(case, given[0], given[1], "cython")
+    return Contender(step, lambda: params, grads)
+
+
+def alone(case: Case) -> None:
+    """A contender does steps, and nothing beside."""
+    if case.asked:
+        raise Unavailable(f"it has no {' and '.join(case.asked)}")
 
 
 def floor(case: Case) -> Contender:
     from fastopt.floor import FLOORS
 
+    alone(case)
     count = state_count(case)
     if count >= len(FLOORS):
         raise Unavailable(f"there is no floor with {count} state buffers")
@@ -150,6 +166,7 @@ def keep_freed_memory() -> None:
 def naive_numpy(case: Case) -> Contender:
     from fastopt.naive import NAIVE, Naive
 
+    alone(case)
     by_hand = NAIVE.get(case.rule)
     known = inspect.signature(by_hand).parameters if by_hand else {}
     if not by_hand or not case.hyperparameters.keys() <= known.keys():
@@ -164,16 +181,26 @@ def naive_numpy(case: Case) -> Contender:
 
 
 def looked_up(table: dict[str, Any], case: Case, peer: str) -> Any:
+    if peer != "torch":
+        alone(case)
     if case.rule not in table:
         raise Unavailable(f"{peer} does not have this rule")
     return table[case.rule]
 
 
+PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("eta_minus", "eta_plus"),
+    "step_sizes": ("step_min", "step_max"),
+}
+
+
 def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """torch's spelling, which DeepSpeed and bitsandbytes share."""
     given = dict(hyperparameters)
-    if "beta1" in given:
-        given["betas"] = given.pop("beta1"), given.pop("beta2")
+    for pair, names in PAIRS.items():
+        if names[0] in given:
+            given[pair] = tuple(map(given.pop, names))
     return given
 
 
@@ -208,19 +235,85 @@ TORCH: dict[str, tuple[str, dict[str, bool]]] = {
     "amsgrad": ("Adam", {"amsgrad": True}),
     "adamw": ("AdamW", {}),
     "amsgradw": ("AdamW", {"amsgrad": True}),
+    "adamax": ("Adamax", {}),
+    "nadam": ("NAdam", {}),
+    "nadamw": ("NAdam", {"decoupled_weight_decay": True}),
+    "radam": ("RAdam", {}),
+    "radamw": ("RAdam", {"decoupled_weight_decay": True}),
+    "adagrad": ("Adagrad", {}),
+    "adadelta": ("Adadelta", {}),
+    "rprop": ("Rprop", {}),
+    "asgd": ("ASGD", {}),
 }
 
 
 def torch_optimizer(case: Case, **how: bool) -> Contender:
     import torch
 
+    if case.rule == "lamb" and how == {"foreach": False}:
+        return torch_lamb(case)
     name, options = looked_up(TORCH, case, "torch")
     optimizer = getattr(torch.optim, name)
     for option in how.keys() - inspect.signature(optimizer).parameters.keys():
         raise Unavailable(f"torch.optim.{name} has no {option}=True")
     params = torch_tensors(case)
     given = with_betas(every_hyperparameter(case))
-    return of_torch(optimizer(params, **given, **options, **how), params)
+    opt = optimizer(params, **given, **options, **how)
+    contender = of_torch(opt, params)
+    return contender._replace(step=torch_sequence(case, opt.step, params))
+
+
+def torch_sequence(case: Case, step: Any, params: list[Any]) -> Any:
+    """What a torch user writes around a step for what is asked beside."""
+    import torch
+
+    if not case.asked:
+        return step
+    norm, ema = case.asked.get("clip_norm"), case.asked.get("ema")
+    averages = [p.detach().clone() for p in params] if ema else []
+
+    def sequence() -> None:
+        if norm:
+            torch.nn.utils.clip_grad_norm_(params, norm, foreach=True)
+        step()
+        if ema:  # as in torch.optim.swa_utils
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, params, 1 - ema)
+
+    return sequence
+
+
+def torch_lamb(case: Case) -> Contender:
+    """LAMB as it is written for torch: a loop over the parameters."""
+    import torch
+
+    alone(case)
+    params, given = torch_tensors(case), every_hyperparameter(case)
+    state = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    beta1, beta2, steps = given["beta1"], given["beta2"], 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        with torch.no_grad():
+            for p, (m, v) in zip(params, state, strict=True):
+                advance(p, m, v)
+
+    def advance(p: Any, m: Any, v: Any) -> None:
+        m.lerp_(p.grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        root = (v.sqrt() / (1 - beta2**steps) ** 0.5).add_(given["eps"])
+        u = (m / (1 - beta1**steps)).div_(root).add_(p, alpha=given["weight_decay"])
+        ratio = p.norm() / u.norm()
+        one = torch.ones_like(ratio)
+        ratio = torch.where((ratio > 0) & torch.isfinite(ratio), ratio, one)
+        p.add_(u.mul_(ratio), alpha=-given["lr"])
+
+    return Contender(
+        step,
+        lambda: [p.detach().numpy() for p in params],
+        [p.grad for p in params],
+    )
 
 
 def torch_huge_pages(case: Case) -> Contender:
