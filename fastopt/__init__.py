@@ -10,6 +10,8 @@
 
 from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
+from fastopt.lookahead import Lookahead as Lookahead
+from fastopt.muon import Muon as Muon
 from fastopt.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
 from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only there

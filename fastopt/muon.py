@@ -1,0 +1,265 @@
+"""Muon: momentum made orthogonal, for matrices; AdamW for all other arrays.
+
+The momentum, the step and AdamW are kernels like every rule's; between the first two, a
+matrix goes through products of the array library that owns its memory: NumPy's BLAS, or
+that of torch or CuPy on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastopt import checks, passes, saving
+from fastopt.bound import fill
+from fastopt.flat import Array, leaves
+from fastopt.optimizer import Optimizer
+from fastopt.parameters import zeros
+from fastopt.rule import check_hyperparameter
+from fastopt.rules.adamw import adamw as adamw_rule
+from fastopt.rules.sgdw import sgdw
+
+# Jordan et al. 2024: chosen to push small singular values up fast.
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonal(u: Any, steps: int, eps: float) -> Any:
+    """A matrix near ``u @ inverse_root(u.T @ u)``, of NumPy, torch or CuPy, in whose
+    memory it may be: Newton and Schulz's iteration with a quintic polynomial."""
+    tall = u.shape[0] > u.shape[1]
+    x = u.T if tall else u
+    x = x / max(math.sqrt(float((x * x).sum())), eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = A * x + (B * gram + C * (gram @ gram)) @ x
+    return x.T if tall else x
+
+
+def adjustment(shape: tuple[int, ...], adjust_lr: str) -> float:
+    """The factor for the learning rate of a matrix."""
+    rows, columns = shape
+    if adjust_lr == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))
+
+
+def on_its_device(array: Any) -> Any:
+    """A numba device array as one of a library that has products there."""
+    if not checks.on_device(array):
+        return array
+    if not hasattr(array, "__cuda_array_interface__"):  # numba's simulator
+        return array.copy_to_host()
+    for name, convert in (("cupy", "asarray"), ("torch", "as_tensor")):
+        try:
+            library = importlib.import_module(name)
+        except ImportError:
+            continue
+        given = {} if name == "cupy" else {"device": "cuda"}
+        return getattr(library, convert)(array, **given)
+    raise RuntimeError(
+        "Muon on a GPU needs the matrix products of CuPy or torch; install one of them"
+    )
+
+
+class Muon:
+    """Muon for the matrices among the parameters, AdamW for the rest. Jordan et al.
+    2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
+
+    Parameters
+    ----------
+    params
+        An array, or a list or dict of arrays, nested too. Those of two dimensions go
+        to Muon, all others to AdamW; what is a matrix but should not (embeddings, the
+        last layer) belongs into an ``adamw`` of its own, say the authors.
+    lr, weight_decay, momentum, nesterov, eps, ns_steps
+        As torch's: weight decay is decoupled, the momentum an average of the gradients,
+        ``ns_steps`` the iterations. Products are of the parameters' dtype; torch's are
+        of bfloat16.
+    adjust_lr
+        "original": lr times the root of rows / columns, if that is above 1;
+        "match_rms_adamw": times 0.2 roots of the larger one, so that AdamW's lr serves.
+    adamw
+        Hyperparameters for the rest, such as ``{"lr": 3e-4}``.
+    backend, threads
+        As for every optimizer.
+
+    Attributes
+    ----------
+    matrices, others
+        The optimizers for the step of the matrices, whose ``lr`` and ``weight_decay``
+        may be changed or be schedules, and for the rest; None if there are none.
+    steps, skipped, grad_norm
+        As for every optimizer.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit, before anything is written.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> params = {"w": np.eye(3), "b": np.zeros(3)}
+    >>> opt = fastopt.Muon(params, lr=0.1, weight_decay=0, adamw={"lr": 0.01})
+    >>> opt.step({"w": np.diag([1.0, 2.0, 3.0]), "b": np.ones(3)})
+    >>> params["b"].round(4)
+    array([-0.01, -0.01, -0.01])
+    """
+
+    matrices: Optimizer | None
+    others: Optimizer | None
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr: str = "original",
+        adamw: Mapping[str, Any] | None = None,
+        backend: str | None = None,
+        threads: int | None = None,
+    ):
+        if adjust_lr not in ("original", "match_rms_adamw"):
+            raise ValueError(
+                f'adjust_lr must be "original" or "match_rms_adamw", got {adjust_lr!r}'
+            )
+        if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
+            raise ValueError(f"ns_steps must be an integer above 0, got {ns_steps!r}")
+        self.eps = float(check_hyperparameter("eps", "eps", eps, 1.0))
+        self.skipped, self.grad_norm = 0, math.nan
+        self.ns_steps, self.adjust_lr = ns_steps, adjust_lr
+        given = [leaf for _, leaf in leaves(params)]
+        if not given:
+            raise ValueError("params is empty; pass at least one array")
+        self._is_matrix = [getattr(leaf, "ndim", 0) == 2 for leaf in given]
+        self._layout = checks.layout(params)
+        how: dict[str, Any] = {"backend": backend, "threads": threads}
+        flat, rest = self._split(given)
+        self.matrices = self.others = self._momentum = None
+        self._updates: list[Array] = []
+        if flat:
+            self.matrices = sgdw(flat, lr=lr, weight_decay=weight_decay, **how)
+            how["backend"] = self.matrices.backend
+            matrices = self.matrices._params.arrays
+            self._updates = zeros(self.matrices._module.state_arena, matrices, 1)[0]
+            self._momentum = passes.momentum(
+                self._updates, **how, momentum=momentum, nesterov=nesterov
+            )
+        if rest:
+            self.others = adamw_rule(rest, **how, **(adamw or {}))
+
+    def _split(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What belongs to matrices, and what to others."""
+        pairs = list(zip(values, self._is_matrix, strict=True))
+        return [v for v, matrix in pairs if matrix], [v for v, m in pairs if not m]
+
+    @property
+    def steps(self) -> int:
+        """The number of completed steps."""
+        first = self.matrices or self.others
+        return first.steps if first else 0
+
+    def step(
+        self,
+        grads: Any,
+        *,
+        grad_scale: float = 1.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        zero_grads: bool = False,
+    ) -> None:
+        """Update the parameters in place; all arguments are as those of
+        :meth:`Optimizer.step`. The norm is of all gradients together."""
+        scale = float(check_hyperparameter("", "grad_scale", grad_scale, 1.0))
+        limit = checks.check_limit("clip_norm", clip_norm)
+        checks.check_limit("clip_value", clip_value)
+        checks.check_nonfinite(nonfinite)
+        found: list[Any] = []
+        checks.collect(self._layout, grads, "", found)
+        both = list(zip((self._momentum, self.others), self._split(found), strict=True))
+        used = [(opt, given) for opt, given in both if opt is not None]
+        squares, finite = 0.0, True
+        for opt, given in used:  # all of them are looked at before anything is written
+            opt._take(opt._bound.step, given, opt._bound.spans)
+            if limit < math.inf or nonfinite != "propagate":
+                norm, bad = opt._bound.norm(scale, opt.threads)
+                squares, finite = squares + norm * norm, finite and not bad
+        if not finite and nonfinite != "propagate":
+            if nonfinite == "raise":
+                raise FloatingPointError(
+                    "not all is finite in the gradients; nothing was updated"
+                )
+            self.skipped += 1
+            for grad in found if zero_grads else ():
+                if grad is not None:
+                    fill(grad, 0.0)
+            return
+        if limit < math.inf:
+            self.grad_norm = math.sqrt(squares)
+            shrink = limit / (self.grad_norm + 1e-6)
+            scale *= 1.0 if shrink >= 1 else shrink
+        asked: dict[str, Any] = {"clip_value": clip_value, "zero_grads": zero_grads}
+        directions = self._directions(both[0][1])
+        for opt, given in used:
+            opt.step(given, grad_scale=scale, **asked)
+        if self.matrices is not None:
+            self.matrices.step([None if d is None else d() for d in directions])
+
+    def _directions(self, grads: list[Any]) -> list[Any]:
+        """For each matrix that has a gradient, what makes its update orthogonal."""
+
+        def direction(update: Any) -> Any:
+            there = on_its_device(update)
+            x = orthogonal(there, self.ns_steps, self.eps)
+            x = x * adjustment(update.shape, self.adjust_lr)
+            if there is update:
+                return np.ascontiguousarray(x)
+            fill(update, x.contiguous() if hasattr(x, "contiguous") else x)
+            return update
+
+        return [
+            None if grad is None else functools.partial(direction, update)
+            for grad, update in zip(grads, self._updates, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As an optimizer's, for each of the three in this one."""
+        parts = {
+            "momentum": self._momentum,
+            "matrices": self.matrices,
+            "others": self.others,
+        }
+        return {name: opt and opt.state_dict() for name, opt in parts.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, of the same arrays."""
+        parts = {
+            "momentum": self._momentum,
+            "matrices": self.matrices,
+            "others": self.others,
+        }
+        if not isinstance(saved, Mapping) or saved.keys() != parts.keys():
+            got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+            raise TypeError(f"expected the keys {', '.join(parts)}; got {got}")
+        for name, opt in parts.items():
+            if (saved[name] is None) != (opt is None):
+                raise ValueError(f"the state and this optimizer differ in {name}")
+            if opt is not None:
+                saving.check(saved[name], opt)
+        for name, opt in parts.items():
+            if opt is not None:
+                opt.load_state_dict(saved[name])
+
+    def __repr__(self) -> str:
+        return f"<muon: {self.matrices!r} and {self.others!r}>"
