@@ -15,6 +15,8 @@ def scalars(
     eps=1e-8,
     always_adapt=False,
 ):
+    if trust_coeff < 0:
+        raise ValueError(f"trust_coeff must be at least 0, got {trust_coeff!r}")
     adapt = 1.0 if always_adapt or weight_decay != 0 else 0.0
     return lr, momentum, weight_decay, trust_coeff, eps, adapt
 

@@ -24,6 +24,8 @@ def scalars(
 ):
     if d0 <= 0:
         raise ValueError(f"d0 must be above 0, got {d0!r}")
+    if d_coef <= 0:
+        raise ValueError(f"d_coef must be above 0, got {d_coef!r}")
     beta3 = sqrt(beta2)
     dlr = d * lr
     if use_bias_correction:

@@ -9,6 +9,8 @@ from fastopt.rule import Rule, sqrt
 def scalars(
     t, lr=1e-3, beta1=0.9, beta2=0.999, nu1=1.0, nu2=1.0, eps=1e-8, weight_decay=0.0
 ):
+    if not 0 <= nu2 <= 1:
+        raise ValueError(f"nu2 must be in [0, 1], got {nu2!r}")
     m_weight, v_weight = nu1 / (1 - beta1**t), nu2 / (1 - beta2**t)
     a1, a2 = 1 - beta1, 1 - beta2
     return lr, a1, a2, m_weight, 1 - nu1, v_weight, 1 - nu2, eps, weight_decay

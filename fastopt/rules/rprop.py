@@ -13,6 +13,11 @@ def scalars(t, lr=1e-2, eta_minus=0.5, eta_plus=1.2, step_min=1e-6, step_max=50.
             f"eta_minus and eta_plus must be below and above 1, "
             f"got {eta_minus!r} and {eta_plus!r}"
         )
+    if not 0 <= step_min <= step_max:
+        raise ValueError(
+            f"step_min and step_max must be in order and at least 0, "
+            f"got {step_min!r} and {step_max!r}"
+        )
     return eta_minus, eta_plus, step_min, step_max, 0.0, 1.0
 
 

@@ -22,6 +22,8 @@ def scalars(
 ):
     if beta1 == 0:
         raise ValueError("beta1 must be above 0: x lies beyond y by 1 / beta1")
+    if weight_lr_power < 0:
+        raise ValueError(f"weight_lr_power must be at least 0, got {weight_lr_power!r}")
     if t < warmup_steps:
         lr = lr * t / warmup_steps
     lr_max = max(lr, lr_max)

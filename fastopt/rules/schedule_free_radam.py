@@ -23,6 +23,8 @@ def scalars(
 ):
     if beta1 == 0:
         raise ValueError("beta1 must be above 0: x lies beyond y by 1 / beta1")
+    if weight_lr_power < 0:
+        raise ValueError(f"weight_lr_power must be at least 0, got {weight_lr_power!r}")
     adaptive, rectified = 0.0, 0.0 if silent_sgd_phase else 1.0
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)

@@ -19,6 +19,8 @@ def scalars(
 ):
     if not 0 < momentum < 1:
         raise ValueError(f"momentum must be between 0 and 1, got {momentum!r}")
+    if weight_lr_power < 0:
+        raise ValueError(f"weight_lr_power must be at least 0, got {weight_lr_power!r}")
     if t < warmup_steps:
         lr = lr * t / warmup_steps
     lr_max = max(lr, lr_max)

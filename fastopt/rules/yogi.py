@@ -15,6 +15,11 @@ def scalars(
     weight_decay=0.0,
     initial_accumulator_value=1e-6,
 ):
+    if initial_accumulator_value < 0:
+        raise ValueError(
+            f"initial_accumulator_value must be at least 0, "
+            f"got {initial_accumulator_value!r}"
+        )
     c = sqrt(1 - beta2**t)  # bias correction, folded into lr and eps
     return lr * c / (1 - beta1**t), 1 - beta1, 1 - beta2, eps * c, weight_decay
 
