@@ -125,6 +125,15 @@ class Bound:
         return [(n, total)] * len(self.sets)
 
 
+def shrinking(norm: float, limit: float) -> float:
+    """The factor that brings gradients of this norm under a limit, as torch has it; a
+    NaN goes on into the parameters, as it does there."""
+    if limit == math.inf:
+        return 1.0
+    shrink = limit / (norm + 1e-6)
+    return 1.0 if shrink >= 1 else shrink
+
+
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
     if array.size:

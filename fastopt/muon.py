@@ -7,7 +7,6 @@ that of torch or CuPy on a GPU.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from fastopt import checks, passes, saving
-from fastopt.bound import fill
-from fastopt.flat import Array, leaves
-from fastopt.optimizer import Optimizer
-from fastopt.parameters import zeros
+from fastopt.bound import fill, shrinking
+from fastopt.flat import Array, leaves, rebuild
+from fastopt.optimizer import ACCUMULATED, Optimizer
+from fastopt.parameters import expanded, zeros
 from fastopt.rule import check_hyperparameter
 from fastopt.rules.adamw import adamw as adamw_rule
 from fastopt.rules.sgdw import sgdw
@@ -73,9 +72,10 @@ class Muon:
     Parameters
     ----------
     params
-        An array, or a list or dict of arrays, nested too. Those of two dimensions go
-        to Muon, all others to AdamW; what is a matrix but should not (embeddings, the
-        last layer) belongs into an ``adamw`` of its own, say the authors.
+        An array, a list or dict of arrays, nested too, or a ``FlatBuffer``. Those of
+        two dimensions go to Muon, all others to AdamW; what is a matrix but should not
+        (embeddings, the last layer) belongs into an ``adamw`` of its own, say the
+        authors.
     lr, weight_decay, momentum, nesterov, eps, ns_steps
         As torch's: weight decay is decoupled, the momentum an average of the gradients,
         ``ns_steps`` the iterations. Products are of the parameters' dtype; torch's are
@@ -85,7 +85,7 @@ class Muon:
         "match_rms_adamw": times 0.2 roots of the larger one, so that AdamW's lr serves.
     adamw
         Hyperparameters for the rest, such as ``{"lr": 3e-4}``.
-    backend, threads
+    ema, backend, threads
         As for every optimizer.
 
     Attributes
@@ -126,6 +126,7 @@ class Muon:
         ns_steps: int = 5,
         adjust_lr: str = "original",
         adamw: Mapping[str, Any] | None = None,
+        ema: float | None = None,
         backend: str | None = None,
         threads: int | None = None,
     ):
@@ -138,17 +139,18 @@ class Muon:
         self.eps = float(check_hyperparameter("eps", "eps", eps, 1.0))
         self.skipped, self.grad_norm = 0, math.nan
         self.ns_steps, self.adjust_lr = ns_steps, adjust_lr
+        params = expanded(params)
         given = [leaf for _, leaf in leaves(params)]
         if not given:
             raise ValueError("params is empty; pass at least one array")
         self._is_matrix = [getattr(leaf, "ndim", 0) == 2 for leaf in given]
-        self._layout = checks.layout(params)
+        self._params, self._layout = params, checks.layout(params)
         how: dict[str, Any] = {"backend": backend, "threads": threads}
         flat, rest = self._split(given)
         self.matrices = self.others = self._momentum = None
         self._updates: list[Array] = []
         if flat:
-            self.matrices = sgdw(flat, lr=lr, weight_decay=weight_decay, **how)
+            self.matrices = sgdw(flat, lr=lr, weight_decay=weight_decay, ema=ema, **how)
             how["backend"] = self.matrices.backend
             matrices = self.matrices._params.arrays
             self._updates = zeros(self.matrices._module.state_arena, matrices, 1)[0]
@@ -156,7 +158,7 @@ class Muon:
                 self._updates, **how, momentum=momentum, nesterov=nesterov
             )
         if rest:
-            self.others = adamw_rule(rest, **how, **(adamw or {}))
+            self.others = adamw_rule(rest, ema=ema, **how, **(adamw or {}))
 
     def _split(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
         """What belongs to matrices, and what to others."""
@@ -169,9 +171,19 @@ class Muon:
         first = self.matrices or self.others
         return first.steps if first else 0
 
+    @property
+    def ema_params(self) -> Any:
+        """The moving average of the parameters, in their structure; None without."""
+        parts = [opt.ema_params if opt else [] for opt in (self.matrices, self.others)]
+        if None in parts:
+            return None
+        ours, rest = map(iter, parts)
+        values = (next(ours if matrix else rest) for matrix in self._is_matrix)
+        return rebuild(self._params, values)
+
     def step(
         self,
-        grads: Any,
+        grads: Any = ACCUMULATED,
         *,
         grad_scale: float = 1.0,
         clip_norm: float | None = None,
@@ -185,39 +197,77 @@ class Muon:
         limit = checks.check_limit("clip_norm", clip_norm)
         checks.check_limit("clip_value", clip_value)
         checks.check_nonfinite(nonfinite)
-        found: list[Any] = []
-        checks.collect(self._layout, grads, "", found)
-        both = list(zip((self._momentum, self.others), self._split(found), strict=True))
-        used = [(opt, given) for opt, given in both if opt is not None]
-        squares, finite = 0.0, True
-        for opt, given in used:  # all of them are looked at before anything is written
-            opt._take(opt._bound.step, given, opt._bound.spans)
-            if limit < math.inf or nonfinite != "propagate":
+        accumulated = grads is ACCUMULATED
+        used = self._accumulated() if accumulated else self._taken(grads)
+        if limit < math.inf or nonfinite != "propagate":
+            squares, finite = 0.0, True
+            for opt, _ in used:
                 norm, bad = opt._bound.norm(scale, opt.threads)
                 squares, finite = squares + norm * norm, finite and not bad
-        if not finite and nonfinite != "propagate":
-            if nonfinite == "raise":
+            self.grad_norm = math.sqrt(squares)
+            if not finite and nonfinite == "raise":
                 raise FloatingPointError(
                     "not all is finite in the gradients; nothing was updated"
                 )
-            self.skipped += 1
-            for grad in found if zero_grads else ():
-                if grad is not None:
-                    fill(grad, 0.0)
-            return
-        if limit < math.inf:
-            self.grad_norm = math.sqrt(squares)
-            shrink = limit / (self.grad_norm + 1e-6)
-            scale *= 1.0 if shrink >= 1 else shrink
-        asked: dict[str, Any] = {"clip_value": clip_value, "zero_grads": zero_grads}
-        directions = self._directions(both[0][1])
+            if not finite and nonfinite == "skip":
+                self.skipped += 1
+                for opt, given in used:
+                    if accumulated:
+                        opt.drop_accumulated()
+                    for grad in given if zero_grads else ():
+                        if grad is not None:
+                            fill(grad, 0.0)
+                return
+            scale *= shrinking(self.grad_norm, limit)
+        asked: dict[str, Any] = {
+            "grad_scale": scale,
+            "clip_value": clip_value,
+            "zero_grads": zero_grads,
+        }
+        directions: list[Any] = []
         for opt, given in used:
-            opt.step(given, grad_scale=scale, **asked)
+            opt.step(*(() if accumulated else (given,)), **asked)
+            if opt is self._momentum:
+                directions = self._directions(given)
         if self.matrices is not None:
-            self.matrices.step([None if d is None else d() for d in directions])
+            self.matrices.step(directions)
+
+    def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
+        """Add gradients to sums that the next ``step()`` takes; as every optimizer."""
+        for opt, given in self._taken(grads):
+            opt.accumulate(given, grad_scale=grad_scale)
+
+    def drop_accumulated(self) -> None:
+        """Forget what :meth:`accumulate` was given since the last step."""
+        for opt in (self._momentum, self.others):
+            if opt is not None:
+                opt.drop_accumulated()
+
+    def _taken(self, grads: Any) -> list[tuple[Optimizer, list[Any]]]:
+        """The optimizers that take gradients, and theirs; all of them are looked at
+        before anything is written."""
+        found: list[Any] = []
+        checks.collect(self._layout, grads, "", found)
+        pairs = zip((self._momentum, self.others), self._split(found), strict=True)
+        used = [(opt, given) for opt, given in pairs if opt is not None]
+        return [
+            (opt, opt._take(opt._bound.step, given, opt._bound.spans))
+            for opt, given in used
+        ]
+
+    def _accumulated(self) -> list[tuple[Optimizer, list[Any]]]:
+        """As :meth:`_taken`, of the sums."""
+        used = []
+        for opt in (self._momentum, self.others):
+            if opt is not None:
+                if opt._pending is None:
+                    raise TypeError("step needs gradients: none have been accumulated")
+                opt._take(opt._bound.step, opt._pending.found, opt._bound.spans)
+                used.append((opt, opt._pending.found))
+        return used
 
     def _directions(self, grads: list[Any]) -> list[Any]:
-        """For each matrix that has a gradient, what makes its update orthogonal."""
+        """For each matrix that has a gradient, its update made orthogonal."""
 
         def direction(update: Any) -> Any:
             there = on_its_device(update)
@@ -229,7 +279,7 @@ class Muon:
             return update
 
         return [
-            None if grad is None else functools.partial(direction, update)
+            None if grad is None else direction(update)
             for grad, update in zip(grads, self._updates, strict=True)
         ]
 

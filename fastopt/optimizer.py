@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt import backends, checks, passes, saving
-from fastopt.bound import Bound, bind, fill
+from fastopt.bound import Bound, bind, fill, shrinking
 from fastopt.flat import Array, FlatBuffer, Segment, leaves
 from fastopt.hyperparameters import Group, Values
 from fastopt.numpy_ref import NUMPY, Extras, Step
@@ -28,6 +28,12 @@ class Pending(NamedTuple):
     given: list[bool]  # whether any gradient came, by parameter
     step: Step
     spans: list[tuple[int, int]]
+
+    @property
+    def found(self) -> list[Array | None]:
+        """The sums as the gradients of a step."""
+        pairs = zip(self.sums, self.given, strict=True)
+        return [array if given else None for array, given in pairs]
 
 
 class Optimizer:
@@ -460,10 +466,7 @@ class Optimizer:
             layout, values, threads, compiled = self._plan
             pending = self._pending if grads is ACCUMULATED else None
             if pending is not None:
-                found: list[Any] = [
-                    array if given else None
-                    for array, given in zip(pending.sums, pending.given, strict=True)
-                ]
+                found: list[Any] = pending.found
                 compiled = None
             elif layout is None and grads is not ACCUMULATED:  # a single array
                 found = [grads]
@@ -550,9 +553,7 @@ class Optimizer:
                     if grad is not None:
                         fill(grad, 0.0)
                 return
-            # As torch has it; a NaN goes on into the parameters, as it does there.
-            shrink = clip_norm / (norm + 1e-6)
-            factor *= 1.0 if shrink >= 1 else shrink
+            factor *= shrinking(norm, clip_norm)
         rows = bound.scalars(values, factor, threads, clip_value)
         weight = 0.0 if self.ema is None else 1 - self.ema
         if not step(rows, threads, Extras(clip_value, weight, zero_grads)):

@@ -35,7 +35,7 @@ class Parameters:
         self.trees, self.grouped = list(trees), grouped
         self._separate, self._mask = separate, weight_decay_mask
         self._module = module
-        plain = [self._expanded(tree) for tree in trees]
+        plain = list(map(expanded, trees)) if separate else list(trees)
         found = [
             (path, leaf, number)
             for number, tree in enumerate(plain)
@@ -68,16 +68,6 @@ class Parameters:
         return Parameters(
             self._module, [*self.trees, tree], True, self._separate, self._mask
         )
-
-    def _expanded(self, tree: Any) -> Any:
-        """A tree in which what is to be a segment is a leaf."""
-        if not self._separate:
-            return tree
-        values = (
-            leaf.views if isinstance(leaf, FlatBuffer) else leaf
-            for _, leaf in leaves(tree)
-        )
-        return rebuild(tree, values)
 
     def _decaying(self, paths: Sequence[str]) -> list[bool]:
         """For each array, whether weight decay applies to it."""
@@ -124,6 +114,14 @@ class Parameters:
         values = (next(of_leaves) if tree is None else tree for tree in trees)
         whole = rebuild(self.trees, values)
         return whole if self.grouped else whole[0], arrays
+
+
+def expanded(tree: Any) -> Any:
+    """A tree in which each array is a leaf, those of a FlatBuffer too."""
+    flats = (
+        leaf.views if isinstance(leaf, FlatBuffer) else leaf for _, leaf in leaves(tree)
+    )
+    return rebuild(tree, flats)
 
 
 def zeros(

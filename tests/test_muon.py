@@ -154,3 +154,41 @@ def test_only_matrices_or_none():
             fastopt.Muon(w, **bad)
     with pytest.raises(ValueError, match="empty"):
         fastopt.Muon([])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_average_and_parts(backend):
+    """The average is of all parameters; parts of gradients are their sum."""
+    params, whole = draw(0), draw(0)
+    how = {"lr": 0.03, "ema": 0.9, "backend": backend}
+    opt, other = fastopt.Muon(params, **how), fastopt.Muon(whole, **how)
+    expected = draw(0)
+    for t in range(1, 4):
+        first, second = draw(2 * t), draw(2 * t + 1)
+        opt.accumulate(first)
+        opt.accumulate(second, grad_scale=0.5)
+        opt.step(clip_norm=1.0)
+        other.step({n: first[n] + 0.5 * second[n] for n in SHAPES}, clip_norm=1.0)
+        for n in SHAPES:
+            expected[n] = 0.9 * expected[n] + 0.1 * params[n]
+    assert all(same_bits(params[n], whole[n]) for n in SHAPES)
+    assert opt.ema_params.keys() == SHAPES.keys()
+    for n in SHAPES:
+        np.testing.assert_allclose(opt.ema_params[n], expected[n], rtol=1e-12)
+    with pytest.raises(TypeError, match="none have been accumulated"):
+        opt.step()
+    opt.accumulate(first)
+    opt.drop_accumulated()
+    with pytest.raises(TypeError, match="none have been accumulated"):
+        opt.step()
+
+
+def test_a_flat_buffers_matrices_are_matrices():
+    params, grads = draw(0), draw(1)
+    flat = fastopt.flatten(params)
+    given = flat.zeros_like()
+    for n in SHAPES:
+        given[n][...] = grads[n]
+    fastopt.Muon(params, lr=0.03).step(grads)
+    fastopt.Muon(flat, lr=0.03).step(given)
+    assert all(same_bits(params[n], flat[n]) for n in SHAPES)

@@ -165,6 +165,15 @@ def test_a_gradient_that_is_not_finite(rule, bad, backend):
 
 
 @every_backend
+def test_a_norm_that_overflows_is_no_gradient_that_does(backend):
+    p, g = np.zeros(2), np.full(2, 1e200)
+    opt = fastopt.gd(p, lr=1.0, backend=backend)
+    opt.step(g, nonfinite="skip")
+    assert opt.skipped == 0 and opt.grad_norm == math.inf
+    assert np.array_equal(p, -g)
+
+
+@every_backend
 @every_rule
 def test_by_default_it_goes_where_the_rule_takes_it(rule, backend):
     """An infinity in the last element spoils no other one of an elementwise rule."""
