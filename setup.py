@@ -129,7 +129,8 @@ class Measure(Kernel):
 
 
 class Scalars(Function):
-    """A ``scalars``, with the C types of what it takes: flags and numbers."""
+    """A ``scalars`` or a ``settle``, with the C types of what it takes: flags and
+    numbers."""
 
     @property
     def typed(self):
@@ -164,6 +165,7 @@ def functions_of(path):
             yield defined(path, update, Kernel, count)
             if "measure" in given:
                 yield defined(path, given["measure"].id, Measure, count)
+                yield defined(path, given["settle"].id, Scalars)
             yield defined(path, scalars, Scalars)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import checks
+from fastopt import checks, saving
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import Step
+from fastopt.numpy_ref import NUMPY, Extras, Step
 from fastopt.parameters import Parameters, zeros
-from fastopt.rule import Rule
+from fastopt.rule import Rule, concrete
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,11 @@ class Bound:
                 bad += [i] if math.isnan(sums[1]) else []
         return math.sqrt(squares), bad
 
-    def scalars(
-        self, values: Sequence[Values], factor: float, threads: int, clip_value: float
-    ) -> list[Values]:
-        """What the kernels take for the next step: for each row the factor for the
-        gradients and the constants. The new carry is put in its place, where it counts
-        when the step is completed."""
+    def do(
+        self, values: Sequence[Values], factor: float, threads: int, extras: Extras
+    ) -> bool:
+        """A step with the gradients that were taken, times a factor. The new carry is
+        put in its place, where it counts when the step is completed."""
         rule, t = self.rule, self.steps + 1
         carried, kept = self.carried.tolist(), len(rule.carry)
         rows = [
@@ -94,7 +93,10 @@ class Bound:
         ]
         if rule.settle is not None:
             given = [(factor, *row) for row in rows]
-            sums = self.step.sums("rule", given, threads, clip_value)
+            compiled: Any = self.step  # if there are batches
+            if getattr(compiled, "batches", False):
+                return bool(compiled.settled(given, threads, extras))
+            sums = self.step.sums("rule", given, threads, extras.clip_value)
             nothing = (0.0,) * rule.scalar_count
             for r, (n, total) in enumerate(self._totals(sums)):
                 if total is None:  # a row without elements: no update, and no change
@@ -103,7 +105,29 @@ class Bound:
                     rows[r] = rule.settle(t, float(n), *total, *rows[r])
         if kept:
             self.carry[t % 2] = [row[-kept:] for row in rows]
-        return [(factor, *row[: rule.scalar_count]) for row in rows]
+        rows = [(factor, *row[: rule.scalar_count]) for row in rows]
+        return self.step(rows, threads, extras)
+
+    def evaluated(self, values: Sequence[Values]) -> Any:
+        """New arrays with the parameters to use, in the structure of the parameters."""
+        rule, params, dtype = self.rule, self.params, self.params.arrays[0].dtype
+        if rule.evaluate is None:
+            raise TypeError(f"the parameters of {rule.name} are those to use")
+        evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
+        count = evaluate.__code__.co_argcount - len(rule.state) - 1
+        rows = [
+            rule.scalars(max(self.steps, 1), *carried, *given)
+            for carried, given in zip(self.carried.tolist(), values, strict=True)
+        ]
+        tree, arrays = params.like()
+        for array, param, of_set, *state in zip(
+            arrays, params.arrays, params.set_of, *self.state.values(), strict=True
+        ):
+            buffers = map(saving.to_host, (param, *state))
+            used = map(dtype.type, rows[of_set][:count])
+            with np.errstate(all="ignore"):
+                fill(array, np.asarray(evaluate(*buffers, *used)))
+        return tree
 
     def _totals(
         self, sums: list[tuple[float, ...] | None]
@@ -192,3 +216,15 @@ def bind(
     )
     bound.start(values, since)
     return bound
+
+
+def bind_alone(
+    module: ModuleType, rule: Rule, arrays: Sequence[Array], row_of: Any = None
+) -> Step:
+    """The step of a rule without state over arrays of ours, with a row of scalars for
+    all, or each with its own."""
+    rows = [0] * len(arrays) if row_of is None else list(row_of)
+    segments = [Segment(a, (), row) for a, row in zip(arrays, rows, strict=True)]
+    carry = np.zeros((2, max(rows, default=0) + 1, 0))
+    step: Step = module.bind(rule, segments, np.zeros(1, np.int64), carry)
+    return step

@@ -47,6 +47,7 @@ OURS = [rule for public in (*RULES, *FLOORS, *PASSES) for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
 MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
 SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
+SETTLES = {r.settle: compiled_name(r.settle) for r in OURS if r.settle is not None}
 
 
 def extension(isa: str) -> ModuleType:
@@ -89,7 +90,8 @@ def missing() -> str | None:
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
     """As :func:`fastopt.numpy_ref.bind`. This step also checks its gradients; it
     returns False, and has done nothing, if one of them needs a closer look. Its method
-    ``at`` takes hyperparameters and computes the scalars itself."""
+    ``at`` takes hyperparameters and computes the scalars itself; ``settled`` does a
+    measured step in batches, if ``batches``."""
     measure = MEASURES.get(rule.measure) if rule.measure else None
     if rule.update not in KERNELS or (rule.measure and not measure):
         raise ValueError(
@@ -111,6 +113,8 @@ def driver(
     address."""
     compiled = kernels()
     ours = SCALARS.get(rule.scalars)
+    by_segment = rule.settle is not None and rule.over == "segment"
+    settle = SETTLES[rule.settle] if by_segment and rule.settle in SETTLES else None
     addresses = [
         (
             segment.param.ctypes.data,
@@ -133,6 +137,7 @@ def driver(
         measure=measure,
         terms=rule.terms,
         measured=1 + rule.measure_count,
+        settle=settle and getattr(compiled, settle),
         count_address=count.ctypes.data,
         carry_address=carry.ctypes.data,
         carried=carry.shape[2],

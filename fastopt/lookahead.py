@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastopt import passes, saving
-from fastopt.bound import fill
-from fastopt.flat import Segment
+from fastopt.bound import bind_alone, fill
 from fastopt.optimizer import Optimizer
 
 
@@ -62,9 +61,7 @@ class Lookahead:
         """The slow weights, and the pass over them: the average's, by alpha."""
         opt, arrays = self.opt, self.opt._params.arrays
         self._slow = opt._params.like()[1]
-        segments = [Segment(slow, (), 0) for slow in self._slow]
-        count, carry = np.zeros(1, np.int64), np.zeros((2, 1, 0))
-        self._pull = opt._module.bind(passes.average, segments, count, carry)
+        self._pull = bind_alone(opt._module, passes.average, self._slow)
         for slow, param in zip(self._slow, arrays, strict=True):
             fill(slow, param)
 

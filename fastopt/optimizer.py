@@ -7,15 +7,13 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastopt import backends, checks, passes, saving
-from fastopt.bound import Bound, bind, fill, shrinking
-from fastopt.flat import Array, FlatBuffer, Segment, leaves
+from fastopt.bound import Bound, bind, bind_alone, fill, shrinking
+from fastopt.flat import Array, FlatBuffer, leaves
 from fastopt.hyperparameters import Group, Values
-from fastopt.numpy_ref import NUMPY, Extras, Step
+from fastopt.numpy_ref import Extras, Step
 from fastopt.parameters import Parameters, zeros
-from fastopt.rule import Rule, check_hyperparameter, concrete
+from fastopt.rule import Rule, check_hyperparameter
 from fastopt.threads import available, forked
 
 ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
@@ -300,28 +298,10 @@ class Optimizer:
         gradients elsewhere (``schedule_free_*``), new arrays.
         """
         self._refuse_during_a_step()
-        bound, params = self._bound, self._params
-        if bound.rule.evaluate is None:
+        if self._bound.rule.evaluate is None:
+            params = self._params
             return params.trees if params.grouped else params.trees[0]
-        dtype = params.arrays[0].dtype
-        evaluate = concrete(bound.rule.evaluate, dtype, NUMPY, lambda helper: helper)
-        t, taken = max(self.steps, 1), len(bound.rule.state) + 1
-        rows = [
-            bound.rule.scalars(t, *carried, *given)
-            for carried, given in zip(
-                bound.carried.tolist(), self._values(self.steps), strict=True
-            )
-        ]
-        count = evaluate.__code__.co_argcount - taken
-        tree, arrays = params.like()
-        for array, param, of_set, *state in zip(
-            arrays, params.arrays, params.set_of, *bound.state.values(), strict=True
-        ):
-            buffers = map(saving.to_host, (param, *state))
-            used = map(dtype.type, rows[of_set][:count])
-            with np.errstate(all="ignore"):
-                fill(array, np.asarray(evaluate(*buffers, *used)))
-        return tree
+        return self._bound.evaluated(self._values(self.steps))
 
     def _values(self, steps: int) -> list[Values]:
         """The hyperparameters that hold now, for each set of them."""
@@ -554,9 +534,9 @@ class Optimizer:
                         fill(grad, 0.0)
                 return
             factor *= shrinking(norm, clip_norm)
-        rows = bound.scalars(values, factor, threads, clip_value)
         weight = 0.0 if self.ema is None else 1 - self.ema
-        if not step(rows, threads, Extras(clip_value, weight, zero_grads)):
+        extras = Extras(clip_value, weight, zero_grads)
+        if not bound.do(values, factor, threads, extras):
             raise RuntimeError("the kernel refused gradients found to fit")
         if first:
             self._plan_steps()
@@ -622,9 +602,7 @@ class Optimizer:
     def _new_pending(self) -> Pending:
         arrays = self._params.arrays
         (sums,) = zeros(self._module.state_arena, arrays, 1)
-        rule, count = passes.accumulate, np.zeros(1, np.int64)
-        segments = [Segment(array, (), 0) for array in sums]
-        step = self._module.bind(rule, segments, count, np.zeros((2, 1, 0)))
+        step = bind_alone(self._module, passes.accumulate, sums)
         return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))
 
     def estimate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
@@ -640,16 +618,9 @@ class Optimizer:
         self._busy[0] = True
         try:
             buffer, rule = self.rule.estimate
-            bound, values = self._bound, self._values(self.steps)
-            segments = [
-                Segment(array, (), of_set)
-                for array, of_set in zip(
-                    bound.state[buffer], self._params.set_of, strict=True
-                )
-            ]
-            count, carry = np.zeros(1, np.int64), np.zeros((2, len(values), 0))
-            step = self._module.bind(rule, segments, count, carry)
-            self._take(step, found, bound.spans)
+            arrays, values = self._bound.state[buffer], self._values(self.steps)
+            step = bind_alone(self._module, rule, arrays, self._params.set_of)
+            self._take(step, found, self._bound.spans)
             rows = [
                 (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
                 for given in values

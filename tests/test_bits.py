@@ -78,6 +78,30 @@ def test_same_bits_of_many(name, dtype, on_isa):
     compare(rule, values, dtype, LARGE, on_isa)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ["lamb", "novograd"])
+def test_same_bits_of_batches(name, threads):
+    """Segments whose sums are taken together, in their cases: several in a batch, one
+    that is more than a batch, none with a gradient, an empty one."""
+    rule, rng = getattr(fastopt, name), np.random.default_rng(0)
+    sizes = [333_333, 0, 5, 2_500_000, 70_001, 1, 900_000, 333]
+    start = [nonzero(rng, size, np.float32) for size in sizes]
+    found = []
+    for backend in ("numpy", "numba", *(["cython"] if compiled_isas() else [])):
+        params = [p.copy() for p in start]
+        opt = rule(params, backend=backend, threads=threads, ema=0.9)
+        for step in range(2):
+            grads = [p * np.float32(0.5 + step) for p in start]
+            if step:
+                grads[4] = None
+            opt.step(grads, clip_norm=30.0, clip_value=0.05)
+        buffers = [array for arrays in opt.state.values() for array in arrays]
+        carried = opt._bound.carried
+        found.append([*params, *opt.ema_params, *buffers, carried])
+    for got in found[1:]:
+        assert not differing(found[0], got)
+
+
 def compare(rule, values, dtype, size, on_isa):
     layouts = ("aligned", "odd") if size <= 4097 else ("odd",)
     for layout in layouts:
@@ -190,6 +214,26 @@ def test_compiled_scalars_are_the_rules_own(rule, values, on_isa):
             found = compiled(t, *given)
             assert found == expected, (isa, t, given)
             assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in fastopt.RULES if r.settle], ids=lambda rule: rule.name
+)
+def test_compiled_settles_are_the_rules_own(rule):
+    """Their bits, and no error, whatever the sums: some arrays are updated by then."""
+    if cython_cpu.missing():
+        pytest.skip(f"cython backend: {cython_cpu.missing()}")
+    compiled = getattr(cython_cpu.kernels(), cython_cpu.SETTLES[rule.settle])
+    rng = np.random.default_rng(0)
+    sums = [0.0, 1e-320, 1e-30, 1.0, 1e300, np.inf, np.nan]
+    for draw in range(500):
+        carry = rule.first_carry(rule.hyperparameters)
+        if draw % 2:
+            carry = rng.uniform(0, 1, len(carry)).tolist()
+        given = rule.scalars(1 + draw % 7, *carry, *rule.hyperparameters.values())
+        given = [draw % 7 + 1, 3.0, *rng.choice(sums, rule.terms).tolist(), *given]
+        expected, found = rule.settle(*given), compiled(*given)
+        np.testing.assert_array_equal(np.array(found), np.array(expected), str(given))
 
 
 def test_compiled_scalars_refuse_what_the_rules_do():
