@@ -24,7 +24,7 @@ from fastopt.rule import Rule
 LANES = 32
 # High enough that partial sums of columns are few, wide enough that those of rows are,
 # and small enough that a matrix has work for many threads.
-TILE_ROWS, TILE_COLUMNS = 1024, 512
+TILE_ROWS, TILE_COLUMNS = 512, 2048
 
 
 def is_factored(rule: Rule, array: Array) -> bool:
