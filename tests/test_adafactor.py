@@ -106,7 +106,7 @@ def test_agrees_with_torch(shape, dtype):
 def test_the_least_mean_of_rows(backend):
     """Below eps1, but so that the estimate is above its square."""
     p, grad = draw(0, (3, 7)), np.random.default_rng(1).uniform(0.05, 0.08, (3, 7))
-    values = VALUES | {"eps1": 0.01}
+    values = VALUES | {"eps1": 0.01, "d": 100.0}  # or clipping would hide it
     expected, (rows, columns) = follow(p, [grad], **values)
     assert rows.mean() < 0.01 and (rows * columns / 0.01).min() > 0.01**2
     fastopt.Adafactor(p, backend=backend, **values).step(grad)
