@@ -174,7 +174,8 @@ def functions():
     what a step does beside; and the helper functions that they call."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
-    files = [*(RULES / f"{name.id}.py" for name in names.elts), FLOOR, PASSES]
+    rules = [*(name.id for name in names.elts), "adafactor"]
+    files = [*(RULES / f"{name}.py" for name in rules), FLOOR, PASSES]
     found = {}
     waiting = [function for file in files for function in functions_of(file)]
     for function in waiting:

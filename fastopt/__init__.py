@@ -8,6 +8,7 @@
 1
 """
 
+from fastopt.adafactor import Adafactor as Adafactor
 from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
 from fastopt.lookahead import Lookahead as Lookahead

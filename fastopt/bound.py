@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt import checks, saving
+from fastopt.factored import Factors, is_factored
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
 from fastopt.numpy_ref import NUMPY, Extras, Step
@@ -25,7 +26,8 @@ class Bound:
     on: frozenset[str]  # the switches that selected it
     rule: Rule
     params: Parameters
-    state: dict[str, list[Array]]
+    buffers: dict[str, list[Array]]  # the state, as far as it is not factored
+    factors: list[Factors | None]  # and the rest of it
     averages: list[Array] | None
     carry: Array  # two sets in turn; in each a row for every row of scalars
     completed: Array  # steps: one int64, raised by the kernel
@@ -35,6 +37,15 @@ class Bound:
     @property
     def steps(self) -> int:
         return int(self.completed[0])
+
+    @property
+    def state(self) -> dict[str, list[Array]]:
+        """The state buffers, of those that are factored the set that holds now."""
+        state = {name: list(arrays) for name, arrays in self.buffers.items()}
+        for i, factors in enumerate(self.factors):
+            if factors is not None:
+                state[self.rule.state[0]][i] = factors.sets[self.steps % 2]
+        return state
 
     @property
     def carried(self) -> Array:
@@ -60,7 +71,7 @@ class Bound:
             for i in range(first, len(params.arrays)):
                 of, given = self.rule.starts[name], values[params.set_of[i]]
                 fill(
-                    self.state[name][i],
+                    self.buffers[name][i],
                     params.arrays[i] if of == "p" else self.rule.start(of, given),
                 )
         if not self.steps:
@@ -91,6 +102,8 @@ class Bound:
             rule.scalars(t, *old, *values[of_set])
             for of_set, old in zip(self.sets, carried, strict=True)
         ]
+        if rule.factored:
+            self._factor(rows, factor, threads, extras.clip_value)
         if rule.settle is not None:
             given = [(factor, *row) for row in rows]
             compiled: Any = self.step  # if there are batches
@@ -128,6 +141,22 @@ class Bound:
             with np.errstate(all="ignore"):
                 fill(array, np.asarray(evaluate(*buffers, *used)))
         return tree
+
+    def _factor(
+        self, rows: list[Values], factor: float, threads: int, clip_value: float
+    ) -> None:
+        """Bring what is factored up to the next step, and tell the kernels so."""
+        t, given = self.steps + 1, [(factor, *row) for row in rows]
+        sums = self.step.squares(given, threads, clip_value)
+        for i, factors in enumerate(self.factors):
+            if factors is None:
+                continue
+            found, (weight, floor, least, *others) = sums[i], rows[i]
+            if found is None:
+                factors.keep(t)
+            else:
+                factors.advance(t, found, weight, least)
+                rows[i] = (0.0, floor, least, *others)
 
     def _totals(
         self, sums: list[tuple[float, ...] | None]
@@ -182,17 +211,31 @@ def bind(
     arrays = params.arrays
     since = {name: len(state.get(name, ())) for name in rule.state}
     buffers = {name: list(state.get(name, ())) for name in rule.state}
+    # Of what is factored, buffers are empty.
+    likes = [np.empty(0, a.dtype) if is_factored(rule, a) else a for a in arrays]
+    factors: list[Factors | None] = [None] * len(arrays)
+    for i, array in enumerate(arrays):
+        if is_factored(rule, array):
+            (kept,) = buffers.values()
+            factors[i] = Factors(module, array, kept[i] if i < len(kept) else None)
+            kept[i : i + 1] = [likes[i]] if i < len(kept) else []
     for first in set(since.values()) - {len(arrays)}:
         names = [name for name in rule.state if since[name] == first]
-        made = zeros(module.state_arena, arrays[first:], len(names))
+        made = zeros(module.state_arena, likes[first:], len(names))
         for name, fresh in zip(names, made, strict=True):
             buffers[name] += fresh
     by_segment = rule.measure is not None and rule.over == "segment"
     row_of = range(len(arrays)) if by_segment else params.set_of
     segments = [
-        Segment(array, tuple(streams), row, averages[i] if averages else None)
-        for i, (array, row, *streams) in enumerate(
-            zip(arrays, row_of, *buffers.values(), strict=True)
+        Segment(
+            array,
+            tuple(streams) if of is None else (),
+            row,
+            averages[i] if averages else None,
+            of and of.product,
+        )
+        for i, (array, row, of, *streams) in enumerate(
+            zip(arrays, row_of, factors, *buffers.values(), strict=True)
         )
     ]
     completed = np.array([steps], np.int64)
@@ -207,7 +250,8 @@ def bind(
         on=on,
         rule=rule,
         params=params,
-        state=buffers,
+        buffers=buffers,
+        factors=factors,
         averages=averages,
         carry=carry,
         completed=completed,

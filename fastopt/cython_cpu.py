@@ -24,6 +24,7 @@ from fastopt.numpy_ref import Step
 from fastopt.passes import PASSES
 from fastopt.rule import Function, Rule
 from fastopt.rules import RULES
+from fastopt.rules.adafactor import adafactor
 
 __all__ = ["as_array", "bind", "missing", "state_arena"]
 
@@ -43,7 +44,8 @@ def compiled_name(function: Function) -> str:
 
 
 # Looked up by the function itself, so a user's of the same name never meets ours.
-OURS = [rule for public in (*RULES, *FLOORS, *PASSES) for rule in public.all]
+PUBLIC = (*RULES, adafactor, *FLOORS, *PASSES)
+OURS = [rule for public in PUBLIC for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
 MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
 SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
@@ -112,14 +114,14 @@ def driver(
     """The step over these segments with two kernels: ours by name, or Numba's by
     address."""
     compiled = kernels()
-    ours = SCALARS.get(rule.scalars)
+    ours, nothing = SCALARS.get(rule.scalars), (0,) * len(rule.state)
     by_segment = rule.settle is not None and rule.over == "segment"
     settle = SETTLES[rule.settle] if by_segment and rule.settle in SETTLES else None
     addresses = [
         (
-            segment.param.ctypes.data,
+            address(segment.param),
             0,
-            *(buffer.ctypes.data for buffer in segment.state),
+            *(nothing if segment.product else map(address, segment.state)),
             segment.param.size,
             segment.row,
         )
@@ -131,6 +133,7 @@ def driver(
         addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
+        products=products_of(segments) if rule.factored else None,
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
         scalar_count=1 + rule.scalar_count,
@@ -144,6 +147,21 @@ def driver(
         keep=(segments, count, carry),
     )
     return step
+
+
+def address(array: Array) -> int:
+    return int(array.ctypes.data)
+
+
+def products_of(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
+    """Of what stands for state: the addresses of rows and columns, and how many there
+    are of each; zeros where nothing does."""
+    return [
+        (*map(address, factors), *(factor.shape[1] for factor in factors))
+        if (factors := segment.product)
+        else (0,) * 4
+        for segment in segments
+    ]
 
 
 def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:

@@ -19,6 +19,13 @@ HUGE_PAGE = 2 << 20
 STAGGER = 1024
 
 
+class Product(NamedTuple):
+    """For each of several matrices a factor for every row and every column."""
+
+    rows: Array  # matrices x rows
+    columns: Array  # matrices x columns
+
+
 class Segment(NamedTuple):
     """One stretch of memory that a kernel walks: C-contiguous arrays of one shape and
     dtype, which kernels see as flat. On a GPU they are device arrays."""
@@ -27,6 +34,7 @@ class Segment(NamedTuple):
     state: tuple[Array, ...]
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
+    product: Product | None = None  # what kernels take for the last of the state
 
 
 def zeroed(nbytes: int) -> Array:

@@ -464,8 +464,8 @@ def bind_alone(
 
 
 class Alone(Step):
-    """Steps by our own driver; sums, and what a step does beside its rule, are left to
-    NumPy."""
+    """Steps by our own driver; sums, what a step does beside its rule, and all of it
+    where state is factored, are left to NumPy."""
 
     def __init__(
         self, rule: Rule, segments: Sequence[Segment], count: Array, carry: Array
@@ -473,10 +473,11 @@ class Alone(Step):
         super().__init__(rule, segments, count)
         dtype = segments[0].param.dtype
         self.rule, self.kernel = rule, kernel(rule, "update", segments)
+        nothing = (0,) * len(rule.state)
         self.table = np.array(
             [
                 (s.param.ctypes.data, 0)
-                + tuple(buffer.ctypes.data for buffer in s.state)
+                + (tuple(buffer.ctypes.data for buffer in s.state) or nothing)
                 + (s.param.size, s.row)
                 for s in segments
             ],
@@ -489,6 +490,8 @@ class Alone(Step):
     def __call__(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
     ) -> bool:
+        if any(segment.product is not None for segment in self.segments):
+            return super().__call__(rows, threads, extras)
         for row in rows:
             if len(row) != self.width:
                 raise TypeError(

@@ -16,7 +16,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ from numba import config
 from fastopt import llvm_ir, passes
 from fastopt import rule as rules
 from fastopt.checks import on_device
-from fastopt.flat import Array, Segment
+from fastopt.factored import TILE_COLUMNS, TILE_ROWS, in_order
+from fastopt.flat import Array, Product, Segment
 from fastopt.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step
 from fastopt.rule import Rule, concrete
 
@@ -47,6 +48,7 @@ else:
 SIMULATED = bool(config.ENABLE_CUDASIM)
 VECTOR_BYTES = 16
 BLOCK = 256
+ROOM = 1 << 22  # elements, of what is factored, that are there at a time
 ALIGNMENT = 256  # of each segment's state, as of what cudaMalloc returns
 
 HOW_TO_GET = (
@@ -268,12 +270,14 @@ def vector_update(
 
 
 def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
-    """A function (first, count, grad, buffers, scalars, sums, place) that puts, for
-    every term, the sum over each LANES-th element from ``first`` on into the sums."""
+    """A function (first, count, stride, grad, buffers, scalars, sums, place) that puts,
+    for every term, the sum over each stride-th element from ``first`` on into the
+    sums."""
 
     def simulated(
         first: int,
         count: int,
+        stride: int,
         grad: Any,
         buffers: Any,
         scalars: Any,
@@ -284,7 +288,7 @@ def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
             factor, *constants = map(dtype.type, scalars)
             limits = [constants.pop(), constants.pop()][::-1] if clip else []
             totals = [0.0] * terms
-            for i in range(first, first + count * LANES, LANES):
+            for i in range(first, first + count * stride, stride):
                 p, *state = (buffer[i] for buffer in buffers)
                 g = grad[i] * factor
                 if clip:
@@ -298,6 +302,7 @@ def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
         context: Any,
         first: Any,
         count: Any,
+        stride: Any,
         grad: Any,
         buffers: Any,
         scalars: Any,
@@ -308,7 +313,7 @@ def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
 
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
             unfused(context)
-            first, count, grad, buffers, scalars, sums, to = arguments
+            first, count, stride, grad, buffers, scalars, sums, to = arguments
             call = caller(context, builder, real)
             zero = ir.Constant(ir.DoubleType(), 0.0)
             totals = [cgutils.alloca_once_value(builder, zero) for _ in range(terms)]
@@ -316,8 +321,7 @@ def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
             limits = [constants.pop(), constants.pop()][::-1] if clip else []
             pointers = [grad, *parts(builder, buffers)]
             with cgutils.for_range(builder, count) as loop:
-                step = builder.mul(loop.index, ir.Constant(loop.index.type, LANES))
-                i = builder.add(first, step)
+                i = builder.add(first, builder.mul(loop.index, stride))
                 g, p, *state = (builder.load(builder.gep(q, [i])) for q in pointers)
                 g = builder.fmul(g, factor)
                 if clip:
@@ -331,7 +335,8 @@ def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
                 builder.store(builder.load(total), builder.gep(sums, [place]))
             return context.get_dummy_value()
 
-        return types.void(first, count, grad, buffers, scalars, sums, to), generate
+        taken = first, count, stride, grad, buffers, scalars, sums, to
+        return types.void(*taken), generate
 
     return simulated if SIMULATED else intrinsic(typed)
 
@@ -381,7 +386,7 @@ def sums_kernel(
             beyond = min(size, (chunk + 1) * CHUNK)
             count = (beyond - first + LANES - 1) // LANES if first < beyond else 0
             to = chunk * terms * LANES + lane
-            lane_of(first, count, grad, buffers, scalars, sums, to)
+            lane_of(first, count, LANES, grad, buffers, scalars, sums, to)
 
     kernel.__qualname__ = f"{measure.__module__}.{measure.__name__}"
     if SIMULATED:
@@ -396,6 +401,77 @@ def sums_kernel(
         types.UniTuple(real, taken),
         types.CPointer(types.float64),
     )
+
+
+def tiles_kernel(
+    by_column: bool, clip: bool, dtype: np.dtype[Any]
+) -> tuple[Callable[..., None], Any]:
+    """The kernel that sums up squares in each tile of matrices: each lane of a row, or
+    each column."""
+    sum_of = lane_sum(elements(passes.only_square, dtype), clip, 1, dtype)
+
+    def rows(
+        matrices: int,
+        height: int,
+        width: int,
+        grad: Any,
+        buffers: Any,
+        scalars: Any,
+        sums: Any,
+    ) -> None:
+        thread = cuda.grid(1)
+        across = (width + TILE_COLUMNS - 1) // TILE_COLUMNS
+        row, tile = thread // LANES // across, thread // LANES % across
+        if row < matrices * height:
+            first = tile * TILE_COLUMNS + thread % LANES
+            beyond = min(width, (tile + 1) * TILE_COLUMNS)
+            count = (beyond - first + LANES - 1) // LANES if first < beyond else 0
+            first += row * width
+            sum_of(first, count, LANES, grad, buffers, scalars, sums, thread)
+
+    def columns(
+        matrices: int,
+        height: int,
+        width: int,
+        grad: Any,
+        buffers: Any,
+        scalars: Any,
+        sums: Any,
+    ) -> None:
+        thread = cuda.grid(1)
+        down = (height + TILE_ROWS - 1) // TILE_ROWS
+        column, tile, matrix = (
+            thread % width,
+            thread // width // matrices,
+            thread // width % matrices,
+        )
+        if tile < down:
+            first = (matrix * height + tile * TILE_ROWS) * width + column
+            count = min(height - tile * TILE_ROWS, TILE_ROWS)
+            sum_of(first, count, width, grad, buffers, scalars, sums, thread)
+
+    kernel = columns if by_column else rows
+    if SIMULATED:
+        return kernel, None
+    real = types.float32 if dtype == np.float32 else types.float64
+    pointer = types.CPointer(real)
+    return kernel, types.void(
+        *[types.int64] * 3,
+        pointer,
+        types.UniTuple(pointer, 1),
+        types.UniTuple(real, 1 + 2 * clip),
+        types.CPointer(types.float64),
+    )
+
+
+def multiply(
+    size: int, start: int, height: int, width: int, rows: Any, columns: Any, to: Any
+) -> None:
+    """The kernel that makes elements from ``start`` on of what is factored."""
+    thread = cuda.grid(1)
+    if thread < size:
+        row, column = (start + thread) // width, (start + thread) % width
+        to[thread] = rows[row] * columns[row // height * width + column]
 
 
 def add_lanes(count: int, lanes: Any, sums: Any) -> None:
@@ -450,18 +526,28 @@ def compile_sums_ptx(
     return check(cuda.compile_ptx(function, signature, cc=cc)[0], of[2], sums=True)
 
 
+def compile_tiles_ptx(
+    by_column: bool, dtype: npt.DTypeLike, clip: bool, cc: tuple[int, int] = (9, 0)
+) -> str:
+    """The same, of the kernel for the squares in tiles."""
+    function, signature = tiles_kernel(by_column, clip, np.dtype(dtype))
+    ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
+    return check(ptx, np.dtype(dtype), sums=True)
+
+
 @functools.cache
 def compiled(make: Callable[..., Any], *of: Any) -> Any:
     """The kernel that ``kernel`` or ``sums_kernel`` makes, for this GPU."""
     function, signature = make(*of)
     dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
-    check(dispatcher.inspect_asm(signature.args), of[2], make is sums_kernel)
+    check(dispatcher.inspect_asm(signature.args), of[2], make is not kernel)
     return dispatcher
 
 
 @functools.cache
-def lanes_launcher(blocks: int) -> Any:
-    return cuda.jit(add_lanes)[blocks, BLOCK]
+def plain_launcher(function: Callable[..., None], threads: int) -> Any:
+    """A kernel that needs no care about its bits, for so many threads."""
+    return cuda.jit(function)[-(-threads // BLOCK), BLOCK]
 
 
 @functools.cache
@@ -502,6 +588,37 @@ class OnDevice(Step):
             arrays = (segment.param, *segment.state, *average)
             bits = functools.reduce(operator.or_, map(address, arrays))
             self.buffers.append((tuple(map(operand, arrays)), bits))
+        most = max((s.param.size for s in segments if s.product), default=0)
+        self.room: Any = cuda.device_array(min(most, ROOM), self.dtype) if most else ()
+
+    def stretches(
+        self, product: Product, *arrays: Any
+    ) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+        """Of a segment whose state is factored: parts of its arrays, the second of them
+        the state, with the launch that has to come before."""
+        shape = [factor.shape[1] for factor in product]
+        factors = [factor.reshape(-1) for factor in product]
+        first, *rest = (array.reshape(-1) for array in arrays)
+        for start in range(0, first.size, ROOM):
+            size = min(ROOM, first.size - start)
+            launch = plain_launcher(multiply, size)
+            part, *parts = (array[start : start + size] for array in (first, *rest))
+            made = (launch, size, start, *shape, *factors, self.room)
+            yield made, [part, self.room[:size], *parts]
+
+    def squares(
+        self,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[Array, Array] | None]:
+        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+        return [
+            None
+            if segment.product is None or grad is None or not grad.size
+            else square_sums(grad, (rows[segment.row][0], *limits), self.dtype)
+            for segment, grad in zip(self.segments, self.grads, strict=True)
+        ]
 
     def sums(
         self,
@@ -517,28 +634,41 @@ class OnDevice(Step):
         ]
         chunks = [-(-size // CHUNK) for size in sizes]
         terms, total = rule.terms, sum(chunks)
+        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
         if not total:
             found: Array = np.zeros(0)
         else:
             lanes = cuda.device_array(total * terms * LANES, np.float64)
             begin = 0
-            for segment, grad, size, here in zip(
-                self.segments, self.grads, sizes, chunks, strict=True
+
+            def launch(segment: Segment, arrays: Sequence[Any], grad: Any) -> None:
+                nonlocal begin
+                here = -(-grad.size // CHUNK) * LANES
+                scalars = (*rows[segment.row][: 1 + rule.measure_count], *limits)
+                of = rule.measure, len(arrays) - 1, self.dtype, terms, bool(limits)
+                launcher(-(-here // BLOCK), sums_kernel, *of)(
+                    grad.size,
+                    operand(grad),
+                    tuple(map(operand, arrays)),
+                    scalars,
+                    operand(lanes[begin:]),
+                )
+                begin += here * terms
+
+            for segment, grad, size in zip(
+                self.segments, self.grads, sizes, strict=True
             ):
-                if size:
+                if size and what == "rule" and segment.product is not None:
+                    for before, (p, v, g) in self.stretches(
+                        segment.product, segment.param, grad
+                    ):
+                        before[0](*before[1:])
+                        launch(segment, (p, v), g)
+                elif size:
                     state = segment.state if what == "rule" else ()
-                    buffers = tuple(map(operand, (segment.param, *state)))
-                    limits = (-clip_value, clip_value) if clip_value < math.inf else ()
-                    scalars = (*rows[segment.row][: 1 + rule.measure_count], *limits)
-                    of = rule.measure, len(state), self.dtype, terms, bool(limits)
-                    blocks = -(-here * LANES // BLOCK)
-                    launcher(blocks, sums_kernel, *of)(
-                        size, operand(grad), buffers, scalars, operand(lanes[begin:])
-                    )
-                begin += here * terms * LANES
+                    launch(segment, (segment.param, *state), grad)
             sums = cuda.device_array(total * terms, np.float64)
-            launch = lanes_launcher(-(-total * terms // BLOCK))
-            launch(total * terms, lanes, sums)
+            plain_launcher(add_lanes, total * terms)(total * terms, lanes, sums)
             found = sums.copy_to_host()
         by_chunk = iter(found.reshape(-1, terms).tolist())
         results: list[tuple[float, ...] | None] = []
@@ -554,25 +684,77 @@ class OnDevice(Step):
     ) -> bool:
         clip = extras.clip_value < math.inf
         limits = (-extras.clip_value, extras.clip_value) if clip else ()
-        launches = []  # complete before the first, so that no error leaves half a step
+        launches: list[tuple[Any, ...]] = []
+        # Complete before the first, so that no error leaves half a step.
+
+        def add(
+            rule: Rule, beside: Beside, grad: Any, buffers: Any, bits: int, scalars: Any
+        ) -> None:
+            size = grad.size
+            aligned = (bits | address(grad)) % VECTOR_BYTES == 0
+            width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
+            blocks = -(-(size // width + size % width) // BLOCK)
+            of = rule.update, len(rule.state), self.dtype, width, beside
+            launch = launcher(blocks, kernel, *of)
+            launches.append((launch, size, operand(grad), buffers, scalars))
+
         for segment, grad, (buffers, bits) in zip(
             self.segments, self.grads, self.buffers, strict=True
         ):
-            size, averaged = segment.param.size, segment.average is not None
+            averaged = segment.average is not None
             weight = (extras.ema_weight,) if averaged else ()
-            rule, beside = self.rule, Beside(clip, averaged, extras.zero_grads)
+            beside = Beside(clip, averaged, extras.zero_grads)
             scalars = (*rows[segment.row], *limits, *weight)
-            if grad is None and averaged:  # then only the average moves
-                rule, beside, scalars = passes.average, NOTHING, (1.0, *weight)
-                grad, buffers = segment.param, buffers[-1:]
-            if grad is not None and size:
-                aligned = (bits | address(grad)) % VECTOR_BYTES == 0
-                width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
-                blocks = -(-(size // width + size % width) // BLOCK)
-                of = rule.update, len(rule.state), self.dtype, width, beside
-                launch = launcher(blocks, kernel, *of)
-                launches.append((launch, size, operand(grad), buffers, scalars))
+            if not segment.param.size:
+                continue
+            if grad is None:
+                if averaged:  # then only the average moves
+                    of = passes.average, NOTHING, segment.param, buffers[-1:], bits
+                    add(*of, (1.0, *weight))
+            elif segment.product is None:
+                add(self.rule, beside, grad, buffers, bits, scalars)
+            else:
+                average = (segment.average,) if averaged else ()
+                for before, (p, v, g, *rest) in self.stretches(
+                    segment.product, segment.param, grad, *average
+                ):
+                    launches.append(before)
+                    arrays = (p, v, *rest)
+                    bits = functools.reduce(operator.or_, map(address, arrays))
+                    given = tuple(map(operand, arrays))
+                    add(self.rule, beside, g, given, bits, scalars)
         for launch, *arguments in launches:
             launch(*arguments)
         self.count[0] += 1
         return True
+
+
+def square_sums(
+    grad: Any, scalars: tuple[float, ...], dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
+    """As of :mod:`fastopt.factored`, of a device array."""
+    *_, height, width = grad.shape
+    flat = grad.reshape(-1)
+    matrices, clip = flat.size // (height * width), len(scalars) > 1
+    across, down = -(-width // TILE_COLUMNS), -(-height // TILE_ROWS)
+
+    def launch(
+        by_column: bool, matrices: int, height: int, given: Any, to: Any
+    ) -> None:
+        call = launcher(-(-to.size // BLOCK), tiles_kernel, by_column, clip, dtype)
+        start = operand(given)
+        call(matrices, height, width, start, (start,), scalars, operand(to))
+
+    columns = cuda.device_array(down * matrices * width, np.float64)
+    launch(True, matrices, height, flat, columns)
+    count = matrices * height
+    rows = cuda.device_array(count * across, np.float64)
+    most = max(1, ROOM // (across * LANES))  # rows at a time
+    for row in range(0, count, most):
+        sums = rows[row * across : (row + most) * across]
+        lanes = cuda.device_array(sums.size * LANES, np.float64)
+        launch(False, 1, sums.size // across, flat[row * width :], lanes)
+        plain_launcher(add_lanes, sums.size)(sums.size, lanes, sums)
+    by_row = rows.copy_to_host().reshape(matrices, height, across)
+    by_column = columns.copy_to_host().reshape(down, matrices, width)
+    return in_order(np.moveaxis(by_row, 2, 0)), in_order(by_column)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastopt import passes
 from fastopt.checks import as_array
+from fastopt.factored import square_sums
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.rule import PRIMITIVES, Function, Rule, concrete
 
@@ -101,6 +102,35 @@ class Step:
             grad = self.clip(grad, grad, self.type(-limit), self.type(limit))
         return np.asarray(grad)
 
+    def state_of(self, segment: Segment) -> tuple[Array, ...]:
+        """The state buffers, or what stands for them."""
+        if segment.product is None:
+            return segment.state
+        rows, columns = segment.product
+        product = rows[:, :, None] * columns[:, None, :]
+        return (product.reshape(segment.param.shape),)
+
+    def squares(
+        self,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[Array, Array] | None]:
+        """For each segment whose state is factored, the sums of the squares of its
+        gradient by row and by column, matrix by matrix; None where there are none."""
+        found: list[tuple[Array, Array] | None] = []
+        with np.errstate(all="ignore"):
+            for i, segment in enumerate(self.segments):
+                if segment.product is None or self.grads[i] is None:
+                    found.append(None)
+                    continue
+                grad = self.grad(i, rows[segment.row][0], clip_value)
+                *_, height, width = grad.shape
+                found.append(
+                    square_sums(grad.reshape(-1, height, width)) if grad.size else None
+                )
+        return found
+
     def sums(
         self,
         what: str,
@@ -119,7 +149,7 @@ class Step:
                     continue
                 factor, *constants = rows[segment.row]
                 grad = self.grad(i, factor, clip_value)
-                state = segment.state if what == "rule" else ()
+                state = self.state_of(segment) if what == "rule" else ()
                 used = map(self.type, constants[:taken])
                 terms = measure(segment.param, grad, *state, *used)
                 sums.append(tuple(map(sum_in_order, terms)))
@@ -139,8 +169,9 @@ class Step:
                     factor, *constants = rows[segment.row]
                     grad = self.grad(i, factor, extras.clip_value)
                     used = map(self.type, constants)
-                    new = self.update(p, grad, *segment.state, *used)
-                    results += zip((p, *segment.state), new, strict=True)
+                    state = self.state_of(segment)
+                    new = self.update(p, grad, *state, *used)
+                    results += zip((p, *state), new, strict=True)
                     p = new[0]
                 if segment.average is not None:
                     weight = self.type(extras.ema_weight)

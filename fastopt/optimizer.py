@@ -282,8 +282,9 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, list[Array]]:
-        """The state buffers by name: for each an array a parameter, in its shape."""
-        return dict(self._bound.state)
+        """The state buffers by name: for each an array a parameter, in its shape; or,
+        where it is factored, the averages of rows and then columns as they are now."""
+        return self._bound.state
 
     @property
     def ema_params(self) -> Any:
@@ -655,19 +656,10 @@ class Optimizer:
             group.checked(changes, steps)
             for group, changes in zip(self.groups, given, strict=True)
         ]
-        arena, arrays = self._module.state_arena, self._params.arrays
-        state = dict(
-            zip(
-                saved["state"],
-                zeros(arena, arrays, len(saved["state"])),
-                strict=True,
-            )
-        )
         # Exactly what was saved: a buffer of a switch that was off there is dropped.
         bound = self._bind(
             values,
             on=frozenset(saved["switched_on"]),
-            state=state,
             carried=saved["carry"],
             steps=steps,
         )

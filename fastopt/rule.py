@@ -248,6 +248,13 @@ class Rule:
         before anything is written. Then ``settle(t, n, *sums, *results of scalars)``,
         with ``n`` elements, returns what goes on to ``update``, and the new carry. A
         rule over segments has a carry for each array, any other one for each group.
+    factored
+        Arrays of two and more dimensions keep of the one state buffer, an average of
+        the squares of the gradients, only the means over its rows and its columns (the
+        last two dimensions). In place of the buffer, ``update`` and ``measure`` get
+        what these make, up to date. ``scalars`` must begin with the weight of the new
+        square, which is then 0, the least that may be made, and the least mean of the
+        rows to divide by. For rules that measure segments.
     evaluate
         ``evaluate(p, *state, *scalars) -> p``: the parameters that are to be used,
         where these are not those that the gradients are taken at.
@@ -292,6 +299,7 @@ class Rule:
     measure: Function | None = None
     settle: Function | None = None
     over: str = "segment"
+    factored: bool = False
     evaluate: Function | None = None
     estimate: tuple[str, Rule] | None = None
     variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
@@ -302,6 +310,11 @@ class Rule:
             raise TypeError("measure and settle belong together: give both or neither")
         if self.over not in ("segment", "all"):
             raise ValueError(f"over must be 'segment' or 'all', got {self.over!r}")
+        by_segment = self.measure is not None and self.over == "segment"
+        if self.factored and not (by_segment and len(self.state) == 1):
+            raise TypeError(
+                "a factored rule needs measure over segments, and one state"
+            )
         optional = ("measure", "settle", "evaluate")
         given = [what for what in optional if getattr(self, what) is not None]
         for what in ("update", "scalars", *given):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastopt.factored import kept_shape
 from fastopt.flat import Array
 from fastopt.rule import check_hyperparameter
 
@@ -117,7 +118,8 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
             f"{sorted(on)} on keeps {list(buffers)}"
         )
     for buffer, arrays in saved["state"].items():
-        check_arrays(f'state["{buffer}"]', arrays, opt)
+        shapes = [kept_shape(rule, param) for param in opt._bound.params.arrays]
+        check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes)
     if (saved["ema"] is None) != (opt.ema is None):
         here, there = ("none", "one") if opt.ema is None else ("one", "none")
         raise ValueError(
@@ -141,16 +143,21 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
 
 
 def check_arrays(
-    name: str, arrays: Sequence[Any], opt: Optimizer, optional: bool = False
+    name: str,
+    arrays: Sequence[Any],
+    opt: Optimizer,
+    optional: bool = False,
+    shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> None:
-    """Saved arrays, one for each parameter."""
+    """Saved arrays, one for each parameter, in its shape if no other is given."""
     params = opt._bound.params
     if len(arrays) != len(params.arrays):
         raise ValueError(
             f"{name} has {len(arrays)} arrays for {len(params.arrays)} parameters"
         )
-    for i, (array, of, param) in enumerate(
-        zip(arrays, params.names, params.arrays, strict=True)
+    shapes = shapes or [param.shape for param in params.arrays]
+    for i, (array, of, param, shape) in enumerate(
+        zip(arrays, params.names, params.arrays, shapes, strict=True)
     ):
         if array is None and optional:
             continue
@@ -159,7 +166,8 @@ def check_arrays(
                 f"{name}[{i}] must be a NumPy array of {param.dtype}, as it was saved, "
                 f"got {getattr(array, 'dtype', type(array).__name__)}"
             )
-        if array.shape != param.shape:
+        if array.shape != shape:
+            kept = "has" if shape == param.shape else "needs"
             raise ValueError(
-                f"{name}[{i}] has shape {array.shape} but {of} has {param.shape}"
+                f"{name}[{i}] has shape {array.shape} but {of} {kept} {shape}"
             )

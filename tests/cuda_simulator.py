@@ -16,7 +16,7 @@ from numba.cuda.simulator import kernelapi
 from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
-from fastopt import numba_cuda
+from fastopt import factored, numba_cuda
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
@@ -71,9 +71,11 @@ def quick_simulator(monkeypatch):
         monkeypatch.setattr(numba_cuda, "BLOCK", 32)  # few idle threads
         monkeypatch.setattr(simulator, "BlockThread", AtOnce)
         monkeypatch.setattr(kernelapi, "threading", threading)  # and put it back
-    numba_cuda.launcher.cache_clear()
+    for cached in (numba_cuda.launcher, numba_cuda.plain_launcher):
+        cached.cache_clear()
     yield
-    numba_cuda.launcher.cache_clear()
+    for cached in (numba_cuda.launcher, numba_cuda.plain_launcher):
+        cached.cache_clear()
 
 
 def on_device(values, offset):
@@ -131,6 +133,42 @@ def test_special_values(rule, values, dtype):
     assert same_bits(p, got.copy_to_host())
     for ours, theirs in zip(cpu.state.values(), gpu.state.values(), strict=True):
         assert same_bits(ours[0], theirs[0].copy_to_host())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clip_value", [None, 0.3])
+def test_same_bits_where_state_is_factored(monkeypatch, dtype, clip_value):
+    """Tiles and stretches so small that some matrices have several of them."""
+    if numba_cuda.SIMULATED:
+        for module in (factored, numba_cuda):
+            monkeypatch.setattr(module, "TILE_ROWS", 16)
+            monkeypatch.setattr(module, "TILE_COLUMNS", 64)
+        monkeypatch.setattr(numba_cuda, "ROOM", numba_cuda.CHUNK)
+    shapes = [(7,), (), (3, 5), (2, 3, 4), (1, 9), (70, 80), (0, 3), (4, 4)]
+    rng = np.random.default_rng(0)
+    host = [nonzero(rng, int(np.prod(s)), dtype).reshape(s) for s in shapes]
+    device = [on_device(a, k % 3)[0] for k, a in enumerate(host)]
+    values = {"lr": 0.1, "eps1": 1e-3, "weight_decay": 0.1, "ema": 0.9}
+    cpu = fastopt.Adafactor(host, backend="numpy", **values)
+    gpu = fastopt.Adafactor(device, backend="cuda", **values)
+    for _ in range(3):
+        grads = [nonzero(rng, a.size, dtype).reshape(a.shape) for a in host]
+        copies = [on_device(g, k % 2)[0] for k, g in enumerate(grads)]
+        grads[-1] = copies[-1] = None
+        asked = {"clip_value": clip_value, "clip_norm": 2.0, "zero_grads": True}
+        cpu.step(grads, **asked)
+        gpu.step(copies, **asked)
+        assert not any(c.copy_to_host().any() for c in copies[:-1])
+    again = fastopt.Adafactor(device, **values)
+    again.load_state_dict(cpu.state_dict())
+    for i, (ours, theirs) in enumerate(zip(host, device, strict=True)):
+        assert same_bits(ours, theirs.copy_to_host())
+        assert same_bits(cpu.ema_params[i], gpu.ema_params[i].copy_to_host())
+        for opt in (gpu, again):
+            state = opt.state["v"][i]
+            state = state if isinstance(state, np.ndarray) else state.copy_to_host()
+            assert same_bits(cpu.state["v"][i], state)
+    assert cpu.grad_norm == gpu.grad_norm
 
 
 def test_several_parameters_and_none():

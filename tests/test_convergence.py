@@ -37,6 +37,7 @@ def run(convergence, monkeypatch, capsys):
 
     def run(*arguments, rules):
         monkeypatch.setattr(fastopt, "RULES", rules)
+        monkeypatch.setattr(convergence, "CLASSES", ())
         status = convergence.main(["--seeds", "1", "--backend", "numpy", *arguments])
         return status, *capsys.readouterr()
 
@@ -116,11 +117,18 @@ def test_bad_arguments_exit_2(convergence, arguments):
     assert exit.value.code == 2
 
 
-@pytest.mark.parametrize("rule", fastopt.RULES, ids=lambda rule: rule.name)
-def test_settings_are_hyperparameters_of_their_rule(convergence, rule):
-    given = convergence.SETTINGS.get(rule.name, {})
-    assert given.keys() <= rule.hyperparameters.keys()
-    assert all(value != rule.hyperparameters[name] for name, value in given.items())
+def test_settings_are_hyperparameters_of_their_rule(convergence):
+    rules = (*fastopt.RULES, *convergence.CLASSES)
+    assert convergence.SETTINGS.keys() <= {rule.name for rule in rules}
+    for rule in rules:
+        for name, value in convergence.SETTINGS.get(rule.name, {}).items():
+            assert value != rule.hyperparameters[name]
+
+
+def test_classes_learn_too(convergence):
+    task = convergence.digits()
+    for optimizer in convergence.CLASSES:
+        assert convergence.train(task, optimizer, 0, 3000, None).steps is not None
 
 
 def test_the_loss_is_taken_where_the_rule_says(convergence):

@@ -1,0 +1,51 @@
+"""Adafactor: the second moment of a matrix is kept of its rows and columns alone.
+Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6, as torch has them. It is
+``fastopt.Adafactor``, which knows the epsilon of the parameters' dtype.
+"""
+
+from fastopt.rule import Rule, maximum, sqrt, wide
+
+
+def scalars(
+    t,
+    lr=1e-2,
+    beta2_decay=-0.8,
+    eps1=1.1920928955078125e-07,
+    eps2=1e-3,
+    d=1.0,
+    weight_decay=0.0,
+):
+    if beta2_decay > 0:
+        raise ValueError(f"beta2_decay must be at most 0, got {beta2_decay}")
+    if eps1 <= 0 or d <= 0:
+        raise ValueError(f"eps1 and d must be above 0, got {eps1} and {d}")
+    if eps2 < 0:
+        raise ValueError(f"eps2 must be at least 0, got {eps2}")
+    floor = max(eps1 * eps1, 2.0**-126)  # which float32 has, too: no 0/0
+    relative = min(lr, 1 / sqrt(t))
+    return t**beta2_decay, floor, eps1, eps2, d, relative, lr * weight_decay
+
+
+def direction(g, v, weight, floor):
+    v = v + weight * (g * g - v)
+    return g / sqrt(maximum(v, floor)), v
+
+
+def measure(p, g, v, weight, floor):
+    u, v = direction(g, v, weight, floor)
+    return wide(p) * wide(p), wide(u) * wide(u)
+
+
+def settle(t, n, pp, uu, weight, floor, eps1, eps2, d, relative, decay):
+    step_size = max(eps2, sqrt(pp / n)) * relative
+    return weight, floor, step_size / max(1.0, sqrt(uu / n) / d), decay
+
+
+def update(p, g, v, weight, floor, step_size, decay):
+    u, v = direction(g, v, weight, floor)
+    return p - (step_size * u + decay * p), v
+
+
+adafactor = Rule(
+    update, scalars, state=("v",), measure=measure, settle=settle, factored=True
+)
