@@ -73,7 +73,7 @@ class Factors:
             both = np.concatenate(means, axis=1)
             new[:] = old + weight * (both - old.astype(np.float64))
             rows, columns = np.split(new, [self.height], axis=1)
-            mean = in_lanes(rows) / self.height
+            mean = in_tiles(rows) / self.height
             rows = rows / np.where(mean < least, least, mean)[:, None]
             for seen, value in zip(self.product, (rows, columns), strict=True):
                 seen.reshape(-1)[:] = value.astype(seen.dtype).reshape(-1)
@@ -82,15 +82,25 @@ class Factors:
 def in_lanes(numbers: Array) -> Array:
     """The sums over the last axis, in float64: by lanes, and the lanes by halves."""
     size = numbers.shape[-1]
-    padded = np.zeros((*numbers.shape[:-1], -(-size // LANES) * LANES))
-    padded[..., :size] = numbers
-    lanes = np.zeros((*numbers.shape[:-1], LANES))
-    for first in range(0, size, LANES):
-        lanes = lanes + padded[..., first : first + LANES]
+    count = min(LANES, 1 << max(size - 1, 0).bit_length())  # more would be zeros
+    lanes = np.zeros((*numbers.shape[:-1], count))
+    for first in range(0, size, count):
+        some = numbers[..., first : first + count]
+        lanes[..., : some.shape[-1]] += some
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
     return lanes[..., 0]
+
+
+def in_tiles(numbers: Array) -> Array:
+    """The sums over the last axis: of tiles by lanes, and of their sums likewise."""
+    while (size := numbers.shape[-1]) > TILE_COLUMNS:
+        tiles = -(-size // TILE_COLUMNS)
+        padded = np.zeros((*numbers.shape[:-1], tiles * TILE_COLUMNS))
+        padded[..., :size] = numbers
+        numbers = in_lanes(padded.reshape(*numbers.shape[:-1], tiles, TILE_COLUMNS))
+    return in_lanes(numbers)
 
 
 def in_order(parts: Iterable[Array]) -> Array:

@@ -193,6 +193,17 @@ def test_machine_code_for_unaligned_buffers(dtype, disassemble):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_machine_code_of_squares(by_column, dtype, clip, disassemble):
+    ptx = numba_cuda.compile_tiles_ptx(by_column, dtype, clip)
+    exact = re.findall(r"\b(?:add|mul|fma)\.\S*f\d\d", ptx)
+    assert set(exact) == {"add.rn.f64", "mul.rn.f64", f"mul.rn.f{dtype[-2:]}"}
+    assert not spills(*disassemble(assemble(ptx)))
+
+
+@needs_compiler
 @pytest.mark.parametrize("cc", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus(cc, disassemble):
     ptx = numba_cuda.compile_ptx(fastopt.amsgradw, "float32", cc=cc)
