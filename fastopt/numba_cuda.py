@@ -410,15 +410,24 @@ def add_lanes(count: int, lanes: Any, sums: Any) -> None:
         sums[thread] = lanes[begin]
 
 
-def check(ptx: str, dtype: np.dtype[Any], sums: bool = False) -> str:
-    """The kernel's PTX, unless its bits would differ from those of other backends."""
+def lanes_kernel() -> tuple[Callable[..., None], Any]:
+    """That kernel and its signature."""
+    if SIMULATED:
+        return add_lanes, None
+    pointer = types.CPointer(types.float64)
+    return add_lanes, types.void(types.int64, pointer, pointer)
+
+
+def check(ptx: str, single: bool) -> str:
+    """The kernel's PTX, unless its bits would differ from those of other backends.
+    ``single``: it is to compute in float32 alone."""
     # An addition that does not say how to round may be fused by the assembler later.
     if re.search(r"\b(fma\.|(add|sub|mul)\.f)", ptx):
         raise RuntimeError(
             "this version of numba-cuda fuses multiplications with additions, which "
             "changes results, and fastopt cannot prevent it; 0.30.4 is known to work"
         )
-    if dtype == np.float32 and not sums and re.search(r"\.f64", ptx):
+    if single and re.search(r"\.f64", ptx):
         raise TypeError(
             "update computes in float64, though everything it is given is float32; "
             "return its constants from scalars instead"
@@ -438,7 +447,8 @@ def compile_ptx(
     width = VECTOR_BYTES // dtype.itemsize if aligned else 1
     of = rule.update, len(rule.state), dtype, width, beside
     function, signature = kernel(*of)
-    return check(cuda.compile_ptx(function, signature, cc=cc)[0], dtype)
+    ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
+    return check(ptx, single=dtype == np.float32)
 
 
 def compile_sums_ptx(
@@ -447,21 +457,18 @@ def compile_sums_ptx(
     """The same, of the kernel for what a rule measures."""
     of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip
     function, signature = sums_kernel(*of)
-    return check(cuda.compile_ptx(function, signature, cc=cc)[0], of[2], sums=True)
+    return check(cuda.compile_ptx(function, signature, cc=cc)[0], single=False)
 
 
 @functools.cache
 def compiled(make: Callable[..., Any], *of: Any) -> Any:
-    """The kernel that ``kernel`` or ``sums_kernel`` makes, for this GPU."""
+    """The kernel that ``kernel``, or one like it, makes, for this GPU."""
     function, signature = make(*of)
     dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
-    check(dispatcher.inspect_asm(signature.args), of[2], make is sums_kernel)
+    if make is not lanes_kernel:  # that one only adds
+        single = make is kernel and of[2] == np.float32
+        check(dispatcher.inspect_asm(signature.args), single)
     return dispatcher
-
-
-@functools.cache
-def lanes_launcher(blocks: int) -> Any:
-    return cuda.jit(add_lanes)[blocks, BLOCK]
 
 
 @functools.cache
@@ -537,8 +544,8 @@ class OnDevice(Step):
                     )
                 begin += here * terms * LANES
             sums = cuda.device_array(total * terms, np.float64)
-            launch = lanes_launcher(-(-total * terms // BLOCK))
-            launch(total * terms, lanes, sums)
+            launch = launcher(-(-total * terms // BLOCK), lanes_kernel)
+            launch(total * terms, operand(lanes), operand(sums))
             found = sums.copy_to_host()
         by_chunk = iter(found.reshape(-1, terms).tolist())
         results: list[tuple[float, ...] | None] = []
