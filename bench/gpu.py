@@ -1,6 +1,7 @@
 """Steps on an NVIDIA GPU, against what its memory can do and against torch fused.
 
     python bench/gpu.py [--json bench/results/gpu.json] [--sizes 1e6 1e8 1e9]
+                        [--bursts 30] [--steps 10]
 
 For the traffic of three kinds of rule (AdamW: 4 streams read, 3 written; SGD with
 momentum and Lion: 3 and 2) it times, by events on the device, fastopt, the same traffic
@@ -103,15 +104,15 @@ def of_torch(optimizer: Any, options: dict[str, Any], size: int) -> Step:
     return step
 
 
-def milliseconds(step: Step) -> float:
+def milliseconds(step: Step, steps: int) -> float:
     """Of a step, between two events on the default stream, which all share."""
     begin, end = cuda.event(), cuda.event()
     begin.record()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     end.record()
     end.synchronize()
-    return float(begin.elapsed_time(end)) / STEPS
+    return float(begin.elapsed_time(end)) / steps
 
 
 def release_memory() -> None:
@@ -121,7 +122,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(name: str, size: int) -> dict[str, Any]:
+def measure(name: str, size: int, bursts: int, steps: int) -> dict[str, Any]:
     """Each contender alone in memory: a billion parameters of AdamW take 16 GB."""
     rule, hyperparameters, states, torch_name, apex_name = KINDS[name]
     make: dict[str, Callable[[], Step]] = {
@@ -137,7 +138,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
     results = {}
     for contender, build in make.items():
         step = build()
-        times = [milliseconds(step) for _ in range(WARM_UP + BURSTS)][WARM_UP:]
+        times = [milliseconds(step, steps) for _ in range(WARM_UP + bursts)][WARM_UP:]
         moved = 4 * size * (2 if contender == "device copy" else streams)
         median = float(np.median(times))
         results[contender] = {
@@ -165,13 +166,15 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--bursts", type=int, default=BURSTS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--sizes", type=float, nargs="*", default=[1e6, 1e8, 1e9])
     options = parser.parse_args()
     record: dict[str, Any] = {"machine": machine(), "results": {}}
     print(json.dumps(record["machine"]))
     for name in KINDS:
         for size in map(int, options.sizes):
-            results = measure(name, size)
+            results = measure(name, size, options.bursts, options.steps)
             record["results"].setdefault(name, {})[str(size)] = results
             for contender, found in results.items():
                 rate = found["GB/s"]

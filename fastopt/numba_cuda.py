@@ -474,6 +474,14 @@ def multiply(
         to[thread] = rows[row] * columns[row // height * width + column]
 
 
+def product_kernel(dtype: np.dtype[Any]) -> tuple[Callable[..., None], Any]:
+    """That kernel and its signature."""
+    if SIMULATED:
+        return multiply, None
+    pointer = types.CPointer(types.float32 if dtype == np.float32 else types.float64)
+    return multiply, types.void(*[types.int64] * 4, *[pointer] * 3)
+
+
 def add_lanes(count: int, lanes: Any, sums: Any) -> None:
     """The kernel that adds up the lanes of each chunk and term, by halves."""
     thread = cuda.grid(1)
@@ -486,15 +494,24 @@ def add_lanes(count: int, lanes: Any, sums: Any) -> None:
         sums[thread] = lanes[begin]
 
 
-def check(ptx: str, dtype: np.dtype[Any], sums: bool = False) -> str:
-    """The kernel's PTX, unless its bits would differ from those of other backends."""
+def lanes_kernel() -> tuple[Callable[..., None], Any]:
+    """That kernel and its signature."""
+    if SIMULATED:
+        return add_lanes, None
+    pointer = types.CPointer(types.float64)
+    return add_lanes, types.void(types.int64, pointer, pointer)
+
+
+def check(ptx: str, single: bool) -> str:
+    """The kernel's PTX, unless its bits would differ from those of other backends.
+    ``single``: it is to compute in float32 alone."""
     # An addition that does not say how to round may be fused by the assembler later.
     if re.search(r"\b(fma\.|(add|sub|mul)\.f)", ptx):
         raise RuntimeError(
             "this version of numba-cuda fuses multiplications with additions, which "
             "changes results, and fastopt cannot prevent it; 0.30.4 is known to work"
         )
-    if dtype == np.float32 and not sums and re.search(r"\.f64", ptx):
+    if single and re.search(r"\.f64", ptx):
         raise TypeError(
             "update computes in float64, though everything it is given is float32; "
             "return its constants from scalars instead"
@@ -514,7 +531,8 @@ def compile_ptx(
     width = VECTOR_BYTES // dtype.itemsize if aligned else 1
     of = rule.update, len(rule.state), dtype, width, beside
     function, signature = kernel(*of)
-    return check(cuda.compile_ptx(function, signature, cc=cc)[0], dtype)
+    ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
+    return check(ptx, single=dtype == np.float32)
 
 
 def compile_sums_ptx(
@@ -523,7 +541,7 @@ def compile_sums_ptx(
     """The same, of the kernel for what a rule measures."""
     of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip
     function, signature = sums_kernel(*of)
-    return check(cuda.compile_ptx(function, signature, cc=cc)[0], of[2], sums=True)
+    return check(cuda.compile_ptx(function, signature, cc=cc)[0], single=False)
 
 
 def compile_tiles_ptx(
@@ -532,22 +550,18 @@ def compile_tiles_ptx(
     """The same, of the kernel for the squares in tiles."""
     function, signature = tiles_kernel(by_column, clip, np.dtype(dtype))
     ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
-    return check(ptx, np.dtype(dtype), sums=True)
+    return check(ptx, single=False)
 
 
 @functools.cache
 def compiled(make: Callable[..., Any], *of: Any) -> Any:
-    """The kernel that ``kernel`` or ``sums_kernel`` makes, for this GPU."""
+    """The kernel that ``kernel``, or one like it, makes, for this GPU."""
     function, signature = make(*of)
     dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
-    check(dispatcher.inspect_asm(signature.args), of[2], make is not kernel)
+    if make not in (lanes_kernel, product_kernel):  # those only add, or multiply
+        single = make is kernel and of[2] == np.float32
+        check(dispatcher.inspect_asm(signature.args), single)
     return dispatcher
-
-
-@functools.cache
-def plain_launcher(function: Callable[..., None], threads: int) -> Any:
-    """A kernel that needs no care about its bits, for so many threads."""
-    return cuda.jit(function)[-(-threads // BLOCK), BLOCK]
 
 
 @functools.cache
@@ -597,13 +611,13 @@ class OnDevice(Step):
         """Of a segment whose state is factored: parts of its arrays, the second of them
         the state, with the launch that has to come before."""
         shape = [factor.shape[1] for factor in product]
-        factors = [factor.reshape(-1) for factor in product]
+        factors = [operand(factor) for factor in product]
         first, *rest = (array.reshape(-1) for array in arrays)
         for start in range(0, first.size, ROOM):
             size = min(ROOM, first.size - start)
-            launch = plain_launcher(multiply, size)
+            launch = launcher(-(-size // BLOCK), product_kernel, self.dtype)
             part, *parts = (array[start : start + size] for array in (first, *rest))
-            made = (launch, size, start, *shape, *factors, self.room)
+            made = (launch, size, start, *shape, *factors, operand(self.room))
             yield made, [part, self.room[:size], *parts]
 
     def squares(
@@ -668,7 +682,7 @@ class OnDevice(Step):
                     state = segment.state if what == "rule" else ()
                     launch(segment, (segment.param, *state), grad)
             sums = cuda.device_array(total * terms, np.float64)
-            plain_launcher(add_lanes, total * terms)(total * terms, lanes, sums)
+            launch_lanes(lanes, sums)
             found = sums.copy_to_host()
         by_chunk = iter(found.reshape(-1, terms).tolist())
         results: list[tuple[float, ...] | None] = []
@@ -729,6 +743,12 @@ class OnDevice(Step):
         return True
 
 
+def launch_lanes(lanes: Any, sums: Any) -> None:
+    """Add up the lanes of each sum."""
+    launch = launcher(-(-sums.size // BLOCK), lanes_kernel)
+    launch(sums.size, operand(lanes), operand(sums))
+
+
 def square_sums(
     grad: Any, scalars: tuple[float, ...], dtype: np.dtype[Any]
 ) -> tuple[Array, Array]:
@@ -754,7 +774,7 @@ def square_sums(
         sums = rows[row * across : (row + most) * across]
         lanes = cuda.device_array(sums.size * LANES, np.float64)
         launch(False, 1, sums.size // across, flat[row * width :], lanes)
-        plain_launcher(add_lanes, sums.size)(sums.size, lanes, sums)
+        launch_lanes(lanes, sums)
     by_row = rows.copy_to_host().reshape(matrices, height, across)
     by_column = columns.copy_to_host().reshape(down, matrices, width)
     return in_order(np.moveaxis(by_row, 2, 0)), in_order(by_column)

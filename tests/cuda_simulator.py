@@ -4,6 +4,7 @@ of its own, in numba's simulator or on a GPU if there is one."""
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from types import SimpleNamespace
 
@@ -16,8 +17,11 @@ from numba.cuda.simulator import kernelapi
 from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
-from fastopt import factored, numba_cuda
+from fastopt import factored, numba_cuda, numpy_ref, passes
+from fastopt.flat import leaves
+from fastopt.numpy_ref import CHUNK
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
+from fastopt.saving import to_host
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
 OFFSETS = (0, 1)  # elements from a 16-byte boundary
@@ -45,12 +49,20 @@ def constants(t, lr=0.1, beta=0.9, cut=0.3):
 USERS = Rule(update, constants, state=("m", "v"))
 
 
-USERS_CLOSURE = closure_rule()
-EVERY = pytest.mark.parametrize(
-    ("rule", "values"),
-    [*CASES, *((rule, {"lr": 0.07}) for rule in (USERS, USERS_CLOSURE))],
-    ids=[*IDS, "users", "closure"],
-)
+BY_ID = dict(zip(IDS, CASES, strict=True))
+BY_ID |= {"users": (USERS, {"lr": 0.07}), "closure": (closure_rule(), {"lr": 0.07})}
+
+
+def cases(*ids):
+    """The cases of these names."""
+    return pytest.mark.parametrize(
+        ("rule", "values"), [BY_ID[name] for name in ids], ids=ids
+    )
+
+
+EVERY = cases(*BY_ID)
+MEASURED = [name for name, (rule, _) in BY_ID.items() if rule.measure is not None]
+FEW = ("adamw", "sgd-momentum-nesterov", "users", "closure")
 
 
 class AtOnce(BlockThread):
@@ -71,11 +83,9 @@ def quick_simulator(monkeypatch):
         monkeypatch.setattr(numba_cuda, "BLOCK", 32)  # few idle threads
         monkeypatch.setattr(simulator, "BlockThread", AtOnce)
         monkeypatch.setattr(kernelapi, "threading", threading)  # and put it back
-    for cached in (numba_cuda.launcher, numba_cuda.plain_launcher):
-        cached.cache_clear()
+    numba_cuda.launcher.cache_clear()
     yield
-    for cached in (numba_cuda.launcher, numba_cuda.plain_launcher):
-        cached.cache_clear()
+    numba_cuda.launcher.cache_clear()
 
 
 def on_device(values, offset):
@@ -114,9 +124,20 @@ def differing(rule, values, size, dtype, offset, steps=10, reference=None):
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits(rule, values, dtype):
+    for size, offset in ((7, 1), (65, 0)):
+        assert not differing(rule, values, size, dtype, offset), (size, offset)
+
+
+@cases(*FEW)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_size(rule, values, dtype):
     for size in SIZES:
         for offset in OFFSETS:
-            assert not differing(rule, values, size, dtype, offset), (size, offset)
+            steps = 3 if size > 100 else 10
+            assert not differing(rule, values, size, dtype, offset, steps), (
+                size,
+                offset,
+            )
 
 
 @EVERY
@@ -171,23 +192,10 @@ def test_same_bits_where_state_is_factored(monkeypatch, dtype, clip_value):
     assert cpu.grad_norm == gpu.grad_norm
 
 
-def test_several_parameters_and_none():
-    """Groups, odd sizes whose state shares one allocation, and a skipped gradient."""
-    rng = np.random.default_rng(0)
-    host = [nonzero(rng, n, np.float32) for n in (5, 0, 130, 3)]
-    device = [cuda.to_device(a) for a in host]
-    opts = [
-        fastopt.adamw([{"params": a[:2]}, {"params": a[2:], "lr": 0.1}], backend=b)
-        for a, b in ((host, "numpy"), (device, "cuda"))
-    ]
-    for _ in range(3):
-        grads = [nonzero(rng, a.size, np.float32) for a in host]
-        opts[0].step([grads[:2], [grads[2], None]])
-        copies = [cuda.to_device(g) for g in grads]
-        opts[1].step([copies[:2], [copies[2], None]])
-    for a, b in zip(host, device, strict=True):
-        assert same_bits(a, b.copy_to_host())
-    for arrays in opts[1].state.values():
+def test_state_is_aligned():
+    """Of arrays of odd sizes, whose state shares one allocation."""
+    params = [cuda.to_device(a) for a in drawn(0, (5, 0, 130, 3))]
+    for arrays in fastopt.adamw(params).state.values():
         assert all(numba_cuda.address(a) % 16 == 0 for a in arrays)
 
 
@@ -216,6 +224,327 @@ def test_an_error_leaves_the_parameters_alone(monkeypatch):
     assert opt.steps == 0
     assert all(np.all(p.copy_to_host() == 1) for p in params)
     monkeypatch.undo()
+
+
+# Whole runs: what a function does with backend "numpy" and arrays in host memory, and
+# with "cuda" and arrays on the device. It returns the optimizer and its parameters.
+
+
+def everything(opt, params):
+    """All that steps have written, by name, in host memory."""
+    found = {f"params{path}": array for path, array in leaves(params)}
+    parts = {"": getattr(opt, "opt", opt)}
+    if isinstance(opt, fastopt.Muon):
+        found["norm"] = np.array(opt.grad_norm)
+        parts = {"momentum": opt._momentum, "matrices": opt.matrices}
+        parts |= {"others": opt.others}
+    for part, one in parts.items():
+        found |= {f"{part} {path}": array for path, array in leaves(one.state)}
+        found |= {f"{part} ema{path}": array for path, array in leaves(one.ema_params)}
+        found[f"{part} carry"] = one._bound.carried
+        found[f"{part} counts"] = np.array([one.steps, one.skipped])
+        found[f"{part} norm"] = np.array(one.grad_norm)
+    slow = getattr(opt, "_slow", [])
+    found |= {f"slow{i}": array for i, array in enumerate(slow)}
+    return {name: to_host(a) for name, a in found.items() if a is not None}
+
+
+def unlike(run):
+    """The names of what a run leaves different on the two backends."""
+    device = lambda values, offset=0: on_device(values, offset)[0]  # noqa: E731
+    with np.errstate(all="ignore"):
+        expected = everything(*run("numpy", lambda values, offset=0: values.copy()))
+        got = everything(*run("cuda", device))
+    assert expected.keys() == got.keys()
+    return [name for name in got if not same_bits(expected[name], got[name])]
+
+
+def drawn(seed, sizes, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [nonzero(rng, size, dtype) for size in sizes]
+
+
+BESIDE = {
+    "clip_norm": 3.0,
+    "clip_value": 0.2,
+    "nonfinite": "raise",
+    "zero_grads": True,
+}
+
+
+def run_beside(rule, values, dtype=np.float32, sizes=(7, 0, 65, 33), steps=3):
+    """A run with all that a step does beside its rule, in which every gradient is None
+    once; every second array is misaligned, or every second gradient."""
+
+    def run(backend, put):
+        params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes, dtype))]
+        opt = rule(params, backend=backend, ema=0.75, **values)
+        zeroed = []
+        for k in range(steps):
+            grads = [
+                put(g, (i + k) // 2 % 2)
+                for i, g in enumerate(drawn(1 + k, sizes, dtype))
+            ]
+            grads[-1 - k % len(grads)] = None
+            opt.step(grads, grad_scale=0.7, **BESIDE)
+            zeroed += [g for g in grads if g is not None]
+        return opt, {"params": params, "zeroed": zeroed}
+
+    return run
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_the_rule(rule, values, dtype):
+    assert not unlike(run_beside(rule, values, dtype))
+
+
+@pytest.fixture
+def small_chunks(quick_simulator, monkeypatch):
+    """For many of them in little time; a GPU's kernels were compiled for large ones."""
+    if numba_cuda.SIMULATED:
+        monkeypatch.setattr(numba_cuda, "CHUNK", 128)
+        monkeypatch.setattr(numpy_ref, "CHUNK", 128)
+
+
+def chunks(*sizes):
+    """So many chunks and elements more, (2, 33): two chunks and 33 elements."""
+    return [many * numpy_ref.CHUNK + more for many, more in sizes]
+
+
+@cases(*MEASURED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_over_several_chunks(rule, values, dtype, small_chunks):
+    sizes = chunks((2, 33), (0, 5), (1, 0), (1, 1))
+    assert not unlike(run_beside(rule, values, dtype, sizes))
+
+
+def run_sums(rule, values, dtype, sizes):
+    """The sums themselves, which may agree in float32 where they differ."""
+
+    def run(backend, put):
+        params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes, dtype))]
+        opt = rule(params, backend=backend, **values)
+        opt.step(list(map(put, drawn(1, sizes, dtype))))
+        grads = [put(g, i // 2 % 2) for i, g in enumerate(drawn(2, sizes, dtype))]
+        step = opt._bound.step
+        step.take([*grads[:-1], None])
+        rows = [(0.7, *[0.3 + i] * rule.measure_count) for i in range(len(sizes))]
+        found = {"params": params}
+        for what in ("gradients", "rule"):
+            for limit in (math.inf, 0.5):
+                *sums, last = step.sums(what, rows, 1, limit)
+                assert last is None and len(sums) == len(sizes) - 1
+                found[f"{what}, {limit}"] = np.array(sums)
+        return opt, found
+
+    return run
+
+
+@cases(*MEASURED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums(rule, values, dtype, small_chunks):
+    sizes = chunks((2, 33), (0, 0), (0, 5), (1, 0), (1, 1), (0, 9))
+    assert not unlike(run_sums(rule, values, dtype, sizes))
+
+
+@cases("lamb", "prodigy")
+def test_sums_over_whole_chunks(rule, values):
+    assert CHUNK == numba_cuda.CHUNK == numpy_ref.CHUNK
+    assert not unlike(run_beside(rule, values, sizes=(2 * CHUNK + 33, 31), steps=1))
+
+
+def run_plain(rule, values, sizes=(130, 3), **asked):
+    """Two steps without a moving average."""
+
+    def run(backend, put):
+        params = list(map(put, drawn(0, sizes)))
+        opt = rule(params, backend=backend, **values)
+        for k in range(2):
+            opt.step(list(map(put, drawn(1 + k, sizes))), **asked)
+        return opt, params
+
+    return run
+
+
+@pytest.mark.parametrize("asked", BESIDE)
+@cases("adamw", "lamb", "prodigy")
+def test_one_thing_beside_the_rule(rule, values, asked):
+    assert not unlike(run_plain(rule, values, **{asked: BESIDE[asked]}))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@cases("adamw", "lamb", "prodigy")
+def test_what_is_not_finite(rule, values, bad):
+    def run(backend, put):
+        params = list(map(put, drawn(0, (65, 3))))
+        opt = rule(params, backend=backend, ema=0.9, **values)
+        opt.step(list(map(put, drawn(1, (65, 3)))))
+        wrong = drawn(2, (65, 3))
+        wrong[0][64] = bad
+        grads = list(map(put, wrong))
+        before = everything(opt, params)
+        with pytest.raises(FloatingPointError, match=r"finite in grads\[0\]; nothing"):
+            opt.step(grads, nonfinite="raise", zero_grads=True)
+        opt.step(grads, nonfinite="skip")
+        assert all(map(same_bits, wrong, map(to_host, grads)))
+        opt.step(grads, nonfinite="skip", zero_grads=True)
+        assert not any(to_host(g).any() for g in grads)
+        assert (opt.steps, opt.skipped) == (1, 2)
+        after = everything(opt, params)
+        changed = {k for k in after if not same_bits(before[k], after[k])}
+        assert changed - {" norm"} == {" counts"}
+        opt.step(list(map(put, drawn(3, (65, 3)))), nonfinite="skip")
+        opt.step(list(map(put, wrong)))  # propagated
+        return opt, params
+
+    assert not unlike(run)
+
+
+def run_in_parts(rule, values):
+    """Gradients that come in parts, of which one parameter gets none and another one
+    only a single one."""
+
+    def run(backend, put):
+        sizes = (65, 0, 7, 33)
+        params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes))]
+        opt = rule(params, backend=backend, **values)
+        for k in range(2):
+            for part, scale in ((0, 0.5), (1, 2)):
+                grads = [put(g, part) for g in drawn(10 * part + k, sizes)]
+                grads[2] = None
+                grads[3] = None if part else grads[3]
+                opt.accumulate(grads, grad_scale=scale)
+            opt.step(clip_norm=1.0 + k)
+        opt.accumulate(list(map(put, drawn(50, sizes))))
+        left = [a.copy() for a in opt.state_dict()["accumulated"]]
+        opt.drop_accumulated()
+        return opt, {"params": params, "left": left}
+
+    return run
+
+
+@cases(*FEW, "lamb", "prodigy")
+def test_gradients_in_parts(rule, values):
+    assert not unlike(run_in_parts(rule, values))
+
+
+def run_groups(rule):
+    """Groups that differ, one of them frozen for a while, one added later; weight decay
+    for matrices only; and a state that goes to another optimizer."""
+
+    def run(backend, put):
+        shapes = [(5, 7), (7,), (0,), (33,), (3, 4), (9,)]
+        many = [math.prod(shape) for shape in shapes]
+
+        def made(seed):
+            arrays = zip(drawn(seed, many), shapes, strict=True)
+            return [put(a.reshape(s), i % 2) for i, (a, s) in enumerate(arrays)]
+
+        params = made(0)
+        groups = [
+            {"params": {"w": params[0], "b": params[1]}, "lr": 0.3},
+            {"params": params[2:4], "lr": 0.05, "frozen": True},
+        ]
+        how = {"backend": backend, "ema": 0.5}
+        how["weight_decay_mask"] = lambda path, array: array.ndim > 1
+        opt = rule(groups, **how, weight_decay=0.4)
+        for k in range(5):
+            w, b, *more = made(1 + k)
+            grads = [{"w": w, "b": b}, more[:2], more[2:]]
+            opt.step(grads[: len(opt.groups)], clip_value=2.0)
+            if k == 1:
+                opt.groups[1].frozen = False
+                group = {"params": params[4:], "lr": 0.7, "weight_decay": 0.1}
+                opt.add_group(group)
+            if k == 3:
+                groups.append(group)
+                groups[1].pop("frozen")
+                saved, opt = opt.state_dict(), rule(groups, **how)
+                opt.load_state_dict(saved)
+        return opt, params
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "prodigy", "novograd"])
+def test_groups(name):
+    assert not unlike(run_groups(getattr(fastopt, name)))
+
+
+@cases("sophia_g")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_estimate(rule, values, dtype):
+    def run(backend, put):
+        params = [put(p, i) for i, p in enumerate(drawn(0, (65, 7), dtype))]
+        groups = [{"params": params[:1], "beta2": 0.5}, {"params": params[1:]}]
+        opt = rule(groups, backend=backend, **values)
+        for k in range(4):
+            opt.step([[put(g)] for g in drawn(1 + k, (65, 7), dtype)])
+            if k % 2 == 0:
+                first, _ = drawn(10 + k, (65, 7), dtype)
+                opt.estimate([[put(first)], [None]], grad_scale=0.3)
+        return opt, params
+
+    assert not unlike(run)
+
+
+@cases(*(name for name, (rule, _) in BY_ID.items() if rule.evaluate is not None))
+def test_parameters_to_use(rule, values):
+    def run(backend, put):
+        a, b = drawn(0, (65, 3))
+        params = {"a": put(a.reshape(5, 13)), "b": [put(b, 1)]}
+        opt = rule(params, backend=backend, **values)
+        for k in range(2):
+            a, b = drawn(1 + k, (65, 3))
+            opt.step({"a": put(a.reshape(5, 13)), "b": [put(b)]})
+        return opt, {"params": params, "used": opt.eval_params()}
+
+    assert not unlike(run)
+
+
+def run_muon(**asked):
+    def run(backend, put):
+        shapes = {"wide": (5, 9), "tall": (9, 4), "b": (7,), "none": (0,)}
+
+        def made(seed):
+            flat = drawn(seed, map(math.prod, shapes.values()))
+            pairs = zip(shapes.items(), flat, strict=True)
+            return {name: put(a.reshape(shape)) for (name, shape), a in pairs}
+
+        params = made(0)
+        opt = fastopt.Muon(params, backend=backend, lr=0.1, adamw={"lr": 0.05})
+        given = [made(1), {**made(2), "tall": None}, {**made(3), "b": None}]
+        for grads in given:
+            opt.step(grads, grad_scale=0.7, **asked)
+        return opt, {"params": params, "grads": given}
+
+    return run
+
+
+def test_muon():
+    for asked in ({}, BESIDE, {"nonfinite": "skip"}):
+        assert not unlike(run_muon(**asked))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_lookahead(name):
+    def run(backend, put):
+        params = [put(p, i) for i, p in enumerate(drawn(0, (65, 7)))]
+        inner = getattr(fastopt, name)(params, lr=0.1, backend=backend, ema=0.5)
+        opt = fastopt.Lookahead(inner, k=2, alpha=0.3)
+        for k in range(5):
+            *grads, last = map(put, drawn(1 + k, (65, 7, 33)))
+            opt.step(grads if k < 3 else [grads, last], clip_norm=2.0)
+            if k == 2:
+                new = put(drawn(9, (33,))[0])
+                opt.add_group({"params": new})
+        return opt, [*params, new]
+
+    assert not unlike(run)
+
+
+# That these tests can fail
 
 
 def test_swapped_scalars_are_noticed():
@@ -269,3 +598,110 @@ def test_unequal_precision_is_noticed(monkeypatch):
     monkeypatch.setattr(numba_cuda, "vector_update", in_double)
     rule, values = next(case for case in CASES if case[0].name == "adamw")
     assert differing(rule, values, 64, np.float32, 0)
+
+
+MUTANTS = {
+    "clipping by other limits": lambda of, beside: (
+        of._replace(clip=lambda p, g, low, high: of.clip(p, g, high, high)),
+        beside,
+    ),
+    "no clipping": lambda of, beside: (
+        of._replace(clip=lambda p, g, low, high: (g,)),
+        beside,
+    ),
+    "no average": lambda of, beside: (
+        of._replace(average=lambda a, p, weight: (a,)),
+        beside,
+    ),
+    "an average by the old weight": lambda of, beside: (
+        of._replace(average=lambda a, p, weight: of.average(p, a, weight)),
+        beside,
+    ),
+    "no zeros": lambda of, beside: (of, beside._replace(zero=False)),
+}
+
+
+@in_simulator
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_what_is_wrong_beside_the_rule_is_noticed(monkeypatch, mutant):
+    vector_update = numba_cuda.vector_update
+
+    def wrong(of, beside, dtype, width):
+        return vector_update(*MUTANTS[mutant](of, beside), dtype, width)
+
+    assert not unlike(run_beside(*BY_ID["adamw"]))
+    monkeypatch.setattr(numba_cuda, "vector_update", wrong)
+    numba_cuda.launcher.cache_clear()
+    assert unlike(run_beside(*BY_ID["adamw"]))
+
+
+def one_by_one(count, lanes, sums):
+    """The lanes not by halves."""
+    thread = cuda.grid(1)
+    if thread < count:
+        total = 0.0
+        for lane in range(thread * 32, (thread + 1) * 32):
+            total += lanes[lane]
+        sums[thread] = total
+
+
+SUMS_MUTANTS = {
+    "add_lanes": one_by_one,
+    "LANES": 16,
+    "CHUNK": 2048,
+    "lane_sum": lambda of, *more: LANE_SUM(
+        of._replace(update=lambda *x: map(np.float32, of.update(*x))), *more
+    ),
+}
+LANE_SUM = numba_cuda.lane_sum
+
+
+@in_simulator
+@pytest.mark.parametrize("mutant", SUMS_MUTANTS)
+@pytest.mark.parametrize("name", ["lamb", "prodigy"])
+def test_another_order_of_sums_is_noticed(monkeypatch, name, mutant):
+    """And other lanes, other chunks, and terms in float32."""
+    monkeypatch.setattr(numba_cuda, mutant, SUMS_MUTANTS[mutant])
+    wrong = unlike(run_sums(*BY_ID[name], np.float64, (2500, 2800, 3000, 7)))
+    assert {f"params['{of}, inf']" for of in ("rule", "gradients")} <= {*wrong}
+
+
+@in_simulator
+def test_rows_of_another_group_are_noticed(monkeypatch):
+    bind = numba_cuda.bind
+
+    def first_row(rule, segments, count, carry):
+        return bind(rule, [s._replace(row=0) for s in segments], count, carry)
+
+    monkeypatch.setattr(numba_cuda, "bind", first_row)
+    for rule in (fastopt.adamw, fastopt.lamb):
+        assert unlike(run_groups(rule))
+
+
+@in_simulator
+def test_sums_of_misplaced_arrays_are_noticed(monkeypatch):
+    """As if a None gradient's array kept its place among the sums."""
+    sums = numba_cuda.OnDevice.sums
+
+    def shifted(self, *asked):
+        found = sums(self, *asked)
+        return [found[-1], *found[:-1]] if None in found else found
+
+    monkeypatch.setattr(numba_cuda.OnDevice, "sums", shifted)
+    assert unlike(run_beside(*BY_ID["lamb"]))
+
+
+@in_simulator
+def test_an_average_that_stands_still_is_noticed(monkeypatch):
+    """Where there is no gradient."""
+    launcher = numba_cuda.launcher
+
+    def without(blocks, make, *of):
+        if passes.average.update in of:
+            return lambda *given: None
+        return launcher(blocks, make, *of)
+
+    assert not unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5)))
+    monkeypatch.setattr(numba_cuda, "launcher", without)
+    assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == [" ema[0]", " ema[1]"]
+    monkeypatch.undo()

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ import pytest
 from cases import closure_rule
 
 import fastopt
-from fastopt import RULES, Rule, numba_cuda
+from fastopt import RULES, Rule, numba_cuda, passes
 from fastopt.flat import Segment
-from fastopt.rule import copysign, maximum, minimum, sign, sqrt, where
+from fastopt.numba_cuda import Beside
+from fastopt.rule import _reached, cbrt, copysign, maximum, minimum, sign, sqrt, where
 
 HERE = Path(__file__).parent
 EVERYTHING = [rule for public in RULES for rule in public.all]
@@ -64,34 +66,79 @@ def test_bits_on_the_gpu():
 # The machine code
 
 
-def flaws(ptx: str, dtype: str, streams: int) -> list[str]:
-    """What in the PTX of a kernel that writes so many streams is not as wanted."""
-    kind = f"v{WIDTH[dtype]}.f{dtype[-2:]}"
-    found = Counter(re.findall(r"^\s*(?:@%p\d+ )?([a-z]+[\w.]*)", ptx, re.M))
-    wanted = {f"ld.global.{kind}": streams + 1, f"st.global.{kind}": streams}
-    wrong = [
-        f"{found[instruction]} times {instruction}, not {times}"
-        for instruction, times in wanted.items()
-        if found[instruction] != times
-    ]
-    for instruction in found:
+def instructions_of(ptx: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]+[\w.]*)", ptx, re.M))
+
+
+def inexact(ptx: str) -> list[str]:
+    """The instructions in PTX with which bits would differ, or time be lost."""
+    wrong = []
+    for instruction in instructions_of(ptx):
         head, *tail = instruction.split(".")
-        inexact = head in ("div", "sqrt") and "rn" not in tail
+        unrounded = head in ("div", "sqrt") and "rn" not in tail
         fused = head in ("fma", "mad") and tail[-1].startswith("f")
         may_fuse = (
             head in ("add", "sub", "mul") and tail[-1][0] == "f" and tail[0] != "rn"
         )
-        if inexact or fused or may_fuse or "approx" in tail or "ftz" in tail:
+        if unrounded or fused or may_fuse or "approx" in tail or "ftz" in tail:
             wrong.append(instruction)
         if head == "call":
             wrong.append("a call")
         if head in ("max", "min") and tail[-1][0] == "f":
             wrong.append(f"{head}, which drops NaN")
-    if dtype == "float32" and ".f64" in ptx:
-        wrong.append("float64")
+    if re.search(r"\bfma\b", ptx) and not any("fma" in flaw for flaw in wrong):
+        wrong.append("fma somewhere")
     if ".local" in ptx:
         wrong.append("local memory")
     return wrong
+
+
+def flaws(ptx: str, dtype: str, streams: int, zeroing: bool = False) -> list[str]:
+    """What in the PTX of a kernel that writes so many streams is not as wanted."""
+    kind = f"v{WIDTH[dtype]}.f{dtype[-2:]}"
+    found = instructions_of(ptx)
+    wanted = {f"ld.global.{kind}": streams + 1, f"st.global.{kind}": streams + zeroing}
+    wrong = [
+        f"{found[instruction]} times {instruction}, not {times}"
+        for instruction, times in wanted.items()
+        if found[instruction] != times
+    ]
+    if dtype == "float32" and ".f64" in ptx:
+        wrong.append("float64")
+    return wrong + inexact(ptx)
+
+
+def sums_flaws(ptx: str, dtype: str, terms: int) -> list[str]:
+    """The same of a kernel for sums: its totals are of float64, its terms are not, but
+    for products of what is made wide."""
+    found = instructions_of(ptx)
+    wrong = []
+    if found["st.global.f64"] != terms:
+        wrong.append(f"{found['st.global.f64']} stores, not {terms}")
+    for instruction in found:
+        of_arrays = instruction.startswith("ld.") and ".param" not in instruction
+        if of_arrays and instruction != f"ld.global.f{dtype[-2:]}":
+            wrong.append(instruction)
+    if dtype == "float32":
+        wide = {instruction for instruction in found if ".f64" in instruction}
+        exact = {"cvt.f64.f32", "add.rn.f64", "mul.rn.f64", "mov.f64", "st.global.f64"}
+        wrong += sorted(wide - exact)
+    return wrong + inexact(ptx)
+
+
+def divides(ptx: str) -> bool:
+    return bool(re.search(r"\b(?:div|sqrt)\.", ptx))
+
+
+def without_division(ptx: str) -> str:
+    """The PTX with a product for each quotient and a magnitude for each root: on a GPU,
+    these are made of fused operations themselves, which are to stay."""
+    ptx = re.sub(r"\bdiv\.rn\.", "mul.rn.", ptx)
+    return re.sub(r"\bsqrt\.rn\.", "abs.", ptx)
+
+
+def fuses(instructions: str) -> bool:
+    return bool(re.search(r"\b[DFH]FMA\b", instructions))
 
 
 @pytest.fixture
@@ -162,24 +209,138 @@ def eight_states(p, g, a, b, c, d, e, f, h, k, lr):
 EIGHT = Rule(eight_states, lambda t, lr=0.1: (lr,), state=tuple("abcdefhk"))
 
 
+def only_root(p, g, lr):
+    return (p - lr * g * cbrt(abs(g)),)
+
+
+ROOT = Rule(only_root, lambda t, lr=0.1: (lr,))  # of fastopt's own operations
+
+
+def of_each(rules):
+    return pytest.mark.parametrize("rule", rules, ids=lambda rule: f"{rule.name}")
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
-@pytest.mark.parametrize(
-    "rule", [*EVERYTHING, USERS, CLOSURE, EIGHT], ids=lambda rule: f"{rule.name}"
-)
+@of_each([*EVERYTHING, USERS, CLOSURE, EIGHT, ROOT])
 def test_machine_code(rule, dtype, disassemble):
     streams = 1 + len(rule.state)
     ptx = numba_cuda.compile_ptx(rule, dtype)
     assert not flaws(ptx, dtype, streams)
-    primitives = rule.update.__code__.co_names
-    assert ("sqrt.rn" in ptx) == ("sqrt" in primitives)
+    names = {name for f in _reached(rule.update, []) for name in f.__code__.co_names}
+    assert ("sqrt.rn" in ptx) == ("sqrt" in names)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions)
     assert wide_accesses(instructions) == [streams + 1, streams]
     # At 64 registers, an SM still holds half of the threads it has room for.
     assert registers(usage) <= (80 if rule is EIGHT else 64)
-    if "sqrt" not in primitives:  # division and square root are themselves made of them
-        assert not re.search(r"\b[DF]FMA\b", instructions)
+    # The rules that divide are made sure of below.
+    assert divides(ptx) or not fuses(instructions)
+    assert divides(ptx) or rule not in DIVIDING
+
+
+DIVIDING = [
+    *(fastopt.adamw, fastopt.adamax, fastopt.madgrad, fastopt.sophia_g, fastopt.ftrl),
+    *(fastopt.adan, fastopt.lamb, fastopt.prodigy, USERS),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+@of_each(DIVIDING)
+def test_nothing_is_fused_beside_a_division(rule, dtype, disassemble):
+    ptx = without_division(numba_cuda.compile_ptx(rule, dtype))
+    assert not divides(ptx) and not inexact(ptx)
+    assert not fuses(disassemble(assemble(ptx))[1])
+
+
+ALL = Beside(clip=True, average=True, zero=True)
+REPRESENTATIVES = [
+    rule
+    for name in ("adamw", "lamb", "prodigy", "novograd", "sgd")
+    for rule in getattr(fastopt, name).all
+]
+ROOM = {fastopt.prodigy: 72, EIGHT: 80}  # registers, where it is not 64
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+@of_each([*REPRESENTATIVES, EIGHT])
+def test_machine_code_with_all_beside_the_rule(rule, dtype, disassemble):
+    """Measured: from 26 registers (sgd) to 56 (adamw, lamb) and 70 (prodigy)."""
+    streams = 2 + len(rule.state)
+    ptx = numba_cuda.compile_ptx(rule, dtype, beside=ALL)
+    assert not flaws(ptx, dtype, streams, zeroing=True)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions)
+    assert wide_accesses(instructions) == [streams + 1, streams + 1]
+    assert registers(usage) <= ROOM.get(rule, 64)
+    if divides(ptx):
+        _, instructions = disassemble(assemble(without_division(ptx)))
+    assert not fuses(instructions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("field", Beside._fields)
+def test_machine_code_with_one_thing_beside_the_rule(field, aligned):
+    beside = Beside()._replace(**{field: True})
+    ptx = numba_cuda.compile_ptx(
+        fastopt.adamw, "float32", aligned=aligned, beside=beside
+    )
+    if aligned:
+        assert not flaws(ptx, "float32", 3 + beside.average, beside.zero)
+    else:
+        assert not inexact(ptx) and ".f64" not in ptx
+        assert not re.search(r"(?:ld|st)\.global\.v", ptx)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+@of_each([rule for rule in EVERYTHING if rule.measure] + [passes.accumulate])
+def test_machine_code_of_sums(rule, dtype, disassemble):
+    """Measured: from 24 registers (novograd) to 48 (dadapt_adam), and all threads of an
+    SM have room with 32."""
+    ptx = numba_cuda.compile_sums_ptx(rule, dtype, clip=True)
+    assert not sums_flaws(ptx, dtype, rule.terms)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions)
+    # A warp's lanes are side by side in memory.
+    assert wide_accesses(instructions) == [0, 0]
+    assert registers(usage) <= 48
+    assert divides(ptx) or not fuses(instructions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+def test_no_sum_is_fused_beside_a_division(dtype, disassemble):
+    for clip in (True, False):
+        ptx = numba_cuda.compile_sums_ptx(fastopt.lamb, dtype, clip=clip)
+        assert divides(ptx) and not sums_flaws(ptx, dtype, 2)
+        assert not fuses(disassemble(assemble(without_division(ptx)))[1])
+
+
+@needs_compiler
+def test_machine_code_that_adds_up(disassemble):
+    function, signature = numba_cuda.lanes_kernel()
+    ptx, _ = numba_cuda.cuda.compile_ptx(function, signature, cc=(9, 0))
+    arithmetic = r"(?:add|sub|mul|fma|div)\.[\w.]*f\d+"
+    assert set(re.findall(arithmetic, ptx)) == {"add.f64"}  # with nothing to fuse
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions) and not fuses(instructions)
+    assert registers(usage) <= 32
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", WIDTH)
+def test_machine_code_that_multiplies(dtype, disassemble):
+    function, signature = numba_cuda.product_kernel(np.dtype(dtype))
+    ptx, _ = numba_cuda.cuda.compile_ptx(function, signature, cc=(9, 0))
+    arithmetic = r"(?:add|sub|mul|fma|div)\.[\w.]*f\d+"
+    kind = f"mul.f{dtype[-2:]}"
+    assert set(re.findall(arithmetic, ptx)) == {kind}  # with nothing to fuse
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions) and registers(usage) <= 40  # 36: 64-bit %
 
 
 @needs_compiler
@@ -230,9 +391,23 @@ def contracting(monkeypatch):
 def test_contraction_is_refused(contracting, monkeypatch):
     with pytest.raises(RuntimeError, match="fuses"):
         numba_cuda.compile_ptx(fastopt.adamw, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, *of: ptx)
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, single: ptx)
     ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32")
     assert "fma.rn.f32" in flaws(ptx, "float32", 3)
+    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32", beside=ALL)
+    assert "fma.rn.f32" in flaws(ptx, "float32", 4, zeroing=True)
+    ptx = numba_cuda.compile_sums_ptx(fastopt.lamb, "float32")
+    assert "fma.rn.f64" in sums_flaws(ptx, "float32", 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.gd])
+def test_fusing_by_the_assembler_is_noticed(rule, disassemble):
+    """It may, where an addition does not say how to round."""
+    ptx = numba_cuda.compile_ptx(rule, "float32")
+    loose = re.sub(r"\b(add|sub|mul)\.rn\.", r"\1.", without_division(ptx))
+    assert inexact(loose)
+    assert fuses(disassemble(assemble(loose))[1])
 
 
 @needs_compiler
@@ -263,7 +438,7 @@ def test_float64_in_a_float32_kernel_is_refused(monkeypatch):
     rule = Rule(with_attribute, scalars)
     with pytest.raises(TypeError, match="return its constants from scalars"):
         numba_cuda.compile_ptx(rule, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, *of: ptx)
+    monkeypatch.setattr(numba_cuda, "check", lambda ptx, single: ptx)
     assert "float64" in flaws(numba_cuda.compile_ptx(rule, "float32"), "float32", 1)
 
 
@@ -346,6 +521,63 @@ def test_launch(launches, disassemble):
     assert not spills(usage, instructions)
 
 
+class Room(OnDevice):
+    """What is allocated, and what is read from it."""
+
+    def __getitem__(self, places):
+        address, _ = self.__cuda_array_interface__["data"]
+        return OnDevice(address + 8 * places.start, self.size - places.start)
+
+    def copy_to_host(self):
+        return np.arange(float(self.size))
+
+
+@needs_compiler
+def test_launches_for_sums(launches, monkeypatch):
+    """Without a warning, and with one kernel for the lanes, whatever their number."""
+    made = []
+
+    def allocated(size, dtype):
+        made.append((size, dtype))
+        return Room(1 << 40 + len(made), size)
+
+    monkeypatch.setattr(numba_cuda.cuda, "device_array", allocated)
+    sizes = (4097, 0, 33, 5)
+    segments = [
+        Segment(OnDevice(4096 + i, n), (OnDevice(4096, n), OnDevice(8192, n)), i % 2)
+        for i, n in enumerate(sizes)
+    ]
+    count, carry = np.zeros(1, np.int64), np.zeros((2, 2, 0))
+    rows = [(0.5, *[0.25] * fastopt.lamb.measure_count, 9.0), (1.0, *[2.0] * 9)]
+    step = numba_cuda.bind(fastopt.lamb, segments, count, carry)
+    step.take([*(OnDevice(16384, n) for n in sizes[:3]), None])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = step.sums("rule", rows, 1, 0.75)
+    assert not warned
+    # Two chunks and one, each with two terms, which are numbered here.
+    assert found == [(0.0 + 2.0, 1.0 + 3.0), (0.0, 0.0), (4.0, 5.0), None]
+    assert made == [(3 * 2 * 32, np.float64), (3 * 2, np.float64)]
+    (first, _, *given), (second, _, *rest), (last, lanes_kernel, *of_lanes) = launches
+    values = [
+        [getattr(x, "value", x) for x in each] for each in (given, rest, of_lanes)
+    ]
+    constants = [0.5, *[0.25] * fastopt.lamb.measure_count, -0.75, 0.75]
+    assert values[0] == [4097, 16384, 4096, 4096, 8192, *constants, 1 << 41]
+    assert values[1][:3] == [33, 16384, 4098]
+    assert values[1][-1] == (1 << 41) + 8 * 2 * 2 * 32
+    assert values[2] == [6, 1 << 41, 1 << 42]
+    assert [each.grid for each in (first, second, last)] == [(1, 1, 1)] * 3
+    many = [Segment(OnDevice(4096, 4096 * 1000), (), 0)]
+    step = numba_cuda.bind(fastopt.gd, many, count, carry)
+    step.take([OnDevice(1 << 30, 4096 * 1000)])
+    step.sums("gradients", [(1.0,)], 1)
+    *_, (config, again, *_) = launches
+    assert config.grid == (-(-2 * 1000 // 256), 1, 1)
+    once = again is lanes_kernel  # pytest would take minutes to print machine code
+    assert once
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
 def test_linking_does_not_fuse(launches, disassemble, dtype):
@@ -356,7 +588,7 @@ def test_linking_does_not_fuse(launches, disassemble, dtype):
     (overload,) = kernel.overloads.values()
     _, instructions = disassemble(overload.library.get_cubin().code)
     assert re.search(r"\b[DF]MUL\b", instructions)
-    assert not re.search(r"\b[DF]FMA\b", instructions)
+    assert not fuses(instructions)
 
 
 @needs_compiler
@@ -391,7 +623,8 @@ def test_the_gpu_benchmark_runs(tmp_path):
     """In the simulator, where its times mean nothing: on a GPU it must work at once."""
     pytest.importorskip("numba_cuda")
     record = tmp_path / "gpu.json"
-    command = [HERE.parent / "bench" / "gpu.py", "--sizes", "70", "--json", record]
+    command = [HERE.parent / "bench" / "gpu.py", "--json", record]
+    command += ["--sizes", "70", "--bursts", "1", "--steps", "1"]
     subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
