@@ -3,7 +3,7 @@
     python docs/make.py            write them
     python docs/make.py --check    exit 1 if they are not what the rules say
 
-All of it is read from fastopt.RULES: names, defaults and state from the rule, formulas
+All of it is read from the rules: names, defaults and state from the rule, formulas
 from its code (formula.py), and words from the module's docstring, whose first sentence
 is the summary and whose first paragraph names the paper: authors and year, such as
 "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al. 2023", and after it, where there is
@@ -22,7 +22,10 @@ import formula
 
 import fastopt
 from fastopt import backends
+from fastopt.rules.adafactor import adafactor
 
+# Adafactor is not in RULES, for it is called as a class.
+CATALOGUE = (*fastopt.RULES, adafactor)
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(
     r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
@@ -44,6 +47,17 @@ def module(rule):
     """The rule's own; its update may be another rule's."""
     own = f"fastopt.rules.{rule.name}"
     return sys.modules[own if own in sys.modules else rule.update.__module__]
+
+
+def called(rule):
+    """What users call it by."""
+    return "Adafactor" if rule is adafactor else rule.name
+
+
+def size(rule):
+    """The bytes of its state for each float32 parameter."""
+    least = [0] if rule.factored else []
+    return span([*least, *(4 * len(one.state) for one in kinds(rule))])
 
 
 def kinds(rule):
@@ -129,9 +143,9 @@ def catalogue(rules, folder):
     names = ", ".join(f"`{name}`" for name in backends.MODULES)
     rows = [
         (
-            f"[`{rule.name}`]({folder}{rule.name}.md)",
+            f"[`{called(rule)}`]({folder}{rule.name}.md)",
             cited(rule),
-            span([4 * len(one.state) for one in kinds(rule)]),
+            size(rule),
             "all",
             ", ".join(name for name in rule.hyperparameters if name != "lr"),
         )
@@ -154,7 +168,7 @@ def readme(text, rules):
 
 def index(rules):
     rows = [
-        (f"[`{rule.name}`]({rule.name}.md)", summary(rule), cited(rule))
+        (f"[`{called(rule)}`]({rule.name}.md)", summary(rule), cited(rule))
         for rule in rules
     ]
     return f"# Rules\n\n{table(('rule', 'what it is', 'paper'), rows)}\n"
@@ -172,9 +186,9 @@ def page(rule):
     about, *notes = [linked(escaped(paragraph)) for paragraph in paragraphs(rule)]
     lr = f", lr={defaults(rule)['lr']}" if "lr" in rule.hyperparameters else ""
     parts = [
-        f"# {rule.name}",
+        f"# {called(rule)}",
         about,
-        code(f"opt = fastopt.{rule.name}(params{lr})\nopt.step(grads)" + more(rule)),
+        code(f"opt = fastopt.{called(rule)}(params{lr})\nopt.step(grads)" + more(rule)),
         *notes,
         "## Options",
         options(rule, latex),
@@ -260,8 +274,14 @@ def state(rule, formulas, latex):
     shown = 4 if rule.variants else 3
     if rows:
         yield table(head[:shown], [row[:shown] for row in rows])
-    size = span([4 * len(variant.state) for variant in kinds(rule)])
-    yield f"{size} bytes for each float32 parameter."
+    yield f"{size(rule)} bytes for each float32 parameter."
+    if rule.factored:
+        v = math(latex.symbol(rule.state[0]))
+        yield (
+            f"Of an array of two and more dimensions, {v} is kept of rows and columns "
+            f"alone: the averages of the means of rows and of columns, whose product, "
+            f"over the mean of those of the rows, stands for it."
+        )
     if rule.carry:
         each = "array" if rule.settle and rule.over == "segment" else "group"
         yield f"Remembered from step to step in float64, one for each {each}:"
@@ -332,7 +352,7 @@ def wanted(root, rules):
     return files
 
 
-def stale(root, rules=fastopt.RULES):
+def stale(root, rules=CATALOGUE):
     """The files that are to change, and how."""
     changes = {}
     for path, text in wanted(root, rules).items():

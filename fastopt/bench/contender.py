@@ -115,11 +115,11 @@ def fastopt_flat(case: Case, backend: str) -> Contender:
 
 
 def fastopt_step(case: Case, params: Any, grads: Any, backend: str) -> Any:
-    asked = dict(case.asked)
-    ema = asked.pop("ema", None)
+    of_step = {k: v for k, v in case.asked.items() if k != "ema"}
+    of_opt = {k: v for k, v in case.asked.items() if k == "ema"}  # an old one has none
     rule = fastopt_rule(case)
-    opt = rule(params, backend=backend, ema=ema, **case.hyperparameters)
-    return partial(opt.step, grads, **asked)
+    opt = rule(params, backend=backend, **of_opt, **case.hyperparameters)
+    return partial(opt.step, grads, **of_step)
 
 
 def fastopt_arrays(case: Case) -> Contender:
