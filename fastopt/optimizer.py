@@ -370,6 +370,7 @@ class Optimizer:
         more = (
             rule.measure is not None
             or self._averages is not None
+            or self._pending is not None
             or any(group.frozen for group in self.groups)
             or (bool(rule.starts or rule.carry) and self.steps == 0)
         )
@@ -445,39 +446,31 @@ class Optimizer:
             # Only now: the gradients' own code, a mapping's or a schedule's, is refused
             # to change the optimizer, and another thread is, too.
             layout, values, threads, compiled = self._plan
-            pending = self._pending if grads is ACCUMULATED else None
-            if pending is not None:
-                found: list[Any] = pending.found
-                compiled = None
-            elif layout is None and grads is not ACCUMULATED:  # a single array
-                found = [grads]
+            if layout is None:  # a single array
+                found: list[Any] = [grads]
             elif type(grads) is FlatBuffer and grads.shapes is layout:
                 found = [grads.data]
+            elif grads is ACCUMULATED:
+                found = [grads]
             else:
-                if grads is ACCUMULATED:
-                    raise TypeError("step needs gradients: none have been accumulated")
                 found = []
                 checks.collect(layout, grads, "", found)
-            if self._pending is not pending:
-                raise RuntimeError(
-                    "there are accumulated gradients; step() without any takes them, "
-                    "drop_accumulated() forgets them"
-                )
             if values is None:  # there are schedules
                 values = self._values(self.steps)
             if forked[0]:
                 threads = 1
-            if (
-                clip_norm is not None
-                or clip_value is not None
-                or nonfinite != "propagate"
-                or zero_grads
-            ):
-                compiled = None
             # The compiled step takes plain arrays only, and refuses before it writes.
-            if compiled is None or not compiled(found, values, grad_scale, threads):
+            if (
+                compiled is None
+                or clip_norm is not None
+                or clip_value is not None
+                or zero_grads
+                or nonfinite != "propagate"
+                or not compiled(found, values, grad_scale, threads)
+            ):
+                pending = self._look_for_accumulated(grads)
                 self._step_in_full(
-                    found,
+                    pending.found if pending else found,
                     values,
                     threads,
                     grad_scale,
@@ -487,10 +480,27 @@ class Optimizer:
                     zero_grads or pending is not None,
                 )
                 if pending is not None:
-                    nothing = [False] * len(found)
-                    self._pending, self._spare = None, pending._replace(given=nothing)
+                    nothing = [False] * len(pending.given)
+                    self._spare = pending._replace(given=nothing)
+                    self._wait_with(None)
         finally:
             busy[0] = False
+
+    def _look_for_accumulated(self, grads: Any) -> Pending | None:
+        """The sums that a step with these gradients is to take."""
+        if grads is not ACCUMULATED and self._pending is not None:
+            raise RuntimeError(
+                "there are accumulated gradients; step() without any takes them, "
+                "drop_accumulated() forgets them"
+            )
+        if grads is ACCUMULATED and self._pending is None:
+            raise TypeError("step needs gradients: none have been accumulated")
+        return self._pending
+
+    def _wait_with(self, pending: Pending | None) -> None:
+        """Keep sums for the next step, or none; only without is it a plain one."""
+        self._pending = pending
+        self._plan_steps()
 
     def _step_in_full(
         self,
@@ -591,14 +601,15 @@ class Optimizer:
             pending.step([(grad_scale,)], self.threads)
             for i, grad in enumerate(found):
                 pending.given[i] |= grad is not None
-            self._pending = pending
+            self._wait_with(pending)
         finally:
             self._busy[0] = False
 
     def drop_accumulated(self) -> None:
         """Forget what :meth:`accumulate` was given since the last step."""
         self._refuse_during_a_step()
-        self._pending = self._spare = None
+        self._spare = None
+        self._wait_with(None)
 
     def _new_pending(self) -> Pending:
         arrays = self._params.arrays
