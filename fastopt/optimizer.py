@@ -17,6 +17,7 @@ from fastopt.rule import Rule, check_hyperparameter
 from fastopt.threads import available, forked
 
 ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
+AS_GIVEN = 1.0  # the gradients; an object of its own, to be known at once
 
 
 class Pending(NamedTuple):
@@ -389,7 +390,7 @@ class Optimizer:
         self,
         grads: Any = ACCUMULATED,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float = AS_GIVEN,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
@@ -434,7 +435,7 @@ class Optimizer:
         Steps are counted for the optimizer, not for each parameter as in torch, so a
         parameter that was left alone has the bias correction of the others.
         """
-        if type(grad_scale) is not float or grad_scale != 1.0:
+        if grad_scale is not AS_GIVEN:
             grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
         busy = self._busy
         # Not a Lock: an interrupt may come between its acquire and the try, and then it
