@@ -129,15 +129,17 @@ class Bound:
         evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
         count = evaluate.__code__.co_argcount - len(rule.state) - 1
         rows = [
-            rule.scalars(max(self.steps, 1), *carried, *given)
-            for carried, given in zip(self.carried.tolist(), values, strict=True)
+            rule.scalars(max(self.steps, 1), *carried, *values[of_set])
+            for of_set, carried in zip(self.sets, self.carried.tolist(), strict=True)
         ]
+        by_segment = self.sets is params.set_of
+        row_of = range(len(params.arrays)) if by_segment else params.set_of
         tree, arrays = params.like()
-        for array, param, of_set, *state in zip(
-            arrays, params.arrays, params.set_of, *self.state.values(), strict=True
+        for array, param, row, *state in zip(
+            arrays, params.arrays, row_of, *self.state.values(), strict=True
         ):
             buffers = map(saving.to_host, (param, *state))
-            used = map(dtype.type, rows[of_set][:count])
+            used = map(dtype.type, rows[row][:count])
             with np.errstate(all="ignore"):
                 fill(array, np.asarray(evaluate(*buffers, *used)))
         return tree
@@ -245,6 +247,8 @@ def bind(
         carry[:, row] = rule.first_carry(values[of_set])
     if carried is not None:
         carry[:, : len(carried)] = carried
+        if rule.measure is not None and not by_segment:  # it is of all arrays
+            carry[:, len(carried) :] = carried[0]
     written = [*arrays, *(a for made in buffers.values() for a in made)]
     bound = Bound(
         on=on,

@@ -46,6 +46,10 @@ class Group(MutableMapping[str, Any]):
             self._frozen = before
             raise
 
+    def freeze(self, value: bool) -> None:
+        """Set that, for an optimizer that plans its steps anew itself."""
+        self._frozen = value
+
     def _flag(self, value: Any) -> bool:
         if not isinstance(value, bool):
             name = self._name("frozen")

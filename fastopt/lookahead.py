@@ -47,6 +47,10 @@ class Lookahead:
     array([0.5])
     """
 
+    opt: Optimizer
+    k: int
+    alpha: float
+
     def __init__(self, opt: Optimizer, k: int = 5, alpha: float = 0.5):
         if not isinstance(opt, Optimizer):
             raise TypeError(f"opt must be an optimizer of fastopt, got {opt!r}")
@@ -54,7 +58,7 @@ class Lookahead:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
-        self.opt, self.k, self.alpha = opt, int(k), float(alpha)
+        vars(self).update(opt=opt, k=int(k), alpha=float(alpha))
         self._make_room()
 
     def _make_room(self) -> None:
@@ -74,7 +78,7 @@ class Lookahead:
         opt.step(*grads, **asked)
         if opt.steps > before and opt.steps % self.k == 0:
             self._pull.take(list(opt._params.arrays))
-            self._pull([(1.0, self.alpha)], opt.threads)
+            self._pull([(1.0, self.alpha)], opt._threads_now)
             for slow, param in zip(self._slow, opt._params.arrays, strict=True):
                 fill(param, slow)
 
@@ -90,6 +94,14 @@ class Lookahead:
         if name == "opt":  # not made yet
             raise AttributeError(name)
         return getattr(self.opt, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("opt", "k", "alpha"):
+            raise AttributeError(f"{name} is fixed; make another Lookahead")
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.opt, name, value)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and the slow weights."""

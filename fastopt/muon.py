@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from fastopt import checks, passes, saving
+from fastopt import checks, passes
 from fastopt.bound import fill, shrinking
 from fastopt.flat import Array, leaves, rebuild
 from fastopt.optimizer import ACCUMULATED, Optimizer
@@ -145,6 +147,8 @@ class Muon:
             raise ValueError("params is empty; pass at least one array")
         self._is_matrix = [getattr(leaf, "ndim", 0) == 2 for leaf in given]
         self._params, self._layout = params, checks.layout(params)
+        self._names = [f"grads{path}" for path, _ in leaves(params)]
+        self._busy = False
         how: dict[str, Any] = {"backend": backend, "threads": threads}
         flat, rest = self._split(given)
         self.matrices = self.others = self._momentum = None
@@ -198,44 +202,69 @@ class Muon:
         checks.check_limit("clip_value", clip_value)
         checks.check_nonfinite(nonfinite)
         accumulated = grads is ACCUMULATED
-        used = self._accumulated() if accumulated else self._taken(grads)
-        if limit < math.inf or nonfinite != "propagate":
-            squares, finite = 0.0, True
-            for opt, _ in used:
-                norm, bad = opt._bound.norm(scale, opt.threads)
-                squares, finite = squares + norm * norm, finite and not bad
-            self.grad_norm = math.sqrt(squares)
-            if not finite and nonfinite == "raise":
-                raise FloatingPointError(
-                    "not all is finite in the gradients; nothing was updated"
-                )
-            if not finite and nonfinite == "skip":
-                self.skipped += 1
-                for opt, given in used:
-                    if accumulated:
-                        opt.drop_accumulated()
-                    for grad in given if zero_grads else ():
-                        if grad is not None:
-                            fill(grad, 0.0)
-                return
-            scale *= shrinking(self.grad_norm, limit)
-        asked: dict[str, Any] = {
-            "grad_scale": scale,
-            "clip_value": clip_value,
-            "zero_grads": zero_grads,
-        }
-        directions: list[Any] = []
+        with self._alone():
+            used = self._accumulated() if accumulated else self._taken(grads)
+            if zero_grads and not accumulated:
+                found = self._joined([given for _, given in used])
+                checks.check_writeable(self._names, found)
+            for part in self._parts.values():
+                if part is not None:  # a schedule may have an error
+                    part._values(part.steps)
+            if limit < math.inf or nonfinite != "propagate":
+                squares, finite = 0.0, True
+                for opt, _ in used:
+                    norm, bad = opt._bound.norm(scale, opt._threads_now)
+                    squares, finite = squares + norm * norm, finite and not bad
+                self.grad_norm = math.sqrt(squares)
+                if not finite and nonfinite == "raise":
+                    raise FloatingPointError(
+                        "not all is finite in the gradients; nothing was updated"
+                    )
+                if not finite and nonfinite == "skip":
+                    self._skip(used, accumulated, zero_grads)
+                    return
+                scale *= shrinking(self.grad_norm, limit)
+            asked: dict[str, Any] = {
+                "grad_scale": scale,
+                "clip_value": clip_value,
+                "zero_grads": zero_grads,
+            }
+            directions: list[Any] = []
+            for opt, given in used:
+                opt.step(*(() if accumulated else (given,)), **asked)
+                if opt is self._momentum:
+                    directions = self._directions(given)
+            if self.matrices is not None:
+                self.matrices.step(directions)
+
+    def _skip(
+        self, used: list[tuple[Optimizer, list[Any]]], accumulated: bool, zero: bool
+    ) -> None:
+        """Leave the step out."""
+        self.skipped += 1
         for opt, given in used:
-            opt.step(*(() if accumulated else (given,)), **asked)
-            if opt is self._momentum:
-                directions = self._directions(given)
-        if self.matrices is not None:
-            self.matrices.step(directions)
+            if accumulated:
+                opt.drop_accumulated()
+            for grad in given if zero else ():
+                if grad is not None:
+                    fill(grad, 0.0)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No step of this, in another thread either, while this lasts."""
+        if self._busy:
+            raise RuntimeError("this Muon is in a step, in another thread")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
     def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Add gradients to sums that the next ``step()`` takes; as every optimizer."""
-        for opt, given in self._taken(grads):
-            opt.accumulate(given, grad_scale=grad_scale)
+        with self._alone():
+            for opt, given in self._taken(grads):
+                opt.accumulate(given, grad_scale=grad_scale)
 
     def drop_accumulated(self) -> None:
         """Forget what :meth:`accumulate` was given since the last step."""
@@ -250,10 +279,23 @@ class Muon:
         checks.collect(self._layout, grads, "", found)
         pairs = zip((self._momentum, self.others), self._split(found), strict=True)
         used = [(opt, given) for opt, given in pairs if opt is not None]
-        return [
+        taken = [
             (opt, opt._take(opt._bound.step, given, opt._bound.spans))
             for opt, given in used
         ]
+        parts = [part for part in self._parts.values() if part is not None]
+        spans = sorted(span for part in parts for span in part._bound.spans)
+        grads_here = self._joined([given for _, given in taken])
+        for name, grad in zip(self._names, grads_here, strict=True):
+            if grad is not None:  # it may be a parameter of another part
+                checks.check_grad(name, grad, "its parameter", grad, spans)
+        return taken
+
+    def _joined(self, parts: list[list[Any]]) -> list[Any]:
+        """The opposite of ``_split``, of those parts that there are."""
+        iterators = [iter(part) for part in parts]
+        ours, rest = iterators[0], iterators[-1]
+        return [next(ours if matrix else rest) for matrix in self._is_matrix]
 
     def _accumulated(self) -> list[tuple[Optimizer, list[Any]]]:
         """As :meth:`_taken`, of the sums."""
@@ -283,33 +325,36 @@ class Muon:
             for grad, update in zip(grads, self._updates, strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """As an optimizer's, for each of the three in this one."""
-        parts = {
+    @property
+    def _parts(self) -> dict[str, Optimizer | None]:
+        return {
             "momentum": self._momentum,
             "matrices": self.matrices,
             "others": self.others,
         }
-        return {name: opt and opt.state_dict() for name, opt in parts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As an optimizer's, for each of the three in this one."""
+        with self._alone():
+            parts = self._parts.items()
+            saved: dict[str, Any] = {n: opt and opt.state_dict() for n, opt in parts}
+            return {**saved, "skipped": self.skipped}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, of the same arrays."""
-        parts = {
-            "momentum": self._momentum,
-            "matrices": self.matrices,
-            "others": self.others,
-        }
-        if not isinstance(saved, Mapping) or saved.keys() != parts.keys():
+        parts = self._parts
+        if not isinstance(saved, Mapping) or saved.keys() != {*parts, "skipped"}:
             got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-            raise TypeError(f"expected the keys {', '.join(parts)}; got {got}")
+            raise TypeError(f"expected the keys {', '.join(parts)}, skipped; got {got}")
         for name, opt in parts.items():
             if (saved[name] is None) != (opt is None):
                 raise ValueError(f"the state and this optimizer differ in {name}")
-            if opt is not None:
-                saving.check(saved[name], opt)
-        for name, opt in parts.items():
-            if opt is not None:
-                opt.load_state_dict(saved[name])
+        with self._alone():
+            skipped = operator.index(saved["skipped"])
+            commits = [opt._loading(saved[name]) for name, opt in parts.items() if opt]
+            for commit in commits:
+                commit()
+            self.skipped = skipped
 
     def __repr__(self) -> str:
         return f"<muon: {self.matrices!r} and {self.others!r}>"

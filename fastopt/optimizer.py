@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fastopt import backends, checks, passes, saving
@@ -165,44 +166,45 @@ class Optimizer:
         What it does not set has the rule's defaults. From now on gradients are a list
         with those of each group. The steps so far count for the new parameters, too.
         """
-        self._refuse_during_a_step()
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise TypeError(
-                f'a group is a dict with "params" and hyperparameters, got {group!r}'
+        with self._alone():
+            if not isinstance(group, Mapping) or "params" not in group:
+                raise TypeError(
+                    f'a group is a dict with "params" and hyperparameters, '
+                    f"got {group!r}"
+                )
+            if self._pending is not None:
+                raise RuntimeError(
+                    "there are accumulated gradients; step or drop_accumulated() first"
+                )
+            changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
+            params = self._params.with_group(group["params"])
+            number = len(self.groups)
+            new = Group(
+                self.rule,
+                f"groups[{number}]",
+                number,
+                self._assign,
+                frozen=group.get("frozen", False),
             )
-        if self._pending is not None:
-            raise RuntimeError(
-                "there are accumulated gradients; step or drop_accumulated() first"
-            )
-        changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
-        params = self._params.with_group(group["params"])
-        number = len(self.groups)
-        new = Group(
-            self.rule,
-            f"groups[{number}]",
-            number,
-            self._assign,
-            frozen=group.get("frozen", False),
-        )
-        values = [g.checked({}, self.steps) for g in self.groups]
-        values.append(new.checked(changes, self.steps))
-        averages = None if self.ema is None else params.like()
-        if averages is not None:
-            old = self._averages[1] if self._averages else []
-            for average, value in zip(
-                averages[1], [*old, *params.arrays[len(old) :]], strict=True
-            ):
-                fill(average, value)
-        before = self._params, self._averages, self.groups
-        self._params, self._averages, self._spare = params, averages, None
-        vars(self)["groups"] = (*self.groups, new)
-        try:
-            self._commit(values, self._bind(values, self._bound))
-        except BaseException:
-            self._params, self._averages, vars(self)["groups"] = before
-            raise
-        for number, member in enumerate(self.groups):
-            member.rename(f"groups[{number}]")
+            values = [g.checked({}, self.steps) for g in self.groups]
+            values.append(new.checked(changes, self.steps))
+            averages = None if self.ema is None else params.like()
+            if averages is not None:
+                old = self._averages[1] if self._averages else []
+                for average, value in zip(
+                    averages[1], [*old, *params.arrays[len(old) :]], strict=True
+                ):
+                    fill(average, value)
+            before = self._params, self._averages, self.groups
+            self._params, self._averages, self._spare = params, averages, None
+            vars(self)["groups"] = (*self.groups, new)
+            try:
+                self._commit(values, self._bind(values, self._bound))
+            except BaseException:
+                self._params, self._averages, vars(self)["groups"] = before
+                raise
+            for number, member in enumerate(self.groups):
+                member.rename(f"groups[{number}]")
 
     # Hyperparameters ------------------------------------------------------------------
 
@@ -246,21 +248,38 @@ class Optimizer:
         What was once switched on stays so: with a switch off, a variant does what the
         one without that state does (with finite numbers), and the state survives.
         """
-        self._refuse_during_a_step()
-        values = [
-            group.checked(given, self.steps)
-            for group, given in zip(self.groups, changes, strict=True)
-        ]
-        bound = self._bound
-        if not {n for n in self.rule.switches if any(v[n] for v in values)} <= bound.on:
-            bound = self._bind(values, bound)
-        self._commit(values, bound)
+        with self._alone():
+            values = [
+                group.checked(given, self.steps)
+                for group, given in zip(self.groups, changes, strict=True)
+            ]
+            bound, switches = self._bound, self.rule.switches
+            if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
+                bound = self._bind(values, bound)
+            self._commit(values, bound)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No step, in another thread either, while this lasts."""
+        busy = self._busy
+        if busy[0]:
+            self._refuse_during_a_step()
+        busy[0] = True
+        try:
+            yield
+        finally:
+            busy[0] = False
+
+    @property
+    def _threads_now(self) -> int:
+        """Those of OpenMP do not survive a fork."""
+        return 1 if forked[0] else self.threads
 
     def _refuse_during_a_step(self) -> None:
         if self._busy[0]:
             raise RuntimeError(
                 "this optimizer is in a step, in another thread or in one of its "
-                "schedules; wait for its end"
+                "schedules, or is changed or saved there; wait for its end"
             )
 
     # State and kernels ----------------------------------------------------------------
@@ -290,7 +309,7 @@ class Optimizer:
     @property
     def ema_params(self) -> Any:
         """The moving average of the parameters, in their structure: the very memory
-        that steps update. None without ``ema``."""
+        that steps update, until ``add_group`` makes another. None without ``ema``."""
         return self._averages[0] if self._averages else None
 
     def eval_params(self) -> Any:
@@ -299,11 +318,14 @@ class Optimizer:
         For most rules the parameters themselves, as given. For those that take their
         gradients elsewhere (``schedule_free_*``), new arrays.
         """
-        self._refuse_during_a_step()
-        if self._bound.rule.evaluate is None:
-            params = self._params
-            return params.trees if params.grouped else params.trees[0]
-        return self._bound.evaluated(self._values(self.steps))
+        with self._alone():
+            if self._bound.rule.evaluate is None:
+                params = self._params
+                return params.trees if params.grouped else params.trees[0]
+            values = self._values(self.steps)
+            if not self.steps:
+                self._start(values)
+            return self._bound.evaluated(values)
 
     def _values(self, steps: int) -> list[Values]:
         """The hyperparameters that hold now, for each set of them."""
@@ -481,6 +503,11 @@ class Optimizer:
                     zero_grads or pending is not None,
                 )
                 if pending is not None:
+                    for group, sums in zip(
+                        self._params.group_of, pending.sums, strict=True
+                    ):
+                        if self.groups[group].frozen:  # and so not zeroed by the step
+                            fill(sums, 0.0)
                     nothing = [False] * len(pending.given)
                     self._spare = pending._replace(given=nothing)
                     self._wait_with(None)
@@ -515,21 +542,14 @@ class Optimizer:
         zero_grads: bool,
     ) -> None:
         """A step with all that there is to it, in the order in which it happens."""
-        bound, params = self._bound, self._params
+        bound = self._bound
         step, first = bound.step, bound.steps == 0
-        if any(group.frozen for group in self.groups):
-            found = [
-                None if self.groups[number].frozen else grad
-                for number, grad in zip(params.group_of, found, strict=True)
-            ]
-        grads = self._take(step, found, bound.spans)
+        grads = self._take(step, self._thawed(found), bound.spans)
         if zero_grads:
             names = [self._grad_name(i) for i in range(len(grads))]
             checks.check_writeable(names, grads)
         if first and (bound.rule.starts or bound.rule.carry or bound.averages):
-            names = list(self.groups[0])
-            sets = [dict(zip(names, given, strict=True)) for given in values]
-            bound.start(sets, dict.fromkeys(bound.rule.state, 0))
+            self._start(values)
         factor = grad_scale
         if clip_norm < math.inf or nonfinite != "propagate":
             norm, bad = bound.norm(grad_scale, threads)
@@ -552,6 +572,21 @@ class Optimizer:
             raise RuntimeError("the kernel refused gradients found to fit")
         if first:
             self._plan_steps()
+
+    def _start(self, values: list[Values]) -> None:
+        """Before the first step: the parameters may have got their values by now."""
+        names = list(self.groups[0])
+        sets = [dict(zip(names, given, strict=True)) for given in values]
+        self._bound.start(sets, dict.fromkeys(self._bound.rule.state, 0))
+
+    def _thawed(self, found: list[Any]) -> list[Any]:
+        """Gradients, without those of frozen groups."""
+        if not any(group.frozen for group in self.groups):
+            return found
+        return [
+            None if self.groups[number].frozen else grad
+            for number, grad in zip(self._params.group_of, found, strict=True)
+        ]
 
     def _take(
         self, step: Step, found: list[Any], spans: Sequence[tuple[int, int]]
@@ -592,25 +627,21 @@ class Optimizer:
         dtype; a parameter that only got None is left alone by that step.
         """
         grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
-        self._refuse_during_a_step()
-        found: list[Any] = []
-        checks.collect(self._params.layout, grads, "", found)
-        self._busy[0] = True
-        try:
+        with self._alone():
+            found: list[Any] = []
+            checks.collect(self._params.layout, grads, "", found)
             pending = self._pending or self._spare or self._new_pending()
-            self._take(pending.step, found, pending.spans)
-            pending.step([(grad_scale,)], self.threads)
-            for i, grad in enumerate(found):
+            taken = self._take(pending.step, found, pending.spans)
+            pending.step([(grad_scale,)], self._threads_now)
+            for i, grad in enumerate(taken):
                 pending.given[i] |= grad is not None
             self._wait_with(pending)
-        finally:
-            self._busy[0] = False
 
     def drop_accumulated(self) -> None:
         """Forget what :meth:`accumulate` was given since the last step."""
-        self._refuse_during_a_step()
-        self._spare = None
-        self._wait_with(None)
+        with self._alone():
+            self._spare = None
+            self._wait_with(None)
 
     def _new_pending(self) -> Pending:
         arrays = self._params.arrays
@@ -625,22 +656,23 @@ class Optimizer:
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} works without estimates")
         grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
-        self._refuse_during_a_step()
-        found: list[Any] = []
-        checks.collect(self._params.layout, grads, "", found)
-        self._busy[0] = True
-        try:
+        with self._alone():
+            found: list[Any] = []
+            checks.collect(self._params.layout, grads, "", found)
             buffer, rule = self.rule.estimate
             arrays, values = self._bound.state[buffer], self._values(self.steps)
             step = bind_alone(self._module, rule, arrays, self._params.set_of)
-            self._take(step, found, self._bound.spans)
+            # They must not be the parameters either, to which this step writes nothing.
+            taken = [
+                self._fit(i, grad, self._bound.spans)
+                for i, grad in enumerate(self._thawed(found))
+            ]
+            step.take(taken)
             rows = [
                 (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
                 for given in values
             ]
-            step(rows, self.threads)
-        finally:
-            self._busy[0] = False
+            step(rows, self._threads_now)
 
     # Saving and resuming --------------------------------------------------------------
 
@@ -650,8 +682,8 @@ class Optimizer:
         Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
         a schedule is left out: give it to the optimizer that is to go on.
         """
-        self._refuse_during_a_step()
-        return saving.save(self)
+        with self._alone():
+            return saving.save(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit, on any backend.
@@ -659,7 +691,11 @@ class Optimizer:
         All of it is checked before anything changes. Saved hyperparameters replace
         those set here; one that was a schedule there must be a schedule here, too.
         """
-        self._refuse_during_a_step()
+        with self._alone():
+            self._loading(saved)()
+
+    def _loading(self, saved: Mapping[str, Any]) -> Callable[[], None]:
+        """All of it checked and made ready; what then only has to be called."""
         saving.check(saved, self)
         steps = operator.index(saved["steps"])
         given = [dict(group) for group in saved["groups"]]
@@ -685,12 +721,18 @@ class Optimizer:
         for name, buffers in bound.state.items():
             for new, old in zip(buffers, saved["state"][name], strict=True):
                 fill(new, old)
-        for average, old in zip(bound.averages or (), saved["ema"] or (), strict=True):
-            fill(average, old)
-        self._pending, self._skipped = pending, operator.index(saved["skipped"])
-        self._commit(values, bound)
-        for group, flag in zip(self.groups, frozen, strict=True):
-            group.frozen = flag
+
+        def commit() -> None:
+            averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
+            for average, old in averages:
+                fill(average, old)
+            vars(self)["ema"] = saved["ema_decay"]
+            self._pending, self._skipped = pending, operator.index(saved["skipped"])
+            for group, flag in zip(self.groups, frozen, strict=True):
+                group.freeze(flag)
+            self._commit(values, bound)
+
+        return commit
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

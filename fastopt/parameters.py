@@ -31,6 +31,7 @@ class Parameters:
         grouped: bool,
         separate: bool,
         weight_decay_mask: Any = None,
+        decided: Sequence[bool] = (),  # for the first of the arrays
     ):
         self.trees, self.grouped = list(trees), grouped
         self._separate, self._mask = separate, weight_decay_mask
@@ -48,7 +49,7 @@ class Parameters:
         self.arrays: list[Array] = list(map(module.as_array, self.names, originals))
         self.group_of: Sequence[int] = group_of
         checks.check_params(self.names, self.arrays, originals)
-        decays = self._decaying(paths)
+        self._decays = decays = [*decided, *self._decaying(paths, len(decided))]
         rows = list(zip(group_of, decays, strict=True))
         self.sets = [
             (number, flag)
@@ -66,16 +67,26 @@ class Parameters:
     def with_group(self, tree: Any) -> Parameters:
         """These, and a group more at the end."""
         return Parameters(
-            self._module, [*self.trees, tree], True, self._separate, self._mask
+            self._module,
+            [*self.trees, tree],
+            True,
+            self._separate,
+            self._mask,
+            self._decays,
         )
 
-    def _decaying(self, paths: Sequence[str]) -> list[bool]:
-        """For each array, whether weight decay applies to it."""
-        mask = self._mask
+    def _decaying(self, paths: Sequence[str], decided: int) -> list[bool]:
+        """For each array but the first so many, whether weight decay applies to it."""
+        mask, names = self._mask, self.names[decided:]
         if mask is None:
-            return [True] * len(paths)
+            return [True] * len(names)
         if callable(mask):
-            told = list(map(mask, paths, self.arrays))
+            told = list(map(mask, paths[decided:], self.arrays[decided:]))
+        elif decided:
+            raise ValueError(
+                "weight_decay_mask was a tree, which says nothing of a group that is "
+                "added; make the optimizer with a callable"
+            )
         else:
             flags = list(leaves(mask))
             if [path for path, _ in flags] != list(paths):
@@ -85,7 +96,7 @@ class Parameters:
                     f"{', '.join(path for path, _ in flags)}"
                 )
             told = [flag for _, flag in flags]
-        for name, flag in zip(self.names, told, strict=True):
+        for name, flag in zip(names, told, strict=True):
             if not isinstance(flag, bool):
                 raise TypeError(
                     f"weight_decay_mask must say True or False for {name}, got {flag!r}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastopt.checks import check_decay, check_same_kind
 from fastopt.factored import kept_shape
 from fastopt.flat import Array
 from fastopt.rule import check_hyperparameter
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 KEYS = (
-    "format rule steps skipped switched_on groups state carry ema accumulated".split()
+    "format rule steps skipped switched_on groups state carry ema_decay ema "
+    "accumulated".split()
 )
 
 
@@ -39,6 +41,7 @@ def save(opt: Optimizer) -> dict[str, Any]:
             name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
         },
         "carry": bound.carried.tolist(),
+        "ema_decay": opt.ema,
         "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
         "accumulated": pending
         and [
@@ -126,6 +129,8 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
             f"the state has {there} of the parameters' moving averages, this "
             f"optimizer {here}; make it with the ema that it was saved with"
         )
+    check_same_kind("ema_decay", saved["ema_decay"], opt.ema)
+    check_decay("ema_decay", saved["ema_decay"])
     if saved["ema"] is not None:
         check_arrays('state["ema"]', saved["ema"], opt)
     if saved["accumulated"] is not None:

@@ -92,3 +92,12 @@ def test_what_does_not_fit():
         fastopt.Lookahead(np.ones(3))
     with pytest.raises(TypeError, match="expected the keys"):
         fastopt.Lookahead(opt).load_state_dict({})
+
+
+def test_what_is_set_is_the_inner_optimizers():
+    w = np.zeros(1)
+    opt = fastopt.Lookahead(fastopt.gd(w, lr=0.5))
+    opt.lr = 0.1
+    assert opt.opt.lr == 0.1
+    with pytest.raises(AttributeError, match="k is fixed"):
+        opt.k = 3

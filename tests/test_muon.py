@@ -192,3 +192,51 @@ def test_a_flat_buffers_matrices_are_matrices():
     fastopt.Muon(params, lr=0.03).step(grads)
     fastopt.Muon(flat, lr=0.03).step(given)
     assert all(same_bits(params[n], flat[n]) for n in SHAPES)
+
+
+def broken(n):
+    if n == 1:
+        raise ArithmeticError
+    return 0.01
+
+
+@pytest.mark.parametrize("case", ["read-only", "schedule", "parameter", "shared"])
+def test_a_step_is_done_or_not(case):
+    params = {"w": np.eye(3), "b": np.ones(3), "v": np.ones(3)}
+    opt = fastopt.Muon(params, lr=broken, adamw={"lr": 0.1})
+    opt.step({n: np.ones_like(p) for n, p in params.items()})
+    if case != "schedule":
+        opt.matrices.lr = 0.01
+    grads = {n: np.ones_like(p) for n, p in params.items()}
+    wanted = {"read-only": "read-only", "parameter": "overlaps", "shared": "overlap"}
+    if case == "read-only":
+        grads["b"].flags.writeable = False
+    elif case == "parameter":
+        grads["w"] = params["w"]
+    elif case == "shared":
+        grads["b"] = grads["w"][0]
+    before = opt.state_dict(), {n: p.copy() for n, p in params.items()}
+    error = ArithmeticError if case == "schedule" else ValueError
+    with pytest.raises(error, match=wanted.get(case)):
+        opt.step(grads, zero_grads=True)
+    for part in ("momentum", "matrices", "others"):
+        assert opt.state_dict()[part]["steps"] == before[0][part]["steps"] == 1
+    assert all(same_bits(params[n], before[1][n]) for n in params)
+    assert case == "parameter" or all(g.all() for g in grads.values())
+
+
+def test_a_load_is_done_or_not():
+    def made():
+        return fastopt.Muon({"w": np.eye(3), "b": np.ones(3)})
+
+    opt, other = made(), made()
+    opt.step({"w": np.full((3, 3), np.nan), "b": np.ones(3)}, nonfinite="skip")
+    opt.step({"w": np.ones((3, 3)), "b": np.ones(3)})
+    saved = opt.state_dict()
+    saved["others"]["groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        other.load_state_dict(saved)
+    assert other.steps == 0
+    saved["others"]["groups"][0]["lr"] = 0.1
+    other.load_state_dict(saved)
+    assert other.steps == 1 and other.skipped == 1

@@ -3,7 +3,11 @@ finite, moving averages, zeroing, accumulation; and groups that are masked, froz
 added. The oracle is NumPy in float64 around the plain step of the NumPy backend, which
 test_oracle.py holds to the papers."""
 
+import contextlib
 import math
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from cases import CASES, DTYPES, IDS, nonzero, same_bits
 import fastopt
 from fastopt import RULES, Rule, cython_cpu, numba_cpu
 from fastopt.numpy_ref import sum_in_order
+from fastopt.rule import wide
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SIZES = (0, 1, 31, 4097, 40_003)
@@ -488,3 +493,164 @@ def test_a_measure_that_does_not_fit():
         Rule(shifted, scalars, carry={"c": 1.0})
     with pytest.raises(ValueError, match="not in state"):
         Rule(shifted, scalars, starts={"z": "p"})
+
+
+# What a review found ------------------------------------------------------------------
+
+
+class Fresh:
+    """A gradient whose memory is made when it is asked for, and nobody else keeps."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **how):
+        return self.array.copy().__dlpack__(**how)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@every_backend
+def test_what_is_taken_is_kept_until_it_is_read(backend):
+    size = 2_000_003
+    p, g = np.zeros(size), np.random.default_rng(0).standard_normal(size)
+    opt = fastopt.gd(p, lr=1.0, backend=backend)
+    opt.accumulate(Fresh(g))
+    opt.step()
+    assert np.array_equal(p, -g)
+
+
+@every_backend
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_what_was_accumulated_in_a_frozen_group_is_gone(backend, nonfinite):
+    params = [np.zeros(3), np.zeros(3)]
+    opt = fastopt.gd([{"params": p} for p in params], lr=1.0, backend=backend)
+    opt.groups[1].frozen = True
+    opt.accumulate(
+        [np.full(3, np.inf if nonfinite == "skip" else 1.0), np.full(3, 9.0)]
+    )
+    opt.step(nonfinite=nonfinite)
+    opt.groups[1].frozen = False
+    opt.accumulate([np.ones(3), np.ones(3)])
+    opt.step()
+    assert np.all(params[1] == -1)
+
+
+def test_all_is_serial_in_a_forked_child():
+    """OpenMP's threads do not survive a fork; waiting for them never ends."""
+    code = """
+import os, signal, numpy as np, fastopt
+n = 400_000
+def opts():
+    yield fastopt.Lookahead(fastopt.adamw(np.ones(n), threads=2), k=1), np.ones(n)
+    yield fastopt.sophia_g(np.ones(n), threads=2), np.ones(n)
+    yield fastopt.Muon(np.ones((n // 4, 4)), threads=2), np.ones((n // 4, 4))
+def use(opt, g):
+    opt.step(g, clip_norm=1.0)
+    opt.accumulate(g)
+    opt.step()
+    if hasattr(opt, "estimate") and type(opt) is fastopt.Optimizer:
+        opt.estimate(g)
+made = list(opts())
+for opt, g in made:
+    use(opt, g)
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    for opt, g in made:
+        use(opt, g)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_state_is_saved_between_steps():
+    p = np.zeros(200_000)
+    opt = fastopt.sgd(p, momentum=0.5, threads=1)
+    stop = threading.Event()
+
+    def step():
+        g = np.ones_like(p)
+        while not stop.is_set():
+            with contextlib.suppress(RuntimeError):  # it is being saved
+                opt.step(g)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(RuntimeError):  # a step is under way
+                saved = opt.state_dict()
+                (b,) = saved["state"]["momentum_buffer"]
+                assert np.all(b == 2 - 0.5 ** (saved["steps"] - 1.0))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_mask_is_asked_about_new_arrays_only():
+    params = {"w": np.ones(2), "b": np.ones(2)}
+    opt = fastopt.sgdw(
+        params, lr=1.0, weight_decay=0.5, weight_decay_mask=lambda n, a: n != "['b']"
+    )
+    opt.add_group({"params": np.ones(2)})
+    opt.step([{"w": np.zeros(2), "b": np.zeros(2)}, np.zeros(2)])
+    assert np.all(params["b"] == 1) and np.all(params["w"] == 0.5)
+    mask = {"w": True, "b": False}
+    opt = fastopt.sgdw(params, weight_decay_mask=mask)
+    with pytest.raises(ValueError, match="make the optimizer with a callable"):
+        opt.add_group({"params": np.ones(2)})
+
+
+def test_a_number_about_all_arrays_is_the_new_groups_too():
+    rng = np.random.default_rng(0)
+    opt = fastopt.prodigy(rng.standard_normal(50), d0=1e-3)
+    for _ in range(20):
+        opt.step(rng.standard_normal(50))
+    opt.add_group({"params": np.ones(3)})
+    d = opt.state_dict()["carry"]
+    assert d[0] == d[1] and d[0][0] > 1e-3
+
+
+def test_the_decay_of_the_average_is_saved():
+    opt = fastopt.gd(np.ones(2), ema=0.9)
+    opt.ema = 0.5
+    other = fastopt.gd(np.ones(2), ema=0.9)
+    other.load_state_dict(opt.state_dict())
+    assert other.ema == 0.5
+
+
+def test_parameters_that_were_set_before_the_first_step_are_evaluated():
+    p = np.ones(2)
+    opt = fastopt.schedule_free_sgd(p)
+    p[:] = 5
+    assert np.all(opt.eval_params() == 5)
+
+
+def test_evaluate_with_norms_of_each_array():
+    rule = fastopt.Rule(
+        update=lambda p, g, lr: (p - lr * g,),
+        scalars=lambda t, lr=0.1: (lr,),
+        measure=lambda p, g: (wide(g) * wide(g),),
+        settle=lambda t, n, gg, lr: (lr,),
+        evaluate=lambda p, lr: p + lr,
+        name="with_all",
+    )
+    opt = rule([np.ones(2), np.zeros(3)], lr=0.5, backend="numpy")
+    first, second = opt.eval_params()
+    assert np.all(first == 1.5) and np.all(second == 0.5)
+
+
+@every_backend
+def test_an_estimate_is_refused_and_frozen_as_a_step_is(backend):
+    params = [np.ones(3), np.ones(3)]
+    opt = fastopt.sophia_g([{"params": p} for p in params], backend=backend)
+    with pytest.raises(ValueError, match="overlaps the parameters"):
+        opt.estimate([np.ones(3), params[0]])
+    opt.groups[1].frozen = True
+    opt.estimate([np.ones(3), np.ones(3)])
+    (h, frozen) = opt.state[fastopt.sophia_g.estimate[0]]
+    assert h.all() and not frozen.any()

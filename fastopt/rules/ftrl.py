@@ -22,9 +22,9 @@ def scalars(
             f"l1, l2 and l2_shrinkage must be at least 0, "
             f"got {l1!r}, {l2!r} and {l2_shrinkage!r}"
         )
-    if initial_accumulator_value < 0:
+    if initial_accumulator_value <= 0:
         raise ValueError(
-            f"initial_accumulator_value must be at least 0, "
+            f"initial_accumulator_value must be above 0, "
             f"got {initial_accumulator_value!r}"
         )
     return 1 / lr, -l1, l1, 2 * l2 + beta / lr, 2 * l2_shrinkage
