@@ -1,11 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Where a framework's tensors lie, read by DLPack's C exchange API (DLPack 1.3): for a
-tenth of what asking each tensor in Python costs. fastopt/torch/memory.py says in Python
-what this does, and does it where this or that is missing.
+"""Whether tensors are where they were, as ``Tensors`` in fastopt/torch/memory.py says it
+in Python, at a tenth of the time: by DLPack's C exchange API (DLPack 1.3), and by the
+addresses of what Python's dicts and lists hold.
 """
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -48,29 +48,55 @@ cdef ExchangeAPI* exchange(type kind) except NULL:
     return api
 
 
-cdef class Tensors:
-    """Parameters and what belongs to them, as they were when a step was planned."""
+cdef list entries_of(dicts):
+    """What dicts hold, one after the other."""
+    return [value for entries in dicts for value in entries.values()]
 
+
+cdef bint holds(dict_, list values, Py_ssize_t* place):
+    """Whether a dict's values are these objects, from a place on, which moves on."""
+    cdef Py_ssize_t at = 0
+    cdef PyObject* value
+    while PyDict_Next(dict_, &at, NULL, &value):
+        if place[0] == PyList_GET_SIZE(values):
+            return False
+        if value != PyList_GET_ITEM(values, place[0]):
+            return False
+        place[0] += 1
+    return True
+
+
+cdef class Tensors:
     cdef ExchangeAPI* api
-    cdef list params, keys, values, inner, buffers, held
+    cdef list params, options, keys, values, entries, buffers, held
+    cdef object grad_of, address_of
     cdef bytes planned
-    cdef bint hold
+    cdef bint single, hold
     cdef int64_t* words  # of each parameter, then of each buffer
     cdef int64_t[::1] at
     cdef readonly object found
-    cdef readonly bint moved
+    cdef public bint moved
+    cdef readonly bint same_options
     cdef readonly list odd
 
-    def __cinit__(self, list params, list planned, state, list buffers, bint hold):
+    def __cinit__(
+        self, list params, list planned, list groups, state, list buffers,
+        bint single, bint hold,
+    ):
         cdef Py_ssize_t i
         self.api = exchange(type(params[0]))
-        self.params, self.buffers, self.hold = params, buffers, hold
+        self.params, self.buffers = params, buffers
+        self.single, self.hold = single, hold
         self.planned = bytes(planned)
+        self.note(groups)
         self.keys, self.values = list(state), list(state.values())
-        self.inner = [
-            list(value.values()) if type(value) is dict else [] for value in self.values
-        ]
+        self.entries = entries_of([v for v in self.values if type(v) is dict])
         self.held = [None] * len(params)
+        # What reads the attribute, without looking for it each time.
+        self.grad_of, self.address_of = type(params[0]).grad, type(params[0]).data_ptr
+        for param in params:
+            if type(param).grad is not self.grad_of:
+                raise AttributeError("parameters with gradients of different kinds")
         self.found = zeros(len(params), "int64")
         self.at = self.found
         self.words = <int64_t*> calloc(
@@ -84,6 +110,9 @@ cdef class Tensors:
 
     def __dealloc__(self):
         free(self.words)
+
+    def note(self, list groups):
+        self.options = entries_of(groups)
 
     cdef int read(self, tensor, int64_t* words) except -1:
         cdef DLTensor view
@@ -115,78 +144,76 @@ cdef class Tensors:
             same &= view.strides[d] == words[5 + 2 * d] or view.shape[d] == 1
         return same or empty
 
-    cdef bint as_noted(self, list lists, state):
+    cdef bint as_noted(self, list groups, state):
         """Whether the parameters and the entries of the state are the same objects."""
-        cdef Py_ssize_t i, k = 0, place = 0, inner
+        cdef Py_ssize_t i, k = 0, place = 0, at = 0
         cdef PyObject* key
         cdef PyObject* value
-        cdef PyObject* entry
-        cdef list params, entries
-        for params in lists:
+        cdef list params
+        self.same_options = True
+        for group in groups:
+            if self.same_options and not holds(group, self.options, &at):
+                self.same_options = False
+            if self.single:
+                continue
+            params = group["params"]
             for i in range(PyList_GET_SIZE(params)):
                 if k == PyList_GET_SIZE(self.params):
                     return False
                 if PyList_GET_ITEM(params, i) != PyList_GET_ITEM(self.params, k):
                     return False
                 k += 1
-        if k != PyList_GET_SIZE(self.params):
+        if k != PyList_GET_SIZE(self.params) and not self.single:
             return False
-        k = 0
+        if at != PyList_GET_SIZE(self.options):
+            self.same_options = False
+        k = at = 0
         while PyDict_Next(state, &place, &key, &value):
-            if k == PyList_GET_SIZE(self.keys):
-                return False
-            if key != PyList_GET_ITEM(self.keys, k):
-                return False
-            if value != PyList_GET_ITEM(self.values, k):
+            if (
+                k == PyList_GET_SIZE(self.keys)
+                or key != PyList_GET_ITEM(self.keys, k)
+                or value != PyList_GET_ITEM(self.values, k)
+            ):
                 return False
             if type(<object> value) is dict:
-                entries, inner, i = self.inner[k], 0, 0
-                while PyDict_Next(<object> value, &inner, NULL, &entry):
-                    if i == PyList_GET_SIZE(entries):
-                        return False
-                    if entry != PyList_GET_ITEM(entries, i):
-                        return False
-                    i += 1
-                if i != PyList_GET_SIZE(entries):
+                if not holds(<object> value, self.entries, &at):
                     return False
             k += 1
-        return k == PyList_GET_SIZE(self.keys)
+        return k == PyList_GET_SIZE(self.keys) and at == PyList_GET_SIZE(self.entries)
 
-    def look(self, list lists, state):
-        """The gradients, if all is as it was, or else None.
-
-        ``found`` has their addresses: 0 for None, and -1 for what is not in memory as
-        its parameter, whose places ``odd`` has. ``moved``: not all are those of the
-        last look.
-        """
+    def look(self, list groups, state):
         cdef Py_ssize_t i, count = PyList_GET_SIZE(self.params)
+        descriptor = type(self.grad_of)
+        cdef PyTypeObject* getter = <PyTypeObject*> descriptor
         cdef int64_t* words = self.words
         cdef int64_t address
         cdef DLTensor view
-        self.moved, self.odd = False, None
-        if not self.as_noted(lists, state):
+        self.odd = None
+        if not self.as_noted(groups, state):
             return None
         grads = []
         for i in range(count):
             param = <object> PyList_GET_ITEM(self.params, i)
-            grad = param.grad
+            grad = getter.tp_descr_get(self.grad_of, param, type(param))
             grads.append(grad)
             address = 0
-            if not self.planned[i]:
-                if grad is not None:
+            if self.hold and <PyObject*> grad == PyList_GET_ITEM(self.held, i):
+                # What moves a gradient's memory moves that of its parameter, too.
+                if <int64_t> self.address_of(param) != words[0]:
                     return None
-                words += WORDS
-                continue
-            self.api.from_object(<void*> param, &view)
-            if <int64_t> view.data != words[0] or not self.alike(&view, words):
+            elif self.planned[i]:
+                self.api.from_object(<void*> param, &view)
+                if <int64_t> view.data != words[0] or not self.alike(&view, words):
+                    return None
+                if grad is not None:
+                    address = self.fitting(grad, i, words)
+                    if address == -1:
+                        self.odd = self.odd or []
+                        self.odd.append(i)
+                if self.at[i] != address:
+                    self.at[i], self.moved = address, True
+            elif grad is not None:
                 return None
-            if grad is not None:
-                address = self.address_of(grad, i, words)
-                if address == -1:
-                    self.odd = self.odd or []
-                    self.odd.append(i)
-            if self.at[i] != address:
-                self.at[i], self.moved = address, True
             words += WORDS
         for i in range(PyList_GET_SIZE(self.buffers)):
             self.api.from_object(PyList_GET_ITEM(self.buffers, i), &view)
@@ -195,18 +222,20 @@ cdef class Tensors:
             words += WORDS
         return grads
 
-    cdef int64_t address_of(self, grad, Py_ssize_t i, int64_t* words) except -3:
+    cdef int64_t fitting(self, grad, Py_ssize_t i, int64_t* words) except -3:
+        """The address of a gradient; -1 if it is not in memory as its parameter."""
         cdef DLTensor view
         try:
             self.api.from_object(<void*> grad, &view)
         except (RuntimeError, BufferError, NotImplementedError):  # sparse, say
             return -1
-        if not self.alike(&view, words):
+        # DLPack does not say whether a view is to be negated when it is read.
+        if (
+            not self.alike(&view, words)
+            or grad.is_neg()
+            or (view.code == COMPLEX and grad.is_conj())
+        ):
             return -1
-        if <PyObject*> grad != PyList_GET_ITEM(self.held, i):
-            # Its memory has the other sign, and DLPack does not say so.
-            if grad.is_neg() or (view.code == COMPLEX and grad.is_conj()):
-                return -1
-            if self.hold:
-                self.held[i] = grad
+        if self.hold:
+            self.held[i] = grad
         return <int64_t> view.data or -2  # of no elements

@@ -8,32 +8,69 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.flat import zeroed
+from fastopt.flat import STAGGER, zeroed
+
+FLAT = "flattened_by_fastopt"  # an attribute of the buffers of gradients
 
 
 class Flat(NamedTuple):
-    """All parameters of one dtype and device, as one tensor, and their gradients."""
+    """All parameters of one dtype and device as one tensor, and all their gradients."""
 
     data: Tensor
     grad: Tensor
 
 
-@torch.no_grad()
 def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
+    """Move the parameters of a model into one buffer, and their gradients into another.
+
+    An optimizer made afterwards updates each buffer as if it was one parameter; its
+    state and its groups stay those of the parameters. Groups should have parameters
+    that follow one another, or there are as many stretches as there are changes.
+
+    Parameters
+    ----------
+    model
+        A module, or parameters. Those that require no gradient are left alone. They
+        stay the same objects, whose ``data`` and ``grad`` are views from now on.
+
+    Returns
+    -------
+    The buffers, for each dtype and device; reducing their ``grad``, say, is one call.
+
+    Notes
+    -----
+    Gradients stay in the buffer as long as they are set to zero and not to None: by the
+    ``zero_grad()`` of an optimizer of ``fastopt.torch``, not by that of the model. If
+    they leave it, steps are right, but as fast as without. A parameter that had no part
+    in a loss has a gradient of zeros, where it had None before, so that weight decay
+    and momentum go on.
+
+    Example
+    -------
+    >>> import torch, fastopt.torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    >>> (flat,) = fastopt.torch.flatten_(model)
+    >>> flat.data.shape
+    torch.Size([11])
+    >>> opt = fastopt.torch.AdamW(model.parameters(), lr=0.1)
+    """
     params = model.parameters() if isinstance(model, torch.nn.Module) else model
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for param in dict.fromkeys(params):
-        kinds.setdefault((param.dtype, param.device), []).append(param)
-    return [flattened(alike) for alike in kinds.values()]
+        if param.requires_grad:
+            kinds.setdefault((param.dtype, param.device), []).append(param)
+    with torch.no_grad():
+        return [flattened(alike) for alike in kinds.values()]
 
 
 def flattened(params: list[Tensor]) -> Flat:
+    """One dtype and device."""
     sizes = [param.numel() for param in params]
-    flat = Flat(*(room(sum(sizes), params[0], offset) for offset in (0, 512)))
-    flat.grad.flattened_by_fastopt = True
-    for param, data, grad in zip(
-        params, flat.data.split(sizes), flat.grad.split(sizes), strict=True
-    ):
+    # Buffers that are equal modulo 4096 make a load wait for an unrelated store.
+    flat = Flat(*(zeros(sum(sizes), params[0], at) for at in (0, STAGGER // 2)))
+    setattr(flat.grad, FLAT, True)
+    datas, grads = flat.data.split(sizes), flat.grad.split(sizes)
+    for param, data, grad in zip(params, datas, grads, strict=True):
         data, grad = data.view(param.shape), grad.view(param.shape)
         data.copy_(param)
         if param.grad is not None:
@@ -42,7 +79,8 @@ def flattened(params: list[Tensor]) -> Flat:
     return flat
 
 
-def room(count: int, like: Tensor, offset: int) -> Tensor:
+def zeros(count: int, like: Tensor, offset: int) -> Tensor:
+    """Zeros of a parameter's dtype and device, some bytes into huge pages."""
     if not like.is_cpu:
         return torch.zeros(count, dtype=like.dtype, device=like.device)
     memory = zeroed(offset + count * like.element_size())[offset:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fastopt.flat import Array, state_arena
 
+native: Any
 try:
-    from fastopt import _tensors as native
+    native = importlib.import_module("fastopt._tensors")
 except ImportError:  # no C compiler
     native = None
 
@@ -85,7 +87,8 @@ def same_layout(
 
 def numbers(tensor: Tensor) -> int:
     """How many real numbers it is."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
+    count: int = tensor.numel()
+    return 2 * count if tensor.is_complex() else count
 
 
 def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
@@ -137,30 +140,38 @@ def room(
 
 
 class Tensors:
-    """Parameters and what belongs to them, as they were when a step was planned: what
-    ``csrc/tensors.pyx`` does, for those who have no compiler, or an older torch.
+    """Parameters and what belongs to them, as they were when a step was planned. For
+    those who have no compiler, or an older torch; ``csrc/tensors.pyx`` is faster.
 
     Parameters
     ----------
     params, planned
         All parameters, and for each whether the plan knows what to do with a gradient.
-    state
-        The optimizer's, whose entries must remain the same objects.
+    groups, state
+        The optimizer's. If the state is no longer the same objects, all is to be
+        planned anew; if the options of the groups are not, they are to be read again.
     buffers
-        The tensors in it that a step works in.
+        The tensors of the state that a step works in, to see whether they move.
+    single
+        Whether the parameters are not all of the groups.
     hold
-        Whether to keep the gradients, which then are not looked at twice.
+        Whether the gradients are to stay where they are, all in one buffer, so that
+        they are held here, and looked at less closely.
     """
 
     def __init__(
         self,
         params: list[Tensor],
         planned: list[bool],
+        groups: list[dict[str, Any]],
         state: dict[Any, Any],
         buffers: list[Tensor],
+        single: bool,
         hold: bool,
     ):
         self.params, self.planned, self.buffers = params, planned, buffers
+        self.single, self.same_options = single, True
+        self.note(groups)
         self.entries = self._entries(state)
         pairs = zip(params, planned, strict=True)
         self.places = [self._place(param) if yes else (0,) for param, yes in pairs]
@@ -168,6 +179,10 @@ class Tensors:
         self.found = np.zeros(len(params), np.int64)
         self.moved = False
         self.odd: list[int] | None = None
+
+    def note(self, groups: list[dict[str, Any]]) -> None:
+        """Note that the options have been read."""
+        self.options = [value for group in groups for value in group.values()]
 
     @staticmethod
     def _entries(state: dict[Any, Any]) -> list[Any]:
@@ -190,15 +205,21 @@ class Tensors:
         return address, tensor.dtype, tensor.device, tensor.shape, strides, flipped
 
     def look(
-        self, lists: list[list[Tensor]], state: dict[Any, Any]
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
     ) -> list[Tensor | None] | None:
         """The gradients, if all is as it was, or else None.
 
         ``found`` has their addresses: 0 for None, and -1 for what is not in memory as
-        its parameter, whose places ``odd`` has. ``moved``: not all are those of the
-        last look.
+        its parameter, whose places ``odd`` has. ``moved``: not all are those that were
+        there when it was last set to False. ``same_options``: those of the groups are
+        those that were noted.
         """
-        now = [param for params in lists for param in params]
+        options = self.options
+        self.note(groups)
+        self.same_options, self.options = same(self.options, options), options
+        now = self.params
+        if not self.single:
+            now = [param for group in groups for param in group["params"]]
         if not same(now, self.params) or not same(self._entries(state), self.entries):
             return None
         pairs = zip(now, self.planned, strict=True)
@@ -216,7 +237,7 @@ class Tensors:
             address, *how = self._place(grad)
             found[i] = address if tuple(how) == place[1:] else -1
             odd += [i] if found[i] == -1 else []
-        self.moved = not np.array_equal(found, self.found)
+        self.moved |= not np.array_equal(found, self.found)
         self.found[:] = found
         self.odd = odd or None
         return grads

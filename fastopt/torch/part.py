@@ -39,6 +39,9 @@ class Part:
     (bfloat16, memory with gaps), the native step is made anew each time, over copies.
     """
 
+    in_place = True  # whether kernels may work in the parameters' memory
+    groups: list[dict[str, Any]]
+
     def __init__(
         self,
         rule: Rule,
@@ -60,7 +63,8 @@ class Part:
         self.scalars = names.scalars or compiled(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
-        self.any = self.all = False
+        self.any = self.all = self.usual = False
+        self._t, self._steps = 0, b""  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
         self._mask, self._known = b"", b""
         self._seen: list[bytes] = []
@@ -153,20 +157,22 @@ class Part:
             np.take(found, self.places, out=self._here)
             self._know(self._here != 0)
             self._placed = self._place(grads)
+            self.usual &= self._placed
         return self.any
 
     def _know(self, active: Array) -> None:
         self.active, self._mask = active, active.tobytes()
         self.any, self.all = bool(active.any()), bool(active.all())
+        self.usual &= self.all
 
     def _place(self, grads: Sequence[Any]) -> bool:
         """Whether the native step has noted where the gradients are, and need not be
         told again before they move."""
+        native = hasattr(self.step, "place")
+        if native and self.step.place(self._here):
+            return True
         given = [grads[place] for place in self.places]
-        if hasattr(self.step, "place"):
-            if self.step.place(self._here):
-                return True
-            # Some overlap what a step writes.
+        if native:  # some overlap what a step writes
             with torch.no_grad():
                 given = [None if g is None else g.clone() for g in given]
         self._give(given)
@@ -200,8 +206,11 @@ class Part:
                     self.members, self._copies, self.active, strict=True
                 ):
                     if active:
-                        member.param.copy_(made)
+                        self._put_back(member, made)
             self._copies, self.step = [], None
+
+    def _put_back(self, member: Member, made: Tensor) -> None:
+        member.param.copy_(made)
 
     def norm(self, factor: float, threads: int) -> tuple[float, bool]:
         """The sum of the squares of the gradients, and whether all are finite."""
@@ -239,6 +248,25 @@ class Part:
             else:
                 for r in runs:
                     self.rows[r] = row
+
+    def do_as_usual(
+        self, values: Sequence[Values], factors: Sequence[float], threads: int
+    ) -> None:
+        """A step like the last, if that was ``usual``: all of its members have done as
+        many steps, the rule needs no more than scalars, and nothing is asked beside."""
+        steps, group = self.vectors[0], self.members[0].group
+        if steps.tobytes() != self._steps:
+            self.prepare(values, factors)
+            self.update(threads, None, None)
+            return
+        t = self._t + 1
+        scalars = self.scalars(t, *values[group])
+        row = (factors[group], *scalars[: self.used])
+        self.step([row] * len(self.runs), threads)
+        if self.names.steps is not None:
+            self._t = t
+            steps.fill(t)
+            self._steps = steps.tobytes()
 
     def _bytes(self) -> list[bytes]:
         return [vector.tobytes() for vector in self.vectors]
@@ -286,7 +314,15 @@ class Part:
             steps[self.active] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
-        self._seen = self._bytes()
+        # What was settled may differ from now on.
+        self._seen = [] if self.carried and self.rule.settle else self._bytes()
+        self.usual = (
+            self.all
+            and self._placed
+            and len(self.kinds) == 1
+            and not (self.carried or self.averaged or self.rule.settle)
+        )
+        self._t, self._steps = int(steps.item(0)), steps.tobytes()
 
     def _run(self, threads: int, extras: Extras | None) -> None:
         if extras is None:

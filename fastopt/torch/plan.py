@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,9 +20,15 @@ from fastopt.torch.memory import COMPUTED, is_plain, watched
 from fastopt.torch.part import Part, Sums
 from fastopt.torch.state import Member, Names, Values
 
+USUAL, ALL = attrgetter("usual"), attrgetter("all")
+
 
 class Unsupported(Exception):
     """What fastopt has no kernels for."""
+
+
+# Of each group the rule, its hyperparameters, and the sign of its gradients.
+Read = tuple[list[Rule], Sequence[Values], list[float]]
 
 
 class Asked(NamedTuple):
@@ -35,94 +42,132 @@ class Asked(NamedTuple):
 
 
 class Plan:
-    """How to update the parameters of some groups, all of an optimizer's or only one.
+    """How to update the parameters of some groups: all of them, or a ``single`` one.
 
     Parameters
     ----------
-    lists, rules, values
-        Of each group the parameters, the rule and the values of its hyperparameters.
-    state
-        The optimizer's, in which the plan makes what is missing.
+    kind
+        The part of the plan for parameters that are alike: ``Part``, or one of its own
+        of an optimizer.
+    names
+        What the state calls things.
+    groups, state
+        The optimizer's; in the state, what is missing is made.
+    read
+        Of each group the rule, its hyperparameters, and the sign of its gradients.
+    averaged
+        Whether a moving average of the parameters is kept.
     """
 
     def __init__(
         self,
-        lists: list[list[Tensor]],
-        rules: list[Rule],
-        values: Sequence[Values],
+        kind: type[Part],
         names: Names,
+        groups: list[dict[str, Any]],
         state: dict[Any, Any],
+        read: Read,
         averaged: bool,
         backend: str | None,
+        single: Tensor | None = None,
     ):
-        self.rules, self.averaged = rules, averaged
-        self.sizes = list(map(len, lists))
-        params = [param for of_group in lists for param in of_group]
-        groups = [i for i, size in enumerate(self.sizes) for _ in range(size)]
-        together: dict[Any, list[Member]] = {}
+        self.rules, self.values, self.signs = read
+        self.averaged = averaged
+        pairs = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
+        if single is not None:
+            pairs = [(single, 0)]
+        self._params = [param for param, _ in pairs]
+        alike: dict[Any, list[Member]] = {}
         planned = []
-        for place, (param, group) in enumerate(zip(params, groups, strict=True)):
-            rule = rules[group]
+        for place, (param, group) in enumerate(pairs):
+            rule = self.rules[group]
             keeps = bool(rule.state or rule.carry or names.steps or averaged)
             there = param.grad is not None or bool(state.get(param))
             planned.append(there or not keeps)
             if not planned[-1]:
                 continue
-            check(param, rule)
-            plain = is_plain(param, rule.factored)
+            check(param, names)
+            plain = kind.in_place and is_plain(param, rule.factored)
             entry = state[param] if keeps else {}
             member = Member(param, place, group, entry, plain)
             key = id(rule), param.dtype, param.device, plain
-            together.setdefault(key, []).append(member)
+            alike.setdefault(key, []).append(member)
         with torch.no_grad():
-            self.parts = [
-                Part(
-                    rules[apart[0].group],
-                    module_for(rules[apart[0].group], backend, apart[0].param),
-                    names,
-                    apart,
-                    values,
-                    averaged,
-                )
-                for members in together.values()
-                for apart in in_turn(members)
-            ]
-        self._params: list[Tensor] = params
-        self._odd: list[Tensor] = []  # gradients that are not in memory as they should
-        self._plain = {
-            member.place
-            for part in self.parts
-            for member in part.members
-            if member.plain
-        }
-        merged = any(part.merged for part in self.parts)
-        buffers = [tensor for part in self.parts for tensor in part.buffers]
-        self.tensors = watched(params, planned, state, buffers, merged)
-        self.merged, self._expected = merged, None
+            self.parts = []
+            for members in alike.values():
+                for apart in in_turn(members):
+                    rule = self.rules[apart[0].group]
+                    module = module_for(rule, backend, apart[0].param)
+                    part = kind(rule, module, names, apart, self.values, averaged)
+                    part.groups = groups
+                    self.parts.append(part)
+        members = [member for part in self.parts for member in part.members]
+        self._plain = {member.place for member in members if member.plain}
+        self._merged = any(part.merged for part in self.parts)
+        # State that was merged lies in one buffer with that of others.
+        buffers = [t for p in self.parts if not p.merged for t in p.buffers]
+        self.tensors = watched(
+            self._params,
+            planned,
+            groups,
+            state,
+            buffers,
+            single is not None,
+            self._merged,
+        )
+        self._fixed = all(map(is_fixed, options_of(groups)))
+        self._usual = False  # whether the last step was as most are
+        self._expected: Any = None
+        self._odd: list[Tensor] = []  # gradients that are not where they should be
         # Plain tensors, with the parameters' counts of versions.
-        self._aliases = {
-            member.place: member.param.detach()
-            for part in self.parts
-            for member in part.members
-        }
+        self._aliases = {member.place: member.param.detach() for member in members}
         self._all_aliases = list(self._aliases.values())
 
     def look(
-        self, lists: list[list[Tensor]], rules: list[Rule], state: Any, averaged: bool
+        self, groups: list[dict[str, Any]], state: Any, averaged: bool
     ) -> list[Any] | None:
-        """The gradients, if the plan still holds, else None."""
-        if rules != self.rules or averaged != self.averaged:
+        """The gradients, if all else is as it was planned, or None."""
+        tensors = self.tensors
+        if averaged != self.averaged:
             return None
-        if list(map(len, lists)) != self.sizes:
-            return None
-        grads: list[Any] | None = self.tensors.look(lists, state)
-        if grads is None or not self.merged:
-            return grads
-        if self._expected is None:
-            self._expected = self.tensors.found.copy()
-        elif self.tensors.moved and (self.tensors.found != self._expected).any():
-            return None
+        grads: list[Any] | None = tensors.look(groups, state)
+        if self._merged and grads is not None and tensors.moved:
+            if self._expected is None:
+                self._expected = tensors.found.copy()
+            elif (tensors.found != self._expected).any():
+                return None
         return grads
+
+    def again(self, groups: list[dict[str, Any]], state: Any, threads: int) -> bool:
+        """Do the same step as the last, if all is as it was then: much the quickest."""
+        tensors = self.tensors
+        grads = tensors.look(groups, state) if self._usual else None
+        if grads is None or tensors.odd or not self.options_hold:
+            return False
+        if tensors.moved and self._merged:
+            return False
+        if tensors.moved:
+            for part in self.parts:
+                part.take(grads, tensors.found, True)
+            tensors.moved = False
+        for part in self.parts:
+            if not part.usual:
+                return False
+        for part in self.parts:
+            part.do_as_usual(self.values, self.signs, threads)
+        increment_version(self._all_aliases)
+        return True
+
+    @property
+    def options_hold(self) -> bool:
+        """Whether the options of the groups are still what was read of them."""
+        return self._fixed and bool(self.tensors.same_options)
+
+    def reread(self, groups: list[dict[str, Any]], read: Read) -> bool:
+        """Take other options over; False if they are for another plan."""
+        rules, self.values, self.signs = read
+        self.tensors.note(groups)
+        self._fixed = all(map(is_fixed, options_of(groups)))
+        return rules == self.rules
 
     def take(self, grads: list[Any]) -> list[Part]:
         """Give gradients to the parts; those that have some."""
@@ -137,20 +182,24 @@ class Plan:
                 fitted = torch.empty_like(param, requires_grad=False)
                 grads[place] = fitted.copy_(grad.detach())
                 tensors.found[place] = fitted.data_ptr()
-        found, moved = tensors.found, tensors.moved
-        return [part for part in self.parts if part.take(grads, found, moved)]
+        moved = tensors.moved or bool(tensors.odd)
+        found = [p for p in self.parts if p.take(grads, tensors.found, moved)]
+        tensors.moved = False
+        return found
 
     def do(
         self,
         parts: list[Part],
-        values: Sequence[Values],
-        factors: list[float],
+        scale: float,
         threads: int,
         asked: Asked | None,
     ) -> tuple[float, bool]:
-        """The step, with what was taken: the norm of the gradients, if it was asked
-        for, and whether anything was updated."""
+        """The step, with what was taken, times a factor: the norm of the gradients, if
+        it was asked for, and whether anything was updated."""
         norm, extras, limit = math.nan, None, math.inf
+        values, factors = self.values, self.signs
+        if scale != 1:
+            factors = [factor * scale for factor in factors]
         if asked is not None:
             limit = asked.clip_value
             extras = Extras(limit, asked.weight, asked.zero_grads)
@@ -165,14 +214,16 @@ class Plan:
                     return norm, False
                 shrink = shrinking(norm, asked.clip_norm)
                 factors = [factor * shrink for factor in factors]
-        for part in parts:
-            part.prepare(values, factors)
         totals: dict[int, Sums] = {}
-        for part in parts:
-            for more in part.sums(threads, limit) if part.over_all else ():
+        over_all = [part for part in parts if part.over_all]
+        for part in over_all:
+            part.prepare(values, factors)
+            for more in part.sums(threads, limit):
                 before = totals.get(id(part.rule), (0, None))
                 totals[id(part.rule)] = together(before, more)
         for part in parts:
+            if not part.over_all:  # after those before it: they may be the same
+                part.prepare(values, factors)
             part.update(threads, extras, totals.get(id(part.rule)))
         if asked is not None and asked.zero_grads:
             self._zero_what_was_copied(parts)
@@ -189,7 +240,7 @@ class Plan:
 
     def end(self, parts: list[Part]) -> None:
         """After a step: put back copies, and tell autograd what has changed."""
-        if len(parts) == len(self.parts) and all([part.all for part in parts]):
+        if len(parts) == len(self.parts) and all(map(ALL, parts)):
             increment_version(self._all_aliases)
         else:
             changed = [
@@ -202,11 +253,24 @@ class Plan:
             increment_version(changed)
         for part in parts:
             part.end()
+        self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
 
 
-def check(param: Tensor, rule: Rule) -> None:
+def options_of(groups: list[dict[str, Any]]) -> list[Any]:
+    lists = "params", "param_names"
+    return [v for group in groups for k, v in group.items() if k not in lists]
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether an option cannot change but by another taking its place."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return value is None or type(value) in (float, int, bool, str)
+
+
+def check(param: Tensor, names: Names) -> None:
     """That fastopt has kernels for a parameter."""
-    if rule.factored and param.is_complex():
+    if names.real and param.is_complex():
         raise Unsupported("complex parameters")
     if param.layout is not torch.strided:
         raise Unsupported("sparse parameters")

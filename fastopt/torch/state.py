@@ -38,6 +38,7 @@ class Names(NamedTuple):
     carry: Mapping[str, str | float] | None = None  # in place of the rule's
     scalars: Callable[..., tuple[float, ...]] | None = None  # likewise
     torchs: bool = False  # whether the carry is of the dtype of torch's counts
+    real: bool = False  # whether complex parameters are refused
 
     def key(self, name: str) -> str:
         return self.keys.get(name, name)

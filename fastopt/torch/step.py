@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,8 +20,11 @@ from fastopt import checks
 from fastopt.numpy_ref import NUMPY
 from fastopt.rule import Rule, concrete
 from fastopt.threads import available, forked
-from fastopt.torch.memory import HALVES, array
-from fastopt.torch.plan import Asked, Plan, Unsupported
+from fastopt.torch.flat import FLAT
+from fastopt.torch.memory import COMPUTED, HALVES
+from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
+from fastopt.torch.part import Part
+from fastopt.torch.plan import Asked, Plan, Read, Unsupported
 from fastopt.torch.state import EMA, Names
 
 AS_MADE: Any = object()  # an argument of step: as the optimizer was made
@@ -59,7 +64,7 @@ class Stepping(Optimizer):
         How often ``nonfinite="skip"`` has left a step out.
     """
 
-    _names = Names()
+    _names, _part = Names(), Part
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling to the step
 
     def __init__(
@@ -79,17 +84,33 @@ class Stepping(Optimizer):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.nonfinite = checks.check_nonfinite(nonfinite)
         self.ema = checks.check_decay("ema", ema)
+        if ema is not None and not self._part.in_place:
+            raise TypeError(f"{type(self).__name__} keeps no moving average")
         self.threads = None if threads is None else checks.check_threads(threads)
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
         super().__init__(params, *arguments, **options)
 
+    def __init_subclass__(cls) -> None:
+        """What ``help`` shows as the arguments: the next class's, and ours."""
+        super().__init_subclass__()
+        own = vars(cls)
+        if "__signature__" in own:
+            return
+        if "__init__" in own:
+            _, *given = inspect.signature(own["__init__"]).parameters.values()
+            cls.__signature__ = inspect.Signature(given)
+            return
+        of: Any = cls.__mro__[cls.__mro__.index(Stepping) + 1]
+        _, *given = inspect.signature(of.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature([*given, *extras()])
+
     def _renew(self) -> None:
         """Forget what was worked out."""
         self._plan: Plan | None = None
-        self._seen: Any = None  # what was last read from the groups, and led to this
-        self._was_read: Any = None
+        self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
+        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         if "_lock" not in vars(self):
             self._lock = threading.Lock()
             self._most_threads = available()
@@ -150,17 +171,66 @@ class Stepping(Optimizer):
         if nonfinite is AS_MADE:
             nonfinite = self.nonfinite
         made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
-        scale = self._scale()
-        if scale is None:
-            return loss
+        own = self.__dict__
+        usual = made == NOTHING_ASKED
         with self._lock:
-            groups = self.param_groups
-            lists = [group["params"] for group in groups]
-            asked = None if made == NOTHING_ASKED else self._asked(*made)
-            self._plan = self._update(
-                groups, lists, self.state, self._plan, scale, asked
-            )
+            if usual and not ("grad_scale" in own or "found_inf" in own):
+                plan = self._plan
+                if plan and plan.again(self.param_groups, self.state, self._threads()):
+                    return loss
+            scale = self._scale()
+            if scale is not None:
+                asked = None if usual else self._asked(*made)
+                self._plan = self._update(
+                    self._plan, self.param_groups, self.state, scale, asked
+                )
         return loss
+
+    def _threads(self) -> int:
+        if forked[0]:
+            return 1
+        most = self._most_threads if self.threads is None else self.threads
+        now: int = torch.get_num_threads()
+        return min(most, now)
+
+    def step_param(self, param: Tensor) -> None:
+        """Update one parameter, with its gradient, and leave all others alone."""
+        self.check_single_steps()
+        group = self._group_of(param)
+        made = self.clip_norm, self.clip_value, self.nonfinite, self.ema, False
+        with self._lock:
+            asked = None if made == NOTHING_ASKED else self._asked(*made)
+            state = {param: self.state[param]}
+            plan = self._plans.get(param)
+            self._plans[param] = self._update(plan, [group], state, 1.0, asked, param)
+            if not self.state[param]:
+                del self.state[param]
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        group, i = self._places.get(param, ({"params": []}, 0))
+        if i >= len(group["params"]) or group["params"][i] is not param:
+            self._places = {
+                p: (group, i)
+                for group in self.param_groups
+                for i, p in enumerate(group["params"])
+            }
+            group, _ = self._places[param]
+        return group
+
+    def check_single_steps(self) -> None:
+        """That a parameter can be updated without the gradients of the others."""
+        if self.clip_norm is not None or self.nonfinite == "skip":
+            raise ValueError(
+                "clip_norm and nonfinite='skip' need the gradients of all parameters, "
+                "of which each is updated alone here"
+            )
+        for group in self.param_groups:
+            rule = self._rule(group)
+            if rule.measure is not None and rule.over == "all":
+                raise TypeError(
+                    f"{type(self).__name__} measures all parameters together, which "
+                    f"cannot be updated one by one"
+                )
 
     def _asked(
         self,
@@ -187,15 +257,7 @@ class Stepping(Optimizer):
             return None
         return 1.0 if scale is None else 1 / float(scale)
 
-    def _read(
-        self, groups: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[Rule], list[list[Any]], list[float]]:
-        """Of each group the rule, the hyperparameters and the sign of the gradients."""
-        now = [list(group.values()) for group in groups]
-        read: tuple[list[Rule], list[list[Any]], list[float]]
-        if now == self._seen:
-            read = self._was_read
-            return read
+    def _read(self, groups: list[dict[str, Any]]) -> Read:
         for group in groups:
             for option in ("differentiable", "capturable"):
                 if group.get(option):
@@ -203,45 +265,34 @@ class Stepping(Optimizer):
         rules = [self._rule(group) for group in groups]
         values = [self._values(*of) for of in zip(groups, rules, strict=True)]
         signs = [-1.0 if group.get("maximize") else 1.0 for group in groups]
-        self._was_read = read = rules, values, signs
-        lists = "params", "param_names"
-        can_be_kept = all(
-            key in lists or is_fixed(value)
-            for group in groups
-            for key, value in group.items()
-        )
-        self._seen = now if can_be_kept else None
-        return read
+        return rules, values, signs
 
     def _update(
         self,
-        groups: Sequence[Mapping[str, Any]],
-        lists: list[list[Tensor]],
-        state: dict[Any, Any],
         plan: Plan | None,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
         scale: float,
         asked: Asked | None,
+        single: Tensor | None = None,
     ) -> Plan | None:
-        """A step of the parameters in these lists, by a plan; the one that now is."""
-        averaged = self.ema is not None
+        """A step by a plan, or by a new one if that is out of date; the plan that now
+        is."""
         try:
-            rules, values, factors = self._read(groups)
-            grads = plan and plan.look(lists, rules, state, averaged)
-            if plan is None or grads is None:
-                plan = Plan(
-                    lists, rules, values, self._names, state, averaged, self.backend
-                )
-                grads = plan.look(lists, rules, state, averaged)
-            parts = plan.take(grads or [])
+            averaged = self.ema is not None
+            grads = None if plan is None else plan.look(groups, state, averaged)
+            if plan is None or grads is None or not plan.options_hold:
+                read = self._read(groups)
+                if plan is None or grads is None or not plan.reread(groups, read):
+                    of = self._part, self._names, groups, state
+                    plan = Plan(*of, read, averaged, self.backend, single)
+                    grads = plan.look(groups, state, averaged) or []
+            parts = plan.take(grads)
         except Unsupported as reason:
             self._unsupported(str(reason), scale, asked)
             return None
         if parts:
-            most = self._most_threads if self.threads is None else self.threads
-            threads = 1 if forked[0] else min(most, torch.get_num_threads())
-            if scale != 1:
-                factors = [factor * scale for factor in factors]
-            norm, done = plan.do(parts, values, factors, threads, asked)
+            norm, done = plan.do(parts, scale, self._threads(), asked)
             if done:
                 plan.end(parts)
             else:
@@ -285,35 +336,37 @@ class Stepping(Optimizer):
             torchs._global_optimizer_post_hooks,
         )
 
+        before, after = everywhere
+
         @functools.wraps(func)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self = args[0]
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.autograd._profiler_enabled():
                 label = f"Optimizer.step#{type(self).__name__}.step"
                 with torch.autograd.profiler.record_function(label):
-                    return hooked(self, args, kwargs)
-            return hooked(self, args, kwargs)
+                    return hooked(self, *args, **kwargs)
+            own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            if own or before or after:
+                return hooked(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
 
-        def hooked(self: Any, args: Any, kwargs: Any) -> Any:
-            before, after = everywhere
-            if before or self._optimizer_step_pre_hooks:
-                own = self._optimizer_step_pre_hooks
-                for hook in chain(before.values(), own.values()):
-                    changed = hook(self, args, kwargs)
-                    if changed is None:
-                        continue
-                    if not isinstance(changed, tuple) or len(changed) != 2:
-                        raise RuntimeError(
-                            f"{func} must return None or a tuple of (new_args, "
-                            f"new_kwargs), but got {changed}."
-                        )
-                    args, kwargs = changed
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            self = args[0]
+            own = self._optimizer_step_pre_hooks
+            for hook in chain(before.values(), own.values()):
+                changed = hook(self, args, kwargs)
+                if changed is None:
+                    continue
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(
+                        f"{func} must return None or a tuple of (new_args, "
+                        f"new_kwargs), but got {changed}."
+                    )
+                args, kwargs = changed
             out = func(*args, **kwargs)
             self._optimizer_step_code()
-            if after or self._optimizer_step_post_hooks:
-                own = self._optimizer_step_post_hooks
-                for hook in chain(own.values(), after.values()):
-                    hook(self, args, kwargs)
+            own = self._optimizer_step_post_hooks
+            for hook in chain(own.values(), after.values()):
+                hook(self, args, kwargs)
             return out
 
         return step
@@ -327,7 +380,7 @@ class Stepping(Optimizer):
             for group in self.param_groups:
                 for param in group["params"]:
                     base = None if param.grad is None else param.grad._base
-                    if base is not None and hasattr(base, "flattened_by_fastopt"):
+                    if base is not None and hasattr(base, FLAT):
                         flat.setdefault(id(base), []).append(param)
         kept = []
         for params in flat.values():
@@ -388,7 +441,7 @@ class Stepping(Optimizer):
 
     # Parameters to use ----------------------------------------------------------------
 
-    def _all(self) -> list[tuple[Tensor, Mapping[str, Any]]]:
+    def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
     def ema_params(self) -> list[Tensor]:
@@ -407,25 +460,29 @@ class Stepping(Optimizer):
             if rule.evaluate is None or not state:
                 found.append(param.detach())
                 continue
-            names, dtype = self._names, array(param.detach().cpu()).dtype
-            evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
+            names, dtype = self._names, COMPUTED[param.dtype]
+            number = NUMPY_DTYPES[dtype].type
+            evaluate = concrete(rule.evaluate, NUMPY_DTYPES[dtype], NUMPY, unchanged)
             count = evaluate.__code__.co_argcount - len(rule.state) - 1
             carried = [float(state[names.key(name)]) for name in rule.carry]
             steps = max(int(state[names.steps]), 1) if names.steps else 1
             scalars = rule.scalars(steps, *carried, *self._values(group, rule))
             buffers = (state[names.key(name)] for name in rule.state)
-            arrays = [t.detach().cpu().numpy() for t in (param, *buffers)]
-            used = map(dtype.type, scalars[:count])
-            made = torch.from_numpy(evaluate(*arrays, *used).copy())
-            found.append(made.to(param.device, param.dtype))
+            tensors = [t.detach().cpu().to(dtype) for t in (param, *buffers)]
+            arrays = [tensor.numpy() for tensor in tensors]
+            made = np.array(evaluate(*arrays, *map(number, scalars[:count])))
+            found.append(torch.from_numpy(made).to(param.device, param.dtype))
         return found
 
 
-def is_fixed(value: Any) -> bool:
-    """Whether an option cannot change but by another taking its place."""
-    if type(value) is tuple:
-        return all(map(is_fixed, value))
-    return value is None or type(value) in (float, int, bool, str)
+def extras() -> list[inspect.Parameter]:
+    """What all optimizers take beside."""
+    taken = inspect.signature(Stepping.__init__).parameters
+    return [taken[name] for name in EXTRAS]
+
+
+def unchanged(helper: Any) -> Any:
+    return helper
 
 
 def number(value: Any) -> Any:

@@ -1,0 +1,75 @@
+"""Steps during the backward pass: a gradient is gone before the next one comes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastopt.torch.step import Stepping
+
+
+class Released:
+    """What takes the hooks off again."""
+
+    def __init__(self, handles: list[Any]):
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def release_gradients_(optimizer: Stepping) -> Released:
+    """Let the optimizer step each parameter as soon as its gradient is complete, and
+    free the gradient: of all gradients, only few are in memory at a time.
+
+    Parameters
+    ----------
+    optimizer
+        One of ``fastopt.torch``, for parameters that have no gradients in parts: each
+        ``backward()`` is a step. Its ``step()`` has nothing left to do, and may be
+        called as schedulers expect it. GradScaler cannot be used.
+
+    Returns
+    -------
+    A handle, whose ``remove()`` ends it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an optimizer whose steps need all gradients at once: ``clip_norm``,
+        ``nonfinite="skip"``, rules with norms over all parameters (``Prodigy``).
+
+    Example
+    -------
+    >>> import torch, fastopt.torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> opt = fastopt.torch.AdamW(model.parameters(), lr=0.1)
+    >>> handle = fastopt.torch.release_gradients_(opt)
+    >>> model(torch.ones(1, 2)).sum().backward()  # the step, too
+    >>> model.weight.grad is None
+    True
+    """
+    optimizer.check_single_steps()
+    handles = [
+        param.register_post_accumulate_grad_hook(stepping(weakref.ref(optimizer)))
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.requires_grad
+    ]
+    return Released(handles)
+
+
+def stepping(of: Callable[[], Stepping | None]) -> Callable[[Tensor], None]:
+    """The hook, which does not keep the optimizer, as a hook would for ever."""
+
+    def hook(param: Tensor) -> None:
+        optimizer = of()
+        if optimizer is not None:
+            optimizer.step_param(param)
+            param.grad = None
+
+    return hook
