@@ -698,5 +698,5 @@ def test_an_average_that_stands_still_is_noticed(monkeypatch):
 
     assert not unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5)))
     monkeypatch.setattr(numba_cuda, "launcher", without)
-    assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == [" ema[0]", " ema[1]"]
+    assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == ["ema[0]", "ema[1]"]
     monkeypatch.undo()
