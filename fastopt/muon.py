@@ -140,7 +140,7 @@ class Muon(Optimizer):
     -----
     Everything that is not here is as for every :class:`Optimizer`: any group may have
     any of these hyperparameters, ``use_muon`` only from the beginning on. Bits are the
-    same on all CPU backends, with the same BLAS.
+    same on all CPU backends, with the same BLAS and as many threads of it.
 
     Example
     -------

@@ -1,5 +1,6 @@
 """Muon against its definition in float64, and torch's, whose products are bfloat16."""
 
+import inspect
 import itertools
 import math
 
@@ -159,6 +160,10 @@ def test_none_leaves_alone_and_zeros_stay_finite():
     opt.step({**draw(1), "wide": None, "b": None, "tall": np.zeros((9, 4))})
     assert not unlike(part(params, "wide", "b", "tall"), before)
     assert not same_bits(params["row"], before["row"])
+    saved = opt.state_dict()["state"]
+    opt.step({**dict.fromkeys(SHAPES), "wide": draw(2)["wide"]})
+    for name, arrays in opt.state.items():
+        assert [*map(same_bits, arrays, saved[name])] == [n != "wide" for n in SHAPES]
 
 
 @every_backend
@@ -169,6 +174,14 @@ def test_matrices_of_any_size(backend):
     opt.step([np.ones(shape) for shape in shapes])
     for p in params:
         assert np.all((0 < 1 - p) & (1 - p < 0.01))
+
+
+def test_adamws_defaults_are_its_own():
+    theirs = fastopt.adamw.hyperparameters.items()
+    ours = module.muon.hyperparameters.items()
+    assert {(f"adamw_{name}", value) for name, value in theirs} <= set(ours)
+    taken = inspect.signature(fastopt.Muon).parameters
+    assert all(taken[n].default == v for n, v in ours if n != "use_muon")
 
 
 def test_only_matrices_or_none():
