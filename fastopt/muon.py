@@ -212,8 +212,8 @@ class Muon:
                     part._values(part.steps)
             if limit < math.inf or nonfinite != "propagate":
                 squares, finite = 0.0, True
-                for opt, _ in used:
-                    norm, bad = opt._bound.norm(scale, opt._threads_now)
+                for opt, given in used:
+                    norm, bad = opt._bound.norm(given, scale, opt._threads_now)
                     squares, finite = squares + norm * norm, finite and not bad
                 self.grad_norm = math.sqrt(squares)
                 if not finite and nonfinite == "raise":
