@@ -170,11 +170,12 @@ def functions_of(path):
 
 
 def functions():
-    """Those of the rules named in RULES, the only list of them, of the floor and of
-    what a step does beside; and the helper functions that they call."""
+    """Those of the rules named in RULES, the only list of them, and of those that have
+    a class of their own; of the floor and of what a step does beside; and the helper
+    functions that they call."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
-    rules = [*(name.id for name in names.elts), "adafactor"]
+    rules = [*(name.id for name in names.elts), "adafactor", "muon", "lookahead"]
     files = [*(RULES / f"{name}.py" for name in rules), FLOOR, PASSES]
     found = {}
     waiting = [function for file in files for function in functions_of(file)]

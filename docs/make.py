@@ -22,10 +22,14 @@ import formula
 
 import fastopt
 from fastopt import backends
+from fastopt.muon import adjustment, orthogonalize
 from fastopt.rules.adafactor import adafactor
+from fastopt.rules.lookahead import lookahead
+from fastopt.rules.muon import direction, muon
 
-# Adafactor is not in RULES, for it is called as a class.
-CATALOGUE = (*fastopt.RULES, adafactor)
+# Not in RULES, for they are called as classes.
+CLASSES = {adafactor: "Adafactor", muon: "Muon", lookahead: "Lookahead"}
+CATALOGUE = (*fastopt.RULES, *CLASSES)
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(
     r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
@@ -52,11 +56,13 @@ def module(rule):
 
 def called(rule):
     """What users call it by."""
-    return "Adafactor" if rule is adafactor else rule.name
+    return CLASSES.get(rule, rule.name)
 
 
 def size(rule):
     """The bytes of its state for each float32 parameter."""
+    if rule is lookahead:  # what it updates is kept beside the parameters
+        return "4"
     least = [0] if rule.factored else []
     return span([*least, *(4 * len(one.state) for one in kinds(rule))])
 
@@ -197,11 +203,15 @@ def page(rule):
         latex.symbol(name)
     source = inspect.getsource(module(rule)).rstrip()
     about, *notes = [linked(escaped(paragraph)) for paragraph in paragraphs(rule)]
-    lr = f", lr={defaults(rule)['lr']}" if "lr" in rule.hyperparameters else ""
+    given = "params"
+    if "lr" in rule.hyperparameters:
+        given += f", lr={defaults(rule)['lr']}"
+    elif rule is lookahead:
+        given = "fastopt.adamw(params)"
     parts = [
         f"# {called(rule)}",
         about,
-        code(f"opt = fastopt.{called(rule)}(params{lr})\nopt.step(grads)" + more(rule)),
+        code(f"opt = fastopt.{called(rule)}({given})\nopt.step(grads)" + more(rule)),
         *notes,
         "## Options",
         options(rule, latex),
@@ -209,6 +219,7 @@ def page(rule):
         "## State",
         *state(rule, formulas, latex),
         "## Formula",
+        *products(rule, latex),
         *sections(formulas, latex),
         *estimate(rule),
         "## Code",
@@ -330,6 +341,12 @@ def sections(formulas, latex):
         elif section.what == "evaluate":
             x = math(latex.symbol(section.lines[-1].names[0]))
             yield f"What `opt.eval_params()` gives, {x}:"
+        elif rule is lookahead:
+            slow, p = map(latex.symbol, section.names)
+            yield (
+                f"Every {math('k')} steps, for each element; then {math(p)} is set to "
+                f"{math(slow)}:"
+            )
         elif section.rule is rule:
             p, g, *_ = map(latex.symbol, section.names)
             yield f"For each element {math(p)} with its gradient {math(g)}:"
@@ -337,6 +354,23 @@ def sections(formulas, latex):
             on = {variant: names for names, variant in rule.variants.items()}
             yield f"With {switched(on[section.rule])}:"
         yield code(latex.lines(section.lines), "math")
+
+
+def products(rule, latex):
+    """What Muon does before its step."""
+    if rule is not muon:
+        return
+    u, v = math("u"), math("v")
+    yield f"For each element of a matrix, first, {u}, which is to be made orthogonal:"
+    for section in formula.Formulas(direction).sections:
+        yield code(latex.lines(section.lines), "math")
+    about, block = re.split(r"\n+(?=```math)", inspect.cleandoc(orthogonalize.__doc__))
+    yield from (escaped(about), block)
+    names = formula.arguments(adjustment)
+    given, lines = [formula.load(name) for name in names], formula.Lines(names)
+    (factor,) = formula.Reader(adjustment, given, lines, names).results
+    yield f"This, times a factor, goes into {v}:"
+    yield code(rf"v \leftarrow {latex(factor)} \, X", "math")
 
 
 def estimate(rule):

@@ -8,6 +8,10 @@
 1
 """
 
+from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only there
+
+# Before these modules, or their rules' modules would come in their place.
+# isort: split
 from fastopt.adafactor import Adafactor as Adafactor
 from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
@@ -15,6 +19,5 @@ from fastopt.lookahead import Lookahead as Lookahead
 from fastopt.muon import Muon as Muon
 from fastopt.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
-from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only there
 
 __version__ = "0.1.0"
