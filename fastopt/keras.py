@@ -63,6 +63,7 @@ class Optimizer(keras.optimizers.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    _optimizer: fastopt.Optimizer  # from build on
 
     def __init__(
         self,
@@ -78,20 +79,22 @@ class Optimizer(keras.optimizers.Optimizer):
             weight_decay = defaults.get("weight_decay")
         super().__init__(learning_rate, weight_decay=weight_decay, **options)
         self.hyperparameters = given
-        self._optimizer: fastopt.Optimizer | None = None
 
     def build(self, variables: Sequence[Any]) -> None:
         if self.built:
             return
-        tensors = [variable.value.detach() for variable in variables]
+        self._tensors = [variable.value.detach() for variable in variables]
+        self._decays = list(map(self._use_weight_decay, variables))
+        self._optimizer = self._new(self._decays)
+        super().build(variables)
+
+    def _new(self, decays: list[bool]) -> fastopt.Optimizer:
         given: dict[str, Any] = dict(self.hyperparameters)
         if "weight_decay" in self.rule.hyperparameters:
             given["weight_decay"] = self.weight_decay
-            given["weight_decay_mask"] = list(map(self._use_weight_decay, variables))
+            given["weight_decay_mask"] = list(decays)
         self._lr = float(self.learning_rate)
-        optimizer = self.rule(tensors, lr=lambda steps: self._lr, **given)
-        super().build(variables)
-        self._tensors, self._optimizer = tensors, optimizer
+        return self.rule(self._tensors, lr=lambda steps: self._lr, **given)
 
     # What Keras does before and after this is its own: clipping, accumulation of
     # gradients, moving averages, constraints, the count of iterations.
@@ -101,7 +104,6 @@ class Optimizer(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Any],
         learning_rate: Any,
     ) -> None:
-        assert self._optimizer is not None
         self._lr = float(learning_rate)
         found: list[Any] = [None] * len(self._tensors)
         for grad, variable in zip(grads, trainable_variables, strict=True):
@@ -131,7 +133,7 @@ class Optimizer(keras.optimizers.Optimizer):
         """The values to use, where these are not those that are trained
         (``schedule_free_*``): NumPy arrays, one for each variable that is trained, in
         their order. ``layer.set_weights`` takes them."""
-        if self._optimizer is None:
+        if not self.built:
             raise ValueError("the optimizer has not been built; train the model first")
         return [np.asarray(value) for value in self._optimizer.eval_params()]
 
@@ -142,10 +144,11 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        if self._optimizer is not None:
+        if self.built:
             saved = self._optimizer.state_dict()
             store["steps"] = np.array(saved["steps"])
             store["carry"] = np.array(saved["carry"])
+            store["decays"] = np.array(self._decays)
             for name, arrays in saved["state"].items():
                 for i, array in enumerate(arrays):
                     store[f"{name}_{i}"] = array
@@ -153,15 +156,18 @@ class Optimizer(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         theirs = {key for key in store.keys() if key.isdigit()}
         ours = {*store.keys()} - theirs
-        if self._optimizer is None or not ours:
+        if not (self.built and ours):
             super().load_own_variables(store)  # warns of what it leaves out
             return
-        saved = self._optimizer.state_dict()
+        # Which weights decay stands in no configuration.
+        decays = store["decays"].tolist() if "decays" in ours else self._decays
+        optimizer = self._new(decays)
+        saved = optimizer.state_dict()
         keys = {
             name: [f"{name}_{i}" for i in range(len(arrays))]
             for name, arrays in saved["state"].items()
         }
-        wanted = {"steps", "carry"}.union(*keys.values())
+        wanted = {"steps", "carry", "decays"}.union(*keys.values())
         if ours != wanted:
             raise ValueError(
                 f"the optimizer that was saved has other state than {self.rule.name} "
@@ -170,7 +176,8 @@ class Optimizer(keras.optimizers.Optimizer):
         saved["steps"], saved["carry"] = int(store["steps"]), store["carry"].tolist()
         for name in keys:
             saved["state"][name] = [store[key] for key in keys[name]]
-        self._optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+        self._optimizer, self._decays = optimizer, decays
         super().load_own_variables({key: store[key] for key in theirs})
 
 
