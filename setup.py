@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+TENSORS = ROOT / "csrc" / "tensors.pyx"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
@@ -197,7 +198,6 @@ def extensions():
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
     found = functions()
     for isa, flags in ISAS.items():
-        source = RENDERED / f"_kernels_{isa}.pyx"
         text = template.substitute(
             isa=isa,
             updates=[f for f in found if type(f) is Kernel],
@@ -207,16 +207,22 @@ def extensions():
             each=each,
             cython=Cython.__version__,
         )
-        if not source.exists() or source.read_text(encoding="utf-8") != text:
-            source.write_text(text, encoding="utf-8")
-        yield Extension(
-            f"fastopt._kernels_{isa}",
-            [str(source.relative_to(ROOT))],
-            extra_compile_args=FLAGS + flags,
-            optional=True,  # or packing fails if it was not built
-            # A source distribution takes in what an extension depends on.
-            depends=[str(TEMPLATE.relative_to(ROOT))],
-        )
+        yield extension(f"_kernels_{isa}", text, FLAGS + flags, TEMPLATE)
+    yield extension("_tensors", TENSORS.read_text(encoding="utf-8"), FLAGS, TENSORS)
+
+
+def extension(name, text, flags, origin):
+    source = RENDERED / f"{name}.pyx"
+    if not source.exists() or source.read_text(encoding="utf-8") != text:
+        source.write_text(text, encoding="utf-8")
+    return Extension(
+        f"fastopt.{name}",
+        [str(source.relative_to(ROOT))],
+        extra_compile_args=flags,
+        optional=True,  # or packing fails if it was not built
+        # A source distribution takes in what an extension depends on.
+        depends=[str(origin.relative_to(ROOT))],
+    )
 
 
 class BuildKernels(build_ext):
