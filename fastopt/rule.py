@@ -185,6 +185,13 @@ _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad
 _RESERVED |= {"skipped", "weight_decay_mask"}
 
 
+def limits(key: str) -> tuple[float, float]:
+    """The least that one of this name may be, and what it must be below."""
+    if re.fullmatch(r"beta\d*", key):
+        return 0.0, 1.0
+    return (0.0 if key in _AT_LEAST_ZERO else -math.inf), math.inf
+
+
 def check_hyperparameter(
     key: str, name: str, value: Any, default: Any
 ) -> Hyperparameter:
@@ -206,10 +213,10 @@ def check_hyperparameter(
     number = float(value) if abs(value) <= sys.float_info.max else math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if key in _AT_LEAST_ZERO and number < 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-    if re.fullmatch(r"beta\d*", key) and not 0 <= number < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    least, below = limits(key)
+    if not least <= number < below:
+        wanted = "at least 0" if below == math.inf else "in [0, 1)"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return number
 
 
