@@ -17,6 +17,7 @@ from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
 from fastopt.lookahead import Lookahead as Lookahead
 from fastopt.muon import Muon as Muon
+from fastopt.native import get_include as get_include
 from fastopt.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
 
