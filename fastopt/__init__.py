@@ -12,6 +12,7 @@ from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only the
 
 # Before these modules, or their rules' modules would come in their place.
 # isort: split
+from fastopt import schedules as schedules
 from fastopt.adafactor import Adafactor as Adafactor
 from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
