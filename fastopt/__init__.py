@@ -20,5 +20,8 @@ from fastopt.lookahead import Lookahead as Lookahead
 from fastopt.muon import Muon as Muon
 from fastopt.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
+from fastopt.training import EarlyStopping as EarlyStopping
+from fastopt.training import ReduceLROnPlateau as ReduceLROnPlateau
+from fastopt.training import minimize as minimize
 
 __version__ = "0.1.0"

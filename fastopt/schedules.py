@@ -24,6 +24,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from fastopt.checks import check_count
 from fastopt.flat import Array
 from fastopt.rule import check_hyperparameter
 
@@ -43,7 +44,9 @@ class Schedule:
                 kind = 1.0 if field.type == "float" else False
                 value = check_hyperparameter("", name, value, kind)
             elif field.type == "int":
-                value = _count(name, value, 0 if name in ("begin", "warmup") else 1)
+                value = check_count(
+                    name, value, 0 if name in ("begin", "warmup") else 1
+                )
             object.__setattr__(self, name, value)
 
     @overload
@@ -71,14 +74,6 @@ class Schedule:
     def at(self, t: float) -> float:
         """The formula, for ``t`` of at least 0."""
         raise NotImplementedError
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return int(value)
 
 
 def _positive(name: str, value: float) -> None:
@@ -225,7 +220,7 @@ class inverse_sqrt(Schedule):
         super().__post_init__()
         scale = self.timescale
         scale = self.warmup or 10_000 if scale is None else scale
-        object.__setattr__(self, "timescale", _count("timescale", scale, 1))
+        object.__setattr__(self, "timescale", check_count("timescale", scale, 1))
 
     def at(self, t: float) -> float:
         if t < self.warmup:
@@ -442,7 +437,7 @@ class cyclic(Schedule):
             )
         _positive("gamma", self.gamma)
         down = self.steps_up if self.steps_down is None else self.steps_down
-        object.__setattr__(self, "steps_down", _count("steps_down", down, 1))
+        object.__setattr__(self, "steps_down", check_count("steps_down", down, 1))
 
     def at(self, t: float) -> float:
         up, down = self.steps_up, self.steps_down or 0
@@ -561,7 +556,7 @@ def _room(steps: int, needed: int, what: str) -> None:
 
 
 def _ascending(name: str, values: Any) -> tuple[int, ...]:
-    marks = tuple(_count(f"{name}[{i}]", mark, 0) for i, mark in enumerate(values))
+    marks = tuple(check_count(f"{name}[{i}]", mark, 0) for i, mark in enumerate(values))
     if any(a >= b for a, b in zip(marks, marks[1:], strict=False)):
         raise ValueError(f"{name} must ascend, got {marks}")
     return marks
