@@ -23,5 +23,8 @@ from fastopt.rule import Rule as Rule
 from fastopt.training import EarlyStopping as EarlyStopping
 from fastopt.training import ReduceLROnPlateau as ReduceLROnPlateau
 from fastopt.training import minimize as minimize
+from fastopt.tune import GradientNoiseScale as GradientNoiseScale
+from fastopt.tune import lr_range_test as lr_range_test
+from fastopt.tune import scale_hyperparameters as scale_hyperparameters
 
 __version__ = "0.1.0"
