@@ -118,7 +118,7 @@ class LRRangeTest:
             except ValueError:  # there is none to be drawn
                 continue
             axes.axvline(lr, color=color, label=f"{how}: {lr:.2g}")
-        low, high = min([self.start, *self.smoothed]), self.start
+        low, high = min([self.start, *self.losses]), self.start
         if low < high:  # what diverges would leave no height for all else
             axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
         axes.set_xlabel("learning rate")
@@ -372,7 +372,7 @@ class GradientNoiseScale:
     ...     examples = 0.5 + rng.normal(size=(8, 10, 100))
     ...     scale.update(list(examples.mean(axis=1)))
     >>> scale                       # 100 / (100 * 0.5**2) = 4
-    <gradient noise scale: 3.992 ± 0.03 examples>
+    <gradient noise scale: 3.99 ± 0.035 examples>
     """
 
     def __init__(self, batch_size: int, *, beta: float = 0.95):
@@ -447,7 +447,8 @@ class GradientNoiseScale:
             return (
                 f"<gradient noise scale: unresolved after {self._signal.count} updates>"
             )
-        return f"<gradient noise scale: {self.value:.4g} ± {self.error:.1g} examples>"
+        value, error = float(f"{self.value:.3g}"), float(f"{self.error:.2g}")
+        return f"<gradient noise scale: {value:g} ± {error:g} examples>"
 
 
 def vectors(tree: Any) -> list[Array]:

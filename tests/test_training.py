@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,11 @@ import fastopt
 from fastopt import EarlyStopping, ReduceLROnPlateau, minimize, schedules
 
 NAN, INF = math.nan, math.inf
+ALL_SCHEDULES = [
+    name
+    for name, value in vars(schedules).items()
+    if isinstance(value, type) and issubclass(value, schedules.Schedule)
+][1:]
 
 
 def looks(watch, metrics, *more):
@@ -458,6 +465,21 @@ def test_progress(capsys):
 def test_refusals_of_minimize(function, opt, steps, message):
     with pytest.raises((TypeError, ValueError), match=message):
         minimize(function, np.ones(2), opt, steps)
+
+
+def test_the_page_runs():
+    """Its code, from the first line to the last."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "strategy.md"
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert len(blocks) >= 6
+    assert names["scale"].resolved and 0.5 < names["opt"].lr < 2
+    assert names["value_and_grad"](names["result"].params)[0] == names["stop"].best
+    assert names["stop"].best < 1e-3
+    for name in ALL_SCHEDULES:
+        assert f"| `{name}(" in page.read_text("utf-8")
 
 
 def test_losses_may_be_arrays_of_no_dimension():
