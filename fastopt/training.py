@@ -134,11 +134,17 @@ class ReduceLROnPlateau:
 
     def step(self, metric: float, opt: Any) -> bool:
         """Look at a metric; whether learning rates of the optimizer were reduced."""
-        for number, group in enumerate(opt.groups):
-            if callable(group["lr"]):
+        rates = [
+            (number, name)
+            for number, group in enumerate(opt.groups)
+            for name in ("lr", "adamw_lr")  # Muon has both
+            if name in group
+        ]
+        for number, name in rates:
+            if callable(lr := opt.groups[number][name]):
                 raise TypeError(
-                    f"lr of groups[{number}] is a schedule, {group['lr']!r}; only a "
-                    f"number can be reduced"
+                    f"{name} of groups[{number}] is a schedule, {lr!r}; only a number "
+                    f"can be reduced"
                 )
         margin = self.threshold
         if self.threshold_mode == "rel":
@@ -153,10 +159,11 @@ class ReduceLROnPlateau:
             return False
         self.bad, self.cooling = 0, self.cooldown
         reduced = False
-        for group in opt.groups:
-            lower = max(group["lr"] * self.factor, self.min_lr)
-            if lower < group["lr"]:
-                group["lr"], reduced = lower, True
+        for number, name in rates:
+            group = opt.groups[number]
+            lower = max(group[name] * self.factor, self.min_lr)
+            if lower < group[name]:
+                group[name], reduced = lower, True
         return reduced
 
     def __call__(self, run: Run) -> None:
@@ -201,9 +208,10 @@ class EarlyStopping:
     TypeError, ValueError
         For anything that does not fit.
 
-    Notes ----- A metric that is NaN or infinite is no improvement, whatever came
-    before. For a noisy metric there are other criteria: Prechelt 1998, "Early stopping,
-    but when?".
+    Notes
+    -----
+    A metric that is NaN or infinite is no improvement, whatever came before. For a
+    noisy metric there are other criteria: Prechelt 1998, "Early stopping, but when?".
 
     Example
     -------
@@ -228,8 +236,7 @@ class EarlyStopping:
         self.looks = self.wait = 0
 
     def step(self, metric: float, params: Any = None) -> bool:
-        """Look at a metric; whether to stop. The parameters are copied if it is
-        best."""
+        """Look at a metric; whether to stop. If it is best, parameters are copied."""
         if improves(metric, self.best, self.mode, self.min_delta):
             self.best, self.best_look, self.wait = float(metric), self.looks, 0
             self.best_params = None if params is None else copied(params)
@@ -394,8 +401,10 @@ def minimize(
         If the loss is NaN or infinite at ``x0``. Later that ends the run, with a
         RuntimeWarning; the best parameters until then are returned.
 
-    Notes ----- ``value_and_grad`` is called once more than there are steps. A rule that
-    is evaluated elsewhere than it is trained (``schedule_free_*``) returns what
+    Notes
+    -----
+    ``value_and_grad`` is called once more than there are steps. A rule that is
+    evaluated elsewhere than it is trained (``schedule_free_*``) returns what
     ``eval_params()`` does at the end, and their loss takes another call.
 
     Example

@@ -186,10 +186,12 @@ def lr_range_test(
     FloatingPointError
         If the loss is not finite before the first step.
 
-    Notes ----- A loss is that of the parameters after the step with its rate, and of
-    the next batch. ``value_and_grad`` is called once more than there are rates. A rule
-    that finds its rate itself (``prodigy``, ``dog``) or starts slowly has no use for
-    this.
+    Notes
+    -----
+    A loss is of the parameters after the step with its rate, and of the next batch.
+    ``value_and_grad`` is called once more than there are rates. A rule that finds its
+    rate itself (``prodigy``, ``dog``) has no use for this. Of ``Muon`` it is the rate
+    of the matrices that is tested.
 
     Example
     -------

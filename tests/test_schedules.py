@@ -337,6 +337,12 @@ def test_join_and_product_are_torch():
         agree(ours, rates(multiplied), 0, N)
 
 
+def test_in_a_loop_of_torch(of_torch):
+    """As a factor of a rate of 1."""
+    peer = of_torch(1.0, "LambdaLR", ALL["wsd"])
+    assert [peer(t) for t in range(N + 3)] == ALL["wsd"](np.arange(N + 3)).tolist()
+
+
 @pytest.fixture
 def optax():
     """In float64, and so not by the default of JAX."""
@@ -483,7 +489,7 @@ def test_wherever_there_is_a_rate():
     for opt in (
         fastopt.Lookahead(fastopt.adam([w, v], lr=warmup)),
         fastopt.Adafactor([w, v], lr=warmup, weight_decay=warmup),
-        fastopt.Muon([w, v], lr=warmup, adamw={"lr": warmup}),
+        fastopt.Muon([w, v], lr=warmup, adamw_lr=warmup),
         fastopt.adamw([{"params": w, "lr": warmup}, {"params": v, "beta1": warmup}]),
         fastopt.sgd([w, v], lr=0.1, momentum=warmup),
     ):

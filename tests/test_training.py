@@ -129,6 +129,15 @@ def test_no_rate_is_raised():
     assert [group["lr"] for group in opt.groups] == [0.1, 0.1, 0.1, 0.01]
 
 
+def test_both_rates_of_muon():
+    opt = fastopt.Muon([np.ones((2, 2)), np.ones(2)], lr=1.0, adamw_lr=0.5)
+    assert looks(ReduceLROnPlateau(patience=0), [1.0, 1.0], opt) == [False, True]
+    assert (opt.lr, opt.adamw_lr) == (0.1, 0.05)
+    opt.adamw_lr = schedules.constant(0.1)
+    with pytest.raises(TypeError, match=r"adamw_lr of groups\[0\] is a schedule"):
+        ReduceLROnPlateau().step(1.0, opt)
+
+
 def test_a_schedule_is_not_reduced():
     params = [{"params": np.ones(1)}, {"params": np.ones(1)}]
     opt = fastopt.sgd(params)
@@ -425,7 +434,7 @@ def test_what_is_to_be_used_is_returned(rule):
 def test_whatever_makes_an_optimizer():
     for make in (
         lambda x: fastopt.Lookahead(fastopt.adam(x, lr=0.3)),
-        lambda x: fastopt.Muon(x, lr=0.1, adamw={"lr": 0.3}),
+        lambda x: fastopt.Muon(x, lr=0.1, adamw_lr=0.3),
         lambda x: fastopt.Adafactor(x, lr=0.3),
     ):
         result = minimize(quadratic, np.ones(2), make, 60)
