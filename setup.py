@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+XLA = ROOT / "csrc" / "xla.pyx"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
@@ -247,12 +248,28 @@ def each(before, names, after=""):
     return "".join(f"{before}{name}{after}, " for name in names)
 
 
+def extension(name, template, text, flags):
+    """From a source that is written where what is built from it will lie, too."""
+    source = RENDERED / f"{name}.pyx"
+    if not source.exists() or source.read_text(encoding="utf-8") != text:
+        source.write_text(text, encoding="utf-8")
+    return Extension(
+        f"fastopt.{name}",
+        [str(source.relative_to(ROOT))],
+        extra_compile_args=FLAGS + flags,
+        optional=True,  # or packing fails if it was not built
+        # A source distribution takes in what an extension depends on.
+        depends=[str(path.relative_to(ROOT)) for path in (template, *HEADERS)],
+        include_dirs=[str(HEADERS[0].parent.relative_to(ROOT))],
+    )
+
+
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
+    yield extension("_xla", XLA, XLA.read_text(encoding="utf-8"), [])
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
     found = functions()
     for isa, flags in ISAS.items():
-        source = RENDERED / f"_kernels_{isa}.pyx"
         text = template.substitute(
             isa=isa,
             updates=[f for f in found if type(f) is Kernel],
@@ -262,17 +279,7 @@ def extensions():
             each=each,
             cython=Cython.__version__,
         )
-        if not source.exists() or source.read_text(encoding="utf-8") != text:
-            source.write_text(text, encoding="utf-8")
-        yield Extension(
-            f"fastopt._kernels_{isa}",
-            [str(source.relative_to(ROOT))],
-            extra_compile_args=FLAGS + flags,
-            optional=True,  # or packing fails if it was not built
-            # A source distribution takes in what an extension depends on.
-            depends=[str(path.relative_to(ROOT)) for path in (TEMPLATE, *HEADERS)],
-            include_dirs=[str(HEADERS[0].parent.relative_to(ROOT))],
-        )
+        yield extension(f"_kernels_{isa}", TEMPLATE, text, flags)
 
 
 class BuildKernels(build_ext):

@@ -32,6 +32,11 @@ cdef extern from "fastopt.h" nogil:
         void** state
         int64_t n
 
+    ctypedef void (*Run "fastopt_run")(
+        void* context, int parts, void (*part)(void* work, int k) noexcept nogil,
+        void* work
+    ) noexcept nogil
+
     ctypedef struct Api "fastopt_api":
         uint32_t version
         uint32_t size
@@ -49,6 +54,11 @@ cdef extern from "fastopt.h" nogil:
             int threads
         ) noexcept nogil
         const char* (*error)(int code) noexcept nogil
+        int (*step_on)(
+            const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
+            double* carry, const Segment* segments, int64_t count, double grad_scale,
+            int parts, Run run, void* context
+        ) noexcept nogil
 
 cdef extern from "fastopt.h":
     const Api* load "fastopt_import"() except NULL

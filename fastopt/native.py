@@ -7,7 +7,7 @@ The functions are those of the compiled backend, for the instruction set that it
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +53,17 @@ def entries() -> Iterator[Entry]:
     from fastopt.rules import RULES
 
     for rule in RULES:
-        yield entry(rule.name, rule, rule.switches)
-        for on in rule.variants:
-            name = "+".join([rule.name, *on])
-            yield entry(name, rule.variant(set(on)), rule.switches - set(on))
+        for on in ((), *rule.variants):
+            variant = rule.variant(set(on))
+            yield entry(called(rule, on), variant, rule.switches - set(on))
         if rule.estimate is not None:
             yield entry(f"{rule.name}.estimate", rule.estimate[1], frozenset())
+
+
+def called(rule: Rule, on: Collection[str]) -> str:
+    """The name in the table of a rule with these options on."""
+    names = next((n for n in rule.variants if set(n) == set(on)), ())
+    return "+".join([rule.name, *names])
 
 
 def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:

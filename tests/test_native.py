@@ -59,6 +59,7 @@ class Api(ctypes.Structure):
         ("start", ctypes.CFUNCTYPE(INT, RULE, INT, P, P, P, I64)),
         ("step", ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, P, P, I64, F64, INT)),
         ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, INT)),
+        ("step_on", P),
     ]
 
 
@@ -80,6 +81,8 @@ def address(array):
 
 class Optimizer:
     """An optimizer that a C program may have: parameters, state, and the table."""
+
+    call = API.step
 
     def __init__(self, name, params, values):
         self.rule = API.find(name.encode())
@@ -109,7 +112,7 @@ class Optimizer:
         return (Segment * len(rows))(*rows)
 
     def step(self, grads, grad_scale=1.0, threads=1, t=None):
-        code = API.step(
+        code = self.call(
             *(self.rule, self.dtype, t or self.t + 1, address(self.values)),
             *(address(self.carry), self.segments(grads), len(grads)),
             *(grad_scale, threads),
@@ -163,6 +166,32 @@ def test_same_bits(rule, values, dtype):
         for a, b in zip(expected, got, strict=True):
             assert same_bits(a, b)
         assert np.array_equal(python._bound.carried.ravel(), ours.carry.ravel())
+
+
+RUN = ctypes.CFUNCTYPE(None, P, INT, P, P)
+PART = ctypes.CFUNCTYPE(None, P, INT)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "lamb"])
+def test_threads_of_the_callers_own(name, monkeypatch):
+    """Who does the parts in any order; here backwards, one by one."""
+    done = []
+
+    @RUN
+    def run(context, parts, part, work):
+        for k in reversed(range(parts)):
+            PART(part)(work, k)
+            done.append(k)
+
+    kind = ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, P, P, I64, F64, INT, RUN, P)
+    step_on = kind(API.step_on)
+    monkeypatch.setattr(
+        Optimizer, "call", lambda _, *given: step_on(*given[:-1], 3, run, None)
+    )
+    rule = getattr(fastopt, name)
+    expected, got, *_ = run_both(rule, rule.hyperparameters, 40_003, np.float32, 1)
+    assert all(map(same_bits, expected, got))
+    assert set(done) == {0, 1, 2}
 
 
 # What is refused ----------------------------------------------------------------------

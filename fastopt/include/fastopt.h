@@ -57,6 +57,12 @@ typedef struct fastopt_segment {
     int64_t n;
 } fastopt_segment;
 
+/* Has part(work, 0) to part(work, parts - 1) done, in any order, by any threads, and
+   returns after that. */
+typedef void (*fastopt_run)(
+    void *context, int parts, void (*part)(void *work, int k), void *work
+);
+
 typedef struct fastopt_api {
     uint32_t version; /* FASTOPT_API_VERSION of the library */
     uint32_t size;    /* and its sizeof(fastopt_api) */
@@ -83,6 +89,14 @@ typedef struct fastopt_api {
 
     /* What a returned value means, in words. */
     const char *(*error)(int code);
+
+    /* A step in at most so many parts, at least one, which threads of the caller's own
+       do instead of OpenMP's. */
+    int (*step_on)(
+        const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
+        double *carry, const fastopt_segment *segments, int64_t count,
+        double grad_scale, int parts, fastopt_run run, void *context
+    );
 } fastopt_api;
 
 #ifdef Py_PYTHON_H
