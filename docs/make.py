@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(
     r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
 )
+ROWS = re.compile(r"(?<= --- \|)\n((?:\|.*\n)*)")  # of a table of Markdown
 
 ARXIV = r"arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
 NO_NAME = r"(?!(?:In|Since|Until|From|By|Of|As)\b)"
@@ -178,6 +179,18 @@ def index(rules):
         for rule in rules
     ]
     return f"# Rules\n\n{table(('rule', 'what it is', 'paper'), rows)}\n"
+
+
+def parity(text, rules):
+    """The page of what rules were compared with, whose rows are written by hand: in the
+    order of the rules, with a row for each new one."""
+    head, rows, rest = ROWS.split(text, maxsplit=1)
+    kept = {row.split("`")[1]: row for row in rows.splitlines()}
+    lines = [
+        kept.get(name, f"| `{name}` | nothing but its oracle | `test_oracle` |  |")
+        for name in map(called, rules)
+    ]
+    return "\n".join([head, *lines, rest])
 
 
 # Pages ------------------------------------------------------------------------------
@@ -378,6 +391,8 @@ def wanted(root, rules):
     files = dict.fromkeys(folder.glob("*.md"))
     files[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
+    path = root / "docs" / "parity.md"
+    files[path] = parity(path.read_text("utf-8"), rules)
     for rule in rules:
         try:
             files[folder / f"{rule.name}.md"] = page(rule)

@@ -80,15 +80,19 @@ class Bound:
             for average, param in zip(self.averages or (), params.arrays, strict=False):
                 fill(average, param)
 
-    def norm(self, grad_scale: float, threads: int) -> tuple[float, list[int]]:
-        """The norm of all gradients, scaled, and the segments where one of them is not
-        finite."""
+    def norm(
+        self, grads: Sequence[Array | None], grad_scale: float, threads: int
+    ) -> tuple[float, list[int]]:
+        """The norm of all gradients, which the step has taken, scaled; and the segments
+        where one of them is not finite."""
         rows: list[Values] = [(grad_scale,)] * len(self.sets)
         squares, bad = 0.0, []
         for i, sums in enumerate(self.step.sums("gradients", rows, threads)):
             if sums is not None:
                 squares += sums[0]
-                bad += [i] if math.isnan(sums[1]) else []
+                dtype = self.params.arrays[i].dtype
+                unfit = not_finite(dtype, sums[0], grads[i], grad_scale)
+                bad += [i] if unfit else []
         return math.sqrt(squares), bad
 
     def do(
@@ -187,6 +191,17 @@ def shrinking(norm: float, limit: float) -> float:
         return 1.0
     shrink = limit / (norm + 1e-6)
     return 1.0 if shrink >= 1 else shrink
+
+
+def not_finite(
+    dtype: np.dtype[Any], squares: float, grad: Any, grad_scale: float
+) -> bool:
+    """Whether a gradient with this sum of squares is infinite or NaN somewhere. The
+    squares of finite ones may overflow, in float64 alone."""
+    if squares == math.inf and dtype == np.float64:
+        with np.errstate(all="ignore"):
+            return not np.isfinite(saving.to_host(grad) * grad_scale).all()
+    return not math.isfinite(squares)
 
 
 def fill(array: Array, value: Any) -> None:

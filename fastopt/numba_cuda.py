@@ -408,7 +408,7 @@ def tiles_kernel(
 ) -> tuple[Callable[..., None], Any]:
     """The kernel that sums up squares in each tile of matrices: each lane of a row, or
     each column."""
-    sum_of = lane_sum(elements(passes.only_square, dtype), clip, 1, dtype)
+    sum_of = lane_sum(elements(passes.square, dtype), clip, 1, dtype)
 
     def rows(
         matrices: int,

@@ -560,7 +560,7 @@ class Optimizer:
             self._start(values)
         factor = grad_scale
         if clip_norm < math.inf or nonfinite != "propagate":
-            norm, bad = bound.norm(grad_scale, threads)
+            norm, bad = bound.norm(grads, grad_scale, threads)
             self._grad_norm = norm
             if bad and nonfinite == "raise":
                 raise FloatingPointError(

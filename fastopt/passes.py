@@ -9,16 +9,10 @@ def none(t):
 
 
 def square(p, g):
-    """For the norm of the gradients. The second term is NaN if one is not finite, and
-    else 0: the square may overflow in float64 alone."""
-    return wide(g) * wide(g), g - g
-
-
-def only_square(p, g):
     return (wide(g) * wide(g),)
 
 
-def settled(t, n, squares, zero):
+def settled(t, n, squares):
     return ()
 
 

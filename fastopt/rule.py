@@ -187,6 +187,13 @@ _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad
 _RESERVED |= {"skipped", "weight_decay_mask"}
 
 
+def limits(key: str) -> tuple[float, float]:
+    """The least that one of this name may be, and what it must be below."""
+    if _BELOW_ONE.fullmatch(key):
+        return 0.0, 1.0
+    return (0.0 if _AT_LEAST_ZERO.fullmatch(key) else -math.inf), math.inf
+
+
 def check_hyperparameter(
     key: str, name: str, value: Any, default: Any
 ) -> Hyperparameter:
@@ -208,10 +215,10 @@ def check_hyperparameter(
     number = float(value) if abs(value) <= sys.float_info.max else math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if number < 0 and _AT_LEAST_ZERO.fullmatch(key):
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-    if not 0 <= number < 1 and _BELOW_ONE.fullmatch(key):
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    least, below = limits(key)
+    if not least <= number < below:
+        wanted = "at least 0" if below == math.inf else "in [0, 1)"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return number
 
 

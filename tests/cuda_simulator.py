@@ -14,6 +14,7 @@ from cases import CASES, DTYPES, IDS, closure_rule, nonzero, same_bits, special_
 from numba import cuda
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
@@ -496,6 +497,44 @@ def test_parameters_to_use(rule, values):
         return opt, {"params": params, "used": opt.eval_params()}
 
     assert not unlike(run)
+
+
+class Foreign:
+    """An array of another library, such as CuPy: all that it shows is the interface."""
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.array.__array_interface__, "version": 3, "stream": None}
+
+
+def taken(foreign):
+    """What the simulator lacks: numba's array of what an interface says."""
+    memory = SimpleNamespace(__array_interface__=foreign.__cuda_array_interface__)
+    return FakeCUDAArray(np.asarray(memory))
+
+
+@in_simulator
+def test_arrays_of_other_libraries(monkeypatch):
+    """They are updated in place, by the backend that they call for."""
+    monkeypatch.setattr(cuda, "as_cuda_array", taken, raising=False)
+    rng = np.random.default_rng(0)
+    start = {"w": nonzero(rng, 33, np.float32), "b": nonzero(rng, 7, np.float32)}
+    cpu, gpu = ({name: array.copy() for name, array in start.items()} for _ in range(2))
+    opt = fastopt.adamw({name: Foreign(array) for name, array in gpu.items()}, ema=0.9)
+    reference = fastopt.adamw(cpu, ema=0.9, backend="numpy")
+    assert opt.backend == "cuda"
+    for _ in range(3):
+        grads = {name: nonzero(rng, a.size, np.float32) for name, a in start.items()}
+        reference.step(grads, clip_norm=0.5)
+        opt.step({n: Foreign(g) for n, g in grads.items()}, clip_norm=0.5)
+    for name, array in start.items():
+        assert same_bits(gpu[name], cpu[name]) and not same_bits(cpu[name], array)
+    cpu["w"].flags.writeable = False
+    with pytest.raises(ValueError, match="params is read-only"):
+        fastopt.adamw(Foreign(cpu["w"]))
 
 
 def run_muon(**asked):

@@ -478,6 +478,8 @@ def test_every_rule_has_its_page_and_row(rule):
         assert f"| `{name}` |" in page
     readme = (ROOT / "README.md").read_text("utf-8")
     assert readme.count(f"| [`{make.called(rule)}`](docs/rules/{rule.name}.md) |") == 1
+    compared, _, _ = (ROOT / "docs" / "parity.md").read_text("utf-8").partition("\n## ")
+    assert compared.count(f"\n| `{make.called(rule)}` |") == 1
 
 
 @pytest.mark.parametrize("rule", (*CATALOGUE, EVERYTHING), ids=lambda rule: rule.name)
@@ -594,6 +596,17 @@ def test_stale_missing_and_left_over_files(repository):
     readme.write_text("# No place for a table\n")
     with pytest.raises(ValueError, match="has no <!-- rules"):
         make.stale(repository)
+
+
+def test_rows_of_what_was_compared_are_kept_and_added(repository):
+    page = repository / "docs" / "parity.md"
+    text = page.read_text("utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `adam` |"))
+    page.write_text(text.replace(row + "\n", "") + "| `adam` | elsewhere |\n", "utf-8")
+    (made, _), *others = make.stale(repository).values()
+    assert not others
+    new = "| `adam` | nothing but its oracle | `test_oracle` |  |"
+    assert made == text.replace(row, new) + "| `adam` | elsewhere |\n"
 
 
 def test_a_rule_without_a_formula_is_named(repository, written, monkeypatch):

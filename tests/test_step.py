@@ -177,6 +177,9 @@ def test_a_norm_that_overflows_is_no_gradient_that_does(backend):
     opt.step(g, nonfinite="skip")
     assert opt.skipped == 0 and opt.grad_norm == math.inf
     assert np.array_equal(p, -g)
+    opt.step(np.array([1e200, math.inf]), nonfinite="skip")
+    opt.step(g, grad_scale=1e200, nonfinite="skip")  # a factor too large for them
+    assert opt.skipped == 2 and np.array_equal(p, -g)
 
 
 @every_backend

@@ -389,24 +389,49 @@ def optax_transform(case: Case) -> Any:
 
 
 def optax(case: Case) -> Contender:
+    alone(case)
+    jax = jax_on_our_threads()
+    from optax import apply_updates
+
+    transform = optax_transform(case)
+
+    def advance(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    return of_jax(case, jax, transform.init, advance)
+
+
+def fastopt_jax(case: Case) -> Contender:
+    alone(case)
+    rule, jax = fastopt_rule(case), jax_on_our_threads()
+    from fastopt.jax import optimizer
+
+    opt = optimizer(rule, **case.hyperparameters)
+
+    def advance(params: Any, state: Any, grads: Any) -> Any:
+        return opt.step(params, grads, state)
+
+    return of_jax(case, jax, opt.init, advance)
+
+
+def jax_on_our_threads() -> Any:
     from fastopt import threads
 
     if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each CPU it may use
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[: threads.available()])
     import jax
-    from optax import apply_updates
 
     jax.config.update("jax_platforms", "cpu")
-    transform = optax_transform(case)
+    return jax
+
+
+def of_jax(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
     params = [jax.numpy.array(values) for values in normal(case, PARAMS)]
     grads = [jax.numpy.array(values) for values in normal(case, GRADS)]
-    state = transform.init(params)
-
-    @partial(jax.jit, donate_argnums=(0, 1))  # so that it may work in place
-    def advance(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = transform.update(grads, state, params)
-        return apply_updates(params, updates), state
+    state = init(params)
+    advance = jax.jit(advance, donate_argnums=(0, 1))  # so that it may work in place
 
     def step() -> None:
         nonlocal params, state
@@ -427,6 +452,7 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "torch loop": partial(torch_optimizer, foreach=False),
     "DeepSpeed": deepspeed,
     "optax": optax,
+    "fastopt jax": fastopt_jax,
     "bitsandbytes": bitsandbytes,
     "fastopt numba": partial(fastopt_flat, backend="numba"),
 }
@@ -439,6 +465,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch loop": ("torch",),
     "DeepSpeed": ("torch", "deepspeed"),
     "optax": ("jax", "optax"),
+    "fastopt jax": ("jax",),
     "bitsandbytes": ("torch", "bitsandbytes"),
     "fastopt numba": ("numba",),
 }

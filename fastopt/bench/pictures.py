@@ -37,6 +37,7 @@ LINES = {
     "torch loop": Line("#56B4E9", "--"),
     "DeepSpeed": Line("#D55E00", "-"),
     "optax": Line("#009E73", "-"),
+    "fastopt jax": Line("#000000", "-."),
     "bitsandbytes": Line("#CC79A7", "-"),
 }
 
