@@ -140,7 +140,7 @@ class Muon(Optimizer):
     -----
     Everything that is not here is as for every :class:`Optimizer`: any group may have
     any of these hyperparameters, ``use_muon`` only from the beginning on. Bits are the
-    same on all CPU backends, with the same BLAS.
+    same on all CPU backends, with the same BLAS and as many threads of it.
 
     Example
     -------
@@ -232,21 +232,22 @@ class Muon(Optimizer):
 
     def _commit(self, values: Sequence[Mapping[str, Any]], bound: Bound) -> None:
         params = bound.params
-        self._matrices = [
+        matrices = [
             i
             for i, (array, group) in enumerate(
                 zip(params.arrays, params.group_of, strict=True)
             )
             if array.ndim == 2 and values[group]["use_muon"]
         ]
-        self._direction = self._matrices and bind_alone(
+        made = matrices and bind_alone(
             self._module,
             direction,
-            [bound.buffers["v"][i] for i in self._matrices],
-            [params.set_of[i] for i in self._matrices],
-            [[bound.buffers["m"][i] for i in self._matrices]],
+            [bound.buffers["v"][i] for i in matrices],
+            [params.set_of[i] for i in matrices],
+            [[bound.buffers["m"][i] for i in matrices]],
         )
         super()._commit(values, bound)
+        self._matrices, self._direction = matrices, made
 
     def _plan_steps(self) -> None:
         super()._plan_steps()

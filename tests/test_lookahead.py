@@ -169,6 +169,24 @@ def test_k_and_alpha_may_change():
     assert p == 2.75 and opt.k == 3
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_is_written_between_two_steps_stays(loaded):
+    p = np.zeros(1)
+    opt = fastopt.Lookahead(fastopt.gd(p, lr=1.0), k=2, alpha=0.5)
+    for _ in range(2):
+        opt.step(-np.ones(1))
+    if loaded:
+        saved, p = opt.state_dict(), p.copy()
+        opt = fastopt.Lookahead(fastopt.gd(p))
+        opt.load_state_dict(saved)
+    p += 10
+    opt.state_dict()
+    opt.step(-np.ones(1))
+    assert p == 12
+    opt.step(-np.ones(1))
+    assert p == 7  # half of the way from 1 to 13
+
+
 class Interrupting:
     """A pass after which comes an interrupt, or before which."""
 

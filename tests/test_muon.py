@@ -1,5 +1,6 @@
 """Muon against its definition in float64, and torch's, whose products are bfloat16."""
 
+import inspect
 import itertools
 import math
 
@@ -91,20 +92,32 @@ def test_all_backends_have_the_same_bits(dtype):
     assert not any(unlike(found[0], other) for other in found[1:])
 
 
-def test_torch_agrees_to_its_precision():
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("match_rms_adamw", [True, False])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_torch_agrees(bfloat16, nesterov, match_rms_adamw, monkeypatch):
+    """To the precision of its products, and where these are of float64, to that."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    w, grad = (np.random.default_rng(k).standard_normal((20, 12)) for k in (0, 1))
-    w, grad = w.astype(np.float32), grad.astype(np.float32)
-    tensor = torch.nn.Parameter(torch.from_numpy(w.copy()))
-    theirs = torch.optim.Muon([tensor], lr=0.1, weight_decay=0.1)
-    opt = fastopt.Muon([w], lr=0.1, weight_decay=0.1)
-    for _ in range(3):
-        tensor.grad = torch.from_numpy(grad.copy())
+    if not bfloat16:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    params, expected = part(draw(0), *MATRICES), part(draw(0), *MATRICES)
+    tensors = [torch.nn.Parameter(torch.from_numpy(p)) for p in expected.values()]
+    values = VALUES | {"nesterov": nesterov, "ns_steps": 5, "eps": 1e-7}
+    adjust = "match_rms_adamw" if match_rms_adamw else "original"
+    del values["match_rms_adamw"]
+    theirs = torch.optim.Muon(tensors, adjust_lr_fn=adjust, **values)
+    opt = fastopt.Muon(params, match_rms_adamw=match_rms_adamw, **values)
+    for t in range(1, 6):
+        grads = part(draw(t), *MATRICES)
+        for tensor, grad in zip(tensors, grads.values(), strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
         theirs.step()
-        opt.step([grad])
-    np.testing.assert_allclose(w, tensor.detach().numpy(), atol=0.02)
+        opt.step(grads)
+    for n in MATRICES:
+        close = 0.05 if bfloat16 else 1e-12
+        np.testing.assert_allclose(params[n], expected[n], atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -159,6 +172,10 @@ def test_none_leaves_alone_and_zeros_stay_finite():
     opt.step({**draw(1), "wide": None, "b": None, "tall": np.zeros((9, 4))})
     assert not unlike(part(params, "wide", "b", "tall"), before)
     assert not same_bits(params["row"], before["row"])
+    saved = opt.state_dict()["state"]
+    opt.step({**dict.fromkeys(SHAPES), "wide": draw(2)["wide"]})
+    for name, arrays in opt.state.items():
+        assert [*map(same_bits, arrays, saved[name])] == [n != "wide" for n in SHAPES]
 
 
 @every_backend
@@ -169,6 +186,14 @@ def test_matrices_of_any_size(backend):
     opt.step([np.ones(shape) for shape in shapes])
     for p in params:
         assert np.all((0 < 1 - p) & (1 - p < 0.01))
+
+
+def test_adamws_defaults_are_its_own():
+    theirs = fastopt.adamw.hyperparameters.items()
+    ours = module.muon.hyperparameters.items()
+    assert {(f"adamw_{name}", value) for name, value in theirs} <= set(ours)
+    taken = inspect.signature(fastopt.Muon).parameters
+    assert all(taken[n].default == v for n, v in ours if n != "use_muon")
 
 
 def test_only_matrices_or_none():
