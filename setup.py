@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+GRAM = ROOT / "csrc" / "gram.h"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
@@ -214,7 +215,8 @@ def extensions():
             extra_compile_args=FLAGS + flags,
             optional=True,  # or packing fails if it was not built
             # A source distribution takes in what an extension depends on.
-            depends=[str(TEMPLATE.relative_to(ROOT))],
+            depends=[str(path.relative_to(ROOT)) for path in (TEMPLATE, GRAM)],
+            include_dirs=["csrc"],
         )
 
 

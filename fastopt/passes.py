@@ -24,6 +24,14 @@ def add(p, g):
 accumulate = Rule(add, none, measure=square, settle=settled, over="all")
 
 
+def product(p, g):
+    return (wide(p) * wide(g),)
+
+
+# The product of two gradients, of which a Gram matrix is made pair by pair.
+inner = Rule(add, none, measure=product, settle=settled, over="all")
+
+
 def approach(p, g, weight):
     return (p + weight * (g - p),)
 
@@ -60,4 +68,4 @@ def push(u, g, b, a, mixed):
 # Muon's: u is what is to be made orthogonal, b the momentum.
 momentum = Rule(push, momentum_weights, state=("momentum_buffer",), name="muon")
 
-PASSES = (accumulate, average, clip, momentum)
+PASSES = (accumulate, inner, average, clip, momentum)
