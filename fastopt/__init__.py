@@ -8,10 +8,12 @@
 1
 """
 
+from fastopt import multitask as multitask
 from fastopt.adafactor import Adafactor as Adafactor
 from fastopt.flat import FlatBuffer as FlatBuffer
 from fastopt.flat import flatten as flatten
 from fastopt.lookahead import Lookahead as Lookahead
+from fastopt.multitask import gram as gram
 from fastopt.muon import Muon as Muon
 from fastopt.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule

@@ -51,7 +51,8 @@ def test_ci_runs_the_command():
 
 
 @pytest.mark.parametrize(
-    "module", ["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead"]
+    "module",
+    ["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead", "multitask"],
 )
 def test_docstring_examples(module):
     module = f"fastopt.{module}".removesuffix(".")
