@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, Case]] = {
     "adamw 1e7": ("fastopt", Case("adamw", {}, 1, 10_000_000)),
     "sgd 1e5": ("fastopt", Case("sgd", {"momentum": 0.9}, 1, 100_000)),
     "rmsprop 1e5": ("fastopt", Case("rmsprop", {}, 1, 100_000)),
+    "adamw 1e7 clip, ema": (
+        "fastopt",
+        Case("adamw", {}, 1, 10_000_000, {"clip_norm": 1.0, "ema": 0.999}),
+    ),
+    "lamb 30 arrays": ("fastopt arrays", Case("lamb", {}, 30, 333_333)),
     "adamw 1e5 numba": ("fastopt numba", Case("adamw", {}, 1, 100_000)),
 }
 
@@ -118,26 +123,46 @@ cdef double now() noexcept nogil:
     return t.tv_sec + 1e-9 * t.tv_nsec
 
 
-cdef void slowed(
-    kernel_t kernel, const int64_t* row, int64_t first, int64_t n, const void* constants
-) noexcept nogil:
-    cdef double end, begin = now()
-    kernel(row, first, n, constants)
-    end = begin + {factor} * (now() - begin)
+cdef void wait(double begin) noexcept nogil:
+    cdef double end = begin + {factor} * (now() - begin)
     while now() < end:
         pass
 
 
+cdef void slowed(
+    kernel_t kernel, const int64_t* row, int64_t first, int64_t n, const void* constants
+) noexcept nogil:
+    cdef double begin = now()
+    kernel(row, first, n, constants)
+    wait(begin)
+
+
+cdef void slowed_sums(
+    measure_t measure, const int64_t* row, int64_t first, int64_t n,
+    const void* constants, double* sums
+) noexcept nogil:
+    cdef double begin = now()
+    measure(row, first, n, constants, sums)
+    wait(begin)
+
+
 cdef class Step:"""
+# The calls of kernels in the template, and what stands there instead.
+CALLS = {
+    "    self.kernel(row, ": "    slowed(self.kernel, row, ",
+    "    self.kernel(local, ": "    slowed(self.kernel, local, ",
+    "    measure(\n": "    slowed_sums(measure,\n",
+}
 
 
 def slow_down(source: Path, factor: float) -> Path:
     """Let every kernel of a source tree take that many times as long."""
     template = source / "csrc" / "kernels.pyx.in"
     text = template.read_text(encoding="utf-8")
-    if text.count("cdef class Step:") != 1 or "    self.kernel(row, " not in text:
+    if text.count("cdef class Step:") != 1 or any(call not in text for call in CALLS):
         raise RuntimeError(f"{template.name} has changed; change slow_down with it")
-    text = text.replace("    self.kernel(row, ", "    slowed(self.kernel, row, ")
+    for call, slow in CALLS.items():
+        text = text.replace(call, slow)
     text = text.replace("cdef class Step:", SLOWED.format(factor=factor).lstrip())
     template.write_text(text, encoding="utf-8")
     return source

@@ -14,7 +14,7 @@ from fastopt import checks, saving
 from fastopt.factored import Factors, is_factored
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import NUMPY, Extras, Step
+from fastopt.numpy_ref import NUMPY, Extras, Step, combined
 from fastopt.parameters import Parameters, zeros
 from fastopt.rule import Rule, concrete
 
@@ -80,15 +80,25 @@ class Bound:
             for average, param in zip(self.averages or (), params.arrays, strict=False):
                 fill(average, param)
 
-    def norm(self, grad_scale: float, threads: int) -> tuple[float, list[int]]:
-        """The norm of all gradients, scaled, and the segments where one of them is not
-        finite."""
+    def norm(
+        self,
+        grads: Sequence[Any],
+        grad_scale: float,
+        threads: int,
+        weights: Sequence[float] | None = None,
+    ) -> tuple[float, list[int]]:
+        """The norm of all gradients, which the step has taken, scaled; and the segments
+        where one of them is not finite. With weights, of the tasks' together."""
+        tasks = [grads] if weights is None else grads
         rows: list[Values] = [(grad_scale,)] * len(self.sets)
         squares, bad = 0.0, []
         for i, sums in enumerate(self.step.sums("gradients", rows, threads)):
             if sums is not None:
                 squares += sums[0]
-                bad += [i] if math.isnan(sums[1]) else []
+                dtype = self.params.arrays[i].dtype
+                here = [task[i] for task in tasks]
+                unfit = not_finite(dtype, sums[0], here, weights or [1.0], grad_scale)
+                bad += [i] if unfit else []
         return math.sqrt(squares), bad
 
     def do(
@@ -189,6 +199,23 @@ def shrinking(norm: float, limit: float) -> float:
     return 1.0 if shrink >= 1 else shrink
 
 
+def not_finite(
+    dtype: np.dtype[Any],
+    squares: float,
+    grads: Sequence[Any],
+    weights: Sequence[float],
+    grad_scale: float,
+) -> bool:
+    """Whether a gradient with this sum of squares is infinite or NaN somewhere. The
+    squares of finite ones may overflow, in float64 alone."""
+    if squares == math.inf and dtype == np.float64:
+        there = [None if grad is None else saving.to_host(grad) for grad in grads]
+        with np.errstate(all="ignore"):
+            grad = np.asarray(combined(there, weights))
+            return not np.isfinite(grad * grad_scale).all()
+    return not math.isfinite(squares)
+
+
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
     if array.size:
@@ -267,12 +294,22 @@ def bind(
 
 
 def bind_alone(
-    module: ModuleType, rule: Rule, arrays: Sequence[Array], row_of: Any = None
+    module: ModuleType,
+    rule: Rule,
+    arrays: Sequence[Array],
+    row_of: Any = None,
+    state: Sequence[Sequence[Array]] = (),
+    completed: Array | None = None,
 ) -> Step:
-    """The step of a rule without state over arrays of ours, with a row of scalars for
-    all, or each with its own."""
+    """The step of a rule over arrays of ours, with a row of scalars for all, or each
+    with its own; its state buffers, for each an array for each of these; and where it
+    is counted."""
     rows = [0] * len(arrays) if row_of is None else list(row_of)
-    segments = [Segment(a, (), row) for a, row in zip(arrays, rows, strict=True)]
+    segments = [
+        Segment(array, tuple(streams), row)
+        for array, row, *streams in zip(arrays, rows, *state, strict=True)
+    ]
     carry = np.zeros((2, max(rows, default=0) + 1, 0))
-    step: Step = module.bind(rule, segments, np.zeros(1, np.int64), carry)
+    count = np.zeros(1, np.int64) if completed is None else completed
+    step: Step = module.bind(rule, segments, count, carry)
     return step

@@ -25,8 +25,10 @@ from fastopt.passes import PASSES
 from fastopt.rule import Function, Rule
 from fastopt.rules import RULES
 from fastopt.rules.adafactor import adafactor
+from fastopt.rules.lookahead import lookahead
+from fastopt.rules.muon import direction, muon
 
-__all__ = ["as_array", "bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
@@ -44,7 +46,7 @@ def compiled_name(function: Function) -> str:
 
 
 # Looked up by the function itself, so a user's of the same name never meets ours.
-PUBLIC = (*RULES, adafactor, *FLOORS, *PASSES)
+PUBLIC = (*RULES, adafactor, muon, direction, lookahead, *FLOORS, *PASSES)
 OURS = [rule for public in PUBLIC for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
 MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
@@ -147,6 +149,20 @@ def driver(
         keep=(segments, count, carry),
     )
     return step
+
+
+def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
+    """As :func:`fastopt.numpy_ref.gram`, in one pass over each segment."""
+    products = np.zeros((len(tasks), len(tasks)))
+    for arrays in zip(*tasks, strict=True):
+        given = [(k, array) for k, array in enumerate(arrays) if array is not None]
+        if given:
+            here = [k for k, _ in given]
+            addresses = [address(array) for _, array in given]
+            size, double = given[0][1].size, given[0][1].dtype == np.float64
+            found = kernels().gram(addresses, size, double, threads)
+            products[np.ix_(here, here)] += found
+    return products
 
 
 def address(array: Array) -> int:

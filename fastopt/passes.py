@@ -9,16 +9,10 @@ def none(t):
 
 
 def square(p, g):
-    """For the norm of the gradients. The second term is NaN if one is not finite, and
-    else 0: the square may overflow in float64 alone."""
-    return wide(g) * wide(g), g - g
-
-
-def only_square(p, g):
     return (wide(g) * wide(g),)
 
 
-def settled(t, n, squares, zero):
+def settled(t, n, squares):
     return ()
 
 
@@ -28,6 +22,14 @@ def add(p, g):
 
 # The sum of gradients, and, for what is measured of any rule's segments, their norm.
 accumulate = Rule(add, none, measure=square, settle=settled, over="all")
+
+
+def product(p, g):
+    return (wide(p) * wide(g),)
+
+
+# The product of two gradients, of which a Gram matrix is made pair by pair.
+inner = Rule(add, none, measure=product, settle=settled, over="all")
 
 
 def approach(p, g, weight):
@@ -53,17 +55,4 @@ def bounds(t, low=-1.0, high=1.0):
 # A copy p of the gradients, with each element limited.
 clip = Rule(limited, bounds)
 
-
-def momentum_weights(t, momentum=0.95, nesterov=True):
-    return 1 - momentum, momentum if nesterov else 1.0
-
-
-def push(u, g, b, a, mixed):
-    b = b + a * (g - b)
-    return g + mixed * (b - g), b
-
-
-# Muon's: u is what is to be made orthogonal, b the momentum.
-momentum = Rule(push, momentum_weights, state=("momentum_buffer",), name="muon")
-
-PASSES = (accumulate, average, clip, momentum)
+PASSES = (accumulate, inner, average, clip)

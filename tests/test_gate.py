@@ -107,9 +107,8 @@ def test_the_sabotage_fits_the_template(gate, tmp_path):
     gate.slow_down(tmp_path, 1.2)
     text = (tmp_path / "csrc" / "kernels.pyx.in").read_text()
     assert "begin + 1.2 * (now() - begin)" in text
-    assert text.count("slowed(kernel, row, ") == template.read_text().count(
-        "    kernel(row, "
-    )
+    for call, slow in gate.CALLS.items():
+        assert text.count(slow) == template.read_text().count(call) > 0
     (tmp_path / "csrc" / "kernels.pyx.in").write_text("something else")
     with pytest.raises(RuntimeError, match="change slow_down with it"):
         gate.slow_down(tmp_path, 1.2)

@@ -216,11 +216,20 @@ class Part:
         """The sum of the squares of the gradients, and whether all are finite."""
         squares, finite = 0.0, True
         rows = [(factor,)] * len(self.runs)
-        for sums in self.step.sums("gradients", rows, threads):
+        for r, sums in enumerate(self.step.sums("gradients", rows, threads)):
             if sums is not None:
                 squares += sums[0]
-                finite &= not math.isnan(sums[1])
+                finite &= math.isfinite(sums[0]) or self._overflowed(r, factor)
         return squares, finite
+
+    def _overflowed(self, r: int, factor: float) -> bool:
+        """Whether the gradients of a run are finite, and only their squares not, which
+        may be in float64 alone."""
+        grads = [self.members[i].param.grad for i in self.runs[r]]
+        return self.members[self.runs[r][0]].dtype in (
+            torch.float64,
+            torch.complex128,
+        ) and all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
 
     def prepare(self, values: Sequence[Values], factors: Sequence[float]) -> None:
         """The scalars of the step, for each run, from the hyperparameters and the
