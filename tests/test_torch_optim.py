@@ -248,7 +248,7 @@ def test_tensor_lr(name):
 def test_complex_parameters_are_pairs_of_real_ones(name):
     if not INFO[name].supports_complex:
         return
-    for kwargs in options(name, without=("differentiable", "fused")):
+    for kwargs in plain_options(name):
         shapes = (10, 5), (10,), (4, 3)
         dtypes = torch.complex64, torch.complex64, torch.float32
         params = [
@@ -273,7 +273,7 @@ def test_complex_parameters_are_pairs_of_real_ones(name):
 
 @every_optimizer
 def test_groups_with_options_of_their_own(name):
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         outer = {"lr": 1e-28}
         if name == "Rprop":
             outer["step_sizes"] = (0, 50)
@@ -298,7 +298,7 @@ def test_groups_with_options_of_their_own(name):
 
 @every_optimizer
 def test_without_gradients_nothing_happens(name):
-    for kwargs in options(name, without=()):
+    for kwargs in plain_options(name):
         params = [torch.randn(2, 3) for _ in range(2)]
         before = [p.clone() for p in params]
         optimizer = ours(name)(params, **kwargs)
@@ -309,7 +309,7 @@ def test_without_gradients_nothing_happens(name):
 @every_optimizer
 def test_zero_gradients_do_what_they_do_in_torch(name):
     """Nothing, but for weight decay."""
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         params = [torch.ones(5, 1, requires_grad=True) for _ in range(2)]
         for param, kind in zip(params, (ours(name), theirs(name)), strict=True):
             param.grad = torch.zeros_like(param)
@@ -390,7 +390,7 @@ def without_names(saved):
 @every_optimizer
 @pytest.mark.parametrize("names", [(True, False), (False, True)])
 def test_a_loaded_optimizer_goes_on_the_same(name, names):
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         weight, bias, x = layer(shape=(2, 3))
         first = ours(name)(named([weight, bias], names[0]), **kwargs)
         for _ in range(10):
@@ -442,7 +442,7 @@ def test_names_are_saved_and_loaded(name, names):
 @every_optimizer
 def test_older_state_dicts(name):
     """Without the options that came later, and with counts that are numbers."""
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         model, x = convolution()
         optimizer = ours(name)(model.parameters(), **kwargs)
 
@@ -469,7 +469,7 @@ def test_older_state_dicts(name):
 
 @every_optimizer
 def test_saved_and_loaded_with_weights_only(name):
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         weight, bias, x = layer()
         optimizer = ours(name)([weight, bias], **kwargs)
         for _ in range(3):
@@ -488,7 +488,7 @@ def test_states_are_interchangeable(name, direction):
     kinds = [ours(name), theirs(name)]
     if direction == "torch to ours":
         kinds.reverse()
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         runs = []
         for first, second in (kinds, [theirs(name)] * 2):
             model = network(torch.float64)
@@ -514,7 +514,7 @@ def test_states_are_interchangeable(name, direction):
 def test_copies_and_pickles_go_on_the_same(name):
     import pickle
 
-    for kwargs in options(name):
+    for kwargs in plain_options(name):
         params = [Parameter(torch.randn(2, 3)) for _ in range(2)]
         for param in params:
             param.grad = torch.rand_like(param)
@@ -545,7 +545,7 @@ def test_step_hooks_and_their_order(name):
         return lambda optimizer, args, kwargs: seen.append(what)
 
     params = [torch.ones(2, 2)]
-    for kwargs in options(name, without=()):
+    for kwargs in plain_options(name):
         optimizer, other = ours(name)(params, **kwargs), torch.optim.SGD(params)
         handles = [
             register_optimizer_step_pre_hook(note("global pre")),

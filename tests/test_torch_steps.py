@@ -335,7 +335,7 @@ def test_dtypes_may_be_mixed():
         torch.complex64,
         torch.float16,
     )
-    tensors = [t.to(d) for t, d in zip(draw([(3, 4)] * 4), dtypes, strict=True)]
+    tensors = [t.to(d) for t, d in zip(draw([(3, 4)] * 5), dtypes, strict=True)]
     together, alone = params_of(tensors), params_of(tensors)
     opt, others = ft.AdamW(together), [ft.AdamW([param]) for param in alone]
     for seed in range(4):
@@ -1049,10 +1049,11 @@ print(openmp_runtimes())
 
 
 FORK = """
+seen = param.detach().numpy()  # torch's own copies hang in a child
 pid = os.fork()
-before = param.detach().clone()
+before = seen.copy()
 opt.step()
-assert not torch.equal(before, param)
+assert (before != seen).all()
 if pid == 0:
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0

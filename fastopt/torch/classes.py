@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastopt import rules
-from fastopt.muon import adjustment
-from fastopt.passes import momentum
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.rules.adafactor import adafactor
-from fastopt.torch.part import Part
-from fastopt.torch.state import Member, Names
+from fastopt.torch.plan import Unsupported
+from fastopt.torch.state import Names
 from fastopt.torch.step import EXTRAS, PAIRS, Stepping, extras, number
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
@@ -144,35 +141,13 @@ class Adafactor(Stepping, torch.optim.Adafactor):
         return [1e-300 if value == 0 else value for value in values[:3]] + values[3:]
 
 
-class Matrices(Part):
-    """The matrices of Muon: kernels make of momentum and gradients what is to be made
-    orthogonal, by products of torch's as torch has them."""
-
-    in_place = False
-
-    def _put_back(self, member: Member, made: Tensor) -> None:
-        group = self.groups[member.group]
-        lr, kind = number(group["lr"]), group["adjust_lr_fn"] or "original"
-        a, b, c = group["ns_coefficients"]
-        x = made.bfloat16()
-        tall = x.size(0) > x.size(1)
-        x = x.T if tall else x
-        x = x / x.norm().clamp(min=group["eps"])
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.T
-            gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.addmm(x, gram, x, beta=a)
-        x = x.T if tall else x
-        member.param.mul_(1 - lr * group["weight_decay"])
-        member.param.add_(x, alpha=-lr * adjustment(tuple(x.shape), kind))
-
-
 class Muon(Stepping, torch.optim.Muon):
-    _names = Names(steps=None, real=True)
-    _part = Matrices
+    """As torch's, and by torch: its time is that of its products of matrices."""
+
+    _names = Names(steps=None)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return momentum
+        raise Unsupported("products of matrices")
 
 
 # Rules that torch has not -----------------------------------------------------------

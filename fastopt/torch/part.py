@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastopt import cython_cpu
+from fastopt.bound import bind_alone
 from fastopt.flat import Array, Segment
 from fastopt.numpy_ref import PLAIN, Extras
 from fastopt.rule import Rule
 from fastopt.torch import state
 from fastopt.torch.memory import array, numbers, same_layout
-from fastopt.torch.state import EMA, Member, Names, Values
+from fastopt.torch.state import EMA, Member, Names, Values, in_one_piece
 
 Sums = tuple[int, tuple[float, ...] | None]  # elements, and what was summed over them
 
@@ -39,9 +40,6 @@ class Part:
     (bfloat16, memory with gaps), the native step is made anew each time, over copies.
     """
 
-    in_place = True  # whether kernels may work in the parameters' memory
-    groups: list[dict[str, Any]]
-
     def __init__(
         self,
         rule: Rule,
@@ -58,7 +56,9 @@ class Part:
         keys = [names.key(name) for name in rule.state]
         fresh = [all(m.state.get(key) is None for key in keys) for m in members]
         self.vectors = state.vectors(rule, names, members, values, fresh)
-        self.keys = state.make(rule, names, members, values, averaged, module)
+        self.keys = state.make(
+            rule, names, members, values, averaged, module, self._neighbours()
+        )
         self.carried = len(self.vectors) - 1
         self.scalars = names.scalars or compiled(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
@@ -69,6 +69,8 @@ class Part:
         self._mask, self._known = b"", b""
         self._seen: list[bytes] = []
         self.runs = self._merged() if self.plain else [[i] for i in range(len(members))]
+        sizes = [len(run) for run in self.runs]
+        self.run_of = np.repeat(np.arange(len(sizes)), sizes)  # of each member
         if self.plain:
             self._bind([member.param for member in members])
 
@@ -84,26 +86,19 @@ class Part:
 
     # The native step ------------------------------------------------------------------
 
-    def _merged(self) -> list[list[int]]:
-        """Runs of members that are one segment, as all of what ``flatten_`` made."""
-        runs: list[list[int]] = []
-        before = None
-        for i in range(len(self.members)):
-            after = self._whereabouts(i)
-            if before and after and joins(before, after):
-                runs[-1].append(i)
-            else:
-                runs.append([i])
-            before = after
-        return runs
+    def _neighbours(self) -> list[list[int]]:
+        """Runs of members whose parameters follow one another in memory, and whose
+        gradients do, as ``flatten_`` puts them: one segment, if all else does, too."""
+        places = [self._whereabouts(i) for i in range(len(self.members))]
+        return joined(places)
 
-    def _whereabouts(self, i: int) -> tuple[Any, list[tuple[int, int]]] | None:
-        """What a member must have in common with its neighbours, and where all that
-        must follow on begins and ends; None if it is to be by itself."""
+    def _whereabouts(self, i: int) -> tuple[Any, list[Tensor]] | None:
+        """What a member must have in common with its neighbours, and what must follow
+        on; None if it is to be by itself."""
         member = self.members[i]
         param, grad = member.param, member.param.grad
         by_itself = self.rule.measure is not None and not self.over_all
-        if by_itself or grad is None or not param.is_cpu:
+        if by_itself or grad is None or not (member.plain and param.is_cpu):
             return None
         if not same_layout(grad, param):
             return None
@@ -114,10 +109,18 @@ class Part:
             param.untyped_storage().data_ptr(),
             grad.untyped_storage().data_ptr(),
         )
-        tensors = (param, grad, *(member.state[key] for key in self.keys))
-        return common, [
-            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors
-        ]
+        return common, [param, grad]
+
+    def _merged(self) -> list[list[int]]:
+        """Those whose state follows on, too."""
+        places = []
+        for i, member in enumerate(self.members):
+            place = self._whereabouts(i)
+            if place is not None:
+                common, tensors = place
+                place = common, [*tensors, *(member.state[key] for key in self.keys)]
+            places.append(place)
+        return joined(places)
 
     def _bind(self, params: Sequence[Tensor]) -> None:
         """The native step over these: the parameters, or copies of them."""
@@ -206,11 +209,8 @@ class Part:
                     self.members, self._copies, self.active, strict=True
                 ):
                     if active:
-                        self._put_back(member, made)
+                        member.param.copy_(made)
             self._copies, self.step = [], None
-
-    def _put_back(self, member: Member, made: Tensor) -> None:
-        member.param.copy_(made)
 
     def norm(self, factor: float, threads: int) -> tuple[float, bool]:
         """The sum of the squares of the gradients, and whether all are finite."""
@@ -320,7 +320,7 @@ class Part:
         if self.all or self.over_all:
             steps += 1
         else:
-            steps[self.active] += 1
+            steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
         # What was settled may differ from now on.
@@ -377,6 +377,23 @@ class Part:
             if active or self.over_all:
                 self._carry(run, values)
 
+    def estimate(self, values: Sequence[Values], threads: int) -> None:
+        """Put an estimate into the state, from gradients of another kind."""
+        of: Any = self.rule.estimate
+        (buffer, rule), rows, grads = of, [], []
+        streams = [member.state[self.names.key(buffer)] for member in self.members]
+        arrays, several = list(map(array, streams)), range(len(streams))
+        step = bind_alone(self.module, rule, arrays, several)
+        for stream, member, steps in zip(
+            streams, self.members, self.vectors[0], strict=True
+        ):
+            scalars = rule.scalars(int(steps) + 1, *values[member.group])
+            rows.append((1.0, *scalars[: rule.scalar_count]))
+            grad = member.param.grad
+            grads.append(None if grad is None else torch.empty_like(stream).copy_(grad))
+        step.take([None if grad is None else array(grad) for grad in grads])
+        step(rows, threads)
+
     # State that is kept of rows and columns alone -------------------------------------
 
     def _advance_factors(self, threads: int, limit: float) -> None:
@@ -400,12 +417,19 @@ class Part:
                 member.state["col_var"].copy_(columns.unsqueeze(-2))
 
 
-def joins(before: Any, after: Any) -> bool:
-    """Whether all that belongs to one member is followed by that of the next."""
-    (common, first), (also, second) = before, after
-    return common == also and all(
-        end == begin for (_, end), (begin, _) in zip(first, second, strict=True)
-    )
+def joined(places: Sequence[Any]) -> list[list[int]]:
+    """Runs of members that have the same in common, and of whose tensors each ends
+    where that of the next one begins."""
+    runs: list[list[int]] = []
+    before: Any = None
+    for i, after in enumerate(places):
+        joins = before and after and before[0] == after[0]
+        if joins and all(map(in_one_piece, zip(before[1], after[1], strict=True))):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        before = after
+    return runs
 
 
 def copy(member: Member, tensor: Tensor) -> Tensor:

@@ -46,9 +46,6 @@ class Plan:
 
     Parameters
     ----------
-    kind
-        The part of the plan for parameters that are alike: ``Part``, or one of its own
-        of an optimizer.
     names
         What the state calls things.
     groups, state
@@ -61,7 +58,6 @@ class Plan:
 
     def __init__(
         self,
-        kind: type[Part],
         names: Names,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
@@ -86,7 +82,7 @@ class Plan:
             if not planned[-1]:
                 continue
             check(param, names)
-            plain = kind.in_place and is_plain(param, rule.factored)
+            plain = is_plain(param, rule.factored)
             entry = state[param] if keeps else {}
             member = Member(param, place, group, entry, plain)
             key = id(rule), param.dtype, param.device, plain
@@ -97,8 +93,7 @@ class Plan:
                 for apart in in_turn(members):
                     rule = self.rules[apart[0].group]
                     module = module_for(rule, backend, apart[0].param)
-                    part = kind(rule, module, names, apart, self.values, averaged)
-                    part.groups = groups
+                    part = Part(rule, module, names, apart, self.values, averaged)
                     self.parts.append(part)
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}

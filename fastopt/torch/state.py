@@ -77,20 +77,30 @@ def make(
     values: Sequence[Values],
     averaged: bool,
     module: Any,
+    neighbours: Sequence[Sequence[int]],
 ) -> list[str]:
-    """See that all members have their buffers; the keys of these."""
+    """See that all members have their buffers; the keys of these. ``neighbours``: runs
+    of members that follow one another in memory, as their state is to do, too."""
     keys = {name: names.key(name) for name in rule.state}
     if averaged:
         keys[EMA] = EMA
+    apart = {
+        (i, name)
+        for run in neighbours
+        for name, key in keys.items()
+        if not in_one_piece([members[i].state.get(key) for i in run])
+        for i in run
+    }
     batches: dict[tuple[str, ...], list[Member]] = {}
-    for member in members:
+    for i, member in enumerate(members):
         of_matrix = rule.factored and member.param.dim() > 1
         if of_matrix:
             factor(member, module)
         lacking = tuple(
             name
             for name, key in keys.items()
-            if not (of_matrix and name != EMA) and not member.has(member.state.get(key))
+            if not (of_matrix and name != EMA)
+            and ((i, name) in apart or not member.has(member.state.get(key)))
         )
         if lacking:
             batches.setdefault(lacking, []).append(member)
@@ -108,6 +118,14 @@ def make(
                     flat.fill_(rule.start(of, named))
                 member.state[keys[name]] = tensor
     return list(keys.values())
+
+
+def in_one_piece(tensors: Sequence[Any]) -> bool:
+    """Whether each begins in memory where the one before it ends."""
+    return all(isinstance(tensor, Tensor) for tensor in tensors) and all(
+        a.data_ptr() + a.numel() * a.element_size() == b.data_ptr()
+        for a, b in zip(tensors, tensors[1:], strict=False)
+    )
 
 
 def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:

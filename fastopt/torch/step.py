@@ -23,7 +23,6 @@ from fastopt.threads import available, forked
 from fastopt.torch.flat import FLAT
 from fastopt.torch.memory import COMPUTED, HALVES
 from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
-from fastopt.torch.part import Part
 from fastopt.torch.plan import Asked, Plan, Read, Unsupported
 from fastopt.torch.state import EMA, Names
 
@@ -64,7 +63,7 @@ class Stepping(Optimizer):
         How often ``nonfinite="skip"`` has left a step out.
     """
 
-    _names, _part = Names(), Part
+    _names = Names()
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling to the step
 
     def __init__(
@@ -84,8 +83,6 @@ class Stepping(Optimizer):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.nonfinite = checks.check_nonfinite(nonfinite)
         self.ema = checks.check_decay("ema", ema)
-        if ema is not None and not self._part.in_place:
-            raise TypeError(f"{type(self).__name__} keeps no moving average")
         self.threads = None if threads is None else checks.check_threads(threads)
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
@@ -118,8 +115,17 @@ class Stepping(Optimizer):
     # What differs between optimizers --------------------------------------------------
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        """The rule for a group, with the options it has now."""
+        """The rule for a group, with the options it has now; Unsupported if there is
+        none."""
         raise NotImplementedError
+
+    @property
+    def _rules(self) -> list[Rule]:
+        """Those of the groups; none of them, if torch's own step is used."""
+        try:
+            return [self._rule(group) for group in self.param_groups]
+        except Unsupported:
+            return []
 
     def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
         """The group's hyperparameters, in the order in which the rule takes them."""
@@ -224,13 +230,25 @@ class Stepping(Optimizer):
                 "clip_norm and nonfinite='skip' need the gradients of all parameters, "
                 "of which each is updated alone here"
             )
-        for group in self.param_groups:
-            rule = self._rule(group)
+        for rule in self._rules:
             if rule.measure is not None and rule.over == "all":
                 raise TypeError(
                     f"{type(self).__name__} measures all parameters together, which "
                     f"cannot be updated one by one"
                 )
+
+    def estimate(self) -> None:
+        """Put an estimate into the state, for a rule that works with one, as
+        ``SophiaG``: from the gradients that the parameters have now, of what the rule's
+        page says. Nothing else changes."""
+        if not any(rule.estimate for rule in self._rules):
+            raise TypeError(f"{type(self).__name__} works without estimates")
+        with self._lock, torch.no_grad():
+            read = self._read(self.param_groups)
+            of = self._names, self.param_groups, self.state, read
+            plan = Plan(*of, self.ema is not None, self.backend)
+            for part in plan.parts:
+                part.estimate(plan.values, self._threads())
 
     def _asked(
         self,
@@ -284,7 +302,7 @@ class Stepping(Optimizer):
             if plan is None or grads is None or not plan.options_hold:
                 read = self._read(groups)
                 if plan is None or grads is None or not plan.reread(groups, read):
-                    of = self._part, self._names, groups, state
+                    of = self._names, groups, state
                     plan = Plan(*of, read, averaged, self.backend, single)
                     grads = plan.look(groups, state, averaged) or []
             parts = plan.take(grads)
@@ -330,13 +348,8 @@ class Stepping(Optimizer):
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """Hooks and the profiler's label around a step, as torch has them; but the
         label only if there is a profiler, for it takes as long as a small step."""
-
-        everywhere = (
-            torchs._global_optimizer_pre_hooks,
-            torchs._global_optimizer_post_hooks,
-        )
-
-        before, after = everywhere
+        before = torchs._global_optimizer_pre_hooks
+        after = torchs._global_optimizer_post_hooks
 
         @functools.wraps(func)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -456,10 +469,11 @@ class Stepping(Optimizer):
         like ``ScheduleFreeAdamW`` other ones than those that are trained."""
         found = []
         for param, group in self._all():
-            rule, state = self._rule(group), self.state.get(param)
-            if rule.evaluate is None or not state:
+            state, rules = self.state.get(param), self._rules
+            if not state or not any(rule.evaluate for rule in rules):
                 found.append(param.detach())
                 continue
+            rule: Any = self._rule(group)
             names, dtype = self._names, COMPUTED[param.dtype]
             number = NUMPY_DTYPES[dtype].type
             evaluate = concrete(rule.evaluate, NUMPY_DTYPES[dtype], NUMPY, unchanged)
