@@ -12,6 +12,8 @@ from peers import told
 import fastopt
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+import fastopt.torch  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("numbers_in_float64")
 SGD, RMSprop = torch.optim.SGD, torch.optim.RMSprop
 Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
@@ -123,15 +125,18 @@ def assert_agree(arrays, tensors):
 @pytest.mark.parametrize(("optimizer", "options"), list(combinations()))
 def test_every_option(optimizer, options):
     params, grads = draw()
-    tensors = tensors_of(params)
+    tensors, others = tensors_of(params), tensors_of(params)
     theirs = optimizer(tensors, **options)
+    drop_in = getattr(fastopt.torch, optimizer.__name__)(others, **options)
     rule, values = ours(optimizer, **theirs.defaults)
     opt = rule(params, **values)
     for step in grads:
         torch_step(theirs, step)
+        torch_step(drop_in, step)
         # Torch too negates the gradient before it adds the decay.
         opt.step(step, grad_scale=-1 if theirs.defaults["maximize"] else 1)
     assert_agree(params, tensors)
+    assert_agree([other.numpy() for other in others], tensors)
 
 
 @pytest.mark.parametrize("name", ["gd", "dynamic_gd"])
@@ -232,17 +237,23 @@ def test_a_gradient_that_is_none(optimizer, options):
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_float32_beside_fused_adamw(amsgrad, weight_decay, ulps):
     (param,), grads = draw(shapes=[1003], dtype=np.float32)
-    (tensor,) = tensors_of([param])
-    theirs = AdamW([tensor], amsgrad=amsgrad, weight_decay=weight_decay, fused=True)
+    (tensor,), (other,) = tensors_of([param]), tensors_of([param])
+    options = {"amsgrad": amsgrad, "weight_decay": weight_decay, "fused": True}
+    theirs, drop_in = (
+        AdamW([tensor], **options),
+        fastopt.torch.AdamW([other], **options),
+    )
     rule, values = ours(AdamW, **theirs.defaults)
     opt = rule([param], **values)
     largest = np.abs(param)
     for step in grads:
         torch_step(theirs, step)
+        torch_step(drop_in, step)
         opt.step(step)
         largest = np.maximum(largest, np.abs(param))
         apart = np.abs(param - tensor.numpy()) / np.spacing(largest)
         assert np.max(apart) <= ulps
+        np.testing.assert_array_equal(param, other.numpy())
 
 
 # Torch tensors as parameters -------------------------------------------------------

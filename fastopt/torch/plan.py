@@ -177,8 +177,8 @@ class Plan:
                 fitted = torch.empty_like(param, requires_grad=False)
                 grads[place] = fitted.copy_(grad.detach())
                 tensors.found[place] = fitted.data_ptr()
-        moved = tensors.moved or bool(tensors.odd)
-        found = [p for p in self.parts if p.take(grads, tensors.found, moved)]
+        where = tensors.found, tensors.moved
+        found = [part for part in self.parts if part.take(grads, *where)]
         tensors.moved = False
         return found
 
