@@ -51,7 +51,7 @@ class Part:
     ):
         self.rule, self.module, self.names = rule, module, names
         self.members, self.averaged = members, averaged
-        self.plain = members[0].plain
+        self.plain, self.device = members[0].plain, members[0].param.device
         self.over_all = rule.measure is not None and rule.over == "all"
         keys = [names.key(name) for name in rule.state]
         fresh = [all(m.state.get(key) is None for key in keys) for m in members]

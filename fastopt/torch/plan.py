@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -191,6 +192,12 @@ class Plan:
     ) -> tuple[float, bool]:
         """The step, with what was taken, times a factor: the norm of the gradients, if
         it was asked for, and whether anything was updated."""
+        with in_order({part.device for part in parts}):
+            return self._do(parts, scale, threads, asked)
+
+    def _do(
+        self, parts: list[Part], scale: float, threads: int, asked: Asked | None
+    ) -> tuple[float, bool]:
         norm, extras, limit = math.nan, None, math.inf
         values, factors = self.values, self.signs
         if scale != 1:
@@ -249,6 +256,23 @@ class Plan:
         for part in parts:
             part.end()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
+
+
+@contextmanager
+def in_order(devices: set[torch.device]) -> Iterator[None]:
+    """Numba's kernels are on the default stream of a GPU: let them come after what has
+    been enqueued on torch's current one, and what will be, after them."""
+    streams = [
+        (torch.cuda.default_stream(device), torch.cuda.current_stream(device))
+        for device in devices
+        if device.type == "cuda"
+    ]
+    streams = [pair for pair in streams if pair[0] != pair[1]]
+    for default, current in streams:
+        default.wait_stream(current)
+    yield
+    for default, current in streams:
+        current.wait_stream(default)
 
 
 def options_of(groups: list[dict[str, Any]]) -> list[Any]:
