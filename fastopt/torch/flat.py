@@ -79,6 +79,16 @@ def flattened(params: list[Tensor]) -> Flat:
     return flat
 
 
+def in_flat_buffer(grad: Tensor) -> bool:
+    """Whether a gradient lies where ``flatten_`` has put it. It may have gone with its
+    parameter, as by ``model.double()``, and be the same object."""
+    base = grad._base
+    if base is None or not hasattr(base, FLAT):
+        return False
+    offset = grad.data_ptr() - base.data_ptr()
+    return bool(0 <= offset < base.numel() * base.element_size() or not grad.numel())
+
+
 def zeros(count: int, like: Tensor, offset: int) -> Tensor:
     """Zeros of a parameter's dtype and device, some bytes into huge pages."""
     if not like.is_cpu:

@@ -20,7 +20,7 @@ from fastopt import checks
 from fastopt.numpy_ref import NUMPY
 from fastopt.rule import Rule, concrete
 from fastopt.threads import available, forked
-from fastopt.torch.flat import FLAT
+from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import COMPUTED, HALVES
 from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
 from fastopt.torch.plan import Asked, Plan, Read, Unsupported
@@ -390,11 +390,9 @@ class Stepping(Optimizer):
         buffer."""
         flat: dict[int, list[Tensor]] = {}
         if set_to_none:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    base = None if param.grad is None else param.grad._base
-                    if base is not None and hasattr(base, FLAT):
-                        flat.setdefault(id(base), []).append(param)
+            for param, _ in self._all():
+                if param.grad is not None and in_flat_buffer(param.grad):
+                    flat.setdefault(id(param.grad._base), []).append(param)
         kept = []
         for params in flat.values():
             grads = [param.grad for param in params]
