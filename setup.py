@@ -25,10 +25,11 @@ XLA = ROOT / "csrc" / "xla.pyx"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
-# What native code sees, and the kernels' table has to be.
+# What native code sees, and the kernels' table has to be; and what kernels include.
 HEADERS = (
     ROOT / "fastopt" / "include" / "fastopt.h",
     ROOT / "fastopt" / "__init__.pxd",
+    ROOT / "csrc" / "gram.h",
 )
 
 MSVC = sys.platform == "win32"
@@ -262,7 +263,7 @@ def extension(name, template, text, flags):
         optional=True,  # or packing fails if it was not built
         # A source distribution takes in what an extension depends on.
         depends=[str(path.relative_to(ROOT)) for path in (template, *HEADERS)],
-        include_dirs=[str(HEADERS[0].parent.relative_to(ROOT))],
+        include_dirs=[str(path.parent.relative_to(ROOT)) for path in HEADERS],
     )
 
 

@@ -14,7 +14,7 @@ from fastopt import checks, saving
 from fastopt.factored import Factors, is_factored
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import NUMPY, Extras, Step
+from fastopt.numpy_ref import NUMPY, Extras, Step, combined
 from fastopt.parameters import Parameters, zeros
 from fastopt.rule import Rule, concrete
 
@@ -81,17 +81,23 @@ class Bound:
                 fill(average, param)
 
     def norm(
-        self, grads: Sequence[Array | None], grad_scale: float, threads: int
+        self,
+        grads: Sequence[Any],
+        grad_scale: float,
+        threads: int,
+        weights: Sequence[float] | None = None,
     ) -> tuple[float, list[int]]:
         """The norm of all gradients, which the step has taken, scaled; and the segments
-        where one of them is not finite."""
+        where one of them is not finite. With weights, of the tasks' together."""
+        tasks = [grads] if weights is None else grads
         rows: list[Values] = [(grad_scale,)] * len(self.sets)
         squares, bad = 0.0, []
         for i, sums in enumerate(self.step.sums("gradients", rows, threads)):
             if sums is not None:
                 squares += sums[0]
                 dtype = self.params.arrays[i].dtype
-                unfit = not_finite(dtype, sums[0], grads[i], grad_scale)
+                here = [task[i] for task in tasks]
+                unfit = not_finite(dtype, sums[0], here, weights or [1.0], grad_scale)
                 bad += [i] if unfit else []
         return math.sqrt(squares), bad
 
@@ -194,13 +200,19 @@ def shrinking(norm: float, limit: float) -> float:
 
 
 def not_finite(
-    dtype: np.dtype[Any], squares: float, grad: Any, grad_scale: float
+    dtype: np.dtype[Any],
+    squares: float,
+    grads: Sequence[Any],
+    weights: Sequence[float],
+    grad_scale: float,
 ) -> bool:
     """Whether a gradient with this sum of squares is infinite or NaN somewhere. The
     squares of finite ones may overflow, in float64 alone."""
     if squares == math.inf and dtype == np.float64:
+        there = [None if grad is None else saving.to_host(grad) for grad in grads]
         with np.errstate(all="ignore"):
-            return not np.isfinite(saving.to_host(grad) * grad_scale).all()
+            grad = np.asarray(combined(there, weights))
+            return not np.isfinite(grad * grad_scale).all()
     return not math.isfinite(squares)
 
 

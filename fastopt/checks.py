@@ -170,7 +170,14 @@ def layout(tree: Any) -> Any:
     return tree.shapes if isinstance(tree, FlatBuffer) else None
 
 
-def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
+def collect(
+    tree: Any,
+    grads: Any,
+    path: str,
+    found: list[Any],
+    name: str = "grads",
+    like: str = "params",
+) -> None:
     """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
     it must have; None stands for a whole branch of None."""
     if type(grads) is FlatBuffer and type(tree) in (dict, list):
@@ -180,14 +187,14 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
             grads = dict.fromkeys(tree)
         if not isinstance(grads, Mapping):
             raise TypeError(
-                f"grads{path} must be a dict like params{path}, "
+                f"{name}{path} must be a dict like {like}{path}, "
                 f"got {type(grads).__name__}"
             )
         if grads.keys() != tree.keys():
             lacking = [k for k in tree if k not in grads]
             extra = [k for k in grads if k not in tree]
             raise ValueError(
-                f"grads{path} must have the keys of params{path}: "
+                f"{name}{path} must have the keys of {like}{path}: "
                 + "; ".join(
                     f"{what} {', '.join(map(repr, keys))}"
                     for what, keys in (("it lacks", lacking), ("it has extra", extra))
@@ -201,12 +208,12 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
             grads = [None] * len(tree)
         if not isinstance(grads, (list, tuple)):
             raise TypeError(
-                f"grads{path} must be a list like params{path}, "
+                f"{name}{path} must be a list like {like}{path}, "
                 f"got {type(grads).__name__}"
             )
         if len(grads) != len(tree):
             raise ValueError(
-                f"grads{path} has {len(grads)} entries but params{path} has "
+                f"{name}{path} has {len(grads)} entries but {like}{path} has "
                 f"{len(tree)}; pass None for a parameter to leave alone"
             )
         children = list(zip(range(len(tree)), tree, grads, strict=True))
@@ -218,7 +225,46 @@ def collect(tree: Any, grads: Any, path: str, found: list[Any]) -> None:
         if child is None:  # most are; a call for each would be most of the time
             found.append(grad)
         else:
-            collect(child, grad, f"{path}[{key!r}]", found)
+            collect(child, grad, f"{path}[{key!r}]", found, name, like)
+
+
+def split_tasks(name: str, tasks: Any) -> list[Any]:
+    """The gradients of each of several tasks."""
+    if isinstance(tasks, (list, tuple)):
+        found = list(tasks)
+    elif getattr(tasks, "shape", ()):
+        found = [tasks[k] for k in range(tasks.shape[0])]
+    else:
+        raise TypeError(
+            f"{name} must be a list with the gradients of each task, or an array with "
+            f"a row for each, got {type(tasks).__name__}"
+        )
+    if not found:
+        raise ValueError(f"{name} is empty; pass the gradients of at least one task")
+    return found
+
+
+def check_weights(
+    value: Any, count: int, dtype: np.dtype[Any], name: str = "weights"
+) -> list[float]:
+    """A weight for each of so many tasks, as plain numbers."""
+    try:
+        weights = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers: {error}") from error
+    if weights.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got {value!r}")
+    if weights.shape != (count,):
+        raise ValueError(
+            f"{name} has shape {weights.shape}, but there are {count} tasks; pass one "
+            f"number for each"
+        )
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(weights.astype(dtype))
+    for k in np.flatnonzero(~finite).tolist():
+        raise ValueError(f"{name}[{k}] must be finite in {dtype}, got {weights[k]}")
+    found: list[float] = weights.astype(np.float64).tolist()
+    return found
 
 
 def check_threads(threads: Any) -> int:

@@ -28,7 +28,7 @@ from fastopt.rules.adafactor import adafactor
 from fastopt.rules.lookahead import lookahead
 from fastopt.rules.muon import direction, muon
 
-__all__ = ["as_array", "bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
@@ -149,6 +149,20 @@ def driver(
         keep=(segments, count, carry),
     )
     return step
+
+
+def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
+    """As :func:`fastopt.numpy_ref.gram`, in one pass over each segment."""
+    products = np.zeros((len(tasks), len(tasks)))
+    for arrays in zip(*tasks, strict=True):
+        given = [(k, array) for k, array in enumerate(arrays) if array is not None]
+        if given:
+            here = [k for k, _ in given]
+            addresses = [address(array) for _, array in given]
+            size, double = given[0][1].size, given[0][1].dtype == np.float64
+            found = kernels().gram(addresses, size, double, threads)
+            products[np.ix_(here, here)] += found
+    return products
 
 
 def address(array: Array) -> int:

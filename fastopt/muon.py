@@ -255,7 +255,8 @@ class Muon(Optimizer):
 
     def _do(
         self,
-        grads: list[Array | None],
+        grads: list[Any],
+        weights: list[float] | None,
         values: Sequence[Values],
         factor: float,
         threads: int,
@@ -263,12 +264,14 @@ class Muon(Optimizer):
     ) -> bool:
         if self._direction:
             sets = [dict(zip(muon.hyperparameters, v, strict=True)) for v in values]
-            self._make_updates(grads, sets, factor, threads, extras.clip_value)
-        return super()._do(grads, values, factor, threads, extras)
+            limit = extras.clip_value
+            self._make_updates(grads, weights, sets, factor, threads, limit)
+        return super()._do(grads, weights, values, factor, threads, extras)
 
     def _make_updates(
         self,
-        grads: list[Array | None],
+        grads: list[Any],
+        weights: list[float] | None,
         sets: Sequence[Mapping[str, Any]],
         factor: float,
         threads: int,
@@ -279,12 +282,14 @@ class Muon(Optimizer):
             (factor, *direction.scalars(self.steps + 1, s["momentum"], s["nesterov"]))
             for s in sets
         ]
-        if not self._direction.take([grads[i] for i in self._matrices]):
+        tasks = [grads] if weights is None else grads
+        taken = [[task[i] for i in self._matrices] for task in tasks]
+        if not self._direction.take(taken if weights else taken[0], weights):
             raise RuntimeError("the kernel refused gradients found to fit")
         self._direction(scalars, threads, Extras(clip_value))
         for i in self._matrices:
             update = self._bound.buffers["v"][i]
-            if grads[i] is None or not update.size:
+            if all(task[i] is None for task in tasks) or not update.size:
                 continue
             given = sets[self._params.set_of[i]]
             rows, columns = update.shape

@@ -32,14 +32,14 @@ from numba.core import types as nt
 from numba.core.errors import NumbaError, TypingError
 from numba.extending import intrinsic
 
-from fastopt import cython_cpu, kernel_cache, llvm_ir
+from fastopt import cython_cpu, kernel_cache, llvm_ir, numpy_ref
 from fastopt.checks import as_array
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
 from fastopt.kernel_cache import Kernel
 from fastopt.numpy_ref import LANES, PLAIN, Extras, Step
 from fastopt.rule import Function, Rule, concrete
 
-__all__ = ["as_array", "bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
 ALIGN_FROM = 4096  # elements; for fewer, it would
@@ -463,6 +463,12 @@ def bind_alone(
     return Alone(rule, segments, count, carry)
 
 
+def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
+    """As :func:`fastopt.numpy_ref.gram`; that, if the compiled backend is missing."""
+    made = numpy_ref.gram if cython_cpu.missing() else cython_cpu.gram
+    return made(tasks, threads)
+
+
 class Alone(Step):
     """Steps by our own driver; sums, what a step does beside its rule, and all of it
     where state is factored, are left to NumPy."""
@@ -516,14 +522,15 @@ class Alone(Step):
             rows = [(1.0, *row[1:]) for row in rows]
         self.constants[:] = [value for row in rows for value in row]
         self._run(1 if given < SERIAL_BELOW else threads)
-        for grad, segment in zip(self.grads, self.segments, strict=True):
+        for i, segment in enumerate(self.segments):
             if segment.average is not None:
                 weight = self.type(extras.ema_weight)
                 with np.errstate(all="ignore"):
                     (new,) = self.average(segment.average, segment.param, weight)
                 segment.average[...] = new
-            if extras.zero_grads and grad is not None:
-                grad[...] = 0
+            for task in self.tasks if extras.zero_grads else ():
+                if task[i] is not None:
+                    task[i][...] = 0
         return True
 
     def _run(self, threads: int) -> None:

@@ -29,7 +29,7 @@ from fastopt import rule as rules
 from fastopt.checks import on_device
 from fastopt.factored import TILE_COLUMNS, TILE_ROWS, in_order
 from fastopt.flat import Array, Product, Segment
-from fastopt.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step
+from fastopt.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step, pairs_of
 from fastopt.rule import Rule, concrete
 
 try:
@@ -93,6 +93,25 @@ def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
         tuple(arena[start : start + size] for arena in arenas)
         for start, size in zip(starts, sizes, strict=False)
     ]
+
+
+def gram(tasks: Sequence[Sequence[Any]], threads: int) -> Array:
+    """As :func:`fastopt.numpy_ref.gram`, pair by pair."""
+    products = np.zeros((len(tasks), len(tasks)))
+    for i, j in pairs_of(len(tasks)):
+        pairs = [
+            (a, b)
+            for a, b in zip(tasks[i], tasks[j], strict=True)
+            if a is not None and b is not None
+        ]
+        if pairs:
+            segments = [Segment(a, (), 0) for a, _ in pairs]
+            step = OnDevice(passes.inner, segments, np.zeros(1, np.int64))
+            step.take([b for _, b in pairs])
+            for found in step.sums("rule", [(1.0,)], threads):
+                products[i, j] += found[0] if found else 0.0
+        products[j, i] = products[i, j]
+    return products
 
 
 def inlined(function: Any) -> Any:
@@ -604,6 +623,31 @@ class OnDevice(Step):
             self.buffers.append((tuple(map(operand, arrays)), bits))
         most = max((s.param.size for s in segments if s.product), default=0)
         self.room: Any = cuda.device_array(min(most, ROOM), self.dtype) if most else ()
+        self.made: list[Any] = []  # where the gradients of several tasks are combined
+
+    def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
+        self.tasks = [grads] if weights is None else grads
+        self.grads = grads if weights is None else self.combined(grads, weights)
+        return True
+
+    def combined(self, tasks: list[list[Any]], weights: Sequence[float]) -> list[Any]:
+        """As of :mod:`fastopt.numpy_ref`, for every segment, in memory of our own."""
+        params = [segment.param for segment in self.segments]
+        if not self.made:
+            self.made = [made for (made,) in state_arena(params, 1)]
+        for made in self.made:
+            made[:] = 0
+        segments = [Segment(made, (), 0) for made in self.made]
+        step = OnDevice(passes.accumulate, segments, np.zeros(1, np.int64))
+        for task, weight in zip(tasks, weights, strict=True):
+            if self.dtype.type(weight) != 0:
+                step.take([None if g is None else g.reshape(-1) for g in task])
+                step([(weight,)], 1)
+        given = [any(g is not None for g in of) for of in zip(*tasks, strict=True)]
+        return [
+            made.reshape(param.shape) if there else None
+            for made, param, there in zip(self.made, params, given, strict=True)
+        ]
 
     def stretches(
         self, product: Product, *arrays: Any
@@ -739,6 +783,11 @@ class OnDevice(Step):
                     add(self.rule, beside, g, given, bits, scalars)
         for launch, *arguments in launches:
             launch(*arguments)
+        if extras.zero_grads and self.tasks[0] is not self.grads:
+            for task in self.tasks:
+                for grad in task:
+                    if grad is not None:
+                        grad.reshape(-1)[:] = 0
         self.count[0] += 1
         return True
 

@@ -2,8 +2,9 @@
 
 Every backend is a module with the same names: ``bind`` is given the segments once and
 returns what does steps over them, with the methods of ``Step`` here; ``as_array`` and
-``state_arena`` give it arrays and room for state where it works; ``missing`` says why
-the backend cannot be used here, if it cannot.
+``state_arena`` give it arrays and room for state where it works; ``gram`` multiplies
+the gradients of several tasks; ``missing`` says why the backend cannot be used here, if
+it cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastopt.factored import square_sums
 from fastopt.flat import Array, Segment, state_arena
 from fastopt.rule import PRIMITIVES, Function, Rule, concrete
 
-__all__ = ["as_array", "bind", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
 
@@ -69,6 +70,41 @@ def add_up(lanes: Array) -> float:
     return total
 
 
+def combined(grads: Sequence[Array | None], weights: Sequence[float]) -> Array | None:
+    """The sum of several tasks' gradients, times their weights, from zero on, in their
+    order; None if no task has one. What has no weight is left out."""
+    given = [
+        (grad, grad.dtype.type(weight))
+        for grad, weight in zip(grads, weights, strict=True)
+        if grad is not None
+    ]
+    if not given:
+        return None
+    total: Any = np.zeros_like(given[0][0])
+    with np.errstate(all="ignore"):
+        for grad, weight in given:
+            if weight != 0:
+                total = total + grad * weight
+    return np.asarray(total)
+
+
+def pairs_of(count: int) -> list[tuple[int, int]]:
+    """Every two of so many, each with itself too."""
+    return [(i, j) for i in range(count) for j in range(i + 1)]
+
+
+def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
+    """The sums of the products of every two tasks' gradients, over all segments."""
+    products = np.zeros((len(tasks), len(tasks)))
+    with np.errstate(all="ignore"):
+        for i, j in pairs_of(len(tasks)):
+            for a, b in zip(tasks[i], tasks[j], strict=True):
+                if a is not None and b is not None:
+                    products[i, j] += sum_in_order(a.astype(np.float64) * b)
+            products[j, i] = products[i, j]
+    return products
+
+
 class Step:
     """Steps over fixed segments."""
 
@@ -88,10 +124,14 @@ class Step:
         self.average = element(passes.average.update)
         self.clip = element(passes.clip.update)
 
-    def take(self, grads: list[Array | None]) -> bool:
+    def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
         """The gradients for what follows, one array a segment; None: leave it alone.
+        With weights such a list for each task, whose weighted sum is what follows sees.
         False if one needs a closer look: a backend may make its own checks."""
-        self.grads = grads
+        self.tasks: list[list[Any]] = [grads] if weights is None else grads
+        self.grads: list[Any] = grads
+        if weights is not None:
+            self.grads = [combined(of, weights) for of in zip(*grads, strict=True)]
         return True
 
     def grad(self, i: int, factor: float, limit: float) -> Array:
@@ -164,8 +204,8 @@ class Step:
         results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
-                p, given = segment.param, self.grads[i]
-                if given is not None:
+                p = segment.param
+                if self.grads[i] is not None:
                     factor, *constants = rows[segment.row]
                     grad = self.grad(i, factor, extras.clip_value)
                     used = map(self.type, constants)
@@ -177,8 +217,9 @@ class Step:
                     weight = self.type(extras.ema_weight)
                     (new,) = self.average(segment.average, p, weight)
                     results.append((segment.average, new))
-                if extras.zero_grads and given is not None:
-                    results.append((given, np.zeros_like(given)))
+                for task in self.tasks if extras.zero_grads else ():
+                    if task[i] is not None:
+                        results.append((task[i], np.zeros_like(task[i])))
         # Only now, so that an error in a rule leaves all as it was. (An interrupt in
         # between does not; the compiled backends do a step in one call.)
         values = [np.array(value) for _, value in results]

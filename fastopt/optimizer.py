@@ -420,6 +420,7 @@ class Optimizer:
         self,
         grads: Any = ACCUMULATED,
         *,
+        weights: Any = None,
         grad_scale: float = AS_GIVEN,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -435,6 +436,15 @@ class Optimizer:
             place of one leaves that parameter and its state alone. They are only read.
             With groups: a list with the gradients of each. By default those that were
             accumulated, which start at zero again.
+        weights
+            Of several tasks, a number for each. Then ``grads`` is a list with the
+            gradients of each task, or an array with a row for each, and the step is
+            that of their weighted sum, which is formed in the cache and never written
+            to memory: the sum from zero on, in the order of the tasks, in the
+            parameters' dtype. That is, to the last bit, what ``accumulate(grads[k],
+            grad_scale=weights[k])`` for each of them would have come to. None in place
+            of a gradient: the task does not depend on that parameter. A task whose
+            weight is 0 is left out, and not read.
         grad_scale
             A factor for the gradients, applied in the same pass; -1 maximizes.
         clip_norm
@@ -477,8 +487,11 @@ class Optimizer:
             # Only now: the gradients' own code, a mapping's or a schedule's, is refused
             # to change the optimizer, and another thread is, too.
             layout, values, threads, compiled = self._plan
-            if layout is None:  # a single array
-                found: list[Any] = [grads]
+            if weights is not None:
+                found, weights = self._find_tasks(grads, weights)
+                compiled = None
+            elif layout is None:  # a single array
+                found = [grads]
             elif type(grads) is FlatBuffer and grads.shapes is layout:
                 found = [grads.data]
             elif grads is ACCUMULATED:
@@ -509,6 +522,7 @@ class Optimizer:
                     checks.check_limit("clip_value", clip_value),
                     checks.check_nonfinite(nonfinite),
                     zero_grads or pending is not None,
+                    weights,
                 )
                 if pending is not None:
                     for group, sums in zip(
@@ -521,6 +535,18 @@ class Optimizer:
                     self._wait_with(None)
         finally:
             busy[0] = False
+
+    def _find_tasks(self, grads: Any, weights: Any) -> tuple[list[Any], list[float]]:
+        """The gradients of each of several tasks, lists, and their weights."""
+        if grads is ACCUMULATED:
+            raise TypeError("weights need the gradients of each task: step(grads, ...)")
+        tasks = checks.split_tasks("grads", grads)
+        found: list[Any] = []
+        for k, task in enumerate(tasks):
+            found.append([])
+            checks.collect(self._params.layout, task, "", found[k], f"grads[{k}]")
+        dtype = self._params.arrays[0].dtype
+        return found, checks.check_weights(weights, len(tasks), dtype)
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:
         """The sums that a step with these gradients is to take."""
@@ -548,42 +574,53 @@ class Optimizer:
         clip_value: float,
         nonfinite: str,
         zero_grads: bool,
+        weights: list[float] | None,
     ) -> None:
-        """A step with all that there is to it, in the order in which it happens."""
+        """A step with all that there is to it, in the order in which it happens. With
+        weights, what was found is a list for each task."""
         bound = self._bound
         step, first = bound.step, bound.steps == 0
-        grads = self._take(step, self._thawed(found), bound.spans)
+        several = weights is not None
+        thawed = list(map(self._thawed, found)) if several else self._thawed(found)
+        grads = self._take(step, thawed, bound.spans, weights)
+        tasks: list[list[Any]] = grads if several else [grads]
         if zero_grads:
-            names = [self._grad_name(i) for i in range(len(grads))]
-            checks.check_writeable(names, grads)
+            names = [
+                self._grad_name(i, f"[{k}]" if several else "")
+                for k, task in enumerate(tasks)
+                for i in range(len(task))
+            ]
+            checks.check_writeable(names, [grad for task in tasks for grad in task])
         if first and (bound.rule.starts or bound.rule.carry or bound.averages):
             self._start(values)
         factor = grad_scale
         if clip_norm < math.inf or nonfinite != "propagate":
-            norm, bad = bound.norm(grads, grad_scale, threads)
+            norm, bad = bound.norm(grads, grad_scale, threads, weights)
             self._grad_norm = norm
             if bad and nonfinite == "raise":
+                where = [self._grad_name(i, "[...]" if several else "") for i in bad]
                 raise FloatingPointError(
-                    f"not all is finite in {', '.join(map(self._grad_name, bad))}; "
-                    f"nothing was updated"
+                    f"not all is finite in {', '.join(where)}; nothing was updated"
                 )
             if bad and nonfinite == "skip":
                 self._skipped += 1
-                for grad in grads if zero_grads else ():
-                    if grad is not None:
-                        fill(grad, 0.0)
+                for task in tasks if zero_grads else ():
+                    for grad in task:
+                        if grad is not None:
+                            fill(grad, 0.0)
                 return
             factor *= shrinking(norm, clip_norm)
         weight = 0.0 if self.ema is None else 1 - self.ema
         extras = Extras(clip_value, weight, zero_grads)
-        if not self._do(grads, values, factor, threads, extras):
+        if not self._do(grads, weights, values, factor, threads, extras):
             raise RuntimeError("the kernel refused gradients found to fit")
         if first:
             self._plan_steps()
 
     def _do(
         self,
-        grads: list[Array | None],
+        grads: list[Any],
+        weights: list[float] | None,
         values: Sequence[Values],
         factor: float,
         threads: int,
@@ -608,26 +645,39 @@ class Optimizer:
         ]
 
     def _take(
-        self, step: Step, found: list[Any], spans: Sequence[tuple[int, int]]
-    ) -> list[Array | None]:
+        self,
+        step: Step,
+        found: list[Any],
+        spans: Sequence[tuple[int, int]],
+        weights: list[float] | None = None,
+    ) -> list[Any]:
         """Give gradients to a step: as they are, if it checks them itself and they are
         plain arrays that fit; else after a look at each, which finds the words for a
-        refusal."""
-        if hasattr(step, "at") and step.take(found):
+        refusal. With weights, a list for each task."""
+        if hasattr(step, "at") and step.take(found, weights):
             return found
-        fit = [self._fit(i, grad, spans) for i, grad in enumerate(found)]
-        if not step.take(fit):
+        fit: list[Any] = (
+            [self._fit(i, grad, spans) for i, grad in enumerate(found)]
+            if weights is None
+            else [
+                [self._fit(i, grad, spans, f"[{k}]") for i, grad in enumerate(task)]
+                for k, task in enumerate(found)
+            ]
+        )
+        if not step.take(fit, weights):
             raise RuntimeError("the kernel refused gradients found to fit")
         return fit
 
-    def _grad_name(self, i: int) -> str:
-        return "grads" + self._params.names[i].removeprefix("params")
+    def _grad_name(self, i: int, task: str = "") -> str:
+        return "grads" + task + self._params.names[i].removeprefix("params")
 
-    def _fit(self, i: int, grad: Any, spans: Sequence[tuple[int, int]]) -> Array | None:
+    def _fit(
+        self, i: int, grad: Any, spans: Sequence[tuple[int, int]], task: str = ""
+    ) -> Array | None:
         """The gradient of the i-th parameter as an array that the kernels can take."""
         if grad is None:
             return None
-        of, name = self._params.names[i], self._grad_name(i)
+        of, name = self._params.names[i], self._grad_name(i, task)
         if isinstance(grad, FlatBuffer):  # one of the right layout is unpacked by now
             raise ValueError(
                 f"{name} is a FlatBuffer of another layout than {of}; make it with the "

@@ -24,6 +24,14 @@ def add(p, g):
 accumulate = Rule(add, none, measure=square, settle=settled, over="all")
 
 
+def product(p, g):
+    return (wide(p) * wide(g),)
+
+
+# The product of two gradients, of which a Gram matrix is made pair by pair.
+inner = Rule(add, none, measure=product, settle=settled, over="all")
+
+
 def approach(p, g, weight):
     return (p + weight * (g - p),)
 
@@ -47,4 +55,4 @@ def bounds(t, low=-1.0, high=1.0):
 # A copy p of the gradients, with each element limited.
 clip = Rule(limited, bounds)
 
-PASSES = (accumulate, average, clip)
+PASSES = (accumulate, inner, average, clip)

@@ -425,6 +425,59 @@ def test_gradients_in_parts(rule, values):
     assert not unlike(run_in_parts(rule, values))
 
 
+def run_tasks(rule, values, dtype=np.float32, **asked):
+    """The gradients of several tasks, one of which has no weight, and some of which do
+    not depend on some parameters; also on zero gradients, and with a Gram matrix."""
+
+    def run(backend, put):
+        sizes, weights = (65, 0, 7, 33), [0.7, 0.0, -1.9]
+        params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes, dtype))]
+        opt = rule(params, backend=backend, ema=0.5, **values)
+        given = []
+        for k in range(2):
+            for t in range(3):
+                given.append([put(g, t % 2) for g in drawn(9 * k + t, sizes, dtype)])
+            tasks = given[-3:]
+            tasks[k][0] = tasks[2][2] = None
+            for task in tasks:
+                task[3] = None
+            opt.step(tasks, weights=weights, grad_scale=0.7, **asked)
+        left = fastopt.gram(given, backend=backend)
+        return opt, {"params": params, "left": left, "given": given}
+
+    return run
+
+
+@cases(*FEW, "lamb", "prodigy")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tasks(rule, values, dtype):
+    for asked in ({}, BESIDE):
+        assert not unlike(run_tasks(rule, values, dtype, **asked))
+
+
+def test_several_tasks_where_state_is_factored():
+    def run(backend, put):
+        params = [put(p.reshape(5, 9)) for p in drawn(0, (45,))]
+        opt = fastopt.Adafactor(params, backend=backend)
+        for k in range(2):
+            tasks = [[put(g.reshape(5, 9))] for g in drawn(1 + k, (45, 45))]
+            opt.step(tasks, weights=[1.5, -0.5])
+        return opt, params
+
+    assert not unlike(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_matrices(dtype):
+    tasks = [drawn(t, (0, 1, 33, 4097, 9001), dtype) for t in range(3)]
+    tasks[1][2] = None
+    put = lambda a, t: None if a is None else on_device(a, t % 2)[0]  # noqa: E731
+    there = [[put(a, t) for a in task] for t, task in enumerate(tasks)]
+    assert same_bits(fastopt.gram(there), fastopt.gram(tasks, backend="numpy"))
+    with pytest.raises(TypeError, match=r"tasks\[0\]\[0\] is on a GPU"):
+        fastopt.gram(there, backend="numpy")
+
+
 def run_groups(rule):
     """Groups that differ, one of them frozen for a while, one added later; weight decay
     for matrices only; and a state that goes to another optimizer."""

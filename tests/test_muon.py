@@ -613,3 +613,16 @@ def test_a_load_is_done_or_not():
     saved["groups"][0]["adamw_lr"] = 0.1
     other.load_state_dict(saved)
     assert other.steps == 1 and other.skipped == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_several_tasks(backend):
+    """A step of their weighted sum, in which a task may have none."""
+    params, expected, (first, second) = draw(0), draw(0), map(draw, (1, 2))
+    second["row"] = None
+    both = {
+        n: 0.5 * first[n] + 2.0 * (0 if g is None else g) for n, g in second.items()
+    }
+    fastopt.Muon(params, backend=backend).step([first, second], weights=[0.5, 2.0])
+    fastopt.Muon(expected, backend=backend).step(both)
+    assert all(same_bits(params[n], expected[n]) for n in SHAPES)

@@ -54,7 +54,7 @@ def test_ci_runs_the_command():
     "module",
     [
         *["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead"],
-        *["schedules", "training", "tune"],
+        *["schedules", "training", "tune", "multitask"],
     ],
 )
 def test_docstring_examples(module):

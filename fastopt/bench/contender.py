@@ -263,6 +263,19 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
     return contender._replace(step=torch_sequence(case, opt.step, params))
 
 
+def fastopt_torch(case: Case, flat: bool = False) -> Contender:
+    """The drop-in class, over torch's tensors; ``flat``: after ``flatten_``."""
+    import fastopt.torch
+
+    name, options = looked_up(TORCH, case, "torch")
+    params = torch_tensors(case)
+    if flat:
+        fastopt.torch.flatten_(params)
+    given = with_betas(every_hyperparameter(case))
+    opt = getattr(fastopt.torch, name)(params, **given, **options, **case.asked)
+    return of_torch(opt, params)
+
+
 def torch_sequence(case: Case, step: Any, params: list[Any]) -> Any:
     """What a torch user writes around a step for what is asked beside."""
     import torch
@@ -446,6 +459,8 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "fastopt arrays": fastopt_arrays,
     "floor": floor,
     "naive NumPy": naive_numpy,
+    "fastopt torch": fastopt_torch,
+    "fastopt torch, flat": partial(fastopt_torch, flat=True),
     "torch fused": partial(torch_optimizer, fused=True),
     "torch fused, huge pages": torch_huge_pages,
     "torch foreach": partial(torch_optimizer, foreach=True),
@@ -459,6 +474,8 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
 
 # What a contender imports, beside NumPy and fastopt.
 PACKAGES: dict[str, tuple[str, ...]] = {
+    "fastopt torch": ("torch",),
+    "fastopt torch, flat": ("torch",),
     "torch fused": ("torch",),
     "torch fused, huge pages": ("torch",),
     "torch foreach": ("torch",),

@@ -12,6 +12,7 @@ from fastopt.rules import RULES as _RULES
 from fastopt.torch import classes as _classes
 from fastopt.torch.classes import SGD as SGD
 from fastopt.torch.classes import optimizer as optimizer
+from fastopt.torch.flat import flatten_ as flatten_
 
 TORCHS = (
     "SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta Rprop ASGD Adafactor"

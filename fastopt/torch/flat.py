@@ -18,13 +18,24 @@ class Flat(NamedTuple):
     grad: Tensor
 
 
-@torch.no_grad()
 def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
+    """Move the parameters of a model, or these, and their gradients, into one buffer
+    each for every dtype and device. The optimizer's ``zero_grad`` keeps them there.
+
+    Example
+    -------
+    >>> import torch, fastopt.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> (flat,) = fastopt.torch.flatten_(model)
+    >>> flat.data.shape, model.weight.grad.shape
+    (torch.Size([8]), torch.Size([2, 3]))
+    """
     params = model.parameters() if isinstance(model, torch.nn.Module) else model
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for param in dict.fromkeys(params):
         kinds.setdefault((param.dtype, param.device), []).append(param)
-    return [flattened(alike) for alike in kinds.values()]
+    with torch.no_grad():
+        return [flattened(alike) for alike in kinds.values()]
 
 
 def flattened(params: list[Tensor]) -> Flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fastopt.flat import Array, state_arena
 
+native: Any
 try:
-    from fastopt import _tensors as native
+    native = importlib.import_module("fastopt._tensors")
 except ImportError:  # no C compiler
     native = None
 
@@ -85,7 +87,7 @@ def same_layout(
 
 def numbers(tensor: Tensor) -> int:
     """How many real numbers it is."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
+    return int(tensor.numel()) * (2 if tensor.is_complex() else 1)
 
 
 def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:

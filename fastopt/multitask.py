@@ -1,0 +1,677 @@
+"""Several tasks: how much weight the gradient of each gets in a step.
+
+The gradients of m tasks are the rows of a matrix J. All that the methods here need of
+it is the Gram matrix of the products of every two rows, ``J @ J.T``, which :func:`gram`
+makes in one pass over J. They turn it into m weights; a step with these forms
+``weights @ J`` block by block, in the cache:
+
+>>> import numpy as np, fastopt
+>>> from fastopt import multitask
+>>> w = np.zeros(3)
+>>> opt = fastopt.gd(w, lr=1.0)
+>>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # they conflict: J[0] @ J[1] < 0
+>>> weights = multitask.upgrad(fastopt.gram(J))
+>>> opt.step(J, weights=weights)
+>>> bool((J @ w < 0).all())  # yet both losses fall
+True
+
+Each method is of one paper, and its own definition is all that it promises; the tests
+hold it to that. What they have in common:
+
+- Weights do not change when J is multiplied by a number, whatever its size: the matrix
+  is divided by its own size first. (Those of Nash-MTL and FairGrad do in their papers;
+  here they are of the gradients over the root of the Frobenius norm of the Gram matrix,
+  as Nash-MTL's authors have it.)
+- A single task gets weight 1, but 1 + c of CAGrad. Where all gradients are zero, tasks
+  count alike.
+- A matrix that no gradients have is refused with ValueError: one that is not square,
+  not symmetric, not finite, or has an eigenvalue clearly below zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastopt import backends, checks, passes
+from fastopt.flat import Array, leaves
+from fastopt.rule import check_hyperparameter
+from fastopt.threads import available, forked
+
+__all__ = [
+    "GradVac",
+    "aligned_mtl",
+    "cagrad",
+    "dualproj",
+    "fairgrad",
+    "gram",
+    "imtl_g",
+    "mean",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
+    "upgrad",
+]
+
+Weights = npt.NDArray[np.float64]
+
+# Of the errors that a Gram matrix may have, relative to its size: those of products in
+# float32, as of J @ J.T.
+TOLERANCE = 1e-5
+# Eigenvalues below this many, times their number, of the largest are those of dependent
+# tasks: a gradient rounded to float32 moves them by 1e-15.
+DEPENDENT = 1e-14
+# The least square that a mean of unit gradients has for Nash-MTL and FairGrad, which
+# know no answer where it is zero.
+STATIONARY = 1e-6
+
+
+def gram(
+    tasks: Any, *, backend: str | None = None, threads: int | None = None
+) -> Array:
+    """The products of the gradients of every two tasks, ``J @ J.T``.
+
+    Parameters
+    ----------
+    tasks
+        A list with the gradients of each task, in one structure: arrays, lists or dicts
+        of arrays (nested too) or FlatBuffers; or an array with a row for each task. All
+        are float32 or float64, of one dtype. They are only read. None in place of an
+        array: the task does not depend on that parameter.
+    backend
+        "numpy", "cython", "numba" or "cuda"; by default as for an optimizer. All of
+        them give the same bits.
+    threads
+        At most so many CPU threads; by default as for an optimizer.
+
+    Returns
+    -------
+    array of float64, tasks x tasks
+        Products and sums are of float64, in the order of all sums here: over each array
+        by chunks, the arrays one after the other. On the CPU J is read once, in CUDA
+        once for every two tasks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the gradients of the tasks do not fit each other.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> fastopt.gram([np.array([1.0, 2.0]), np.array([-1.0, 1.0])])
+    array([[5., 1.],
+           [1., 2.]])
+    """
+    given = checks.split_tasks("tasks", tasks)
+    if backend is None:
+        device = any(checks.on_device(leaf) for _, leaf in leaves(given))
+        backend = backends.choose(passes.inner, device)
+    module = backends.load(backend)
+    layout = checks.layout(given[0])
+    found: list[list[Any]] = []
+    for k, task in enumerate(given):
+        found.append([])
+        checks.collect(layout, task, "", found[k], f"tasks[{k}]", "tasks[0]")
+    paths = _paths(given[0])
+    arrays = [
+        [
+            None if leaf is None else module.as_array(f"tasks[{k}]{path}", leaf)
+            for path, leaf in zip(paths, task, strict=True)
+        ]
+        for k, task in enumerate(found)
+    ]
+    _check_rows(paths, arrays)
+    threads = available() if threads is None else checks.check_threads(threads)
+    products: Array = module.gram(arrays, 1 if forked[0] else threads)
+    return products
+
+
+def _paths(task: Any) -> list[str]:
+    """The leaves of a task's gradients, as messages call them."""
+    return [path for path, _ in leaves(task)]
+
+
+def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
+    """That arrays of the same place have one shape, and all of them one dtype."""
+    first: tuple[str, Any] | None = None
+    for i, path in enumerate(paths):
+        of: tuple[str, Any] | None = None
+        for k, task in enumerate(tasks):
+            array, name = task[i], f"tasks[{k}]{path}"
+            if array is None:
+                continue
+            if array.dtype not in checks.DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {array.dtype}; float32 or float64 is needed"
+                )
+            first, of = first or (name, array), of or (name, array)
+            if array.dtype != first[1].dtype:
+                raise TypeError(
+                    f"{name} has dtype {array.dtype} but {first[0]} has "
+                    f"{first[1].dtype}; convert it with .astype"
+                )
+            if array.shape != of[1].shape:
+                raise ValueError(
+                    f"{name} has shape {array.shape} but {of[0]} has {of[1].shape}"
+                )
+            checks.check_layout(name, array)
+
+
+# What the methods begin with
+
+
+def _checked(gram: Any) -> Weights:
+    """A Gram matrix as one of float64, over its trace; zeros stay so."""
+    try:
+        matrix = np.asarray(gram, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"gram must be a matrix of numbers: {error}") from error
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(
+            f"gram must be a square matrix with a row for each task, as gram(J) makes "
+            f"it, got shape {matrix.shape}"
+        )
+    for k in np.flatnonzero(~np.isfinite(matrix).all(1)).tolist():
+        raise ValueError(
+            f"gram[{k}] is not finite, {matrix[k]}: the gradient of a task is infinite "
+            f"or NaN, or its square too large; leave the step out, or that task"
+        )
+    size = float(np.abs(matrix).max())
+    if size == 0:
+        return matrix
+    matrix = matrix / size
+    if np.abs(matrix - matrix.T).max() > TOLERANCE:
+        raise ValueError("gram must be symmetric, as J @ J.T is")
+    matrix = (matrix + matrix.T) / 2
+    least = float(np.linalg.eigvalsh(matrix)[0])
+    if least < -TOLERANCE * len(matrix):
+        raise ValueError(
+            f"gram has the eigenvalue {least * size:g}, but J @ J.T has none below 0"
+        )
+    return matrix / float(matrix.trace())
+
+
+def _cosines(gram: Weights) -> tuple[Weights, Weights]:
+    """The norms of the gradients and the cosines between them, those of zero gradients
+    zero; a matrix without eigenvalues below zero."""
+    norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
+    inverse = _inverse(norms)
+    cosines = gram * inverse * inverse[:, None]
+    roots, vectors = np.linalg.eigh(cosines)
+    if roots[0] < -DEPENDENT * len(roots):  # of products in float32
+        cosines = (vectors * np.maximum(roots, 0.0)) @ vectors.T
+    return norms, cosines
+
+
+def _inverse(norms: Weights) -> Weights:
+    """One over each; zero for zero."""
+    return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+def _equal(count: int) -> Weights:
+    return _shares(np.ones(count))
+
+
+def _shares(weights: Weights) -> Weights:
+    """Weights with the sum 1."""
+    shares: Weights = weights / weights.sum()
+    return shares
+
+
+def _preference(value: Any, count: int) -> Weights:
+    """What each task counts; by default they count alike."""
+    if value is None:
+        return _equal(count)
+    preference = np.array(
+        checks.check_weights(value, count, np.dtype(np.float64), "preference")
+    )
+    if (preference < 0).any() or not preference.any():
+        raise ValueError(f"preference must be at least 0, and not all 0, got {value!r}")
+    return preference
+
+
+def _least(matrix: Weights, linear: Weights) -> Weights:
+    """The x from 0 on with the least ``x @ matrix @ x / 2 - linear @ x``, by Lawson and
+    Hanson's method: some x are free, one more at a time, the others 0. The diagonal is
+    of about 1, or 0 where linear is."""
+    count = len(linear)
+    # Dependent rows make singular systems; with this, far solutions, in the direction
+    # that matters. It changes no more than rounding does.
+    matrix = matrix + 2.0**-50 * np.eye(count)
+    x, free = np.zeros(count), np.zeros(count, bool)
+    enough = 2.0**-48 * count * float(np.abs(linear).max())
+    for _ in range(30 * count):
+        slope = np.where(free, -math.inf, linear - matrix @ x)
+        for new in np.argsort(-slope):
+            if slope[new] <= enough:
+                return x
+            free[new] = True
+            target = _solution(matrix, linear, free)
+            if target[new] > 0:
+                break
+            free[new] = False  # by rounding alone: not this one
+        else:
+            return x
+        while (target[free] <= 0).any():
+            stops = np.flatnonzero(free & (target <= 0))
+            ways = x[stops] / (x[stops] - target[stops])
+            x = np.maximum(x + ways.min() * (target - x), 0.0)
+            x[stops[ways.argmin()]] = 0.0
+            free &= x > 0
+            target = _solution(matrix, linear, free)
+        x = target
+    raise RuntimeError(
+        f"no weights were found for the Gram matrix {matrix!r}; please report it"
+    )
+
+
+def _solution(matrix: Weights, linear: Weights, free: npt.NDArray[np.bool_]) -> Weights:
+    """Where the slope of what is free is zero."""
+    x = np.zeros(len(linear))
+    if free.any():
+        x[free] = np.linalg.solve(matrix[np.ix_(free, free)], linear[free])
+    return x
+
+
+# The methods
+
+
+def mean(gram: Any, preference: Any = None) -> Weights:
+    """Equal weights, or the preference as it is: what a weighted sum of losses does.
+
+    Parameters
+    ----------
+    gram
+        The Gram matrix of m tasks' gradients, m x m, as :func:`gram` makes it.
+    preference
+        What each task counts: m numbers from 0 on. By default 1 / m.
+
+    Returns
+    -------
+    m weights, float64
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a matrix that is none of gradients; this and what follows is the same for
+        all methods.
+
+    Example
+    -------
+    >>> from fastopt import multitask
+    >>> multitask.mean([[1.0, 0.0], [0.0, 1.0]])
+    array([0.5, 0.5])
+    """
+    return _preference(preference, len(_checked(gram)))
+
+
+def mgda(gram: Any) -> Weights:
+    """The shortest of all weighted means of the gradients. Désidéri 2012,
+    doi:10.1016/j.crma.2012.03.014; Sener & Koltun 2018, arXiv:1810.04650.
+
+    Weights from 0 on with the sum 1. Along the direction no loss falls slower than by
+    the square of its length, which is zero where nothing makes all losses fall: a task
+    with a gradient of zero gets all the weight. Solved exactly, where others stop Frank
+    and Wolfe's iteration.
+
+    >>> from fastopt import multitask
+    >>> multitask.mgda([[1.0, 0.0], [0.0, 3.0]])
+    array([0.75, 0.25])
+    """
+    matrix = _checked(gram)
+    norms, cosines = _cosines(matrix)
+    if not norms.all():
+        return _shares((norms == 0).astype(np.float64))
+    # With the shortest as the unit of length. Where x is the least, so is the mean with
+    # weights x / sum(x), whatever its length: what is added holds the sum near 1.
+    relative = norms.min() / norms
+    return _shares(_least(cosines + relative * relative[:, None], relative) * relative)
+
+
+def dualproj(gram: Any, preference: Any = None) -> Weights:
+    """The mean gradient, or the one of the preference, projected onto the directions
+    that conflict with no task. Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (GEM), as in
+    Quinton & Rey 2024, arXiv:2406.16232.
+
+    >>> from fastopt import multitask
+    >>> multitask.dualproj([[1.0, -1.0], [-1.0, 4.0]])
+    array([0.5, 0.5])
+    >>> multitask.dualproj([[1.0, -2.0], [-2.0, 5.0]])
+    array([1. , 0.5])
+    """
+    norms, cosines = _cosines(_checked(gram))
+    return _projected(norms, cosines, _preference(preference, len(norms)))
+
+
+def _projected(norms: Weights, cosines: Weights, weights: Weights) -> Weights:
+    """The weights, and what has to be added so that no task is in conflict."""
+    lengths = weights * norms
+    longest = float(lengths.max()) or 1.0
+    more = _least(cosines, -cosines @ (lengths / longest))
+    return weights + longest * more * _inverse(norms)
+
+
+def upgrad(gram: Any, preference: Any = None) -> Weights:
+    """Each gradient is projected onto the directions that conflict with no task, and
+    then their mean is taken, or that of the preference. Quinton & Rey 2024,
+    arXiv:2406.16232.
+
+    The direction conflicts with no task; it is linear in the length of each gradient.
+
+    >>> from fastopt import multitask
+    >>> multitask.upgrad([[2.0, -2.0], [-2.0, 4.0]])
+    array([1.  , 0.75])
+    """
+    norms, cosines = _cosines(_checked(gram))
+    total = np.zeros(len(norms))
+    for alone in np.diag(_preference(preference, len(norms))):
+        total += _projected(norms, cosines, alone)
+    return total
+
+
+def pcgrad(gram: Any, rng: np.random.Generator) -> Weights:
+    """From each gradient is taken, for every other one in a random order, what is in
+    conflict with it; then they are added. Yu et al. 2020, arXiv:2001.06782.
+
+    Of two tasks none is in conflict afterwards; of more, some may be. The weights are
+    those of a sum, not of a mean. ``rng`` draws the orders: one for each task, at each
+    call.
+
+    >>> import numpy as np
+    >>> from fastopt import multitask
+    >>> multitask.pcgrad([[2.0, -2.0], [-2.0, 4.0]], np.random.default_rng(0))
+    array([2. , 1.5])
+    """
+    matrix = _checked(gram)
+    total = np.zeros(len(matrix))
+    for i, others in _orders(rng, len(matrix)):
+        weights = np.zeros(len(matrix))
+        weights[i] = 1.0
+        for j in others:
+            product = matrix[j] @ weights
+            if product < 0 and matrix[j, j] > 0:
+                weights[j] -= product / matrix[j, j]
+        total += weights
+    return total
+
+
+def _orders(
+    rng: np.random.Generator, count: int
+) -> Sequence[tuple[int, Sequence[int]]]:
+    """Each task, and the others in a random order."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"rng must be a NumPy Generator, such as np.random.default_rng(0), "
+            f"got {rng!r}"
+        )
+    return [
+        (i, rng.permutation([j for j in range(count) if j != i]).tolist())
+        for i in range(count)
+    ]
+
+
+class GradVac:
+    """As :func:`pcgrad`, but what two gradients are brought to is not at least a right
+    angle: it is at most the angle that they have had on average. Wang et al. 2020,
+    arXiv:2010.05874, algorithm 1.
+
+    Parameters
+    ----------
+    rng
+        Draws the orders.
+    beta
+        The weight of the new cosine in the average, in [0, 1).
+
+    Attributes
+    ----------
+    targets
+        The average cosines, tasks x tasks; None before the first call. With them, and
+        the state of ``rng``, a run goes on.
+
+    Example
+    -------
+    >>> import numpy as np
+    >>> from fastopt import multitask
+    >>> weights = multitask.GradVac(np.random.default_rng(0), beta=0.5)
+    >>> weights([[1.0, 0.5], [0.5, 1.0]])
+    array([1., 1.])
+    >>> weights([[1.0, 0.0], [0.0, 1.0]]).round(4)
+    array([1.2582, 1.2582])
+    """
+
+    def __init__(self, rng: np.random.Generator, beta: float = 1e-2):
+        _orders(rng, 0)
+        self.rng = rng
+        self.beta = float(check_hyperparameter("beta", "beta", beta, 1.0))
+        self.targets: Weights | None = None
+
+    def __call__(self, gram: Any) -> Weights:
+        """The weights for the next step."""
+        matrix = _checked(gram)
+        count = len(matrix)
+        targets = np.zeros((count, count)) if self.targets is None else self.targets
+        if np.shape(targets) != (count, count):
+            raise ValueError(
+                f"gram is of {count} tasks, but the targets are of "
+                f"{len(targets)}; make another GradVac"
+            )
+        targets = np.array(targets, np.float64)
+        norms = np.sqrt(np.maximum(matrix.diagonal(), 0.0))
+        total = np.zeros(count)
+        for i, others in _orders(self.rng, count):
+            weights = np.zeros(count)
+            weights[i] = 1.0
+            for j in others:
+                norm = math.sqrt(max(0.0, float(weights @ matrix @ weights)))
+                if norm == 0 or norms[j] == 0:
+                    continue  # there is no angle
+                cosine = float(matrix[j] @ weights) / (norm * norms[j])
+                cosine, target = min(1.0, max(-1.0, cosine)), float(targets[i, j])
+                if cosine < target:
+                    sine, wanted = math.sqrt(1 - cosine**2), math.sqrt(1 - target**2)
+                    weights[j] += (
+                        norm * (target * sine - cosine * wanted) / (norms[j] * wanted)
+                    )
+                targets[i, j] += self.beta * (cosine - target)
+            total += weights
+        self.targets = targets
+        return total
+
+
+def cagrad(gram: Any, c: float = 0.5) -> Weights:
+    """Of the directions within c times the mean gradient's length from it, the one that
+    is best for the task that it is worst for. Liu et al. 2021, arXiv:2110.14048.
+
+    ``c`` is in [0, 1); 0 is the mean. As the paper has it, without the rescaling of its
+    code. Where several are best, because no direction makes all losses fall, it is the
+    one nearest to the mean.
+
+    >>> from fastopt import multitask
+    >>> multitask.cagrad([[1.0, 0.0], [0.0, 1.0]])
+    array([0.75, 0.75])
+    """
+    c = float(check_hyperparameter("c", "c", c, 0.5))
+    if not 0 <= c < 1:
+        raise ValueError(f"c must be in [0, 1), got {c!r}")
+    matrix = _checked(gram)
+    equal = _equal(len(matrix))
+    radius = c * math.sqrt(max(0.0, float(equal @ matrix @ equal)))
+    shortest = mgda(matrix)
+    square = max(0.0, float(shortest @ matrix @ shortest))
+    if radius * radius <= DEPENDENT * float(matrix.max()):
+        return equal
+    norms, cosines = _cosines(matrix)
+    unit = float(norms.max())
+    inverse, norms = _inverse(norms) * unit, norms / unit
+    radius, length = radius / unit, math.sqrt(square) / unit
+    gains = cosines @ norms / len(norms)  # of the mean, along each gradient
+
+    def nearest(gain: float) -> tuple[Weights, float]:
+        """What has to be added to the mean for every task to gain so much, and its
+        length."""
+        more = _least(cosines, gain * inverse - gains)
+        return more, math.sqrt(max(0.0, float(more @ cosines @ more)))
+
+    # The length grows with the gain, and is convex in it: from above, Newton's method
+    # comes down to the radius. The gain of the best direction is at most that of the
+    # shortest mean (by duality, for any mean); where that is zero, it is none.
+    stationary = length * length <= DEPENDENT * len(matrix)
+    most = float(shortest * norms @ gains) + radius * length
+    gain = 0.0 if stationary else most
+    more, length = nearest(gain)
+    if stationary and length <= radius:
+        return equal + more * inverse
+    for _ in range(100):
+        if length <= radius * (1 + 1e-13):
+            return equal + more * inverse * (radius / length)
+        gain -= (length - radius) * length / float(inverse @ more)
+        more, length = nearest(gain)
+    raise RuntimeError(f"no weights were found for {gram!r}; please report it")
+
+
+def imtl_g(gram: Any) -> Weights:
+    """The direction that is as long along each gradient as along every other. Liu et
+    al. 2021 (IMTL-G), openreview.net/forum?id=IMPnRXEWpvr.
+
+    Weights with the sum 1, of any sign: the definition allows a direction along which
+    all losses rise. Of several that do, for dependent tasks, those with the least
+    squares; where the only such direction is zero, that one. A task with a gradient of
+    zero gets weight 0.
+
+    Raises
+    ------
+    ValueError
+        Also if no weights with the sum 1 make such a direction, which needs dependent
+        tasks.
+
+    >>> from fastopt import multitask
+    >>> multitask.imtl_g([[1.0, 0.0], [0.0, 4.0]]).round(4)
+    array([0.6667, 0.3333])
+    """
+    matrix = _checked(gram)
+    norms, cosines = _cosines(matrix)
+    there = norms > 0
+    weights = np.zeros(len(matrix))
+    if not there.any():
+        return _equal(len(matrix))
+    inverse = norms.min(initial=math.inf, where=there) / norms[there]
+    roots, vectors = np.linalg.eigh(cosines[np.ix_(there, there)])
+    none = roots <= DEPENDENT * len(roots) * roots[-1]
+    along = vectors[:, ~none]
+    found = (along / roots[~none]) @ along.sum(0) * inverse
+    if none.any():
+        # Weights of no effect: what they can be, as an orthonormal basis.
+        idle, _ = np.linalg.qr(vectors[:, none] * inverse[:, None])
+        if np.abs(vectors[:, none].sum(0)).max() < math.sqrt(DEPENDENT) * len(roots):
+            found = found - idle @ (found @ idle)
+        else:
+            found = idle @ idle.sum(0)
+    total, size = float(found.sum()), float(np.abs(found).sum())
+    if abs(total) <= DEPENDENT * len(roots) * size:
+        raise ValueError(
+            f"IMTL-G has no weights for the Gram matrix {gram!r}: the tasks are "
+            f"dependent, and those of any direction equally along all have the sum 0"
+        )
+    weights[there] = found / total
+    return weights
+
+
+def aligned_mtl(gram: Any, preference: Any = None) -> Weights:
+    """The mean, or that of the preference, of gradients that are made orthogonal and of
+    one length, the least singular value of J. Senushkin et al. 2023, arXiv:2305.19000.
+
+    The least that is not zero: dependent tasks have some that are.
+
+    >>> from fastopt import multitask
+    >>> multitask.aligned_mtl([[4.0, 0.0], [0.0, 1.0]])
+    array([0.25, 0.5 ])
+    """
+    matrix = _checked(gram)
+    preference = _preference(preference, len(matrix))
+    roots, vectors = np.linalg.eigh(matrix)
+    there = roots > DEPENDENT * len(roots) * roots[-1]
+    if not there.any():
+        return np.array(preference)
+    roots, vectors = roots[there], vectors[:, there]
+    weights: Weights = vectors @ (np.sqrt(roots[0] / roots) * (preference @ vectors))
+    return weights
+
+
+def nash_mtl(gram: Any) -> Weights:
+    """The bargain that maximizes the product of all tasks' gains. Navon et al. 2022,
+    arXiv:2202.01017: ``G @ w = 1 / w``.
+
+    The direction conflicts with no task. The square of its length is m times the
+    Frobenius norm of G, until at a point where no direction makes all losses fall there
+    is no bargain: then it is that of gradients with a small part of their own each,
+    projected as by :func:`dualproj`. A task with a gradient of zero gets weight 0.
+    Without the ``max_norm`` of its code: see ``clip_norm`` of a step.
+
+    >>> from fastopt import multitask
+    >>> multitask.nash_mtl([[1.0, 0.0], [0.0, 1.0]]).round(4)
+    array([1.1892, 1.1892])
+    """
+    return fairgrad(gram, 1.0)
+
+
+def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
+    """A direction that is alpha-fair in the tasks' gains. Ban & Ji 2024,
+    arXiv:2402.15638: ``G @ w = w ** (-1 / alpha)``, for alpha above 0.
+
+    With alpha 1 that is :func:`nash_mtl`; see there for where there is no answer. The
+    larger alpha, the more alike are the gains. 2 is what the authors' scripts have.
+
+    >>> from fastopt import multitask
+    >>> multitask.fairgrad([[1.0, 0.0], [0.0, 1.0]]).round(4)
+    array([1.2599, 1.2599])
+    """
+    alpha = float(check_hyperparameter("alpha", "alpha", alpha, 1.0))
+    if alpha <= 0:
+        raise ValueError(f"alpha must be above 0, got {alpha!r}")
+    matrix = _checked(gram)
+    norms, cosines = _cosines(matrix)
+    there = norms > 0
+    weights = np.zeros(len(matrix))
+    if not there.any():
+        return _equal(len(matrix))
+    norms = norms[there] / math.sqrt(float(np.linalg.norm(matrix)))
+    cosines = cosines[np.ix_(there, there)]
+    shortest = mgda(cosines)
+    lost = max(0.0, STATIONARY - float(shortest @ cosines @ shortest))
+    apart = cosines + lost * np.eye(len(cosines))
+    found = _fair(apart, norms ** (1 / alpha - 1), 1 / alpha) / norms
+    weights[there] = _projected(norms, cosines, found) if lost else found
+    return weights
+
+
+def _fair(matrix: Weights, gains: Weights, power: float) -> Weights:
+    """The x above 0 with ``matrix @ x = gains / x**power``: where a convex function, of
+    which the difference is the slope, is least. By Newton's method, damped."""
+
+    def value(x: Weights) -> float:
+        if power == 1:
+            return float(x @ matrix @ x / 2 - gains @ np.log(x))
+        return float(x @ matrix @ x / 2 - gains @ x ** (1 - power) / (1 - power))
+
+    x = gains ** (1 / (1 + power))
+    rounded = 2.0**-50 * len(x)
+    for _ in range(1000):
+        wanted = gains / x**power
+        slope, sizes = matrix @ x - wanted, np.abs(matrix) @ x + wanted
+        if (np.abs(slope) <= rounded * sizes).all():
+            return x
+        step = np.linalg.solve(matrix + np.diag(power * wanted / x), -slope)
+        way = 0.9 / max(0.9, float((-step / x).max()))  # at the most, to stay above 0
+        # Where the value cannot tell any more, Newton's own step is best.
+        most, descent = value(x) + rounded * float(x @ sizes), float(slope @ step)
+        while value(x + way * step) > most + way * descent / 4:
+            way /= 2
+        x = x + way * step
+    raise RuntimeError(
+        f"no weights were found for the cosines {matrix!r}; please report it"
+    )
