@@ -1,10 +1,12 @@
 """Muon against its definition in float64, and torch's, whose products are bfloat16."""
 
+import functools
 import inspect
 import itertools
 import math
 
 import numpy as np
+import peers
 import pytest
 from cases import same_bits
 
@@ -92,32 +94,51 @@ def test_all_backends_have_the_same_bits(dtype):
     assert not any(unlike(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("match_rms_adamw", [True, False])
-@pytest.mark.parametrize("bfloat16", [True, False])
-def test_torch_agrees(bfloat16, nesterov, match_rms_adamw, monkeypatch):
-    """To the precision of its products, and where these are of float64, to that."""
+def torchs(values, match_rms_adamw):
+    """The parameters after each step of torch's Muon, and AdamW for those that it does
+    not take."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    if not bfloat16:
-        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
-    params, expected = part(draw(0), *MATRICES), part(draw(0), *MATRICES)
-    tensors = [torch.nn.Parameter(torch.from_numpy(p)) for p in expected.values()]
-    values = VALUES | {"nesterov": nesterov, "ns_steps": 5, "eps": 1e-7}
+    params, steps = peers.draw()
+    tensors = [torch.nn.Parameter(torch.from_numpy(p)) for p in params]
     adjust = "match_rms_adamw" if match_rms_adamw else "original"
-    del values["match_rms_adamw"]
-    theirs = torch.optim.Muon(tensors, adjust_lr_fn=adjust, **values)
-    opt = fastopt.Muon(params, match_rms_adamw=match_rms_adamw, **values)
-    for t in range(1, 6):
-        grads = part(draw(t), *MATRICES)
-        for tensor, grad in zip(tensors, grads.values(), strict=True):
+    muon = torch.optim.Muon(tensors[:1], adjust_lr_fn=adjust, **values)
+    adamw = torch.optim.AdamW(tensors[1:], lr=0.02, eps=1e-3, weight_decay=0.3)
+    for t, grads in enumerate(steps):
+        muon.param_groups[0]["lr"] = peers.falling(values["lr"], t)
+        for tensor, grad in zip(tensors, grads, strict=True):
             tensor.grad = torch.from_numpy(grad.copy())
-        theirs.step()
-        opt.step(grads)
-    for n in MATRICES:
-        close = 0.05 if bfloat16 else 1e-12
-        np.testing.assert_allclose(params[n], expected[n], atol=close, rtol=0)
+        muon.step()
+        adamw.step()
+        yield [p.copy() for p in params]
+
+
+@pytest.mark.usefixtures("numbers_in_float64")
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("match_rms_adamw", [True, False])
+def test_torch_agrees(nesterov, match_rms_adamw, monkeypatch):
+    """Once its products are of float64, not of bfloat16."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    values = VALUES | {"nesterov": nesterov}
+    del values["match_rms_adamw"]
+    ours = functools.partial(fastopt.Muon, match_rms_adamw=match_rms_adamw)
+    ours.estimate = None
+    options = {"adamw_lr": 0.02, "adamw_eps": 1e-3, "adamw_weight_decay": 0.3}
+    theirs = torchs(values, match_rms_adamw)
+    assert peers.difference(ours, values | options, theirs) <= 1e-10
+
+
+def test_torch_agrees_to_the_precision_of_its_products():
+    values = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95}
+    (w, _), steps = peers.draw()
+    opt, theirs = fastopt.Muon(w, **values), torchs(values, False)
+    for t, (grad, _) in enumerate(steps[:3]):
+        opt.lr = peers.falling(0.1, t)
+        opt.step(grad)
+        expected, _ = next(theirs)
+    np.testing.assert_allclose(w, expected, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
