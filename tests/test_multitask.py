@@ -3,6 +3,7 @@ and the same step with gradients that were accumulated one task after the other.
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
 import fastopt
 from fastopt import cython_cpu, multitask, numba_cpu, numpy_ref
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -465,10 +467,22 @@ def test_accumulated_gradients_are_in_the_way():
         opt.step(np.ones((2, 2)), weights=[1, 1])
 
 
+def test_the_page_is_so():
+    """Its code runs, and its table has every method."""
+    page = (ROOT / "docs" / "multitask.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(compile(code, "multitask.md", "exec"), names)
+    assert names["opt"].steps == 1
+    table = page.partition("## Which method")[2].partition("##")[0]
+    methods = {*multitask.__all__} - {"gram"}
+    assert all(f"`{name}`" in table for name in methods)
+
+
 def test_the_example(tmp_path):
     """Runs, shows its figures and saves a picture."""
     pytest.importorskip("matplotlib")
-    example = Path(__file__).parent.parent / "examples" / "several_tasks.py"
+    example = ROOT / "examples" / "several_tasks.py"
     done = subprocess.run(
         [sys.executable, example, tmp_path / "front.png"],
         capture_output=True,
