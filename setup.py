@@ -20,10 +20,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
-GRAM = ROOT / "csrc" / "gram.h"
+TENSORS = ROOT / "csrc" / "tensors.pyx"
+XLA = ROOT / "csrc" / "xla.pyx"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
+# What native code sees, and the kernels' table has to be; and what kernels include.
+HEADERS = (
+    ROOT / "fastopt" / "include" / "fastopt.h",
+    ROOT / "fastopt" / "__init__.pxd",
+    ROOT / "csrc" / "gram.h",
+)
 
 MSVC = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -141,6 +148,57 @@ class Scalars(Function):
         carried = ["double"] * (len(names) - len(types))
         return [f"{t} {name}" for t, name in zip(carried + types, names, strict=True)]
 
+    @property
+    def native_body(self):
+        """The lines of a C function with the same bits, which takes what follows t from
+        an array, puts the results into another, and returns how many they
+        are; -1 where this one raises an error, its own or that of a division by zero.
+        """
+        ways = {"bint": "_given[{}] != 0", "double": "_given[{}]"}
+        taken = [
+            f"cdef {typed} = {ways[typed.split()[0]].format(k)}"
+            for k, typed in enumerate(self.typed)
+        ]
+        tree = ast.parse("\n".join(self.body("f64")))
+        text = ast.unparse(ast.fix_missing_locations(Native().visit(tree)))
+        declared = [f"cdef double {name}" for name in self.locals]
+        # Rules have a variable called zero, too.
+        zero = ["cdef bint _zero[1]", "_zero[0] = False"]
+        return [*taken, *declared, *zero, *text.split("\n")]
+
+
+class Native(ast.NodeTransformer):
+    """Makes of the statements of a ``Scalars`` those of a C function."""
+
+    def visit_Raise(self, node):
+        return ast.Return(ast.Constant(-1))
+
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Div) and not isinstance(node.right, ast.Constant):
+            node.right = ast.Call(
+                ast.Name("checked"), [node.right, ast.Name("_zero")], []
+            )
+        return node
+
+    def visit_Assign(self, node):
+        """Of tuples to choose from, C has none: a choice of assignments."""
+        self.generic_visit(node)
+        value = node.value
+        if isinstance(value, ast.IfExp) and isinstance(value.body, ast.Tuple):
+            a, b = (
+                ast.Assign(node.targets, part) for part in (value.body, value.orelse)
+            )
+            return ast.If(value.test, [a], [b])
+        return node
+
+    def visit_Return(self, node):
+        self.generic_visit(node)
+        values = node.value.elts
+        places = [ast.parse(f"_results[{k}]").body[0].value for k in range(len(values))]
+        stores = [ast.Assign([p], v) for p, v in zip(places, values, strict=True)]
+        return [*stores, ast.parse(f"return -1 if _zero[0] else {len(values)}").body[0]]
+
 
 def defined(path, name, kind=Function, *more):
     """The function that a file means by a name, its own or another rule's, or None."""
@@ -171,11 +229,12 @@ def functions_of(path):
 
 
 def functions():
-    """Those of the rules named in RULES, the only list of them, of the floor and of
-    what a step does beside; and the helper functions that they call."""
+    """Those of the rules named in RULES, the only list of them, and of those that have
+    a class of their own; of the floor and of what a step does beside; and the helper
+    functions that they call."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     (names,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
-    rules = [*(name.id for name in names.elts), "adafactor"]
+    rules = [*(name.id for name in names.elts), "adafactor", "muon", "lookahead"]
     files = [*(RULES / f"{name}.py" for name in rules), FLOOR, PASSES]
     found = {}
     waiting = [function for file in files for function in functions_of(file)]
@@ -192,12 +251,27 @@ def each(before, names, after=""):
     return "".join(f"{before}{name}{after}, " for name in names)
 
 
+def extension(name, template, text, flags):
+    """From a source that is written where what is built from it will lie, too."""
+    source = RENDERED / f"{name}.pyx"
+    if not source.exists() or source.read_text(encoding="utf-8") != text:
+        source.write_text(text, encoding="utf-8")
+    return Extension(
+        f"fastopt.{name}",
+        [str(source.relative_to(ROOT))],
+        extra_compile_args=FLAGS + flags,
+        optional=True,  # or packing fails if it was not built
+        # A source distribution takes in what an extension depends on.
+        depends=[str(path.relative_to(ROOT)) for path in (template, *HEADERS)],
+        include_dirs=[str(path.parent.relative_to(ROOT)) for path in HEADERS],
+    )
+
+
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
     found = functions()
     for isa, flags in ISAS.items():
-        source = RENDERED / f"_kernels_{isa}.pyx"
         text = template.substitute(
             isa=isa,
             updates=[f for f in found if type(f) is Kernel],
@@ -207,17 +281,9 @@ def extensions():
             each=each,
             cython=Cython.__version__,
         )
-        if not source.exists() or source.read_text(encoding="utf-8") != text:
-            source.write_text(text, encoding="utf-8")
-        yield Extension(
-            f"fastopt._kernels_{isa}",
-            [str(source.relative_to(ROOT))],
-            extra_compile_args=FLAGS + flags,
-            optional=True,  # or packing fails if it was not built
-            # A source distribution takes in what an extension depends on.
-            depends=[str(path.relative_to(ROOT)) for path in (TEMPLATE, GRAM)],
-            include_dirs=["csrc"],
-        )
+        yield extension(f"_kernels_{isa}", TEMPLATE, text, flags)
+    for name, source in (("_tensors", TENSORS), ("_xla", XLA)):
+        yield extension(name, source, source.read_text(encoding="utf-8"), [])
 
 
 class BuildKernels(build_ext):
@@ -261,7 +327,7 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=cythonize(list(extensions())),
+    ext_modules=cythonize(list(extensions()), include_path=[str(ROOT)]),
     cmdclass={"build_ext": BuildKernels},
     options={"build_ext": {"parallel": len(ISAS)}},  # half the time on two cores
 )

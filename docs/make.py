@@ -22,14 +22,19 @@ import formula
 
 import fastopt
 from fastopt import backends
+from fastopt.muon import adjustment, orthogonalize
 from fastopt.rules.adafactor import adafactor
+from fastopt.rules.lookahead import lookahead
+from fastopt.rules.muon import direction, muon
 
-# Adafactor is not in RULES, for it is called as a class.
-CATALOGUE = (*fastopt.RULES, adafactor)
+# Not in RULES, for they are called as classes.
+CLASSES = {adafactor: "Adafactor", muon: "Muon", lookahead: "Lookahead"}
+CATALOGUE = (*fastopt.RULES, *CLASSES)
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(
     r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
 )
+ROWS = re.compile(r"(?<= --- \|)\n((?:\|.*\n)*)")  # of a table of Markdown
 
 ARXIV = r"arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
 NO_NAME = r"(?!(?:In|Since|Until|From|By|Of|As)\b)"
@@ -51,11 +56,13 @@ def module(rule):
 
 def called(rule):
     """What users call it by."""
-    return "Adafactor" if rule is adafactor else rule.name
+    return CLASSES.get(rule, rule.name)
 
 
 def size(rule):
     """The bytes of its state for each float32 parameter."""
+    if rule is lookahead:  # what it updates is kept beside the parameters
+        return "4"
     least = [0] if rule.factored else []
     return span([*least, *(4 * len(one.state) for one in kinds(rule))])
 
@@ -174,6 +181,18 @@ def index(rules):
     return f"# Rules\n\n{table(('rule', 'what it is', 'paper'), rows)}\n"
 
 
+def parity(text, rules):
+    """The page of what rules were compared with, whose rows are written by hand: in the
+    order of the rules, with a row for each new one."""
+    head, rows, rest = ROWS.split(text, maxsplit=1)
+    kept = {row.split("`")[1]: row for row in rows.splitlines()}
+    lines = [
+        kept.get(name, f"| `{name}` | nothing but its oracle | `test_oracle` |  |")
+        for name in map(called, rules)
+    ]
+    return "\n".join([head, *lines, rest])
+
+
 # Pages ------------------------------------------------------------------------------
 
 
@@ -184,11 +203,15 @@ def page(rule):
         latex.symbol(name)
     source = inspect.getsource(module(rule)).rstrip()
     about, *notes = [linked(escaped(paragraph)) for paragraph in paragraphs(rule)]
-    lr = f", lr={defaults(rule)['lr']}" if "lr" in rule.hyperparameters else ""
+    given = "params"
+    if "lr" in rule.hyperparameters:
+        given += f", lr={defaults(rule)['lr']}"
+    elif rule is lookahead:
+        given = "fastopt.adamw(params)"
     parts = [
         f"# {called(rule)}",
         about,
-        code(f"opt = fastopt.{called(rule)}(params{lr})\nopt.step(grads)" + more(rule)),
+        code(f"opt = fastopt.{called(rule)}({given})\nopt.step(grads)" + more(rule)),
         *notes,
         "## Options",
         options(rule, latex),
@@ -196,6 +219,7 @@ def page(rule):
         "## State",
         *state(rule, formulas, latex),
         "## Formula",
+        *products(rule, latex),
         *sections(formulas, latex),
         *estimate(rule),
         "## Code",
@@ -317,6 +341,12 @@ def sections(formulas, latex):
         elif section.what == "evaluate":
             x = math(latex.symbol(section.lines[-1].names[0]))
             yield f"What `opt.eval_params()` gives, {x}:"
+        elif rule is lookahead:
+            slow, p = map(latex.symbol, section.names)
+            yield (
+                f"Every {math('k')} steps, for each element; then {math(p)} is set to "
+                f"{math(slow)}:"
+            )
         elif section.rule is rule:
             p, g, *_ = map(latex.symbol, section.names)
             yield f"For each element {math(p)} with its gradient {math(g)}:"
@@ -324,6 +354,23 @@ def sections(formulas, latex):
             on = {variant: names for names, variant in rule.variants.items()}
             yield f"With {switched(on[section.rule])}:"
         yield code(latex.lines(section.lines), "math")
+
+
+def products(rule, latex):
+    """What Muon does before its step."""
+    if rule is not muon:
+        return
+    u, v = math("u"), math("v")
+    yield f"For each element of a matrix, first, {u}, which is to be made orthogonal:"
+    for section in formula.Formulas(direction).sections:
+        yield code(latex.lines(section.lines), "math")
+    about, block = re.split(r"\n+(?=```math)", inspect.cleandoc(orthogonalize.__doc__))
+    yield from (escaped(about), block)
+    names = formula.arguments(adjustment)
+    given, lines = [formula.load(name) for name in names], formula.Lines(names)
+    (factor,) = formula.Reader(adjustment, given, lines, names).results
+    yield f"This, times a factor, goes into {v}:"
+    yield code(rf"v \leftarrow {latex(factor)} \, X", "math")
 
 
 def estimate(rule):
@@ -344,6 +391,8 @@ def wanted(root, rules):
     files = dict.fromkeys(folder.glob("*.md"))
     files[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
+    path = root / "docs" / "parity.md"
+    files[path] = parity(path.read_text("utf-8"), rules)
     for rule in rules:
         try:
             files[folder / f"{rule.name}.md"] = page(rule)

@@ -294,12 +294,22 @@ def bind(
 
 
 def bind_alone(
-    module: ModuleType, rule: Rule, arrays: Sequence[Array], row_of: Any = None
+    module: ModuleType,
+    rule: Rule,
+    arrays: Sequence[Array],
+    row_of: Any = None,
+    state: Sequence[Sequence[Array]] = (),
+    completed: Array | None = None,
 ) -> Step:
-    """The step of a rule without state over arrays of ours, with a row of scalars for
-    all, or each with its own."""
+    """The step of a rule over arrays of ours, with a row of scalars for all, or each
+    with its own; its state buffers, for each an array for each of these; and where it
+    is counted."""
     rows = [0] * len(arrays) if row_of is None else list(row_of)
-    segments = [Segment(a, (), row) for a, row in zip(arrays, rows, strict=True)]
+    segments = [
+        Segment(array, tuple(streams), row)
+        for array, row, *streams in zip(arrays, rows, *state, strict=True)
+    ]
     carry = np.zeros((2, max(rows, default=0) + 1, 0))
-    step: Step = module.bind(rule, segments, np.zeros(1, np.int64), carry)
+    count = np.zeros(1, np.int64) if completed is None else completed
+    step: Step = module.bind(rule, segments, count, carry)
     return step

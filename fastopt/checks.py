@@ -295,6 +295,15 @@ def check_same_kind(name: str, value: Any, now: Any) -> None:
         )
 
 
+def check_count(name: str, value: Any, least: int) -> int:
+    """Return it as an int, or raise if it is none or too small."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
 def check_limit(name: str, value: Any) -> float:
     """A bound for gradients; None is no bound."""
     if value is None:

@@ -25,6 +25,8 @@ from fastopt.passes import PASSES
 from fastopt.rule import Function, Rule
 from fastopt.rules import RULES
 from fastopt.rules.adafactor import adafactor
+from fastopt.rules.lookahead import lookahead
+from fastopt.rules.muon import direction, muon
 
 __all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
@@ -44,7 +46,7 @@ def compiled_name(function: Function) -> str:
 
 
 # Looked up by the function itself, so a user's of the same name never meets ours.
-PUBLIC = (*RULES, adafactor, *FLOORS, *PASSES)
+PUBLIC = (*RULES, adafactor, muon, direction, lookahead, *FLOORS, *PASSES)
 OURS = [rule for public in PUBLIC for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
 MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}

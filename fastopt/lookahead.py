@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import passes, saving
+from fastopt import saving
 from fastopt.bound import bind_alone, fill
+from fastopt.flat import Array
 from fastopt.optimizer import Optimizer
+from fastopt.parameters import zeros
+from fastopt.rule import check_hyperparameter
+from fastopt.rules.lookahead import lookahead
+
+KEYS = ("opt", "slow", "k", "alpha")
 
 
 class Lookahead:
@@ -22,9 +28,9 @@ class Lookahead:
     opt
         Any optimizer of fastopt; it should not do steps of its own from now on.
     k
-        Steps from one synchronization to the next, at least 1.
+        Steps from one synchronization to the next, at least 1. Can be changed.
     alpha
-        How far the slow weights go, in (0, 1].
+        How far the slow weights go, in (0, 1]. Can be changed.
 
     Raises
     ------
@@ -34,8 +40,10 @@ class Lookahead:
     Notes
     -----
     Everything that is not here is the inner optimizer's: ``lr``, ``state``, ``groups``.
-    The slow weights begin with the parameters as the first step finds them. A step that
-    was skipped does not count.
+    The slow weights begin with the parameters as the first step finds them, those of a
+    group that is added as the next one does. A step that was skipped does not count. A
+    synchronization that was interrupted is completed before the next step, and before
+    the state is saved.
 
     Example
     -------
@@ -54,41 +62,51 @@ class Lookahead:
     def __init__(self, opt: Optimizer, k: int = 5, alpha: float = 0.5):
         if not isinstance(opt, Optimizer):
             raise TypeError(f"opt must be an optimizer of fastopt, got {opt!r}")
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
-        vars(self).update(opt=opt, k=int(k), alpha=float(alpha))
+        vars(self).update(opt=opt, **checked(k, alpha))
+        self._slow: list[Array] = []
+        # After how many steps the slow weights moved, which the kernel counts, and then
+        # the parameters: an interrupt may come at any time.
+        self._moved, self._synchronized = np.array([opt.steps], np.int64), opt.steps
         self._make_room()
 
     def _make_room(self) -> None:
-        """The slow weights, and the pass over them: the average's, by alpha."""
+        """The slow weights, those of new parameters beginning as they are."""
         opt, arrays = self.opt, self.opt._params.arrays
-        self._slow = opt._params.like()[1]
-        self._pull = bind_alone(opt._module, passes.average, self._slow)
-        for slow, param in zip(self._slow, arrays, strict=True):
-            fill(slow, param)
+        (slow,) = zeros(opt._module.state_arena, arrays, 1)
+        values = [*self._slow, *arrays[len(self._slow) :]]
+        for new, value in zip(slow, values, strict=True):
+            fill(new, value)
+        self._pull = bind_alone(opt._module, lookahead, slow, completed=self._moved)
+        self._slow = slow
 
     def step(self, *grads: Any, **asked: Any) -> None:
         """A step of the inner optimizer, and what is due after it; see there."""
-        opt, before = self.opt, self.opt.steps
-        if before == 0:
-            for slow, param in zip(self._slow, opt._params.arrays, strict=True):
-                fill(slow, param)
-        opt.step(*grads, **asked)
-        if opt.steps > before and opt.steps % self.k == 0:
+        with self.opt._alone():
+            self._synchronize()
+            if self.opt.steps == 0:
+                for slow, param in self._pairs():
+                    fill(slow, param)
+        self.opt.step(*grads, **asked)
+        with self.opt._alone():
+            self._synchronize()
+
+    def _pairs(self) -> list[tuple[Array, Array]]:
+        return list(zip(self._slow, self.opt._params.arrays, strict=True))
+
+    def _synchronize(self) -> None:
+        """Do what is due, or what of it has not been done yet."""
+        opt = self.opt
+        if len(self._slow) < len(opt._params.arrays):
+            self._make_room()
+        if opt.steps % self.k or opt.steps == self._synchronized:
+            return
+        if self._moved[0] != opt.steps:
+            self._moved[0] = opt.steps - 1
             self._pull.take(list(opt._params.arrays))
             self._pull([(1.0, self.alpha)], opt._threads_now)
-            for slow, param in zip(self._slow, opt._params.arrays, strict=True):
-                fill(param, slow)
-
-    def add_group(self, group: Mapping[str, Any]) -> None:
-        """As the inner optimizer's; its slow weights begin as the parameters are."""
-        self.opt.add_group(group)
-        old = self._slow
-        self._make_room()
-        for slow, value in zip(self._slow, old, strict=False):
-            fill(slow, value)
+        for slow, param in self._pairs():
+            fill(param, slow)
+        self._synchronized = opt.steps
 
     def __getattr__(self, name: str) -> Any:
         if name == "opt":  # not made yet
@@ -96,27 +114,47 @@ class Lookahead:
         return getattr(self.opt, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("opt", "k", "alpha"):
-            raise AttributeError(f"{name} is fixed; make another Lookahead")
-        if name.startswith("_"):
+        if name == "opt":
+            raise AttributeError("opt is fixed; make another Lookahead")
+        if name in ("k", "alpha"):
+            now = {"k": self.k, "alpha": self.alpha}
+            vars(self).update(checked(**{**now, name: value}))
+        elif name.startswith("_"):
             super().__setattr__(name, value)
         else:
             setattr(self.opt, name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, and the slow weights."""
-        slow = list(map(saving.to_host, self._slow))
-        return {"opt": self.opt.state_dict(), "slow": slow}
+        """The inner optimizer's, the slow weights, ``k`` and ``alpha``."""
+        with self.opt._alone():
+            self._synchronize()
+            slow = list(map(saving.to_host, self._slow))
+            values = saving.save(self.opt), slow, self.k, self.alpha
+            return dict(zip(KEYS, values, strict=True))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; ``k`` and ``alpha`` are those given here."""
-        if not isinstance(saved, Mapping) or saved.keys() != {"opt", "slow"}:
+        """Go on from a :meth:`state_dict`, of the same parameters."""
+        if not isinstance(saved, Mapping) or saved.keys() != {*KEYS}:
             got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-            raise TypeError(f"expected the keys opt, slow of a state_dict(); got {got}")
-        saving.check_arrays('state["slow"]', saved["slow"], self.opt)
-        self.opt.load_state_dict(saved["opt"])
-        for slow, value in zip(self._slow, saved["slow"], strict=True):
-            fill(slow, value)
+            raise TypeError(f"expected the keys {', '.join(KEYS)}; got {got}")
+        with self.opt._alone():
+            if len(self._slow) < len(self.opt._params.arrays):
+                self._make_room()
+            values = checked(saved["k"], saved["alpha"])
+            saving.check_arrays('state["slow"]', saved["slow"], self.opt)
+            self.opt._loading(saved["opt"])()
+            for slow, value in zip(self._slow, saved["slow"], strict=True):
+                fill(slow, value)
+            vars(self).update(values)
+            self._moved[0] = self._synchronized = self.opt.steps
 
     def __repr__(self) -> str:
         return f"<lookahead k={self.k} alpha={self.alpha} of {self.opt!r}>"
+
+
+def checked(k: Any, alpha: Any) -> dict[str, Any]:
+    """The hyperparameters, if they are good."""
+    given = {"k": k, "alpha": alpha}
+    values = [check_hyperparameter(n, n, value, 1.0) for n, value in given.items()]
+    lookahead.scalars(1, *values)
+    return {"k": int(values[0]), "alpha": float(values[1])}

@@ -106,6 +106,8 @@ class Optimizer:
     ema: float | None
     groups: tuple[Group, ...]
 
+    _separately = False  # whether the arrays of a FlatBuffer are segments of their own
+
     def __init__(
         self,
         rule: Rule,
@@ -127,7 +129,8 @@ class Optimizer:
             self._module,
             trees,
             own is not None,
-            by_segment or weight_decay_mask is not None,
+            by_segment or self._separately or weight_decay_mask is not None,
+            self._off,
             weight_decay_mask,
         )
         self.rule, self.backend = rule, backend
@@ -330,7 +333,7 @@ class Optimizer:
     def _values(self, steps: int) -> list[Values]:
         """The hyperparameters that hold now, for each set of them."""
         given = [group.at(steps) for group in self.groups]
-        if not self._params.masked:
+        if not self._params.differ:
             return given
         names = list(self.groups[0])
         sets = self._sets([dict(zip(names, values, strict=True)) for values in given])
@@ -339,9 +342,14 @@ class Optimizer:
     def _sets(self, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The values of the groups for each set: without decay where it is masked."""
         return [
-            {**values[group], **({} if decays else {"weight_decay": 0.0})}
-            for group, decays in self._params.sets
+            {**values[group], **dict.fromkeys(off, 0.0)}
+            for group, off in self._params.sets
         ]
+
+    def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
+        """The hyperparameters that are 0 for an array, whatever they are in its group;
+        ``decays``: whether its weights decay."""
+        return () if decays else ("weight_decay",)
 
     def _bind(
         self,
@@ -604,10 +612,22 @@ class Optimizer:
             factor *= shrinking(norm, clip_norm)
         weight = 0.0 if self.ema is None else 1 - self.ema
         extras = Extras(clip_value, weight, zero_grads)
-        if not bound.do(values, factor, threads, extras):
+        if not self._do(grads, weights, values, factor, threads, extras):
             raise RuntimeError("the kernel refused gradients found to fit")
         if first:
             self._plan_steps()
+
+    def _do(
+        self,
+        grads: list[Any],
+        weights: list[float] | None,
+        values: Sequence[Values],
+        factor: float,
+        threads: int,
+        extras: Extras,
+    ) -> bool:
+        """The step itself, with these gradients, which were taken, times a factor."""
+        return self._bound.do(values, factor, threads, extras)
 
     def _start(self, values: list[Values]) -> None:
         """Before the first step: the parameters may have got their values by now."""

@@ -18,8 +18,9 @@ class Parameters:
     names, arrays, group_of
         Of each segment: what messages call it, its memory, its group's number.
     sets, set_of
-        The groups, and whether their weight decay applies: what needs hyperparameters
-        of its own. And for each segment its place in this list.
+        What needs hyperparameters of its own: a group, and which of them are 0, such as
+        its weight decay, where that does not apply. And for each segment its place in
+        this list.
     layout
         For :func:`checks.collect`.
     """
@@ -30,11 +31,12 @@ class Parameters:
         trees: Sequence[Any],
         grouped: bool,
         separate: bool,
+        off: Callable[[Array, bool], tuple[str, ...]],
         weight_decay_mask: Any = None,
         decided: Sequence[bool] = (),  # for the first of the arrays
     ):
         self.trees, self.grouped = list(trees), grouped
-        self._separate, self._mask = separate, weight_decay_mask
+        self._separate, self._off, self._mask = separate, off, weight_decay_mask
         self._module = module
         plain = list(map(expanded, trees)) if separate else list(trees)
         found = [
@@ -50,19 +52,21 @@ class Parameters:
         self.group_of: Sequence[int] = group_of
         checks.check_params(self.names, self.arrays, originals)
         self._decays = decays = [*decided, *self._decaying(paths, len(decided))]
-        rows = list(zip(group_of, decays, strict=True))
-        self.sets = [
-            (number, flag)
-            for number in range(len(plain))
-            for flag in (True, False)
-            if flag or (number, flag) in rows
-        ]
-        self.set_of = list(map(self.sets.index, rows))
+        rows = list(zip(group_of, map(off, self.arrays, decays), strict=True))
+        groups: list[tuple[int, tuple[str, ...]]] = [(n, ()) for n in range(len(plain))]
+        self.sets = sorted(dict.fromkeys([*groups, *rows]), key=lambda of: of[0])
+        places = {of: place for place, of in enumerate(self.sets)}
+        self.set_of = [places[row] for row in rows]
         self.layout = checks.layout(plain if grouped else plain[0])
 
     @property
     def masked(self) -> bool:
-        return not all(decays for _, decays in self.sets)
+        return not all(self._decays)
+
+    @property
+    def differ(self) -> bool:
+        """Whether there are other sets than the groups."""
+        return any(off for _, off in self.sets)
 
     def with_group(self, tree: Any) -> Parameters:
         """These, and a group more at the end."""
@@ -71,6 +75,7 @@ class Parameters:
             [*self.trees, tree],
             True,
             self._separate,
+            self._off,
             self._mask,
             self._decays,
         )

@@ -55,17 +55,4 @@ def bounds(t, low=-1.0, high=1.0):
 # A copy p of the gradients, with each element limited.
 clip = Rule(limited, bounds)
 
-
-def momentum_weights(t, momentum=0.95, nesterov=True):
-    return 1 - momentum, momentum if nesterov else 1.0
-
-
-def push(u, g, b, a, mixed):
-    b = b + a * (g - b)
-    return g + mixed * (b - g), b
-
-
-# Muon's: u is what is to be made orthogonal, b the momentum.
-momentum = Rule(push, momentum_weights, state=("momentum_buffer",), name="muon")
-
-PASSES = (accumulate, inner, average, clip, momentum)
+PASSES = (accumulate, inner, average, clip)

@@ -177,12 +177,21 @@ def _constants(code: types.CodeType) -> list[Any]:
     return found
 
 
-_AT_LEAST_ZERO = {"lr", "eps", "weight_decay", "momentum"}
+# By name, or by how one ends, as adamw_lr does.
+_AT_LEAST_ZERO = re.compile(r"(.*_)?(lr|eps|weight_decay|momentum)")
+_BELOW_ONE = re.compile(r"(.*_)?beta\d*")
 # What an optimizer's own attributes and arguments are called.
 _RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
 _RESERVED |= {"state_dict", "load_state_dict", "add_group", "accumulate", "estimate"}
 _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad_norm"}
 _RESERVED |= {"skipped", "weight_decay_mask"}
+
+
+def limits(key: str) -> tuple[float, float]:
+    """The least that one of this name may be, and what it must be below."""
+    if _BELOW_ONE.fullmatch(key):
+        return 0.0, 1.0
+    return (0.0 if _AT_LEAST_ZERO.fullmatch(key) else -math.inf), math.inf
 
 
 def check_hyperparameter(
@@ -206,10 +215,10 @@ def check_hyperparameter(
     number = float(value) if abs(value) <= sys.float_info.max else math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if key in _AT_LEAST_ZERO and number < 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-    if re.fullmatch(r"beta\d*", key) and not 0 <= number < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    least, below = limits(key)
+    if not least <= number < below:
+        wanted = "at least 0" if below == math.inf else "in [0, 1)"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return number
 
 
@@ -229,7 +238,8 @@ class Rule:
         first step. Its signature is the list of hyperparameters and their defaults; it
         is called with all of them, by position. By name, ``lr``, ``eps``,
         ``weight_decay`` and ``momentum`` must be at least 0 and ``beta``, ``beta1`` ...
-        in [0, 1). The results are rounded once to the parameters' dtype.
+        in [0, 1), and so must what ends in such a name, as ``adamw_lr`` does. The
+        results are rounded once to the parameters' dtype.
     state
         The names of the state buffers, in the order ``update`` takes them. They start
         at zero.

@@ -164,11 +164,11 @@ def adamc(
 def cautious_decay_adamw(
     t, p, g, m=0, v=0, *, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2
 ):
-    """Chen et al. 2025, algorithm 1: decay where step and parameter have one sign."""
+    """Chen et al. 2025, algorithm 1: decay unless step and parameter differ in sign."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g**2
     u = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
-    return p - lr * (u + weight_decay * (u * p > 0) * p), m, v
+    return p - lr * (u + weight_decay * (u * p >= 0) * p), m, v
 
 
 def averaged(t, y, z, weight_sum, lr_max, lr, beta, u, r, power):

@@ -99,6 +99,7 @@ PEERS = {
     "torch": ["torch fused", "torch foreach", "torch loop", "torch fused, huge pages"],
     "deepspeed": ["DeepSpeed"],
     "optax": ["optax"],
+    "jax": ["fastopt jax"],
     "bitsandbytes": ["bitsandbytes"],
 }
 

@@ -23,7 +23,10 @@ def build(tmp_path, **env):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "out"],
+        [
+            *(sys.executable, "setup.py", "build_py", "--build-lib", "out"),
+            *("build_ext", "--build-lib", "out"),
+        ],
         cwd=tmp_path,
         env={**os.environ, **env},
         capture_output=True,
@@ -44,6 +47,9 @@ def test_without_a_compiler_the_build_goes_on(tmp_path):
     for kernel in cython_cpu.KERNELS.values():
         for dtype in ("f32", "f64"):
             assert f"cdef void {kernel}_{dtype}_kernel(" in source
+    # And what native code needs is part of the package.
+    for name in ("py.typed", "__init__.pxd", "include/fastopt.h"):
+        assert (tmp_path / "out" / "fastopt" / name).exists()
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")

@@ -262,14 +262,15 @@ def moved(value, power):
 
 def settings(rule):
     """The defaults, and others, with the flags off and on."""
-    flags = [name for name, value in rule.hyperparameters.items() if value is False]
+    flags = [n for n, value in rule.hyperparameters.items() if isinstance(value, bool)]
     for power in (1, 0.9):
         for on in [(), *((flag,) for flag in flags)]:
             values = {
                 name: name in on if name in flags else moved(value or 0.1, power)
                 for name, value in rule.hyperparameters.items()
             }
-            values |= {name: 0.0 for name in {"dampening"} & values.keys()}
+            whole = {"dampening": 0.0, "ns_steps": 3.0, "k": 3.0}
+            values |= {name: whole[name] for name in whole.keys() & values.keys()}
             yield values
 
 
@@ -472,11 +473,13 @@ def test_what_has_no_formula_is_refused(body, written):
 def test_every_rule_has_its_page_and_row(rule):
     page = (ROOT / "docs" / "rules" / f"{rule.name}.md").read_text("utf-8")
     assert inspect.getsource(make.module(rule)).rstrip() in page
-    assert f"fastopt.{make.called(rule)}(params" in page
+    assert re.search(rf"fastopt\.{make.called(rule)}\(.*params", page)
     for name in (*rule.hyperparameters, *rule.state, *rule.carry):
         assert f"| `{name}` |" in page
     readme = (ROOT / "README.md").read_text("utf-8")
     assert readme.count(f"| [`{make.called(rule)}`](docs/rules/{rule.name}.md) |") == 1
+    compared, _, _ = (ROOT / "docs" / "parity.md").read_text("utf-8").partition("\n## ")
+    assert compared.count(f"\n| `{make.called(rule)}` |") == 1
 
 
 @pytest.mark.parametrize("rule", (*CATALOGUE, EVERYTHING), ids=lambda rule: rule.name)
@@ -593,6 +596,17 @@ def test_stale_missing_and_left_over_files(repository):
     readme.write_text("# No place for a table\n")
     with pytest.raises(ValueError, match="has no <!-- rules"):
         make.stale(repository)
+
+
+def test_rows_of_what_was_compared_are_kept_and_added(repository):
+    page = repository / "docs" / "parity.md"
+    text = page.read_text("utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `adam` |"))
+    page.write_text(text.replace(row + "\n", "") + "| `adam` | elsewhere |\n", "utf-8")
+    (made, _), *others = make.stale(repository).values()
+    assert not others
+    new = "| `adam` | nothing but its oracle | `test_oracle` |  |"
+    assert made == text.replace(row, new) + "| `adam` | elsewhere |\n"
 
 
 def test_a_rule_without_a_formula_is_named(repository, written, monkeypatch):

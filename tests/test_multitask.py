@@ -477,18 +477,3 @@ def test_the_page_is_so():
     table = page.partition("## Which method")[2].partition("##")[0]
     methods = {*multitask.__all__} - {"gram"}
     assert all(f"`{name}`" in table for name in methods)
-
-
-def test_the_example(tmp_path):
-    """Runs, shows its figures and saves a picture."""
-    pytest.importorskip("matplotlib")
-    example = ROOT / "examples" / "several_tasks.py"
-    done = subprocess.run(
-        [sys.executable, example, tmp_path / "front.png"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "upgrad" in done.stdout
-    assert (tmp_path / "front.png").stat().st_size > 10_000

@@ -23,6 +23,7 @@ from fastopt import (
     adamw,
     amsgrad,
     backends,
+    cautious_decay_adamw,
     dynamic_gd,
     rmsprop,
     schedule_free_adamw,
@@ -140,6 +141,12 @@ def test_every_oracle_has_a_rule():
 def test_without_decay_adamw_is_adam():
     found = error(adamw, ORACLES["adam"], *data(), weight_decay=0)
     assert found <= FLOAT64
+
+
+def test_cautious_decay_where_there_was_no_gradient_yet():
+    p = np.array([2.0, -3.0])
+    cautious_decay_adamw(p, lr=0.1, weight_decay=0.5).step(np.zeros(2))
+    np.testing.assert_allclose(p, [2.0 * 0.95, -3.0 * 0.95], rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["", "w"])

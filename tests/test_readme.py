@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 def test_it_is_short():
     """But for the tables that are made from measurements and rules."""
     written = re.sub(r"<!-- (\w+): made by .*?<!-- /\1 -->", "", README, flags=re.S)
-    assert len(written.splitlines()) <= 140
+    assert len(written.splitlines()) <= 145
 
 
 def test_the_examples_run():
@@ -52,7 +52,10 @@ def test_ci_runs_the_command():
 
 @pytest.mark.parametrize(
     "module",
-    ["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead", "multitask"],
+    [
+        *["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead"],
+        *["schedules", "training", "tune", "multitask"],
+    ],
 )
 def test_docstring_examples(module):
     module = f"fastopt.{module}".removesuffix(".")

@@ -549,7 +549,7 @@ n = 400_000
 def opts():
     yield fastopt.Lookahead(fastopt.adamw(np.ones(n), threads=2), k=1), np.ones(n)
     yield fastopt.sophia_g(np.ones(n), threads=2), np.ones(n)
-    yield fastopt.Muon(np.ones((n // 4, 4)), threads=2), np.ones((n // 4, 4))
+    yield fastopt.Muon(np.ones((500, n // 500)), threads=2), np.ones((500, n // 500))
 def use(opt, g):
     opt.step(g, clip_norm=1.0)
     opt.accumulate(g)

@@ -7,10 +7,12 @@ import itertools
 
 import numpy as np
 import pytest
+from peers import told
 
 import fastopt
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.usefixtures("numbers_in_float64")
 SGD, RMSprop = torch.optim.SGD, torch.optim.RMSprop
 Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
 NAdam, RAdam = torch.optim.NAdam, torch.optim.RAdam
@@ -59,15 +61,6 @@ HOW = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def numbers_in_float64():
-    """Torch keeps NAdam's mu_product and ASGD's eta and mu in the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def combinations():
@@ -141,6 +134,21 @@ def test_every_option(optimizer, options):
     assert_agree(params, tensors)
 
 
+@pytest.mark.parametrize("name", ["gd", "dynamic_gd"])
+def test_plain_steps(name):
+    params, grads = draw()
+    tensors = tensors_of(params)
+    theirs = SGD(tensors, lr=0.1)
+    opt = getattr(fastopt, name)(params, lr=0.1)
+    falling = torch.optim.lr_scheduler.LambdaLR(theirs, lambda n: 1 / (1 + n**0.5))
+    for step in grads:
+        torch_step(theirs, step)
+        if name == "dynamic_gd":
+            falling.step()
+        opt.step(step)
+    assert_agree(params, tensors)
+
+
 def test_the_mean_of_asgd():
     params, grads = draw()
     tensors = tensors_of(params)
@@ -160,6 +168,13 @@ def test_defaults(optimizer, amsgrad):
     theirs = optimizer([torch.zeros(1)]).defaults | {"amsgrad": amsgrad}
     rule, values = ours(optimizer, **theirs)
     assert rule.hyperparameters == values
+
+
+def test_the_page_says_so():
+    cases = [case.values for case in combinations()]
+    made = [(theirs, theirs([torch.zeros(1)], **options)) for theirs, options in cases]
+    tested = {ours(theirs, **opt.defaults)[0].name for theirs, opt in made}
+    assert told("test_torch").keys() == tested | {"gd", "dynamic_gd"}
 
 
 # ASGD's docstring says what differs there.

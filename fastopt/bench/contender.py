@@ -263,6 +263,19 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
     return contender._replace(step=torch_sequence(case, opt.step, params))
 
 
+def fastopt_torch(case: Case, flat: bool = False) -> Contender:
+    """The drop-in class, over torch's tensors; ``flat``: after ``flatten_``."""
+    import fastopt.torch
+
+    name, options = looked_up(TORCH, case, "torch")
+    params = torch_tensors(case)
+    if flat:
+        fastopt.torch.flatten_(params)
+    given = with_betas(every_hyperparameter(case))
+    opt = getattr(fastopt.torch, name)(params, **given, **options, **case.asked)
+    return of_torch(opt, params)
+
+
 def torch_sequence(case: Case, step: Any, params: list[Any]) -> Any:
     """What a torch user writes around a step for what is asked beside."""
     import torch
@@ -389,24 +402,49 @@ def optax_transform(case: Case) -> Any:
 
 
 def optax(case: Case) -> Contender:
+    alone(case)
+    jax = jax_on_our_threads()
+    from optax import apply_updates
+
+    transform = optax_transform(case)
+
+    def advance(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    return of_jax(case, jax, transform.init, advance)
+
+
+def fastopt_jax(case: Case) -> Contender:
+    alone(case)
+    rule, jax = fastopt_rule(case), jax_on_our_threads()
+    from fastopt.jax import optimizer
+
+    opt = optimizer(rule, **case.hyperparameters)
+
+    def advance(params: Any, state: Any, grads: Any) -> Any:
+        return opt.step(params, grads, state)
+
+    return of_jax(case, jax, opt.init, advance)
+
+
+def jax_on_our_threads() -> Any:
     from fastopt import threads
 
     if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each CPU it may use
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[: threads.available()])
     import jax
-    from optax import apply_updates
 
     jax.config.update("jax_platforms", "cpu")
-    transform = optax_transform(case)
+    return jax
+
+
+def of_jax(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
     params = [jax.numpy.array(values) for values in normal(case, PARAMS)]
     grads = [jax.numpy.array(values) for values in normal(case, GRADS)]
-    state = transform.init(params)
-
-    @partial(jax.jit, donate_argnums=(0, 1))  # so that it may work in place
-    def advance(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = transform.update(grads, state, params)
-        return apply_updates(params, updates), state
+    state = init(params)
+    advance = jax.jit(advance, donate_argnums=(0, 1))  # so that it may work in place
 
     def step() -> None:
         nonlocal params, state
@@ -421,24 +459,30 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "fastopt arrays": fastopt_arrays,
     "floor": floor,
     "naive NumPy": naive_numpy,
+    "fastopt torch": fastopt_torch,
+    "fastopt torch, flat": partial(fastopt_torch, flat=True),
     "torch fused": partial(torch_optimizer, fused=True),
     "torch fused, huge pages": torch_huge_pages,
     "torch foreach": partial(torch_optimizer, foreach=True),
     "torch loop": partial(torch_optimizer, foreach=False),
     "DeepSpeed": deepspeed,
     "optax": optax,
+    "fastopt jax": fastopt_jax,
     "bitsandbytes": bitsandbytes,
     "fastopt numba": partial(fastopt_flat, backend="numba"),
 }
 
 # What a contender imports, beside NumPy and fastopt.
 PACKAGES: dict[str, tuple[str, ...]] = {
+    "fastopt torch": ("torch",),
+    "fastopt torch, flat": ("torch",),
     "torch fused": ("torch",),
     "torch fused, huge pages": ("torch",),
     "torch foreach": ("torch",),
     "torch loop": ("torch",),
     "DeepSpeed": ("torch", "deepspeed"),
     "optax": ("jax", "optax"),
+    "fastopt jax": ("jax",),
     "bitsandbytes": ("torch", "bitsandbytes"),
     "fastopt numba": ("numba",),
 }

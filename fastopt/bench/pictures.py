@@ -29,6 +29,8 @@ LINES = {
     "fastopt": Line("#000000", "-", 2.8),
     "fastopt arrays": Line("#000000", "--"),
     "fastopt numba": Line("#000000", ":"),
+    "fastopt torch": Line("#555555", "--"),
+    "fastopt torch, flat": Line("#555555", "-"),
     "floor": Line("#888888", "-", 2.0),
     "naive NumPy": Line("#E69F00", "-"),
     "torch fused": Line("#0072B2", "-"),
@@ -37,6 +39,7 @@ LINES = {
     "torch loop": Line("#56B4E9", "--"),
     "DeepSpeed": Line("#D55E00", "-"),
     "optax": Line("#009E73", "-"),
+    "fastopt jax": Line("#000000", "-."),
     "bitsandbytes": Line("#CC79A7", "-"),
 }
 

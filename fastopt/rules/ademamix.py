@@ -1,7 +1,7 @@
 """AdEMAMix: AdamW with a second, slow momentum. Pagliardini et al. 2024,
 arXiv:2409.03137. ``alpha_warmup`` and ``beta3_warmup`` are steps, 0 for none, in which
-alpha rises from 0 and the slow momentum's half-life from that of beta1. Weight decay is
-decoupled.
+alpha rises from 0 and the slow momentum's half-life from that of beta1; as in the
+authors' code, that of a beta 1e-8 larger. Weight decay is decoupled.
 """
 
 from math import log

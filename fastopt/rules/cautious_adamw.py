@@ -1,6 +1,6 @@
 """C-AdamW: AdamW that moves only what the gradient agrees with. Liang et al. 2024,
-arXiv:2411.16085. As the authors' code, what moves is scaled by its share of each array;
-weight decay is from the old parameters, as torch's.
+arXiv:2411.16085. As the authors' code, what moves is scaled by n / k, at most 1000,
+where k of an array's n elements do; unlike it and as torch, eps is corrected for bias.
 """
 
 from fastopt.rule import Rule, sign, sqrt, where

@@ -1,5 +1,6 @@
-"""AdamW that decays only what its step makes smaller, too. Chen et al. 2025,
-arXiv:2510.12402 (cautious weight decay).
+"""AdamW that decays only what its step does not make larger. Chen et al. 2025,
+arXiv:2510.12402 (cautious weight decay), algorithm 1: where the step is zero, as it is
+before the first gradient, there is decay.
 """
 
 from fastopt.rule import Rule, sign, sqrt, where
@@ -16,7 +17,7 @@ def update(p, g, m, v, step_size, a1, a2, eps, decay, zero):
     v = v + a2 * (g * g - v)
     step = step_size * m / (sqrt(v) + eps)
     # The sign and not the step itself: a product of small numbers would vanish.
-    return p - (step + where(sign(step) * p > zero, decay, zero) * p), m, v
+    return p - (step + where(sign(step) * p < zero, zero, decay) * p), m, v
 
 
 cautious_decay_adamw = Rule(update, scalars, state=("m", "v"))

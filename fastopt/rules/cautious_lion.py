@@ -1,6 +1,6 @@
 """C-Lion: Lion that moves only what the gradient agrees with. Liang et al. 2024,
-arXiv:2411.16085. As the authors' code, what moves is scaled by its share of each array;
-weight decay is from the old parameters.
+arXiv:2411.16085. As the authors' code, what moves is scaled by n / (k + 1), where k of
+an array's n elements do; weight decay is from the old parameters.
 """
 
 from fastopt.rule import Rule, sign, where

@@ -1,8 +1,8 @@
 """DoG: SGD whose step is the distance from the start over the gradients' norms; leave
 ``lr`` at 1. Ivgi et al. 2023, arXiv:2302.12022. As the authors' code: the first
 distance is ``reps_rel * (1 + norm of the parameters)``; weight decay is added to the
-gradient. The norms are over all parameters of the optimizer. The authors average the
-parameters: ``ema`` does.
+gradient. The norms are over all parameters of the optimizer (the authors': of each
+group). The authors average the parameters: ``ema`` does.
 """
 
 from fastopt.rule import Rule, sqrt, wide

@@ -10,7 +10,6 @@ from fastopt.rule import Rule, sqrt, wide
 def scalars(
     t,
     d,
-    d_max,
     numerator,
     lr=1.0,
     beta1=0.9,
@@ -46,7 +45,6 @@ def scalars(
         d_coef,
         lr,
         d,
-        d_max,
         numerator,
     )
 
@@ -73,18 +71,13 @@ def settle(
     d_coef,
     lr,
     d,
-    d_max,
     numerator,
 ):
     numerator = beta3 * numerator + d / d0 * dlr * along
     if denominator == 0:
         dlr = 0.0  # no gradient yet: nothing moves
     elif lr > 0:
-        d_hat = d_coef * numerator / denominator
-        if d == d0:
-            d = max(d, d_hat)
-        d_max = max(d_max, d_hat)
-        d = d_max
+        d = max(d, d_coef * numerator / denominator)
     decay = weight_decay * dlr
     return (
         beta3,
@@ -97,7 +90,6 @@ def settle(
         decay,
         d * eps,
         d,
-        d_max,
         numerator,
     )
 
@@ -116,7 +108,7 @@ prodigy = Rule(
     scalars,
     state=("m", "v", "s", "p0"),
     starts={"p0": "p"},
-    carry={"d": "d0", "d_max": "d0", "numerator": 0.0},
+    carry={"d": "d0", "numerator": 0.0},
     measure=measure,
     settle=settle,
     over="all",

@@ -1,6 +1,7 @@
 """StableAdamW: AdamW whose learning rate is clipped, array by array, by how surprising
-the gradients are. Wortsman et al. 2023, arXiv:2304.13013. As optimi: bias correction is
-folded into the betas.
+the gradients are. Wortsman et al. 2023, arXiv:2304.13013. As the second version of the
+authors' code, and optimi: bias correction is folded into the betas, weight decay is by
+the clipped learning rate.
 """
 
 from fastopt.rule import Rule, maximum, sqrt

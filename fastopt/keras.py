@@ -1,0 +1,192 @@
+"""Every rule as an optimizer of Keras 3, with its torch backend on a CPU.
+
+>>> import os; os.environ["KERAS_BACKEND"] = "torch"
+>>> import keras, numpy as np, fastopt.keras
+>>> model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+>>> model.compile(fastopt.keras.lion(learning_rate=0.01, beta2=0.98), loss="mse")
+>>> fitted = model.fit(np.ones((8, 3)), np.ones(8), verbose=0)
+>>> int(model.optimizer.iterations)
+1
+
+A step updates all variables of a model at once, in their own memory, which the other
+backends of Keras do not give away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import keras
+import numpy as np
+
+import fastopt
+from fastopt.rule import Rule
+from fastopt.rules import RULES
+
+if keras.backend.backend() != "torch":
+    raise ImportError(
+        f"fastopt.keras updates variables in place, which only Keras's torch backend "
+        f"allows, and this is {keras.backend.backend()!r}; set KERAS_BACKEND=torch "
+        f"before keras is imported"
+    )
+
+
+class Optimizer(keras.optimizers.Optimizer):
+    """A ``keras.optimizers.Optimizer``, for a rule of your own, too: derive a class
+    with it as ``rule``.
+
+    Parameters
+    ----------
+    learning_rate
+        A float, a ``LearningRateSchedule`` or a callable; the rule's by default.
+    weight_decay
+        The rule's own, in its pass over memory: what it means, and its default, are
+        the rule's (for ``adam``, other than for Keras's, it is added to the gradient,
+        as in torch). It spares what ``exclude_from_weight_decay`` names. A rule without
+        one leaves it to Keras.
+    **options
+        The other hyperparameters of the rule, and what every optimizer of Keras has:
+        ``name``, ``clipnorm``, ``global_clipnorm``, ``clipvalue``, ``use_ema``,
+        ``gradient_accumulation_steps`` ...; see there.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what does not fit, such as variables that are not all float32 or float64:
+        when the optimizer is built, which is at its first step at the latest.
+
+    Notes
+    -----
+    Beside the iterations and the learning rate, ``variables`` has no state: that is
+    fastopt's, and saved and loaded with the model's.
+    """
+
+    rule: ClassVar[Rule]
+    _optimizer: fastopt.Optimizer  # from build on
+
+    def __init__(
+        self,
+        learning_rate: Any = None,
+        weight_decay: float | None = None,
+        **options: Any,
+    ):
+        defaults = self.rule.hyperparameters
+        given = {n: options.pop(n) for n in {*options} & {*defaults} - {"lr"}}
+        if learning_rate is None:
+            learning_rate = defaults.get("lr")
+        if weight_decay is None:
+            weight_decay = defaults.get("weight_decay")
+        super().__init__(learning_rate, weight_decay=weight_decay, **options)
+        self.hyperparameters = given
+
+    def build(self, variables: Sequence[Any]) -> None:
+        if self.built:
+            return
+        self._tensors = [variable.value.detach() for variable in variables]
+        self._decays = list(map(self._use_weight_decay, variables))
+        self._optimizer = self._new(self._decays)
+        super().build(variables)
+
+    def _new(self, decays: list[bool]) -> fastopt.Optimizer:
+        given: dict[str, Any] = dict(self.hyperparameters)
+        if "weight_decay" in self.rule.hyperparameters:
+            given["weight_decay"] = self.weight_decay
+            given["weight_decay_mask"] = list(decays)
+        self._lr = float(self.learning_rate)
+        return self.rule(self._tensors, lr=lambda steps: self._lr, **given)
+
+    # What Keras does before and after this is its own: clipping, accumulation of
+    # gradients, moving averages, constraints, the count of iterations.
+    def _backend_update_step(
+        self,
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any],
+        learning_rate: Any,
+    ) -> None:
+        self._lr = float(learning_rate)
+        found: list[Any] = [None] * len(self._tensors)
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            i = self._get_variable_index(variable)
+            if variable.value.data_ptr() != self._tensors[i].data_ptr():
+                raise RuntimeError(
+                    f"{variable.path} has moved to other memory since this optimizer "
+                    f"was built; compile the model again, with a new one"
+                )
+            found[i] = grad.detach().to(self._tensors[i].dtype).contiguous()
+        self._optimizer.step(found)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        if "weight_decay" not in self.rule.hyperparameters:
+            super()._apply_weight_decay(variables)
+
+    def exclude_from_weight_decay(
+        self, var_list: Any = None, var_names: Any = None
+    ) -> None:
+        if self.built:
+            raise ValueError(
+                "exclude_from_weight_decay() must come before the optimizer is built"
+            )
+        super().exclude_from_weight_decay(var_list, var_names)
+
+    def eval_params(self) -> list[Any]:
+        """The values to use, where these are not those that are trained
+        (``schedule_free_*``): NumPy arrays, one for each variable that is trained, in
+        their order. ``layer.set_weights`` takes them."""
+        if not self.built:
+            raise ValueError("the optimizer has not been built; train the model first")
+        return [np.asarray(value) for value in self._optimizer.eval_params()]
+
+    # Saving and loading, with the model -----------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self.hyperparameters}
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        if self.built:
+            saved = self._optimizer.state_dict()
+            store["steps"] = np.array(saved["steps"])
+            store["carry"] = np.array(saved["carry"])
+            store["decays"] = np.array(self._decays)
+            for name, arrays in saved["state"].items():
+                for i, array in enumerate(arrays):
+                    store[f"{name}_{i}"] = array
+
+    def load_own_variables(self, store: Any) -> None:
+        theirs = {key for key in store.keys() if key.isdigit()}
+        ours = {*store.keys()} - theirs
+        if not (self.built and ours):
+            super().load_own_variables(store)  # warns of what it leaves out
+            return
+        # Which weights decay stands in no configuration.
+        decays = store["decays"].tolist() if "decays" in ours else self._decays
+        optimizer = self._new(decays)
+        saved = optimizer.state_dict()
+        keys = {
+            name: [f"{name}_{i}" for i in range(len(arrays))]
+            for name, arrays in saved["state"].items()
+        }
+        wanted = {"steps", "carry", "decays"}.union(*keys.values())
+        if ours != wanted:
+            raise ValueError(
+                f"the optimizer that was saved has other state than {self.rule.name} "
+                f"here: {', '.join(sorted(ours ^ wanted))} not in both"
+            )
+        saved["steps"], saved["carry"] = int(store["steps"]), store["carry"].tolist()
+        for name in keys:
+            saved["state"][name] = [store[key] for key in keys[name]]
+        optimizer.load_state_dict(saved)
+        self._optimizer, self._decays = optimizer, decays
+        super().load_own_variables({key: store[key] for key in theirs})
+
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Optimizer]: ...
+
+
+for _rule in RULES:
+    _made = type(_rule.name, (Optimizer,), {"rule": _rule, "__doc__": _rule.__doc__})
+    _made.__module__ = __name__
+    globals()[_rule.name] = keras.saving.register_keras_serializable("fastopt")(_made)

@@ -1,0 +1,130 @@
+"""fastopt for native code: C, C++, Cython and whatever calls C. See docs/native.md.
+
+The functions are those of the compiled backend, for the instruction set that it takes;
+``include/fastopt.h`` declares them. Steps have the bits of ``Optimizer.step``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastopt import threads
+from fastopt.flat import Array
+from fastopt.rule import Rule, check_hyperparameter, limits
+
+
+def get_include() -> str:
+    """The folder of ``fastopt.h``, for a compiler's ``-I``.
+
+    >>> import fastopt, os
+    >>> os.listdir(fastopt.get_include())
+    ['fastopt.h']
+    """
+    return str(Path(__file__).parent / "include")
+
+
+class Entry(NamedTuple):
+    """What the table has of a rule: names, and the compiled functions by theirs."""
+
+    name: str
+    state: tuple[str, ...]
+    hyperparameters: Mapping[str, Any]
+    carry: tuple[str, ...]
+    by_segment: bool
+    starts: list[str | float]  # of the state and then the carry
+    limits: Mapping[str, tuple[float, float]]
+    off: frozenset[str]  # the options that select another variant
+    update: str
+    scalars: str
+    scalar_count: int
+    measure: str | None
+    measure_count: int
+    terms: int
+    settle: str | None
+
+
+def entries() -> Iterator[Entry]:
+    """Every rule and every variant: ``sgd``, ``sgd+momentum``."""
+    from fastopt.rules import RULES
+
+    for rule in RULES:
+        for on in ((), *rule.variants):
+            variant = rule.variant(set(on))
+            yield entry(called(rule, on), variant, rule.switches - set(on))
+        if rule.estimate is not None:
+            yield entry(f"{rule.name}.estimate", rule.estimate[1], frozenset())
+
+
+def called(rule: Rule, on: Collection[str]) -> str:
+    """The name in the table of a rule with these options on."""
+    names = next((n for n in rule.variants if set(n) == set(on)), ())
+    return "+".join([rule.name, *names])
+
+
+def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
+    from fastopt.cython_cpu import KERNELS, MEASURES, SCALARS, SETTLES
+
+    return Entry(
+        name=name,
+        state=rule.state,
+        hyperparameters=rule.hyperparameters,
+        carry=tuple(rule.carry),
+        by_segment=rule.measure is not None and rule.over == "segment",
+        starts=[*(rule.starts.get(s, 0.0) for s in rule.state), *rule.carry.values()],
+        limits={key: limits(key) for key in rule.hyperparameters},
+        off=off,
+        update=KERNELS[rule.update],
+        scalars=SCALARS[rule.scalars],
+        scalar_count=rule.scalar_count,
+        measure=None if rule.measure is None else MEASURES[rule.measure],
+        measure_count=rule.measure_count,
+        terms=rule.terms,
+        settle=None if rule.settle is None else SETTLES[rule.settle],
+    )
+
+
+@functools.cache
+def table() -> Any:
+    """The capsule with the table, or RuntimeError that says how to get kernels."""
+    from fastopt import backends
+
+    backends.load("cython")
+    from fastopt import cython_cpu
+
+    forked = threads.forked[0]
+    return cython_cpu.kernels().native_table(
+        list(entries()), threads.available(), forked
+    )
+
+
+def __getattr__(name: str) -> Any:
+    # Only now, so that `import fastopt` loads no kernels.
+    if name == "_api":
+        return table()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def hyperparameters(rule: Rule, **changes: Any) -> Array:
+    """Those of a rule in the order in which native code takes them, as float64: the
+    defaults but for ``changes``, which are checked.
+
+    >>> import fastopt
+    >>> fastopt.native.hyperparameters(fastopt.adamw, lr=0.5).tolist()
+    [0.5, 0.9, 0.999, 1e-08, 0.01]
+    """
+    for key in changes.keys() - rule.hyperparameters.keys():
+        raise TypeError(
+            f"{rule.name} has no hyperparameter {key!r}; it has "
+            f"{', '.join(rule.hyperparameters)}"
+        )
+    values = {
+        key: check_hyperparameter(key, key, changes.get(key, default), default)
+        for key, default in rule.hyperparameters.items()
+    }
+    rule.scalars(1, *rule.first_carry(values), *values.values())
+    return np.array([float(value) for value in values.values()])

@@ -1,0 +1,309 @@
+"""Steps from a user's own ``@njit`` code: calls of native.py's table of functions.
+
+Numba links the functions by name, when it compiles and when it loads what it cached, so
+a caller may have ``cache=True``. The name of the rule is looked up at each call: in a
+cached caller, nothing holds that another fastopt could have changed.
+"""
+
+# What Numba compiles takes what it infers, of which its stubs know nothing.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="import-untyped,attr-defined"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+from numba.core import types as nt
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, overload
+
+from fastopt import cython_cpu, native
+
+__all__ = ["start", "step"]
+
+native.table()
+SYMBOLS = {
+    name: f"fastopt_native_{name}" for name in cython_cpu.kernels().native_addresses()
+}
+for name, address in cython_cpu.kernels().native_addresses().items():
+    llvm.add_symbol(SYMBOLS[name], address)
+ERRORS = tuple(cython_cpu.kernels().native_errors())
+RULES = {entry.name: entry for entry in native.entries()}
+
+BYTES = ir.IntType(8).as_pointer()
+WORD, INT, DOUBLE = ir.IntType(64), ir.IntType(32), ir.DoubleType()
+
+
+def step(
+    rule: str,
+    t: int,
+    p: Any,
+    g: Any,
+    state: tuple[Any, ...],
+    hyperparameters: Any,
+    carry: Any = None,
+    grad_scale: float = 1.0,
+    threads: int = 0,
+) -> None:
+    """Step ``t``, 1 at the first, in code that Numba compiles; the bits of opt.step.
+
+    Parameters
+    ----------
+    rule
+        Such as ``"adamw"`` or, for an option that changes the state,
+        ``"sgd+momentum"``: a constant.
+    p, g, state
+        C-contiguous arrays of one dtype, float32 or float64, and of one size; ``state``
+        is a tuple of them. They must not overlap.
+    hyperparameters
+        As :func:`fastopt.native.hyperparameters` makes them; the first is ``lr``.
+    carry
+        A float64 array, for rules that remember numbers from step to step.
+    grad_scale
+        A factor for the gradients.
+    threads
+        At most so many; 0: as many as in Python.
+
+    Raises
+    ------
+    TypingError
+        When it is compiled: for arrays or a number of them that do not fit the rule.
+    ValueError
+        For sizes and hyperparameters that do not. Nothing has been written.
+    """
+    raise TypeError(
+        "fastopt.njit.step is for code that Numba compiles; elsewhere call the rule "
+        "with the parameters, which makes an optimizer"
+    )
+
+
+def start(
+    rule: str, p: Any, state: tuple[Any, ...], hyperparameters: Any, carry: Any = None
+) -> None:
+    """Give state and carry their first values; arguments as for :func:`step`."""
+    raise TypeError("fastopt.njit.start is for code that Numba compiles")
+
+
+def check(rule: Any, p: Any, arrays: dict[str, Any], state: Any, *numbers: Any) -> None:
+    """What can be told from the types."""
+    name = getattr(rule, "literal_value", None)
+    if not isinstance(name, str):
+        raise TypingError(f"rule must be a constant string, got {rule}")
+    if name not in RULES:
+        raise TypingError(
+            f"there is no native rule {name!r}; there are {', '.join(RULES)}"
+        )
+    about = RULES[name]
+    if not isinstance(state, nt.BaseTuple) or len(state) != len(about.state):
+        raise TypingError(
+            f"{name} needs a tuple of {len(about.state)} state buffers "
+            f"({', '.join(about.state)}), got {state}"
+        )
+    buffers = zip(about.state, state, strict=True)
+    for what, array in {"p": p, **arrays, **dict(buffers)}.items():
+        if not isinstance(array, nt.Array) or array.layout != "C" or not array.aligned:
+            raise TypingError(f"{what} must be a C-contiguous array, got {array}")
+        if array.dtype not in (nt.float32, nt.float64) or array.dtype != p.dtype:
+            raise TypingError(
+                f"{what} must have the dtype of p, float32 or float64, got {array}"
+            )
+        if not array.mutable and what != "g":
+            raise TypingError(f"{what} is read-only, but a step writes to it")
+    hyperparameters, carry = numbers
+    for what, array in (("hyperparameters", hyperparameters), ("carry", carry)):
+        if array in (None, nt.none) or isinstance(array, nt.Omitted):
+            if what == "carry" and not about.carry:
+                continue
+        elif isinstance(array, nt.Array) and array.dtype == nt.float64:
+            if array.layout == "C":
+                continue
+        raise TypingError(f"{name} needs {what}: a C-contiguous float64 array")
+
+
+@intrinsic(prefer_literal=True)
+def find(typingctx, rule):
+    """The address of the rule's description; 0 if there is none."""
+
+    def codegen(context, builder, signature, args):
+        text = context.insert_const_string(builder.module, rule.literal_value)
+        kind = ir.FunctionType(WORD, [BYTES])
+        function = cgutils.get_or_insert_function(builder.module, kind, SYMBOLS["find"])
+        return builder.call(function, [text])
+
+    return nt.int64(rule), codegen
+
+
+@intrinsic
+def word(typingctx, address, index):
+    def codegen(context, builder, signature, args):
+        words = builder.inttoptr(args[0], WORD.as_pointer())
+        return builder.load(builder.gep(words, [args[1]]))
+
+    return nt.int64(address, index), codegen
+
+
+@intrinsic
+def sizes_differ(typingctx, p, arrays):
+    """Whether the size of some array is not that of p."""
+
+    def codegen(context, builder, signature, args):
+        def size(kind, value):
+            return context.make_array(kind)(context, builder, value).nitems
+
+        wanted, differ = size(signature.args[0], args[0]), ir.Constant(ir.IntType(1), 0)
+        for kind, value in zip(
+            signature.args[1], cgutils.unpack_tuple(builder, args[1]), strict=True
+        ):
+            other = builder.icmp_signed("!=", size(kind, value), wanted)
+            differ = builder.or_(differ, other)
+        return differ
+
+    return nt.boolean(p, arrays), codegen
+
+
+def data(context, builder, kind, value):
+    """The address of an array's elements; NULL for None."""
+    if not isinstance(kind, nt.Array):
+        return ir.Constant(BYTES, None)
+    return builder.bitcast(
+        context.make_array(kind)(context, builder, value).data, BYTES
+    )
+
+
+def segment(context, builder, kinds, values):
+    """A fastopt_segment on the stack: of p, g (or None) and the state."""
+    (p, g, state), (p_value, g_value, states) = kinds, values
+    count = len(state)
+    room = cgutils.alloca_once(builder, ir.ArrayType(BYTES, max(count, 1)))
+    for k, value in enumerate(cgutils.unpack_tuple(builder, states)):
+        place = builder.gep(room, [INT(0), INT(k)])
+        builder.store(data(context, builder, state[k], value), place)
+    size = context.make_array(p)(context, builder, p_value).nitems
+    kind = ir.LiteralStructType([BYTES, BYTES, BYTES, WORD])
+    made = cgutils.alloca_once(builder, kind)
+    parts = (
+        data(context, builder, p, p_value),
+        data(context, builder, g, g_value),
+        builder.bitcast(room, BYTES),
+        size,
+    )
+    for k, part in enumerate(parts):
+        builder.store(part, builder.gep(made, [INT(0), INT(k)]))
+    return builder.bitcast(made, BYTES)
+
+
+def call(context, builder, name, arguments):
+    kind = ir.FunctionType(INT, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, SYMBOLS[name])
+    return builder.sext(builder.call(function, arguments), WORD)
+
+
+@intrinsic
+def call_start(typingctx, rule, p, state, hyperparameters, carry):
+    def codegen(context, builder, signature, args):
+        kinds = signature.args
+        at = segment(
+            context, builder, (kinds[1], nt.none, kinds[2]), (args[1], None, args[2])
+        )
+        numbers = [data(context, builder, kinds[k], args[k]) for k in (3, 4)]
+        dtype = INT(int(kinds[1].dtype == nt.float64))
+        one = WORD(1)
+        return call(context, builder, "start", [args[0], dtype, *numbers, at, one])
+
+    return nt.int64(rule, p, state, hyperparameters, carry), codegen
+
+
+@intrinsic
+def call_step(typingctx, rule, t, p, g, state, hyperparameters, carry, scale, threads):
+    def codegen(context, builder, signature, args):
+        kinds = signature.args
+        at = segment(context, builder, kinds[2:5], args[2:5])
+        numbers = [data(context, builder, kinds[k], args[k]) for k in (5, 6)]
+        dtype = INT(int(kinds[2].dtype == nt.float64))
+        threads = builder.trunc(args[8], INT)
+        arguments = [args[0], dtype, args[1], *numbers, at, WORD(1), args[7], threads]
+        return call(context, builder, "step", arguments)
+
+    given = (rule, nt.int64, p, g, state, hyperparameters, carry, nt.float64, nt.int64)
+    return nt.int64(*given), codegen
+
+
+@njit
+def length(array):
+    return 0 if array is None else array.size
+
+
+@njit
+def check_counts(about, p, arrays, states, hyperparameters, carry):
+    """Against what is installed: the caller may have been compiled for another."""
+    if about == 0 or word(about, 1) != states:
+        raise ValueError("the rule is not what it was: clear the cache of the caller")
+    if word(about, 2) != hyperparameters:
+        raise ValueError("there must be as many hyperparameters as the rule has")
+    if word(about, 3) != carry:
+        raise ValueError("carry must have as many numbers as the rule carries")
+    if sizes_differ(p, arrays):
+        raise ValueError("p, g and state must be of one size")
+    return about
+
+
+@njit
+def check_code(code):
+    if code == 5:
+        raise MemoryError(ERRORS[5])
+    if code != 0:
+        raise ValueError(ERRORS[code])
+
+
+@overload(step, prefer_literal=True)
+def step_in_njit(
+    rule,
+    t,
+    p,
+    g,
+    state,
+    hyperparameters,
+    carry=None,
+    grad_scale=1.0,
+    threads=0,
+):
+    check(rule, p, {"g": g}, state, hyperparameters, carry)
+
+    def implementation(
+        rule,
+        t,
+        p,
+        g,
+        state,
+        hyperparameters,
+        carry=None,
+        grad_scale=1.0,
+        threads=0,
+    ):
+        about = check_counts(
+            find(rule), p, (g, *state), len(state), hyperparameters.size, length(carry)
+        )
+        check_code(
+            call_step(
+                about, t, p, g, state, hyperparameters, carry, grad_scale, threads
+            )
+        )
+
+    return implementation
+
+
+@overload(start, prefer_literal=True)
+def start_in_njit(rule, p, state, hyperparameters, carry=None):
+    check(rule, p, {}, state, hyperparameters, carry)
+
+    def implementation(rule, p, state, hyperparameters, carry=None):
+        about = check_counts(
+            find(rule), p, state, len(state), hyperparameters.size, length(carry)
+        )
+        check_code(call_start(about, p, state, hyperparameters, carry))
+
+    return implementation

@@ -1,0 +1,92 @@
+"""thinc's Adam in one pass over memory, for its arrays on a CPU.
+
+``get_ops("fastopt")`` are NumPy's operations but for ``adam``. thinc's own optimizers
+never ask for that, whatever operations are set: they take those that belong to the
+array. ``fastopt.Adam.v1`` asks for it, and is thinc's ``Adam.v1`` otherwise.
+
+>>> from thinc.api import Linear, registry
+>>> Adam = registry.optimizers.get("fastopt.Adam.v1")
+>>> model, optimizer = Linear(2, 3).initialize(), Adam(0.01, L2=1e-4)
+>>> Y, backprop = model.begin_update(model.ops.alloc2f(8, 3))
+>>> gradient = backprop(Y - 1)
+>>> model.finish_update(optimizer)
+>>> model.get_param("b").round(3)
+array([0.01, 0.01], dtype=float32)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from thinc.api import NumpyOps, registry
+from thinc.optimizers import Optimizer
+
+from fastopt import backends, checks
+from fastopt.flat import Array, Segment
+from fastopt.numpy_ref import Extras
+from fastopt.rules import adam as rule
+from fastopt.threads import available, forked
+
+ZEROING = Extras(zero_grads=True)
+
+
+@registry.ops("fastopt")
+class FastoptOps(NumpyOps):
+    """thinc's ``NumpyOps`` with an Adam of ours."""
+
+    name = "fastopt"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.threads = available()  # which reads files
+
+    def adam(
+        self,
+        weights: Array,
+        gradient: Array,
+        mom1: Array,
+        mom2: Array,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        learn_rate: float,
+        mod_rate: float = 1.0,
+    ) -> tuple[Array, Array, Array, Array]:
+        """Update arrays of one shape in place, and zero the gradient.
+
+        As in ``NumpyOps``, the bias correction is in ``learn_rate`` and not in ``eps``,
+        and the betas are rounded to float32 before they are taken from 1.
+        """
+        arrays = [weights, mom1, mom2, gradient]
+        names = ["weights", "mom1", "mom2", "gradient"]
+        checks.check_params(names, arrays, arrays)
+        for name, array in zip(names, arrays, strict=True):
+            checks.check_grad(name, array, "weights", weights, ())
+        module = backends.load(backends.choose(rule, on_device=False))
+        step = module.bind(
+            rule,
+            [Segment(weights, (mom1, mom2), 0)],
+            np.zeros(1, np.int64),
+            np.zeros((2, 1, 0)),
+        )
+        taken = step.take([gradient])
+        a1, a2 = (float(np.float32(1) - np.float32(beta)) for beta in (beta1, beta2))
+        scalars = (learn_rate / mod_rate, a1, a2, eps / mod_rate, 0.0)
+        threads = 1 if forked[0] else self.threads
+        if not (taken and step([(1.0, *scalars)], threads, ZEROING)):
+            raise RuntimeError("the kernel refused arrays found to fit")
+        return weights, gradient, mom1, mom2
+
+
+OPS = FastoptOps()
+
+
+@registry.optimizers("fastopt.Adam.v1")
+class Adam(Optimizer):
+    """thinc's optimizer, with our operations where its are NumPy's."""
+
+    __slots__ = ()
+
+    def _adam(self, ops: Any, *args: Any) -> Any:
+        return super()._adam(OPS if isinstance(ops, NumpyOps) else ops, *args)

@@ -1,0 +1,237 @@
+"""The optimizers: torch's under torch's names, and one for every other rule."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastopt import rules
+from fastopt.rule import Rule, check_hyperparameter
+from fastopt.rules.adafactor import adafactor
+from fastopt.torch.state import Names
+from fastopt.torch.step import EXTRAS, PAIRS, Stepping, number
+
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+
+
+class SGD(Stepping, torch.optim.SGD):
+    _names = Names(steps=None)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.sgd.variant({"momentum"} if group["momentum"] else set())
+
+    def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
+        values = super()._values(group, rule)
+        if not group["momentum"]:
+            values[-1] = False  # nesterov, which torch then ignores
+        return values
+
+
+class Adam(Stepping, torch.optim.Adam):
+    _names = Names(MOMENTS)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        decoupled = group["decoupled_weight_decay"]
+        if group["amsgrad"]:
+            return rules.amsgradw if decoupled else rules.amsgrad
+        return rules.adamw if decoupled else rules.adam
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    pass
+
+
+class NAdam(Stepping, torch.optim.NAdam):
+    _names = Names(MOMENTS, torchs=True)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.nadamw if group["decoupled_weight_decay"] else rules.nadam
+
+
+class RAdam(Stepping, torch.optim.RAdam):
+    _names = Names(MOMENTS)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.radamw if group["decoupled_weight_decay"] else rules.radam
+
+
+class Adamax(Stepping, torch.optim.Adamax):
+    _names = Names({"m": "exp_avg", "u": "exp_inf"})
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.adamax
+
+
+class RMSprop(Stepping, torch.optim.RMSprop):
+    """As torch's; but ``state`` has the variance of centered gradients in place of
+    "square_avg", which only a ``state_dict`` has: torch's difference of two means
+    cancels."""
+
+    _names = Names({"v": "square_avg"})
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        on = {name for name in ("momentum", "centered") if group[name]}
+        return rules.rmsprop.variant(on)
+
+    def _inward(self, state: dict[str, Any]) -> None:
+        if "grad_avg" in state:
+            square, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
+            variance = (square - mean * mean).clamp_(min=0)
+            state["square_avg"] = variance.to(state["square_avg"].dtype)
+
+    def _outward(self, state: dict[str, Any]) -> dict[str, Any]:
+        if "grad_avg" not in state:
+            return state
+        variance, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
+        square = (variance + mean * mean).to(state["square_avg"].dtype)
+        return {**state, "square_avg": square}
+
+
+class Adagrad(Stepping, torch.optim.Adagrad):
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.adagrad
+
+
+class Adadelta(Stepping, torch.optim.Adadelta):
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.adadelta
+
+
+class Rprop(Stepping, torch.optim.Rprop):
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.rprop
+
+
+def asgd_scalars(
+    t: int,
+    eta: float,
+    mu: float,
+    lr: float,
+    lambd: float,
+    alpha: float,
+    t0: float,
+    weight_decay: float,
+) -> tuple[float, ...]:
+    """Of ``asgd`` as torch has it: a changed ``lr`` acts one step later."""
+    after = lr / (1 + lambd * lr * t) ** alpha, 1 / max(1.0, t - t0)
+    return mu, 1.0, eta, 1 - lambd * eta, weight_decay, *after
+
+
+class ASGD(Stepping, torch.optim.ASGD):
+    _names = Names(carry={"eta": "lr", "mu": 1.0}, scalars=asgd_scalars, torchs=True)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rules.asgd
+
+
+class Adafactor(Stepping, torch.optim.Adafactor):
+    _names = Names({"v": "variance"})
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return adafactor
+
+    def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
+        values = super()._values(group, rule)
+        return [1e-300 if value == 0 else value for value in values[:3]] + values[3:]
+
+
+# Rules that torch has not -----------------------------------------------------------
+
+
+class OfRule(Stepping):
+    """An optimizer made from a rule: its hyperparameters, in its order, but ``beta1``,
+    ``beta2`` as ``betas``; and ``maximize``."""
+
+    rule: Rule
+    _variants: Mapping[frozenset[str], Rule]
+    __signature__: inspect.Signature
+
+    def __init__(self, *arguments: Any, **options: Any):
+        bound = self.__signature__.bind(*arguments, **options)
+        bound.apply_defaults()
+        extras = {name: bound.arguments.pop(name) for name in EXTRAS}
+        super().__init__(bound.arguments.pop("params"), bound.arguments, **extras)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return self._variants[frozenset(n for n in self.rule.switches if group[n])]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        checked = {**self.defaults, **param_group}
+        values = {}
+        for name, default in self.rule.hyperparameters.items():
+            pair, i = PAIRS.get(name, (None, 0))
+            value = checked[name] if pair is None else checked[pair][i]
+            shown = name if pair is None else f"{pair}[{i}]"
+            values[name] = check_hyperparameter(name, shown, number(value), default)
+        self.rule.scalars(1, *self.rule.first_carry(values), *values.values())
+        super().add_param_group(param_group)
+
+
+def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
+    """A ``torch.optim.Optimizer`` that applies a rule: one of fastopt's or your own.
+
+    Example
+    -------
+    >>> import torch, fastopt, fastopt.torch
+    >>> Lion = fastopt.torch.optimizer(fastopt.lion)
+    >>> w = torch.nn.Parameter(torch.ones(3))
+    >>> opt = Lion([w], lr=0.1, betas=(0.9, 0.99))
+    >>> w.sum().backward(); opt.step()
+    >>> w.data
+    tensor([0.9000, 0.9000, 0.9000])
+    """
+    options: dict[str, Any] = {}
+    for key, default in rule.hyperparameters.items():
+        pair, _ = PAIRS.get(key, (None, 0))
+        if pair is None:
+            options[key] = default
+        else:
+            options[pair] = (*options.get(pair, ()), default)
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter("params", either),
+        *(inspect.Parameter(n, either, default=d) for n, d in options.items()),
+        inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False),
+        *extras(),
+    ]
+    on = [(), *rule.variants]
+    return type(
+        name or title(rule),
+        (OfRule,),
+        {
+            "rule": rule,
+            "_variants": {frozenset(names): rule.variant(set(names)) for names in on},
+            "__signature__": inspect.Signature(parameters),
+            "__doc__": rule.__doc__,
+            "__module__": "fastopt.torch",
+        },
+    )
+
+
+def extras() -> list[inspect.Parameter]:
+    """What all optimizers take beside."""
+    taken = inspect.signature(Stepping.__init__).parameters
+    return [taken[name] for name in EXTRAS]
+
+
+def title(rule: Rule) -> str:
+    """A class's name: the rule's, spelled as in its docstring."""
+    text = sys.modules[rule.update.__module__].__doc__ or ""
+    own = sys.modules.get(f"fastopt.rules.{rule.name}")
+    text = (own.__doc__ if own else text) or ""
+
+    def spelled(word: str) -> str:
+        for ending in ("", "w"):
+            letters = "-?".join(word.removesuffix(ending))
+            found = re.search(rf"\b{letters}", text, re.I)
+            if found and word.endswith(ending):
+                word = found[0].replace("-", "") + ending.upper()
+                break
+        return word[:1].upper() + word[1:]
+
+    return "".join(map(spelled, rule.name.split("_")))

@@ -1,0 +1,241 @@
+"""Where tensors lie: as arrays that kernels take, and whether they are still there."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastopt.flat import Array, state_arena
+
+native: Any
+try:
+    native = importlib.import_module("fastopt._tensors")
+except ImportError:  # no C compiler
+    native = None
+
+# What is computed in, for parameters of these dtypes. A complex number is two numbers.
+COMPUTED = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+HALVES = (torch.bfloat16, torch.float16)
+NUMPY: dict[torch.dtype, Any] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+C_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: ctypes.c_float,
+    torch.float64: ctypes.c_double,
+}
+CACHE_LINE = 64
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_plain(tensor: Tensor, shaped: bool = False) -> bool:
+    """Whether kernels can work in its memory; if ``shaped``, row by row."""
+    return (
+        tensor.dtype in COMPUTED
+        and tensor.dtype not in HALVES
+        and not tensor.is_neg()
+        and not (tensor.is_complex() and tensor.is_conj())
+        and (tensor.is_contiguous() if shaped else is_dense(tensor))
+    )
+
+
+def same_layout(
+    tensor: Tensor, param: Tensor, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether a tensor's elements are in memory as those of a parameter, if they have
+    its dtype or the one given."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device == param.device
+        and (tensor.dtype, tensor.shape) == (dtype or param.dtype, param.shape)
+        and not tensor.is_neg()
+        and not (tensor.is_complex() and tensor.is_conj())
+        and (
+            not param.numel()
+            or all(
+                size == 1 or ours == theirs
+                for size, ours, theirs in zip(
+                    param.shape, tensor.stride(), param.stride(), strict=True
+                )
+            )
+        )
+    )
+
+
+def numbers(tensor: Tensor) -> int:
+    """How many real numbers it is."""
+    return int(tensor.numel()) * (2 if tensor.is_complex() else 1)
+
+
+def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
+    """The numbers of a dense tensor, as they lie in memory, for its device's kernels;
+    ``count`` of them, if others follow that belong to it."""
+    count = numbers(tensor) if count is None else count
+    dtype = COMPUTED[tensor.dtype]
+    if tensor.is_cpu:
+        if not count:
+            return np.empty(0, NUMPY[dtype])
+        at = (C_TYPES[dtype] * count).from_address(tensor.data_ptr())
+        return np.frombuffer(at, NUMPY[dtype]).reshape(shape)
+    real = tensor.detach()
+    real = torch.view_as_real(real) if real.is_complex() else real
+    from fastopt import numba_cuda
+
+    return numba_cuda.as_array("params", real.as_strided((count,), (1,)).reshape(shape))
+
+
+def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
+    """Numbers in a row as a tensor that lies as the parameter does."""
+    if param.is_complex():
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    return (
+        flat.as_strided(param.shape, param.stride())
+        if plain
+        else flat.view(param.shape)
+    )
+
+
+def room(
+    params: Sequence[Array], streams: int, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """Zeros for the state of parameters, whose arrays these are: for each, ``streams``
+    tensors of numbers in a row."""
+    if device.type == "cpu":
+        return [
+            tuple(map(torch.from_numpy, arrays))
+            for arrays in state_arena(params, streams)
+        ]
+    unit = 256 // dtype.itemsize
+    sizes = [param.size for param in params]
+    padded = [-(-size // unit) * unit for size in sizes]
+    made = [
+        torch.zeros(sum(padded), dtype=dtype, device=device).split(padded)
+        for _ in range(streams)
+    ]
+    return [tuple(stream[i][:size] for stream in made) for i, size in enumerate(sizes)]
+
+
+class Tensors:
+    """Parameters and what belongs to them, as they were when a step was planned: what
+    ``csrc/tensors.pyx`` does, for those who have no compiler, or an older torch.
+
+    Parameters
+    ----------
+    params, planned
+        All parameters, and for each whether the plan knows what to do with a gradient.
+    state
+        The optimizer's, whose entries must remain the same objects.
+    buffers
+        The tensors in it that a step works in.
+    hold
+        Whether to keep the gradients, which then are not looked at twice.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        planned: list[bool],
+        state: dict[Any, Any],
+        buffers: list[Tensor],
+        hold: bool,
+    ):
+        self.params, self.planned, self.buffers = params, planned, buffers
+        self.entries = self._entries(state)
+        pairs = zip(params, planned, strict=True)
+        self.places = [self._place(param) if yes else (0,) for param, yes in pairs]
+        self.addresses = [tensor.data_ptr() for tensor in buffers]
+        self.found = np.zeros(len(params), np.int64)
+        self.moved = False
+        self.odd: list[int] | None = None
+
+    @staticmethod
+    def _entries(state: dict[Any, Any]) -> list[Any]:
+        entries: list[Any] = []
+        for key, value in state.items():
+            entries += (key, value, *(value.values() if type(value) is dict else ()))
+        return entries
+
+    @staticmethod
+    def _place(tensor: Tensor) -> tuple[Any, ...]:
+        """Where a tensor is, and how it lies there."""
+        if tensor.layout is not torch.strided:
+            return (tensor.layout,)
+        strides = tuple(
+            0 if size == 1 or not tensor.numel() else stride
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        flipped = tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())
+        address = tensor.data_ptr() or -2
+        return address, tensor.dtype, tensor.device, tensor.shape, strides, flipped
+
+    def look(
+        self, lists: list[list[Tensor]], state: dict[Any, Any]
+    ) -> list[Tensor | None] | None:
+        """The gradients, if all is as it was, or else None.
+
+        ``found`` has their addresses: 0 for None, and -1 for what is not in memory as
+        its parameter, whose places ``odd`` has. ``moved``: not all are those of the
+        last look.
+        """
+        now = [param for params in lists for param in params]
+        if not same(now, self.params) or not same(self._entries(state), self.entries):
+            return None
+        pairs = zip(now, self.planned, strict=True)
+        if [self._place(p) if yes else (0,) for p, yes in pairs] != self.places:
+            return None
+        if [tensor.data_ptr() for tensor in self.buffers] != self.addresses:
+            return None
+        grads = [param.grad for param in now]
+        odd, found = [], np.zeros(len(now), np.int64)
+        for i, (grad, place) in enumerate(zip(grads, self.places, strict=True)):
+            if grad is None:
+                continue
+            if not self.planned[i]:
+                return None
+            address, *how = self._place(grad)
+            found[i] = address if tuple(how) == place[1:] else -1
+            odd += [i] if found[i] == -1 else []
+        self.moved = not np.array_equal(found, self.found)
+        self.found[:] = found
+        self.odd = odd or None
+        return grads
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists have the same objects."""
+    return len(first) == len(second) and all(
+        a is b for a, b in zip(first, second, strict=True)
+    )
+
+
+def watched(*what: Any) -> Any:
+    """The faster of the two, where it is possible."""
+    if native is not None:
+        try:
+            return native.Tensors(*what)
+        except AttributeError:  # an older torch, a tensor of many dimensions
+            pass
+    return Tensors(*what)

@@ -1,0 +1,379 @@
+"""Parameters of one rule, dtype and device, which one native step updates together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastopt import cython_cpu
+from fastopt.flat import Array, Segment
+from fastopt.numpy_ref import PLAIN, Extras
+from fastopt.rule import Rule
+from fastopt.torch import state
+from fastopt.torch.memory import array, numbers, same_layout
+from fastopt.torch.state import EMA, Member, Names, Values
+
+Sums = tuple[int, tuple[float, ...] | None]  # elements, and what was summed over them
+
+
+def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
+    """The rule's scalars, as native code if there is any."""
+    name = cython_cpu.SCALARS.get(rule.scalars)
+    if name is None or cython_cpu.missing() is not None:
+        return rule.scalars
+    native: Callable[..., tuple[float, ...]] = getattr(cython_cpu.kernels(), name)
+    return native
+
+
+class Part:
+    """Steps over some members.
+
+    ``take`` the gradients, ``prepare`` the scalars, then ``update``; in between there
+    is time for ``norm`` and ``sums``. Where kernels cannot work in a parameter's memory
+    (bfloat16, memory with gaps), the native step is made anew each time, over copies.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        module: ModuleType,
+        names: Names,
+        members: list[Member],
+        values: Sequence[Values],
+        averaged: bool,
+    ):
+        self.rule, self.module, self.names = rule, module, names
+        self.members, self.averaged = members, averaged
+        self.plain = members[0].plain
+        self.over_all = rule.measure is not None and rule.over == "all"
+        keys = [names.key(name) for name in rule.state]
+        fresh = [all(m.state.get(key) is None for key in keys) for m in members]
+        self.vectors = state.vectors(rule, names, members, values, fresh)
+        self.keys = state.make(rule, names, members, values, averaged, module)
+        self.carried = len(self.vectors) - 1
+        self.scalars = names.scalars or compiled(rule)
+        self.used = None if rule.settle else rule.scalar_count  # of the scalars
+        self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
+        self.any = self.all = False
+        self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
+        self._mask, self._known = b"", b""
+        self._seen: list[bytes] = []
+        self.runs = self._merged() if self.plain else [[i] for i in range(len(members))]
+        if self.plain:
+            self._bind([member.param for member in members])
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What steps work in, of the state."""
+        found = [m.state.get(key) for m in self.members for key in self.keys]
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+    @property
+    def merged(self) -> bool:
+        return len(self.runs) < len(self.members)
+
+    # The native step ------------------------------------------------------------------
+
+    def _merged(self) -> list[list[int]]:
+        """Runs of members that are one segment, as all of what ``flatten_`` made."""
+        runs: list[list[int]] = []
+        before = None
+        for i in range(len(self.members)):
+            after = self._whereabouts(i)
+            if before and after and joins(before, after):
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+            before = after
+        return runs
+
+    def _whereabouts(self, i: int) -> tuple[Any, list[tuple[int, int]]] | None:
+        """What a member must have in common with its neighbours, and where all that
+        must follow on begins and ends; None if it is to be by itself."""
+        member = self.members[i]
+        param, grad = member.param, member.param.grad
+        by_itself = self.rule.measure is not None and not self.over_all
+        if by_itself or grad is None or not param.is_cpu:
+            return None
+        if not same_layout(grad, param):
+            return None
+        common = (
+            member.group,
+            *(vector[i] for vector in self.vectors),
+            # Tensors may follow one another by chance, but not for long.
+            param.untyped_storage().data_ptr(),
+            grad.untyped_storage().data_ptr(),
+        )
+        tensors = (param, grad, *(member.state[key] for key in self.keys))
+        return common, [
+            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors
+        ]
+
+    def _bind(self, params: Sequence[Tensor]) -> None:
+        """The native step over these: the parameters, or copies of them."""
+        segments = []
+        for r, run in enumerate(self.runs):
+            member, param = self.members[run[0]], params[run[0]]
+            count = sum(numbers(params[i]) for i in run)
+            shape = tuple(param.shape) if self.rule.factored else (-1,)
+            streams = {
+                key: array(member.state[key], count)
+                for key in self.keys
+                if key in member.state
+            }
+            average = streams.pop(EMA, None) if self.averaged else None
+            product = None if member.factors is None else member.factors.product
+            ours = tuple(streams.values()) if product is None else ()
+            segments.append(
+                Segment(array(param, count, shape), ours, r, average, product)
+            )
+        self.count = np.zeros(1, np.int64)
+        self.carry = np.zeros((2, len(self.runs), len(self.rule.carry)))
+        self.step = self.module.bind(self.rule, segments, self.count, self.carry)
+        self.sizes = [segment.param.size for segment in segments]
+        self.places = np.array([self.members[run[0]].place for run in self.runs])
+        self._here = np.zeros(len(self.runs), np.int64)
+        self._taken: list[Any] = []  # gradients that the native step looks at
+        self._placed = False
+
+    # A step ---------------------------------------------------------------------------
+
+    def take(self, grads: Sequence[Any], found: Array, moved: bool) -> bool:
+        """Take the gradients, of which some may have ``moved`` since the last step;
+        whether there are any."""
+        if not self.plain:
+            self._take_copies(grads)
+        elif moved or not self._placed:
+            np.take(found, self.places, out=self._here)
+            self._know(self._here != 0)
+            self._placed = self._place(grads)
+        return self.any
+
+    def _know(self, active: Array) -> None:
+        self.active, self._mask = active, active.tobytes()
+        self.any, self.all = bool(active.any()), bool(active.all())
+
+    def _place(self, grads: Sequence[Any]) -> bool:
+        """Whether the native step has noted where the gradients are, and need not be
+        told again before they move."""
+        given = [grads[place] for place in self.places]
+        if hasattr(self.step, "place"):
+            if self.step.place(self._here):
+                return True
+            # Some overlap what a step writes.
+            with torch.no_grad():
+                given = [None if g is None else g.clone() for g in given]
+        self._give(given)
+        return False
+
+    def _give(self, grads: list[Any]) -> None:
+        self._taken = grads  # whose memory arrays do not keep
+        shaped = self.rule.factored
+        self.step.take(
+            [
+                None if g is None else array(g, shape=g.shape if shaped else (-1,))
+                for g in grads
+            ]
+        )
+
+    def _take_copies(self, grads: Sequence[Any]) -> None:
+        given = [grads[member.place] for member in self.members]
+        self._know(np.array([grad is not None for grad in given]))
+        if self.any:
+            self._copies = [copy(member, member.param) for member in self.members]
+            self._bind(self._copies)
+            pairs = zip(self.members, given, strict=True)
+            self._give([None if g is None else copy(m, g) for m, g in pairs])
+
+    def end(self) -> None:
+        """Put back what was copied, and forget the rest."""
+        self._taken = []
+        if not self.plain and self.any:
+            with torch.no_grad():
+                for member, made, active in zip(
+                    self.members, self._copies, self.active, strict=True
+                ):
+                    if active:
+                        member.param.copy_(made)
+            self._copies, self.step = [], None
+
+    def norm(self, factor: float, threads: int) -> tuple[float, bool]:
+        """The sum of the squares of the gradients, and whether all are finite."""
+        squares, finite = 0.0, True
+        rows = [(factor,)] * len(self.runs)
+        for r, sums in enumerate(self.step.sums("gradients", rows, threads)):
+            if sums is not None:
+                squares += sums[0]
+                finite &= math.isfinite(sums[0]) or self._overflowed(r, factor)
+        return squares, finite
+
+    def _overflowed(self, r: int, factor: float) -> bool:
+        """Whether the gradients of a run are finite, and only their squares not, which
+        may be in float64 alone."""
+        grads = [self.members[i].param.grad for i in self.runs[r]]
+        return self.members[self.runs[r][0]].dtype in (
+            torch.float64,
+            torch.complex128,
+        ) and all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
+
+    def prepare(self, values: Sequence[Values], factors: Sequence[float]) -> None:
+        """The scalars of the step, for each run, from the hyperparameters and the
+        factor for the gradients of each group."""
+        seen = self._bytes()
+        if seen != self._seen or self._mask != self._known:
+            self._sort()
+            self._seen, self._known = seen, self._mask
+        self.rows: list[Any] = [None] * len(self.runs)
+        self.new: list[Any] = []  # of each kind, what the rule will carry
+        count = len(self.rows)
+        for group, first, runs, _ in self.kinds:
+            steps, *carried = [vector.item(first) for vector in self.vectors]
+            given = values[group]
+            if self.rule.factored and None in given:
+                given = [self.eps if value is None else value for value in given]
+            row = self.scalars(int(steps) + 1, *carried, *given)
+            if self.carried:
+                self.new.append(row[-self.carried :])
+            if self.used is not None:
+                row = row[: self.used]
+            row = (factors[group], *row)
+            if len(runs) == count:
+                self.rows = [row] * count
+            else:
+                for r in runs:
+                    self.rows[r] = row
+
+    def _bytes(self) -> list[bytes]:
+        return [vector.tobytes() for vector in self.vectors]
+
+    def _sort(self) -> None:
+        """Find the kinds: runs of one group that have done as many steps, and go on
+        together; they have the same scalars."""
+        kinds: dict[Any, list[int]] = {}
+        for r, (first, *_) in enumerate(self.runs):
+            counts = [vector[first].item() for vector in self.vectors]
+            key = self.members[first].group, bool(self.active[r]), *counts
+            kinds.setdefault(key, []).append(r)
+        self.kinds = []
+        for (group, active, *_), runs in kinds.items():
+            members = [i for r in runs for i in self.runs[r]]
+            goes_on = members if active or self.over_all else []
+            self.kinds.append((group, members[0], runs, goes_on))
+
+    def sums(self, threads: int, clip_value: float) -> list[Sums]:
+        """What the rule measures, of each run."""
+        found = self.step.sums("rule", self.rows, threads, clip_value)
+        return [
+            (size, terms) if terms is not None and size else (0, None)
+            for size, terms in zip(self.sizes, found, strict=True)
+        ]
+
+    def update(self, threads: int, extras: Extras | None, total: Sums | None) -> None:
+        """Do the step; ``total`` is of all parts, for rules that measure over all."""
+        limit = math.inf if extras is None else extras.clip_value
+        if self.rule.factored:
+            self._advance_factors(threads, limit)
+        if self.rule.settle is None:
+            self._run(threads, extras)
+            if self.carried:
+                for (*_, members), new in zip(self.kinds, self.new, strict=True):
+                    self._carry(members, new)
+        else:
+            self._settle(threads, extras, limit, total)
+        if self.rule.factored:
+            self._keep_factors()
+        steps = self.vectors[0]
+        if self.all or self.over_all:
+            steps += 1
+        else:
+            steps[self.active] += 1
+        if self.names.steps is None:
+            np.minimum(steps, 1, out=steps)
+        self._seen = self._bytes()
+
+    def _run(self, threads: int, extras: Extras | None) -> None:
+        if extras is None:
+            self.step(self.rows, threads)
+        else:
+            self.step(self.rows, threads, extras)
+
+    def _carry(self, members: Sequence[int], new: Sequence[float]) -> None:
+        """Note what the rule carries on to the next step of these."""
+        for vector, value in zip(self.vectors[1:], new, strict=True):
+            vector[members] = value
+
+    def _settle(
+        self, threads: int, extras: Extras | None, limit: float, total: Sums | None
+    ) -> None:
+        """The step of a rule with norms."""
+        rule, carried, rows = self.rule, self.carried, self.rows
+        settle: Any = rule.settle
+        if getattr(self.step, "batches", False):
+            old = np.stack(self.vectors[1:], 1) if carried else self.carry[0]
+            self.carry[self.count[0] % 2] = old[[run[0] for run in self.runs]]
+            self.step.settled(rows, threads, extras or PLAIN)
+            new = self.carry[self.count[0] % 2].tolist()
+        else:
+            totals = self.sums(threads, limit) if total is None else [total] * len(rows)
+            settled = {}
+            for r, (row, (n, terms)) in enumerate(zip(rows, totals, strict=True)):
+                key = id(row), n, terms
+                if key in settled:
+                    pass
+                elif terms is None:  # a row without elements: no update, and no change
+                    left = [vector[self.runs[r][0]] for vector in self.vectors[1:]]
+                    settled[key] = (row[0], *(0.0,) * rule.scalar_count, *left)
+                else:
+                    t = int(self.vectors[0][self.runs[r][0]]) + 1
+                    factor, *scalars = row
+                    settled[key] = (factor, *settle(t, float(n), *terms, *scalars))
+                rows[r] = settled[key]
+            new = [row[len(row) - carried :] for row in rows]
+            self.rows = [row[: 1 + rule.scalar_count] for row in rows]
+            self._run(threads, extras)
+        for run, active, values in zip(self.runs, self.active, new, strict=True):
+            if active or self.over_all:
+                self._carry(run, values)
+
+    # State that is kept of rows and columns alone -------------------------------------
+
+    def _advance_factors(self, threads: int, limit: float) -> None:
+        squares = self.step.squares(self.rows, threads, limit)
+        for r, (member, found) in enumerate(zip(self.members, squares, strict=True)):
+            if member.factors is None or found is None:
+                continue
+            factor, weight, floor, least, *others = self.rows[r]
+            rows, columns = (member.state[key] for key in ("row_var", "col_var"))
+            kept = [rows.squeeze(-1).cpu().numpy(), columns.squeeze(-2).cpu().numpy()]
+            member.factors.sets[0] = np.concatenate(kept, axis=-1)
+            member.factors.advance(1, found, weight, least)
+            self.rows[r] = (factor, 0.0, floor, least, *others)
+
+    def _keep_factors(self) -> None:
+        for member, active in zip(self.members, self.active, strict=True):
+            if member.factors is not None and active:
+                made = torch.from_numpy(member.factors.sets[1])
+                rows, columns = made.split(list(member.param.shape[-2:]), -1)
+                member.state["row_var"].copy_(rows.unsqueeze(-1))
+                member.state["col_var"].copy_(columns.unsqueeze(-2))
+
+
+def joins(before: Any, after: Any) -> bool:
+    """Whether all that belongs to one member is followed by that of the next."""
+    (common, first), (also, second) = before, after
+    return common == also and all(
+        end == begin for (_, end), (begin, _) in zip(first, second, strict=True)
+    )
+
+
+def copy(member: Member, tensor: Tensor) -> Tensor:
+    """A parameter, or its gradient, where kernels can work in it."""
+    param = member.param
+    made = torch.empty(param.shape, dtype=member.dtype, device=param.device)
+    return made.copy_(tensor.detach())

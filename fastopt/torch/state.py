@@ -1,0 +1,211 @@
+"""The state of parameters: torch's tensors under torch's keys, in memory that kernels
+work in. Made when a parameter has its first gradient, and made anew where what was
+loaded lies elsewhere or is of another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastopt.factored import Factors
+from fastopt.flat import Array
+from fastopt.rule import Rule
+from fastopt.torch.memory import (
+    C_TYPES,
+    COMPUTED,
+    NUMPY,
+    array,
+    is_plain,
+    like,
+    numbers,
+    room,
+    same_layout,
+)
+
+Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
+EMA = "ema"  # the key of the moving average of a parameter
+
+
+class Names(NamedTuple):
+    """What torch calls things in an optimizer's state, and does otherwise."""
+
+    keys: Mapping[str, str] = {}  # of the rule's buffers; its own names if not here
+    steps: str | None = "step"  # the key of the parameter's steps; None: not counted
+    carry: Mapping[str, str | float] | None = None  # in place of the rule's
+    scalars: Callable[..., tuple[float, ...]] | None = None  # likewise
+    torchs: bool = False  # whether the carry is of the dtype of torch's counts
+
+    def key(self, name: str) -> str:
+        return self.keys.get(name, name)
+
+
+class Member:
+    """A parameter that is updated, and its place among all parameters."""
+
+    def __init__(
+        self, param: Tensor, place: int, group: int, state: dict[str, Any], plain: bool
+    ):
+        self.param, self.place, self.group, self.state = param, place, group, state
+        self.plain = plain  # whether steps work in its own memory
+        dtype = COMPUTED[param.dtype]
+        self.dtype = param.dtype if param.is_complex() else dtype  # of its state
+        self.factors: Factors | None = None
+
+    def has(self, tensor: Any) -> bool:
+        """Whether a tensor of the state can be worked in as it is."""
+        if not isinstance(tensor, Tensor):
+            return False
+        if self.plain:
+            return same_layout(tensor, self.param, self.dtype)
+        alike = (tensor.dtype, tensor.device, tensor.shape) == (
+            self.dtype,
+            self.param.device,
+            self.param.shape,
+        )
+        return alike and is_plain(tensor, shaped=True)
+
+
+def make(
+    rule: Rule,
+    names: Names,
+    members: Sequence[Member],
+    values: Sequence[Values],
+    averaged: bool,
+    module: Any,
+) -> list[str]:
+    """See that all members have their buffers; the keys of these."""
+    keys = {name: names.key(name) for name in rule.state}
+    if averaged:
+        keys[EMA] = EMA
+    batches: dict[tuple[str, ...], list[Member]] = {}
+    for member in members:
+        of_matrix = rule.factored and member.param.dim() > 1
+        if of_matrix:
+            factor(member, module)
+        lacking = tuple(
+            name
+            for name, key in keys.items()
+            if not (of_matrix and name != EMA) and not member.has(member.state.get(key))
+        )
+        if lacking:
+            batches.setdefault(lacking, []).append(member)
+    for lacking, batch in batches.items():
+        for member, streams in zip(batch, zeros(batch, len(lacking)), strict=True):
+            named = dict(zip(rule.hyperparameters, values[member.group], strict=True))
+            for name, flat in zip(lacking, streams, strict=True):
+                tensor = like(member.param, flat, member.plain)
+                before, of = member.state.get(keys[name]), rule.starts.get(name)
+                if isinstance(before, Tensor):
+                    tensor.copy_(before)
+                elif of == "p" or name == EMA:
+                    tensor.copy_(member.param)
+                elif of is not None:
+                    flat.fill_(rule.start(of, named))
+                member.state[keys[name]] = tensor
+    return list(keys.values())
+
+
+def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
+    """For each, so many zeroed buffers, of numbers in a row."""
+    first = members[0].param
+    dtype, on_cpu = COMPUTED[first.dtype], first.is_cpu
+    arrays = [
+        np.empty(numbers(member.param), NUMPY[dtype])  # never touched
+        if on_cpu and not member.plain
+        else array(member.param)
+        for member in members
+    ]
+    return room(arrays, streams, first.device, dtype)
+
+
+def factor(member: Member, module: Any) -> None:
+    """The state of a matrix: averages for its rows and its columns."""
+    param = member.param
+    *matrices, rows, columns = param.shape
+    shapes = {"row_var": (*matrices, rows, 1), "col_var": (*matrices, 1, columns)}
+    for key, shape in shapes.items():
+        before = member.state.get(key)
+        if not isinstance(before, Tensor) or before.dtype != member.dtype:
+            made = torch.zeros(shape, dtype=member.dtype, device=param.device)
+            member.state[key] = made if before is None else made.copy_(before)
+    shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
+    member.factors = Factors(module, shaped, None)
+
+
+def vectors(
+    rule: Rule,
+    names: Names,
+    members: Sequence[Member],
+    values: Sequence[Values],
+    fresh: Sequence[bool],
+) -> list[Array]:
+    """Of each member the steps that it has done, and each number that the rule carries:
+    vectors, of which the 0-d tensors in the state are views."""
+    torchs = torch.get_default_dtype() == torch.float64
+    own = torch.float64 if torchs else torch.float32  # of torch's own counts
+    if names.steps is None:  # the first step is that without a buffer
+        found = [np.array([float(not new) for new in fresh])]
+    else:
+        found = [vector(rule, names.steps, members, [0.0] * len(members), own)]
+    for name, of in (rule.carry if names.carry is None else names.carry).items():
+        named = [
+            dict(zip(rule.hyperparameters, values[member.group], strict=True))
+            for member in members
+        ]
+        first = [rule.start(of, given) for given in named]
+        dtype = own if names.torchs else torch.float64
+        found.append(vector(rule, names.key(name), members, first, dtype))
+    return found
+
+
+def vector(
+    rule: Rule,
+    key: str,
+    members: Sequence[Member],
+    first: list[float],
+    dtype: torch.dtype,
+) -> Array:
+    """One of these, from what there is in the state."""
+    entries = [member.state.get(key) for member in members]
+    there = [entry for entry in entries if entry is not None]
+    if len(there) == len(entries) and in_a_row(there):
+        return array_of(there)
+    if rule.measure is not None and rule.over == "all" and there:
+        first = [max(map(float, there))] * len(first)  # one number for all of them
+    found_in = {entry.dtype for entry in there if isinstance(entry, Tensor)}
+    if len(found_in) == 1 and found_in <= set(NUMPY):  # as torch loads it
+        (dtype,) = found_in
+    made = [
+        new if entry is None else float(entry)
+        for entry, new in zip(entries, first, strict=True)
+    ]
+    found: Array = np.array(made, NUMPY[dtype])
+    for i, member in enumerate(members):
+        member.state[key] = torch.from_numpy(found[i : i + 1]).reshape(())
+    return found
+
+
+def in_a_row(entries: Sequence[Any]) -> bool:
+    """Whether numbers are tensors that follow one another in memory."""
+    first = entries[0]
+    return (
+        all(isinstance(e, Tensor) and e.dim() == 0 and e.is_cpu for e in entries)
+        and first.dtype in NUMPY
+        and all(
+            e.dtype == first.dtype
+            and e.data_ptr() == first.data_ptr() + i * first.element_size()
+            for i, e in enumerate(entries)
+        )
+    )
+
+
+def array_of(entries: Sequence[Tensor]) -> Array:
+    """These as one array, which does not keep their memory."""
+    count, first = len(entries), entries[0]
+    memory: Any = (C_TYPES[first.dtype] * count).from_address(first.data_ptr())
+    found: Array = np.frombuffer(memory, NUMPY[first.dtype])
+    return found

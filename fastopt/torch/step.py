@@ -1,0 +1,448 @@
+"""A step as torch knows it: closures, hooks, GradScaler, states to save and load."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torchs
+
+from fastopt import checks
+from fastopt.numpy_ref import NUMPY
+from fastopt.rule import Rule, concrete
+from fastopt.threads import available, forked
+from fastopt.torch.memory import HALVES, array
+from fastopt.torch.plan import Asked, Plan, Unsupported
+from fastopt.torch.state import EMA, Names
+
+AS_MADE: Any = object()  # an argument of step: as the optimizer was made
+NOTHING_ASKED = None, None, "propagate", None, False
+PAIRS = {  # hyperparameters that torch has in a tuple
+    **{f"beta{i}": ("betas", i - 1) for i in (1, 2, 3)},
+    **{"eta_minus": ("etas", 0), "eta_plus": ("etas", 1)},
+    **{"step_min": ("step_sizes", 0), "step_max": ("step_sizes", 1)},
+    **{"eps1": ("eps", 0), "eps2": ("eps", 1)},
+}
+EXTRAS = "clip_norm clip_value nonfinite ema threads backend".split()
+KEPT = (*EXTRAS, "skipped", "grad_norm")
+
+
+class Stepping(Optimizer):
+    """A ``torch.optim.Optimizer`` whose steps are fastopt's.
+
+    Parameters
+    ----------
+    *arguments
+        Those of the optimizer.
+    clip_norm, clip_value, nonfinite
+        As of :meth:`step`, for all steps.
+    ema
+        Decay of a moving average of the parameters, updated in the same pass; it is in
+        the state under "ema", and in ``ema_params()``.
+    threads
+        At most so many; by default as many as torch uses, within the container's quota.
+    backend
+        Of CPU tensors: "cython", "numba" or "numpy"; by default the fastest.
+
+    Attributes
+    ----------
+    grad_norm
+        The norm of all gradients in the last step that needed it.
+    skipped
+        How often ``nonfinite="skip"`` has left a step out.
+    """
+
+    _names = Names()
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling to the step
+
+    def __init__(
+        self,
+        params: Any,
+        *arguments: Any,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        ema: float | None = None,
+        threads: int | None = None,
+        backend: str | None = None,
+        **options: Any,
+    ):
+        checks.check_limit("clip_norm", clip_norm)
+        checks.check_limit("clip_value", clip_value)
+        self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.nonfinite = checks.check_nonfinite(nonfinite)
+        self.ema = checks.check_decay("ema", ema)
+        self.threads = None if threads is None else checks.check_threads(threads)
+        self.backend = backend
+        self.skipped, self.grad_norm = 0, math.nan
+        self._renew()
+        super().__init__(params, *arguments, **options)
+
+    def _renew(self) -> None:
+        """Forget what was worked out."""
+        self._plan: Plan | None = None
+        self._seen: Any = None  # what was last read from the groups, and led to this
+        self._was_read: Any = None
+        if "_lock" not in vars(self):
+            self._lock = threading.Lock()
+            self._most_threads = available()
+
+    # What differs between optimizers --------------------------------------------------
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule for a group, with the options it has now."""
+        raise NotImplementedError
+
+    def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
+        """The group's hyperparameters, in the order in which the rule takes them."""
+        return [number(read(group)) for read in readers(rule)]
+
+    def _inward(self, state: dict[str, Any]) -> None:
+        """Make of a parameter's state in a state_dict what is kept in ``state``."""
+
+    def _outward(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The opposite, as a copy."""
+        return state
+
+    # Steps ----------------------------------------------------------------------------
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        clip_norm: float | None = AS_MADE,
+        clip_value: float | None = AS_MADE,
+        nonfinite: str = AS_MADE,
+        zero_grads: bool = False,
+    ) -> Any:
+        """Update the parameters.
+
+        Parameters
+        ----------
+        closure
+            Computes the gradients anew and returns the loss, which is returned.
+        clip_norm
+            The most that the norm of all gradients together may be; larger ones are
+            shrunk to it as by ``clip_grad_norm_``, but stay as they are in ``.grad``.
+        clip_value
+            The most that the magnitude of each of their elements may be.
+        nonfinite
+            What to do about an infinity or a NaN in the gradients: "propagate" it,
+            "skip" the step or "raise" FloatingPointError.
+        zero_grads
+            Set the gradients to zero when they have been read.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if clip_norm is AS_MADE:
+            clip_norm = self.clip_norm
+        if clip_value is AS_MADE:
+            clip_value = self.clip_value
+        if nonfinite is AS_MADE:
+            nonfinite = self.nonfinite
+        made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
+        scale = self._scale()
+        if scale is None:
+            return loss
+        with self._lock:
+            groups = self.param_groups
+            lists = [group["params"] for group in groups]
+            asked = None if made == NOTHING_ASKED else self._asked(*made)
+            self._plan = self._update(
+                groups, lists, self.state, self._plan, scale, asked
+            )
+        return loss
+
+    def _asked(
+        self,
+        clip_norm: float | None,
+        clip_value: float | None,
+        nonfinite: str,
+        ema: float | None,
+        zero_grads: bool,
+    ) -> Asked:
+        return Asked(
+            checks.check_limit("clip_norm", clip_norm),
+            checks.check_limit("clip_value", clip_value),
+            checks.check_nonfinite(nonfinite),
+            zero_grads,
+            0.0 if ema is None else 1 - ema,
+        )
+
+    def _scale(self) -> float | None:
+        """The factor by which GradScaler wants the gradients unscaled; None if it wants
+        no step."""
+        own = self.__dict__
+        found, scale = own.get("found_inf"), own.get("grad_scale")
+        if found is not None and float(found):
+            return None
+        return 1.0 if scale is None else 1 / float(scale)
+
+    def _read(
+        self, groups: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Rule], list[list[Any]], list[float]]:
+        """Of each group the rule, the hyperparameters and the sign of the gradients."""
+        now = [list(group.values()) for group in groups]
+        read: tuple[list[Rule], list[list[Any]], list[float]]
+        if now == self._seen:
+            read = self._was_read
+            return read
+        for group in groups:
+            for option in ("differentiable", "capturable"):
+                if group.get(option):
+                    raise Unsupported(f"{option}=True")
+        rules = [self._rule(group) for group in groups]
+        values = [self._values(*of) for of in zip(groups, rules, strict=True)]
+        signs = [-1.0 if group.get("maximize") else 1.0 for group in groups]
+        self._was_read = read = rules, values, signs
+        lists = "params", "param_names"
+        can_be_kept = all(
+            key in lists or is_fixed(value)
+            for group in groups
+            for key, value in group.items()
+        )
+        self._seen = now if can_be_kept else None
+        return read
+
+    def _update(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        lists: list[list[Tensor]],
+        state: dict[Any, Any],
+        plan: Plan | None,
+        scale: float,
+        asked: Asked | None,
+    ) -> Plan | None:
+        """A step of the parameters in these lists, by a plan; the one that now is."""
+        averaged = self.ema is not None
+        try:
+            rules, values, factors = self._read(groups)
+            grads = plan and plan.look(lists, rules, state, averaged)
+            if plan is None or grads is None:
+                plan = Plan(
+                    lists, rules, values, self._names, state, averaged, self.backend
+                )
+                grads = plan.look(lists, rules, state, averaged)
+            parts = plan.take(grads or [])
+        except Unsupported as reason:
+            self._unsupported(str(reason), scale, asked)
+            return None
+        if parts:
+            most = self._most_threads if self.threads is None else self.threads
+            threads = 1 if forked[0] else min(most, torch.get_num_threads())
+            if scale != 1:
+                factors = [factor * scale for factor in factors]
+            norm, done = plan.do(parts, values, factors, threads, asked)
+            if done:
+                plan.end(parts)
+            else:
+                self.skipped += 1
+            if norm == norm:
+                self.grad_norm = norm
+        return plan
+
+    def _unsupported(self, reason: str, scale: float, asked: Asked | None) -> None:
+        """Let torch's own step do what fastopt has no kernels for."""
+        name, theirs = type(self).__name__, super().step.__func__
+        if theirs is Optimizer.step:
+            raise RuntimeError(f"{name} does not support {reason}")
+        if asked is not None:
+            raise RuntimeError(
+                f"{reason} are left to torch's own {name}, which has no clip_norm, "
+                f"clip_value, nonfinite, ema and zero_grads"
+            )
+        if scale != 1:
+            with torch.no_grad():
+                for param, _ in self._all():
+                    if param.grad is not None:
+                        param.grad.mul_(scale)
+        ours = "grad_scale", "found_inf"
+        own = self.__dict__
+        kept = {key: own.pop(key) for key in ours if key in own}
+        try:
+            if getattr(theirs, "hooked", False):  # ours has called the hooks
+                theirs = theirs.__wrapped__
+            theirs(self)
+        finally:
+            own.update(kept)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Hooks and the profiler's label around a step, as torch has them; but the
+        label only if there is a profiler, for it takes as long as a small step."""
+
+        everywhere = (
+            torchs._global_optimizer_pre_hooks,
+            torchs._global_optimizer_post_hooks,
+        )
+
+        @functools.wraps(func)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self = args[0]
+            if torch.autograd._profiler_enabled():
+                label = f"Optimizer.step#{type(self).__name__}.step"
+                with torch.autograd.profiler.record_function(label):
+                    return hooked(self, args, kwargs)
+            return hooked(self, args, kwargs)
+
+        def hooked(self: Any, args: Any, kwargs: Any) -> Any:
+            before, after = everywhere
+            if before or self._optimizer_step_pre_hooks:
+                own = self._optimizer_step_pre_hooks
+                for hook in chain(before.values(), own.values()):
+                    changed = hook(self, args, kwargs)
+                    if changed is None:
+                        continue
+                    if not isinstance(changed, tuple) or len(changed) != 2:
+                        raise RuntimeError(
+                            f"{func} must return None or a tuple of (new_args, "
+                            f"new_kwargs), but got {changed}."
+                        )
+                    args, kwargs = changed
+            out = func(*args, **kwargs)
+            self._optimizer_step_code()
+            if after or self._optimizer_step_post_hooks:
+                own = self._optimizer_step_post_hooks
+                for hook in chain(own.values(), after.values()):
+                    hook(self, args, kwargs)
+            return out
+
+        return step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients: to None, or to zeros. Those of a model that ``flatten_``
+        has flattened are always set to zeros, because they are to stay in their
+        buffer."""
+        flat: dict[int, list[Tensor]] = {}
+        if set_to_none:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    base = None if param.grad is None else param.grad._base
+                    if base is not None and hasattr(base, "flattened_by_fastopt"):
+                        flat.setdefault(id(base), []).append(param)
+        kept = []
+        for params in flat.values():
+            grads = [param.grad for param in params]
+            kept += list(zip(params, grads, strict=True))
+            base = grads[0]._base
+            whole = sum(grad.numel() for grad in grads) == base.numel()
+            for grad in [base] if whole else grads:
+                grad.zero_()
+        super().zero_grad(set_to_none)
+        for param, grad in kept:
+            param.grad = grad
+
+    # State ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        saved: dict[str, Any] = super().state_dict()
+        for key, state in saved["state"].items():
+            if isinstance(state, dict):
+                saved["state"][key] = self._outward(state)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but what is float32 for bfloat16 and float16 parameters stays
+        so."""
+        given: dict[str, Any] = {}
+
+        def note(_: Any, state_dict: dict[str, Any]) -> None:
+            given.update(state_dict)
+
+        def restore(_: Any) -> None:
+            ids = chain.from_iterable(g["params"] for g in given["param_groups"])
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            for i, param in zip(ids, params, strict=True):
+                loaded = self.state.get(param)
+                for key, value in given["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        counts = not value.dim() and not self._names.torchs
+                        if param.dtype in HALVES or counts:
+                            loaded[key] = value.to(param.device)
+                if loaded:
+                    self._inward(loaded)
+
+        first = self.register_load_state_dict_pre_hook(note)  # after the others
+        last = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            last.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._renew()
+
+    # Parameters to use ----------------------------------------------------------------
+
+    def _all(self) -> list[tuple[Tensor, Mapping[str, Any]]]:
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def ema_params(self) -> list[Tensor]:
+        """The moving average of each parameter, in their order; before its first step
+        the parameter itself."""
+        if self.ema is None:
+            raise RuntimeError(f"make the {type(self).__name__} with ema=0.999, say")
+        return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
+
+    def eval_params(self) -> list[Tensor]:
+        """The parameters to use, such as for a validation, in their order: for rules
+        like ``ScheduleFreeAdamW`` other ones than those that are trained."""
+        found = []
+        for param, group in self._all():
+            rule, state = self._rule(group), self.state.get(param)
+            if rule.evaluate is None or not state:
+                found.append(param.detach())
+                continue
+            names, dtype = self._names, array(param.detach().cpu()).dtype
+            evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
+            count = evaluate.__code__.co_argcount - len(rule.state) - 1
+            carried = [float(state[names.key(name)]) for name in rule.carry]
+            steps = max(int(state[names.steps]), 1) if names.steps else 1
+            scalars = rule.scalars(steps, *carried, *self._values(group, rule))
+            buffers = (state[names.key(name)] for name in rule.state)
+            arrays = [t.detach().cpu().numpy() for t in (param, *buffers)]
+            used = map(dtype.type, scalars[:count])
+            made = torch.from_numpy(evaluate(*arrays, *used).copy())
+            found.append(made.to(param.device, param.dtype))
+        return found
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether an option cannot change but by another taking its place."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return value is None or type(value) in (float, int, bool, str)
+
+
+def number(value: Any) -> Any:
+    """A hyperparameter, which may be a tensor."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+@functools.cache
+def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
+    """What reads each hyperparameter of a rule from a group."""
+
+    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        pair, i = PAIRS.get(name, (None, 0))
+
+        def read(group: Mapping[str, Any]) -> Any:
+            return group[name] if pair is None else group[pair][i]
+
+        return read
+
+    return [reader(name) for name in rule.hyperparameters]

@@ -1,0 +1,520 @@
+"""A loop that minimizes, and what ends one early or makes its steps smaller."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from fastopt.bound import fill
+from fastopt.checks import check_count
+from fastopt.flat import Array, FlatBuffer, flatten, leaves, rebuild
+from fastopt.rule import check_hyperparameter
+from fastopt.saving import to_host
+
+# Watching a metric ------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    return getattr(value, "shape", ()) == () and hasattr(value, "__float__")
+
+
+def improves(metric: Any, best: float | None, mode: str, margin: float) -> bool:
+    """Whether a metric is better than the best by more than a margin. What is not
+    finite never is: no run has learned anything at NaN, nor at an infinity."""
+    if not is_number(metric):
+        raise TypeError(f"metric must be a number, got {metric!r}")
+    value = float(metric)
+    if not math.isfinite(value) or best is None:
+        return math.isfinite(value)
+    return value < best - margin if mode == "min" else value > best + margin
+
+
+def check_mode(name: str, mode: Any, modes: tuple[str, str]) -> str:
+    if mode not in modes:
+        raise ValueError(f'{name} must be "{modes[0]}" or "{modes[1]}", got {mode!r}')
+    return str(mode)
+
+
+def check_at_least_zero(name: str, value: Any) -> float:
+    return float(check_hyperparameter("lr", name, value, 1.0))
+
+
+def take_over(watch: Any, saved: Any) -> None:
+    """Set what a ``state_dict`` of it has saved."""
+    wanted = watch.state_dict().keys()
+    if not isinstance(saved, Mapping) or saved.keys() != wanted:
+        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise TypeError(f"expected the keys {', '.join(wanted)}; got {got}")
+    vars(watch).update(saved)
+
+
+class ReduceLROnPlateau:
+    """Multiply the learning rates by ``factor`` when a metric has not improved for more
+    than ``patience`` looks at it: at the look ``patience + 1``, as torch counts.
+
+    Parameters
+    ----------
+    mode
+        Whether less is better, "min", or more, "max".
+    factor
+        Between 0 and 1.
+    patience
+        How many looks without an improvement are tolerated.
+    threshold, threshold_mode
+        An improvement is more than ``threshold * abs(best)``, "rel", or more than
+        ``threshold``, "abs". torch multiplies ``best`` by ``1 - threshold``, and then a
+        metric below 0 that stands still improves at every look (pytorch#47513).
+    cooldown
+        So many looks after a reduction do not count.
+    min_lr
+        No rate is made lower. There is no least change, below which torch ignores small
+        rates.
+
+    Attributes
+    ----------
+    best
+        The best metric, None before the first.
+    bad, cooling
+        Looks without an improvement since the last one or a reduction; looks that are
+        still not to count.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit.
+
+    Notes
+    -----
+    A metric that is NaN or infinite is no improvement. The learning rates must be
+    numbers: a schedule has its own idea of them.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> opt = fastopt.sgd(np.ones(3), lr=1.0)
+    >>> plateau = fastopt.ReduceLROnPlateau(patience=1)
+    >>> [plateau.step(loss, opt) for loss in (3.0, 2.0, 2.0, 2.0)], opt.lr
+    ([False, False, False, True], 0.1)
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: str = "rel",
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+    ):
+        self.mode = check_mode("mode", mode, ("min", "max"))
+        self.factor = check_at_least_zero("factor", factor)
+        if not 0 < self.factor < 1:
+            raise ValueError(f"factor must be between 0 and 1, got {factor!r}")
+        self.patience = check_count("patience", patience, 0)
+        self.threshold = check_at_least_zero("threshold", threshold)
+        modes = ("rel", "abs")
+        self.threshold_mode = check_mode("threshold_mode", threshold_mode, modes)
+        self.cooldown = check_count("cooldown", cooldown, 0)
+        self.min_lr = check_at_least_zero("min_lr", min_lr)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.best: float | None = None
+        self.bad = self.cooling = 0
+
+    def step(self, metric: float, opt: Any) -> bool:
+        """Look at a metric; whether learning rates of the optimizer were reduced."""
+        rates = [
+            (number, name)
+            for number, group in enumerate(opt.groups)
+            for name in ("lr", "adamw_lr")  # Muon has both
+            if name in group
+        ]
+        for number, name in rates:
+            if callable(lr := opt.groups[number][name]):
+                raise TypeError(
+                    f"{name} of groups[{number}] is a schedule, {lr!r}; only a number "
+                    f"can be reduced"
+                )
+        margin = self.threshold
+        if self.threshold_mode == "rel":
+            margin *= abs(self.best or 0.0)
+        if improves(metric, self.best, self.mode, margin):
+            self.best, self.bad = float(metric), 0
+        else:
+            self.bad += 1
+        if self.cooling:
+            self.cooling, self.bad = self.cooling - 1, 0
+        if self.bad <= self.patience:
+            return False
+        self.bad, self.cooling = 0, self.cooldown
+        reduced = False
+        for number, name in rates:
+            group = opt.groups[number]
+            lower = max(group[name] * self.factor, self.min_lr)
+            if lower < group[name]:
+                group[name], reduced = lower, True
+        return reduced
+
+    def __call__(self, run: Run) -> None:
+        """As a callback of :func:`minimize`: the loss is the metric, from its start."""
+        if not run.steps:
+            self.reset()
+        self.step(run.loss, run.opt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, in plain numbers; the rates are in the optimizer's."""
+        return {"best": self.best, "bad": self.bad, "cooling": self.cooling}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        take_over(self, saved)
+
+
+class EarlyStopping:
+    """Stop when a metric has not improved for ``patience`` looks in a row: at the look
+    ``patience``, as Keras and Lightning count.
+
+    Parameters
+    ----------
+    patience
+        At least 1.
+    min_delta
+        An improvement is more than this.
+    mode
+        Whether less is better, "min", or more, "max".
+
+    Attributes
+    ----------
+    best, best_look, best_params
+        The best metric, None before the first; at which look it was, the first being 0;
+        and a copy of the parameters there, in their structure, if ``step`` was given
+        them.
+    looks, wait
+        How many there were; how many of them since the best.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit.
+
+    Notes
+    -----
+    A metric that is NaN or infinite is no improvement, whatever came before. For a
+    noisy metric there are other criteria: Prechelt 1998, "Early stopping, but when?".
+
+    Example
+    -------
+    >>> import fastopt
+    >>> stop = fastopt.EarlyStopping(patience=2)
+    >>> [stop.step(loss) for loss in (3.0, 2.0, 2.5, 2.1)]
+    [False, False, False, True]
+    >>> stop.best, stop.best_look
+    (2.0, 1)
+    """
+
+    def __init__(self, patience: int, *, min_delta: float = 0.0, mode: str = "min"):
+        self.patience = check_count("patience", patience, 1)
+        self.min_delta = check_at_least_zero("min_delta", min_delta)
+        self.mode = check_mode("mode", mode, ("min", "max"))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.best: float | None = None
+        self.best_look, self.best_params = -1, None
+        self.looks = self.wait = 0
+
+    def step(self, metric: float, params: Any = None) -> bool:
+        """Look at a metric; whether to stop. If it is best, parameters are copied."""
+        if improves(metric, self.best, self.mode, self.min_delta):
+            self.best, self.best_look, self.wait = float(metric), self.looks, 0
+            self.best_params = None if params is None else copied(params)
+        else:
+            self.wait += 1
+        self.looks += 1
+        return self.wait >= self.patience
+
+    def restore(self, params: Any) -> None:
+        """Write the best parameters into these, whether it was stopped or not."""
+        if self.best_params is None:
+            raise ValueError(
+                "there are no best parameters: step() was not given them, or no metric "
+                "was finite"
+            )
+        write(params, self.best_params)
+
+    def __call__(self, run: Run) -> bool:
+        """As a callback of :func:`minimize`: the loss is the metric, from its start."""
+        if not run.steps:
+            self.reset()
+        return self.step(run.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, in plain numbers and arrays."""
+        names = ("best", "best_look", "best_params", "looks", "wait")
+        saved = {name: getattr(self, name) for name in names}
+        if saved["best_params"] is not None:
+            saved["best_params"] = copied(saved["best_params"])
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        take_over(self, saved)
+
+
+def copied(tree: Any) -> Any:
+    """A copy of arrays in their structure, in host memory; flat what was."""
+    copies = (
+        flatten(leaf.views) if isinstance(leaf, FlatBuffer) else to_host(leaf)
+        for _, leaf in leaves(tree)
+    )
+    return rebuild(tree, copies)
+
+
+def write(tree: Any, values: Any) -> None:
+    """Write :func:`copied` values into arrays."""
+
+    def arrays(tree: Any) -> list[Any]:
+        found = (leaf for _, leaf in leaves(tree))
+        return [leaf.data if isinstance(leaf, FlatBuffer) else leaf for leaf in found]
+
+    shapes = [[np.shape(array) for array in arrays(t)] for t in (tree, values)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"params have the shapes {shapes[0]}, the best {shapes[1]}")
+    for array, value in zip(arrays(tree), arrays(values), strict=True):
+        fill(array, value)
+
+
+# Minimizing -------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What callbacks of :func:`minimize` are given, after each evaluation.
+
+    Attributes
+    ----------
+    opt, params
+        The optimizer, and the parameters that it updates.
+    total, steps
+        How many steps there are to be, and how many are completed.
+    loss, grads
+        What ``value_and_grad`` said of the parameters as they are.
+    losses, lrs
+        The losses so far, and the learning rate (of the first group) at each.
+    """
+
+    opt: Any
+    params: Any
+    total: int
+    steps: int = 0
+    loss: float = math.nan
+    grads: Any = None
+    losses: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`minimize` returns.
+
+    Attributes
+    ----------
+    params, loss
+        The parameters, in the structure of ``x0``, and their loss.
+    step, steps
+        After how many steps these parameters were, and how many were made.
+    losses, lrs
+        ``losses[i]`` is the loss after ``i`` steps, ``lrs[i]`` the learning rate there,
+        of the first group; NaN if a rule has none.
+    reason
+        Why it ended, in words.
+    opt
+        The optimizer. It holds the last parameters, which need not be the best.
+    """
+
+    params: Any
+    loss: float
+    step: int
+    steps: int
+    losses: Array
+    lrs: Array
+    reason: str
+    opt: Any
+
+
+def minimize(
+    value_and_grad: Callable[[Any], tuple[Any, Any]],
+    x0: Any,
+    opt: Callable[..., Any],
+    steps: int,
+    *,
+    callbacks: Iterable[Callable[[Run], Any]] = (),
+    best: bool = True,
+    progress: bool = False,
+    **hyperparameters: Any,
+) -> Result:
+    """Make steps on a function, from a start, and return the best parameters seen.
+
+    Parameters
+    ----------
+    value_and_grad
+        ``value_and_grad(params) -> (loss, grads)``, both at these parameters, which it
+        must not change. It may draw a batch of its data at each call.
+    x0
+        Where to start: an array, a list or dict of arrays, nested too, or a
+        ``FlatBuffer``. It is copied.
+    opt
+        A rule, such as ``fastopt.adam``, or whatever makes an optimizer of parameters:
+        ``lambda params: fastopt.Lookahead(fastopt.adam(params))``.
+    steps
+        How many to make at most, 0 or more.
+    callbacks
+        Each is called with a :class:`Run` after every evaluation, before the step that
+        uses it; if one returns something true, there is no step more. So may be passed
+        an :class:`EarlyStopping`, a :class:`ReduceLROnPlateau` or a function of yours,
+        such as one that looks at data for validation.
+    best
+        Return the parameters with the least loss. It takes a copy of them at each
+        improvement. False: return the last, such as where batches make losses noisy.
+    progress
+        Show steps, loss and learning rate on the standard error, ten times a second.
+    **hyperparameters
+        Of the rule, and what else it takes: ``lr=0.1, ema=0.999, backend="numba"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit.
+    FloatingPointError
+        If the loss is NaN or infinite at ``x0``. Later that ends the run, with a
+        RuntimeWarning; the best parameters until then are returned.
+
+    Notes
+    -----
+    ``value_and_grad`` is called once more than there are steps. A rule that is
+    evaluated elsewhere than it is trained (``schedule_free_*``) returns what
+    ``eval_params()`` does at the end, and their loss takes another call.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> def parabola(x):
+    ...     return float((x - 3) @ (x - 3)), 2 * (x - 3)
+    >>> lr = fastopt.schedules.cosine(0.4, steps=50)
+    >>> result = fastopt.minimize(parabola, np.zeros(2), fastopt.gd, 50, lr=lr)
+    >>> result.params.round(3), len(result.losses)
+    (array([3., 3.]), 51)
+    >>> stop = fastopt.EarlyStopping(patience=5, min_delta=1e-6)
+    >>> fastopt.minimize(
+    ...     parabola, np.zeros(2), fastopt.adam, 5000, lr=0.1, callbacks=[stop]
+    ... ).reason
+    'EarlyStopping said so'
+    """
+    steps = check_count("steps", steps, 0)
+    callbacks = tuple(callbacks)
+    if not callable(opt):
+        raise TypeError(
+            f"opt must be a rule, or make an optimizer of parameters, got {opt!r}"
+        )
+    params = copied(x0)
+    made = opt(params, **hyperparameters)
+    run = Run(made, params, steps)
+    # What a rule such as schedule_free_adamw trains is not what is to be used.
+    elsewhere = getattr(getattr(made, "rule", None), "evaluate", None) is not None
+    best = best and not elsewhere
+    least, least_at, kept = math.inf, 0, None
+    show = Progress(steps) if progress else None
+    while True:
+        run.loss, run.grads = evaluated(value_and_grad, params)
+        run.losses.append(run.loss)
+        run.lrs.append(rate(made, run.steps))
+        if show is not None:
+            show(run)
+        if not math.isfinite(run.loss):
+            reason = f"the loss is {run.loss} after {run.steps} steps"
+            break
+        if best and run.loss < least:
+            least, least_at, kept = run.loss, run.steps, copied(params)
+        if asking := [c for c in callbacks if c(run)]:
+            reason = f"{', '.join(map(name_of, asking))} said so"
+            break
+        if run.steps == steps:
+            reason = f"all {steps} steps are done"
+            break
+        made.step(run.grads)
+        run.steps += 1
+    if show is not None:
+        show.end()
+    if not math.isfinite(run.loss):
+        if not run.steps:
+            raise FloatingPointError(
+                f"the loss is {run.loss} at x0; start where it is finite"
+            )
+        warnings.warn(f"minimize ended early: {reason}", RuntimeWarning, stacklevel=2)
+    loss, at = run.loss, run.steps
+    if elsewhere:
+        params = made.eval_params()
+        loss, _ = evaluated(value_and_grad, params)
+    elif best:
+        params, loss, at = kept, least, least_at
+    return Result(
+        params=params,
+        loss=loss,
+        step=at,
+        steps=run.steps,
+        losses=np.array(run.losses),
+        lrs=np.array(run.lrs),
+        reason=reason,
+        opt=made,
+    )
+
+
+def evaluated(
+    value_and_grad: Callable[[Any], tuple[Any, Any]], params: Any
+) -> tuple[float, Any]:
+    found = value_and_grad(params)
+    if not isinstance(found, tuple) or len(found) != 2 or not is_number(found[0]):
+        raise TypeError(
+            f"value_and_grad must return the loss, a number, and the gradients, got "
+            f"{found!r}"
+        )
+    return float(found[0]), found[1]
+
+
+def rate(opt: Any, steps: int) -> float:
+    """The learning rate of the first group."""
+    groups = getattr(opt, "groups", None)
+    lr = groups[0].get("lr", math.nan) if groups else math.nan
+    return float(lr(steps) if callable(lr) else lr)
+
+
+def name_of(callback: Any) -> str:
+    return str(getattr(callback, "__name__", type(callback).__name__))
+
+
+class Progress:
+    """A line on the standard error that says how far a run is."""
+
+    def __init__(self, total: int):
+        self.total, self.due = total, -math.inf
+
+    def __call__(self, run: Run) -> None:
+        if run.steps == self.total or monotonic() >= self.due:
+            self.due = monotonic() + 0.1
+            line = f"step {run.steps}/{self.total}  loss {run.loss:<12.6g}"
+            print(f"\r{line} lr {run.lrs[-1]:<10.3g}", end="", file=sys.stderr)
+
+    def end(self) -> None:
+        print(file=sys.stderr)

@@ -1,0 +1,546 @@
+"""What to set: the learning rate, by a range test; the batch size, by the gradients'
+noise; and the one when the other changes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastopt.bound import fill
+from fastopt.checks import check_count
+from fastopt.flat import Array, FlatBuffer, leaves
+from fastopt.lookahead import Lookahead
+from fastopt.optimizer import Optimizer
+from fastopt.rule import check_hyperparameter
+from fastopt.saving import to_host
+from fastopt.training import evaluated, is_number
+
+# The learning rate ------------------------------------------------------------------
+
+DONE = 0.9  # the share of the fall after which there is little more to gain
+
+
+@dataclass(frozen=True)
+class LRRangeTest:
+    """What :func:`lr_range_test` saw.
+
+    Attributes
+    ----------
+    lrs, losses
+        The rates that were tried, and the loss after a step with each.
+    smoothed
+        The losses, none above where they started, averaged with their neighbours before
+        and after. An average of those before alone would lag behind, and move what is
+        suggested to larger rates.
+    start
+        The loss where they started.
+    diverged
+        Whether the test ended because the loss did.
+    """
+
+    lrs: Array
+    losses: Array
+    smoothed: Array
+    start: float
+    diverged: bool
+
+    def suggestion(self, how: str = "valley") -> float:
+        """A learning rate.
+
+        Parameters
+        ----------
+        how
+            "valley": the least rate at which nine tenths of the fall are done.
+            (fastai's of this name is the middle of the longest fall; it depends on
+            ``lo``.) "steepest": where the loss falls fastest over the logarithm of the
+            rate, and "minimum": a tenth of the rate with the least loss; both as others
+            have them, and both far too careful for short runs (see docs/strategy.md).
+
+        Raises
+        ------
+        ValueError
+            If the test cannot say: there is no fall, none that stands out of the noise,
+            or no end of it.
+        """
+        if how not in ("valley", "steepest", "minimum"):
+            raise ValueError(
+                f'how must be "valley", "steepest" or "minimum", got {how!r}'
+            )
+        lrs, s = self.lrs, self.smoothed
+        if len(s) < 3:
+            raise ValueError(
+                f"the loss diverged at the learning rate number {len(s) + 1}; begin "
+                f"with a smaller one than {lrs[0] if len(lrs) else 'that'} (lo)"
+            )
+        least = int(s.argmin())
+        fall = float(s[: least + 1].max() - s[least])
+        # Of neighbours, which have all but the same rate; the median sees no fall. The
+        # average of some has half of it, and its range over all of them twice that.
+        noise = float(np.median(abs(np.diff(self.losses))))
+        if not fall > max(2 * noise, 1e-9 * abs(self.start)):
+            raise ValueError(
+                f"the loss fell by {fall:.3g}, which does not stand out of its noise "
+                f"({noise:.3g} from step to step); test larger rates, larger batches "
+                f"or more steps (num), and look at plot()"
+            )
+        if how == "steepest":
+            slope = np.gradient(s, np.log(lrs))
+            return float(lrs[slope[: least + 1].argmin()])
+        if least == len(s) - 1 and not self.diverged:
+            raise ValueError(
+                f"the loss still falls at the largest rate of the test, {lrs[-1]:.3g}; "
+                f"test larger ones (hi)"
+            )
+        if how == "minimum":
+            return float(lrs[least]) / 10
+        return float(lrs[np.argmax(s <= s[: least + 1].max() - DONE * fall)])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the losses over the rates, and what is suggested; return the axes.
+
+        Without ``axes``, matplotlib's, into a figure of its own:
+        ``result.plot().figure.savefig("range.png")``.
+        """
+        if axes is None:
+            axes = new_axes()
+        axes.semilogx(self.lrs, self.losses, ".", color="0.7", label="losses")
+        axes.semilogx(self.lrs, self.smoothed, color="#0072B2", label="smoothed")
+        colors = {"valley": "#D55E00", "steepest": "#009E73", "minimum": "#CC79A7"}
+        for how, color in colors.items():
+            try:
+                lr = self.suggestion(how)
+            except ValueError:  # there is none to be drawn
+                continue
+            axes.axvline(lr, color=color, label=f"{how}: {lr:.2g}")
+        low, high = min([self.start, *self.losses]), self.start
+        if low < high:  # what diverges would leave no height for all else
+            axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False)
+        return axes
+
+
+def new_axes() -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def lr_range_test(
+    value_and_grad: Callable[[Any], tuple[Any, Any]],
+    opt: Any,
+    *,
+    lo: float = 1e-7,
+    hi: float = 10.0,
+    num: int = 100,
+    smooth: float = 0.8,
+    diverge: float = 4.0,
+    rng: Any = None,
+) -> LRRangeTest:
+    """Make steps with ever larger learning rates, and see what becomes of the loss.
+    Smith 2017, arXiv:1506.01186.
+
+    The optimizer is as before at the end, however that comes: parameters, state, count
+    and learning rates.
+
+    Parameters
+    ----------
+    value_and_grad
+        ``value_and_grad(params) -> (loss, grads)`` of a batch, as for ``minimize``; the
+        parameters are those of ``opt``, in the structure that it was given.
+    opt
+        An optimizer. In each group the rate is the tested one.
+    lo, hi, num
+        The first rate, the last, and how many, evenly spaced in the logarithm.
+    smooth
+        How much of the average is its neighbours', in [0, 1).
+    diverge
+        The test ends when the loss, averaged over those before, has risen above its
+        least by ``diverge - 1`` times the magnitude of that, or the fall to it if that
+        is more; and when it is not finite.
+    rng
+        The generator of which batches are drawn, to be put back, too: NumPy's, torch's
+        or Python's, or a list of some. An iterator cannot be put back.
+
+    Returns
+    -------
+    LRRangeTest
+        With ``suggestion()`` and ``plot()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit.
+    FloatingPointError
+        If the loss is not finite before the first step.
+
+    Notes
+    -----
+    A loss is of the parameters after the step with its rate, and of the next batch.
+    ``value_and_grad`` is called once more than there are rates. A rule that finds its
+    rate itself (``prodigy``, ``dog``) has no use for this. Of ``Muon`` it is the rate
+    of the matrices that is tested.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> h, x = np.geomspace(0.01, 1, 20), np.ones(20)
+    >>> result = fastopt.lr_range_test(
+    ...     lambda x: (0.5 * h @ x**2, h * x), fastopt.gd(x), lo=1e-4, hi=100
+    ... )
+    >>> 0.5 < result.suggestion() < 2        # it diverges from 2 on
+    True
+    >>> bool((x == 1).all())                 # nothing has changed
+    True
+    """
+    if not isinstance(opt, (Optimizer, Lookahead)):
+        raise TypeError(f"opt must be an Optimizer, or a Lookahead of one, got {opt!r}")
+    if any("lr" not in group for group in opt.groups):
+        raise TypeError(f"{opt.rule.name} has no lr to test")
+    lo, hi = (
+        float(check_hyperparameter("lr", name, value, 1.0))
+        for name, value in (("lo", lo), ("hi", hi))
+    )
+    if not 0 < lo < hi:
+        raise ValueError(f"lo must be above 0 and below hi, got {lo!r} and {hi!r}")
+    check_count("num", num, 3)
+    smooth = float(check_hyperparameter("beta", "smooth", smooth, 1.0))
+    diverge = float(check_hyperparameter("", "diverge", diverge, 1.0))
+    if diverge <= 1:
+        raise ValueError(f"diverge must be above 1, got {diverge!r}")
+    params = opt._params.trees if opt._params.grouped else opt._params.trees[0]
+    lrs, losses, diverged = [], [], False
+    # That numbers overflow at some rate is what the test is for.
+    with put_back(opt, rng), np.errstate(over="ignore", invalid="ignore"):
+        first, grads = evaluated(value_and_grad, params)
+        if not math.isfinite(first):
+            raise FloatingPointError(f"the loss is {first} before the first step")
+        least, total, weight = first, 0.0, 0.0
+        for i in range(num):
+            lr = lo * (hi / lo) ** (i / (num - 1))
+            for group in opt.groups:
+                group["lr"] = lr
+            opt.step(grads)
+            loss, grads = evaluated(value_and_grad, params)
+            if not math.isfinite(loss):
+                diverged = True
+                break
+            lrs.append(lr)
+            losses.append(loss)
+            total, weight = smooth * total + loss, smooth * weight + 1
+            least = min(least, total / weight)
+            # Not a multiple of the least alone: that may be next to 0, or below.
+            if total / weight > least + (diverge - 1) * max(abs(least), first - least):
+                diverged = True
+                break
+    start = max([first, *([float(np.median(losses[:10]))] if losses else [])])
+    smoothed = both_ways(np.minimum(losses, start), smooth)
+    return LRRangeTest(np.array(lrs), np.array(losses), smoothed, start, diverged)
+
+
+def both_ways(values: Array, beta: float) -> Array:
+    """Averages of values, weighted with ``beta**distance`` in both directions."""
+
+    def sums(values: Array) -> Array:
+        total, found = 0.0, []
+        for value in values:
+            total = beta * total + float(value)
+            found.append(total)
+        return np.array(found)
+
+    ones = np.ones(len(values))
+    total, weight = (sums(v) + sums(v[::-1])[::-1] - v for v in (values, ones))
+    averages: Array = total / weight
+    return averages
+
+
+@contextmanager
+def put_back(opt: Any, rng: Any) -> Iterator[None]:
+    """Afterwards, the optimizer and its parameters, and generators, are as before."""
+    generators = list(rng) if isinstance(rng, (list, tuple)) else [rng]
+    undo = [going_back(one) for one in generators if one is not None]
+    arrays = opt._params.arrays
+    params = list(map(to_host, arrays))
+    lrs = [group["lr"] for group in opt.groups]
+    state = opt.state_dict()
+    try:
+        yield
+    finally:
+        for group, saved in zip(
+            opt.groups, state.get("opt", state)["groups"], strict=True
+        ):
+            if not callable(group["lr"]):  # while it may be, it is not saved
+                saved.setdefault("lr", group["lr"])
+        opt.load_state_dict(state)
+        for array, saved in zip(arrays, params, strict=True):
+            fill(array, saved)
+        for group, lr in zip(opt.groups, lrs, strict=True):
+            group["lr"] = lr
+        for back in undo:
+            back()
+
+
+def going_back(rng: Any) -> Callable[[], None]:
+    """What puts a generator back to where it is now."""
+    if hasattr(rng, "bit_generator"):
+        state = rng.bit_generator.state
+        return lambda: setattr(rng.bit_generator, "state", state)
+    for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
+        if hasattr(rng, put):
+            state = getattr(rng, get)()
+            return lambda: getattr(rng, put)(state)
+    raise TypeError(f"rng must be a generator of random numbers, got {rng!r}")
+
+
+# The batch size ---------------------------------------------------------------------
+
+
+class Average:
+    """A mean of numbers, older ones weighing less, and its standard error."""
+
+    def __init__(self, beta: float):
+        self.beta, self.count = beta, 0
+        self.weight = self.weight2 = self.total = self.total2 = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.weight = self.beta * self.weight + 1
+        self.weight2 = self.beta**2 * self.weight2 + 1
+        self.total = self.beta * self.total + value
+        self.total2 = self.beta * self.total2 + value * value
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight if self.count else math.nan
+
+    @property
+    def error(self) -> float:
+        if self.count < 2:
+            return math.inf
+        numbers = self.weight**2 / self.weight2  # of equal weight that were as good
+        variance = self.total2 / self.weight - self.mean**2
+        return math.sqrt(max(variance, 0.0) / (numbers - 1))
+
+
+class GradientNoiseScale:
+    """The batch size at which noise and signal in a gradient are equal: ``B = tr(C) /
+    |G|^2``, for the covariance C of the gradients of single examples and their mean G.
+    McCandlish et al. 2018, arXiv:1812.06162.
+
+    With batches of B a run takes twice the steps, and twice the examples, that it needs
+    at least: much smaller ones waste steps, much larger ones examples. It grows as the
+    loss falls, so measure more than once in a run.
+
+    Parameters
+    ----------
+    batch_size
+        The examples in each of the batches that are compared.
+    beta
+        How much older measurements weigh, in (0, 1]; 1: as much as new ones.
+
+    Attributes
+    ----------
+    noise, signal
+        Estimates of tr(C) and of |G|^2, each without bias; NaN before the first.
+    value, error
+        Their ratio, and its standard error. NaN as long as the signal is not resolved.
+    resolved
+        Whether there were 10 updates at least, and the signal is more than 4 standard
+        errors above zero. One below zero, or next to it, says that there are too few
+        examples to see it, not that B is negative, or huge.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything that does not fit, such as NaN; then it is not counted.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> rng, scale = np.random.default_rng(0), fastopt.GradientNoiseScale(10, beta=1)
+    >>> for _ in range(50):         # 8 batches of 10: C = 1 (of 100 elements), G = 0.5
+    ...     examples = 0.5 + rng.normal(size=(8, 10, 100))
+    ...     scale.update(list(examples.mean(axis=1)))
+    >>> scale                       # 100 / (100 * 0.5**2) = 4
+    <gradient noise scale: 3.99 ± 0.035 examples>
+    """
+
+    def __init__(self, batch_size: int, *, beta: float = 0.95):
+        self.batch_size = check_count("batch_size", batch_size, 1)
+        self.beta = float(check_hyperparameter("", "beta", beta, 1.0))
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be in (0, 1], got {beta!r}")
+        self._noise, self._signal = Average(self.beta), Average(self.beta)
+
+    def update(self, grads: Sequence[Any]) -> None:
+        """Count the gradients of two or more batches, at the same parameters: a list,
+        of each the mean over its examples, in the structure of the parameters."""
+        trees = [vectors(tree) for tree in grads]
+        if len({tuple(map(len, tree)) for tree in trees}) > 1:
+            raise ValueError("the gradients differ in their structure")
+        small, big = [0.0] * len(trees), 0.0
+        for parts in zip(*trees, strict=True):
+            for i, part in enumerate(parts):
+                small[i] += float(part @ part)
+            mean = np.mean(parts, axis=0)
+            big += float(mean @ mean)
+        self.update_norms(small, big)
+
+    def update_norms(self, small: Sequence[float], big: float) -> None:
+        """The same, of norms that are there anyway: the squares of those of two or more
+        batches' gradients, and the square of that of the mean of these gradients. After
+        ``opt.accumulate(grads, grad_scale=1/K)`` for each of K batches and
+        ``opt.step(nonfinite="skip")``, the last is ``opt.grad_norm**2``."""
+        count = len(small)
+        if count < 2:
+            raise ValueError(f"two batches at least are to be compared, got {count}")
+        for norm in (*small, big):
+            if not is_number(norm) or not 0 <= float(norm) < math.inf:
+                raise ValueError(f"squared norms must be finite numbers, got {norm!r}")
+        mean, big = math.fsum(map(float, small)) / count, float(big)
+        if big > mean * (1 + 1e-4):  # more than a mean in float32 is off
+            raise ValueError(
+                f"the square of the mean's norm, {big:.6g}, is above the mean of the "
+                f"squares, {mean:.6g}, which cannot be; is it the norm of the sum of "
+                f"the gradients, or had parameters changed between them?"
+            )
+        self._noise.add(self.batch_size * count / (count - 1) * max(mean - big, 0.0))
+        self._signal.add((count * big - mean) / (count - 1))
+
+    @property
+    def noise(self) -> float:
+        return self._noise.mean
+
+    @property
+    def signal(self) -> float:
+        return self._signal.mean
+
+    @property
+    def resolved(self) -> bool:
+        return self._signal.count >= 10 and self.signal > 4 * self._signal.error
+
+    @property
+    def value(self) -> float:
+        return self.noise / self.signal if self.resolved else math.nan
+
+    @property
+    def error(self) -> float:
+        if not self.resolved:
+            return math.nan
+        # The ratio's, to first order, of two that do not depend on one another.
+        return math.hypot(self._noise.error, self.value * self._signal.error) / (
+            self.signal
+        )
+
+    def __repr__(self) -> str:
+        if not self.resolved:
+            return (
+                f"<gradient noise scale: unresolved after {self._signal.count} updates>"
+            )
+        value, error = float(f"{self.value:.3g}"), float(f"{self.error:.2g}")
+        return f"<gradient noise scale: {value:g} ± {error:g} examples>"
+
+
+def vectors(tree: Any) -> list[Array]:
+    """The arrays of a tree, each in one dimension and float64."""
+    found = (leaf for _, leaf in leaves(tree))
+    arrays = (leaf.data if isinstance(leaf, FlatBuffer) else leaf for leaf in found)
+    return [to_host(array).astype(np.float64).ravel() for array in arrays]
+
+
+def scale_hyperparameters(
+    hyperparameters: Mapping[str, Any], batch_ratio: float, rule: str
+) -> dict[str, Any]:
+    """Hyperparameters for a batch size that is ``batch_ratio`` times as large.
+
+    Parameters
+    ----------
+    hyperparameters
+        By name, such as ``opt.groups[0]``; ``lr`` at least.
+    batch_ratio
+        The new batch size over the old one.
+    rule
+        "linear", for SGD with or without momentum: lr times the ratio. Goyal et al.
+        2017, arXiv:1706.02677, who also warm up, for some epochs.
+        "sqrt", for Adam and RMSprop: lr times its root; ``1 - beta`` (of beta1, beta2,
+        and of RMSprop's alpha) times the ratio; eps over the root. Malladi et al. 2022,
+        arXiv:2205.10287.
+
+    Returns
+    -------
+    dict
+        All of them, scaled or as they were. Weight decay is as it was, and momentum. An
+        ``ema`` becomes its power, so that it averages over as many examples.
+
+    Raises
+    ------
+    TypeError
+        If lr, or what else is to be scaled, is a schedule: its number of steps changes,
+        too.
+    ValueError
+        If no average is left of a beta, and for anything that does not fit.
+
+    Notes
+    -----
+    Both hold while the noise is large: up to the noise scale
+    (:class:`GradientNoiseScale`), beyond which larger batches gain little.
+
+    Example
+    -------
+    >>> import fastopt
+    >>> fastopt.scale_hyperparameters({"lr": 0.1, "momentum": 0.9}, 4, "linear")
+    {'lr': 0.4, 'momentum': 0.9}
+    >>> fastopt.scale_hyperparameters({"lr": 0.001, "beta1": 0.875}, 4, "sqrt")
+    {'lr': 0.002, 'beta1': 0.5}
+    """
+    ratio = float(check_hyperparameter("", "batch_ratio", batch_ratio, 1.0))
+    if ratio <= 0:
+        raise ValueError(f"batch_ratio must be above 0, got {batch_ratio!r}")
+    if rule not in ("linear", "sqrt"):
+        raise ValueError(f'rule must be "linear" or "sqrt", got {rule!r}')
+    if "lr" not in hyperparameters:
+        raise ValueError(f"there is no lr in {dict(hyperparameters)!r}")
+
+    def number(name: str) -> float:
+        value = hyperparameters[name]
+        if callable(value):
+            raise TypeError(
+                f"{name} is a schedule, {value!r}; make one for the other batch size, "
+                f"of its number of steps, too"
+            )
+        return float(check_hyperparameter("", name, value, 1.0))
+
+    root = math.sqrt(ratio)
+    scaled = dict(hyperparameters)
+    scaled["lr"] = number("lr") * (ratio if rule == "linear" else root)
+    if scaled.get("ema") is not None:
+        scaled["ema"] = number("ema") ** ratio
+    if rule == "linear":
+        return scaled
+    if "eps" in scaled:
+        scaled["eps"] = number("eps") / root
+    for name in scaled:
+        average = re.fullmatch(r"beta\d*", name) or name == "alpha"
+        if not average or not 0 < number(name) < 1:  # 0: no average; ademamix' alpha
+            continue
+        left = ratio * (1 - number(name))
+        if left >= 1 - 1e-9:  # 10 * (1 - 0.9) is not 1
+            raise ValueError(
+                f"{name}={number(name):g} averages over {1 / (1 - number(name)):.3g} "
+                f"steps, of which {ratio:g} become one; at that batch size the rule "
+                f"does not hold"
+            )
+        scaled[name] = 1 - left
+    return scaled
