@@ -3,8 +3,10 @@ and the same step with gradients that were accumulated one task after the other.
 
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
 import fastopt
 from fastopt import cython_cpu, multitask, numba_cpu, numpy_ref
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -462,3 +465,15 @@ def test_accumulated_gradients_are_in_the_way():
     opt.accumulate(np.ones(2))
     with pytest.raises(RuntimeError, match="there are accumulated gradients"):
         opt.step(np.ones((2, 2)), weights=[1, 1])
+
+
+def test_the_page_is_so():
+    """Its code runs, and its table has every method."""
+    page = (ROOT / "docs" / "multitask.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(compile(code, "multitask.md", "exec"), names)
+    assert names["opt"].steps == 1
+    table = page.partition("## Which method")[2].partition("##")[0]
+    methods = {*multitask.__all__} - {"gram"}
+    assert all(f"`{name}`" in table for name in methods)
