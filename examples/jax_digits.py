@@ -74,8 +74,8 @@ def main():
             batches, -1
         ):
             params, state, value = advance(params, state, data[batch], target[batch])
-        right = logits(params, data[test]).argmax(axis=1) == target[test]
-        print(f"epoch {epoch + 1}: loss {value:.4f}, test {100 * right.mean():.1f}%")
+        accuracy = (logits(params, data[test]).argmax(axis=1) == target[test]).mean()
+        print(f"epoch {epoch + 1}: loss {value:.4f}, test accuracy: {accuracy:.3f}")
 
 
 if __name__ == "__main__":

@@ -15,52 +15,62 @@ pytest.importorskip("Cython", reason="Cython is needed to build")
 pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is needed")
 
 
-def build(tmp_path, **env):
-    """Build the extensions from a copy of the sources; their paths and the messages."""
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy, in which what Cython makes of them is kept from one test to the next."""
+    copied = tmp_path_factory.mktemp("sources")
     for name in ("fastopt", "csrc"):
         ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+        shutil.copytree(ROOT / name, copied / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, copied)
+    return copied
+
+
+def build(sources, out, **env):
+    """Build the extensions; their paths and the messages."""
     done = subprocess.run(
         [
-            *(sys.executable, "setup.py", "build_py", "--build-lib", "out"),
-            *("build_ext", "--build-lib", "out"),
+            *(sys.executable, "setup.py", "build_py", "--build-lib", out),
+            *("build_ext", "--build-lib", out, "--build-temp", out / "temp"),
         ],
-        cwd=tmp_path,
+        cwd=sources,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return sorted((tmp_path / "out").rglob("_kernels_*")), done.stdout + done.stderr
+    return sorted((out / "fastopt").glob("_kernels_*")), done.stdout + done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="CC is not how Windows compiles")
-def test_without_a_compiler_the_build_goes_on(tmp_path):
+def test_without_a_compiler_the_build_goes_on(sources, tmp_path):
     nothing = str(tmp_path / "no-such-compiler")
-    built, messages = build(tmp_path, CC=nothing, CXX=nothing)
+    built, messages = build(sources, tmp_path, CC=nothing, CXX=nothing)
     assert built == []
     assert "no-such-compiler" in messages
     # Yet everything up to the compiler was done: a kernel for every rule was rendered.
-    source = (tmp_path / "build/kernels/_kernels_baseline.pyx").read_text()
+    source = (sources / "build/kernels/_kernels_baseline.pyx").read_text()
     for kernel in cython_cpu.KERNELS.values():
         for dtype in ("f32", "f64"):
             assert f"cdef void {kernel}_{dtype}_kernel(" in source
     # And what native code needs is part of the package.
     for name in ("py.typed", "__init__.pxd", "include/fastopt.h"):
-        assert (tmp_path / "out" / "fastopt" / name).exists()
+        assert (tmp_path / "fastopt" / name).exists()
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
-def test_a_compiler_without_openmp_makes_serial_kernels(tmp_path):
-    """Such as Apple's. The wrapper refuses the flag, as it does."""
+def test_a_compiler_without_openmp_makes_serial_kernels(sources, tmp_path):
+    """Such as Apple's. The wrapper refuses the flag, as it does; and does not optimize,
+    which would take minutes."""
     wrapper = tmp_path / "cc"
     wrapper.write_text(
-        '#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n'
+        '#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@" -O0\n'
     )
     wrapper.chmod(0o755)
-    built, messages = build(tmp_path, CC=str(wrapper), LDSHARED=f"{wrapper} -shared")
+    built, messages = build(
+        sources, tmp_path, CC=str(wrapper), LDSHARED=f"{wrapper} -shared"
+    )
     assert len(built) >= 1
     assert "building without OpenMP" in messages
     (baseline,) = [str(path) for path in built if "baseline" in path.name]

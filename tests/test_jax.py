@@ -448,7 +448,7 @@ def test_another_device_is_refused(monkeypatch):
         jax.jit(opt.step)(x, x, opt.init(x))
 
 
-# The page and the example -------------------------------------------------------------
+# The page ----------------------------------------------------------------------------
 
 
 def test_the_page():
@@ -465,15 +465,3 @@ def test_the_docstrings():
 
     result = doctest.testmod(fj)
     assert result.attempted >= 5 and not result.failed
-
-
-def test_the_example():
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "jax_digits.py"), "--epochs", "3"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    accuracy = float(re.findall(r"([\d.]+)%", done.stdout)[-1])
-    assert accuracy > 90
