@@ -97,6 +97,7 @@ PEERS = {
     "fastopt": ["fastopt", "fastopt arrays", "fastopt numba"],
     "numpy": ["naive NumPy"],
     "torch": ["torch fused", "torch foreach", "torch loop", "torch fused, huge pages"],
+    "timm": ["timm"],
     "deepspeed": ["DeepSpeed"],
     "optax": ["optax"],
     "jax": ["fastopt jax"],

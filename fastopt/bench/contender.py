@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -181,7 +183,7 @@ def naive_numpy(case: Case) -> Contender:
 
 
 def looked_up(table: dict[str, Any], case: Case, peer: str) -> Any:
-    if peer != "torch":
+    if peer not in ("torch", "timm"):
         alone(case)
     if case.rule not in table:
         raise Unavailable(f"{peer} does not have this rule")
@@ -260,7 +262,7 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
     given = with_betas(every_hyperparameter(case))
     opt = optimizer(params, **given, **options, **how)
     contender = of_torch(opt, params)
-    return contender._replace(step=torch_sequence(case, opt.step, params))
+    return contender._replace(step=torch_sequence(case.asked, opt.step, params))
 
 
 def fastopt_torch(case: Case, flat: bool = False) -> Contender:
@@ -276,13 +278,13 @@ def fastopt_torch(case: Case, flat: bool = False) -> Contender:
     return of_torch(opt, params)
 
 
-def torch_sequence(case: Case, step: Any, params: list[Any]) -> Any:
+def torch_sequence(asked: dict[str, Any], step: Any, params: list[Any]) -> Any:
     """What a torch user writes around a step for what is asked beside."""
     import torch
 
-    if not case.asked:
+    if not asked:
         return step
-    norm, ema = case.asked.get("clip_norm"), case.asked.get("ema")
+    norm, ema = asked.get("clip_norm"), asked.get("ema")
     averages = [p.detach().clone() for p in params] if ema else []
 
     def sequence() -> None:
@@ -350,6 +352,31 @@ def deepspeed(case: Case) -> Contender:
     except RuntimeError as error:  # it compiles its kernel on first use
         raise Unavailable(f"{error} {error.__cause__ or ''}".strip()) from error
     return of_torch(opt, params)
+
+
+TIMM = {"lamb": "lamb.Lamb", "lion": "lion.Lion"}
+
+
+def only_timms_optimizers() -> None:
+    """All of timm needs torchvision, which needs a torch of its own."""
+    found = importlib.util.find_spec("timm")
+    if found is not None and "timm" not in sys.modules:
+        sys.modules["timm"] = ModuleType("timm")
+        sys.modules["timm"].__path__ = list(found.submodule_search_locations or ())
+
+
+def timm(case: Case) -> Contender:
+    """As it comes: its tensors are taken four at a time or one by one, as it likes."""
+    module, _, name = looked_up(TIMM, case, "timm").rpartition(".")
+    only_timms_optimizers()
+    params, asked = torch_tensors(case), dict(case.asked)
+    given = with_betas(every_hyperparameter(case))
+    if case.rule == "lamb":
+        given["max_grad_norm"] = asked.pop("clip_norm", None)
+    optimizer = getattr(importlib.import_module(f"timm.optim.{module}"), name)
+    opt = optimizer(params, **given)
+    contender = of_torch(opt, params)
+    return contender._replace(step=torch_sequence(asked, opt.step, params))
 
 
 BITSANDBYTES = {
@@ -465,6 +492,7 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "torch fused, huge pages": torch_huge_pages,
     "torch foreach": partial(torch_optimizer, foreach=True),
     "torch loop": partial(torch_optimizer, foreach=False),
+    "timm": timm,
     "DeepSpeed": deepspeed,
     "optax": optax,
     "fastopt jax": fastopt_jax,
@@ -480,6 +508,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch fused, huge pages": ("torch",),
     "torch foreach": ("torch",),
     "torch loop": ("torch",),
+    "timm": ("torch", "timm"),
     "DeepSpeed": ("torch", "deepspeed"),
     "optax": ("jax", "optax"),
     "fastopt jax": ("jax",),
@@ -494,6 +523,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 def import_packages(name: str) -> None:
     for package in PACKAGES.get(name, ()):
         try:
+            if package == "timm":
+                only_timms_optimizers()
             importlib.import_module(package)
         except ImportError as error:
             raise Unavailable(

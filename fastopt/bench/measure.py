@@ -43,6 +43,7 @@ WITH_TEMPORARIES = {
     "naive NumPy": 3,
     "torch loop": 3,
     "torch foreach": 3,
+    "timm": 3,
     "bitsandbytes": 3,
     "optax": 2,
 }

@@ -37,6 +37,7 @@ LINES = {
     "torch fused, huge pages": Line("#0072B2", "--"),
     "torch foreach": Line("#56B4E9", "-"),
     "torch loop": Line("#56B4E9", "--"),
+    "timm": Line("#F0E442", "-"),
     "DeepSpeed": Line("#D55E00", "-"),
     "optax": Line("#009E73", "-"),
     "fastopt jax": Line("#000000", "-."),
