@@ -361,8 +361,11 @@ def only_timms_optimizers() -> None:
     """All of timm needs torchvision, which needs a torch of its own."""
     found = importlib.util.find_spec("timm")
     if found is not None and "timm" not in sys.modules:
-        sys.modules["timm"] = ModuleType("timm")
-        sys.modules["timm"].__path__ = list(found.submodule_search_locations or ())
+        (place,) = found.submodule_search_locations or ()
+        for name in ("timm", "timm.optim"):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [place]
+            place = os.path.join(place, "optim")
 
 
 def timm(case: Case) -> Contender:
