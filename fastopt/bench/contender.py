@@ -359,9 +359,8 @@ TIMM = {"lamb": "lamb.Lamb", "lion": "lion.Lion"}
 
 def only_timms_optimizers() -> None:
     """All of timm needs torchvision, which needs a torch of its own."""
-    found = importlib.util.find_spec("timm")
-    if found is not None and "timm" not in sys.modules:
-        (place,) = found.submodule_search_locations or ()
+    found = None if "timm" in sys.modules else importlib.util.find_spec("timm")
+    for place in (found and found.submodule_search_locations) or ():
         for name in ("timm", "timm.optim"):
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__path__ = [place]
