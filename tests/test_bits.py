@@ -78,11 +78,13 @@ def test_same_bits_of_many(name, dtype, on_isa):
     compare(rule, values, dtype, LARGE, on_isa)
 
 
+@pytest.mark.parametrize("last_cache", [0, 8 << 20])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", ["lamb", "novograd"])
-def test_same_bits_of_batches(name, threads):
+def test_same_bits_of_batches(name, threads, last_cache, monkeypatch):
     """Segments whose sums are taken together, in their cases: several in a batch, one
     that is more than a batch, none with a gradient, an empty one."""
+    monkeypatch.setattr(cython_cpu, "last_cache", lambda: last_cache)
     rule, rng = getattr(fastopt, name), np.random.default_rng(0)
     sizes = [333_333, 0, 5, 2_500_000, 70_001, 1, 900_000, 333]
     start = [nonzero(rng, size, np.float32) for size in sizes]
