@@ -34,8 +34,9 @@ def test_every_rule_and_variant_has_cases():
     found = cases.cases(names, [10], [(3, 4)])
     plain = [case for case in found if not case.asked]
     assert len(plain) == 2 * sum(1 + len(rule.variants) for rule in fastopt.RULES)
-    asked = [case.asked for case in found if case.asked]
-    assert asked == [beside for beside in cases.ASKED for _ in range(2)]
+    for name in names:
+        asked = [case.asked for case in found if case.asked and case.rule == name]
+        assert asked == [each for each in cases.ASKED.get(name, ()) for _ in range(2)]
     for case in found:
         rule = getattr(fastopt, case.rule)
         rule(np.ones(3), backend="numpy", **case.hyperparameters).step(np.ones(3))

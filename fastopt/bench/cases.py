@@ -12,11 +12,12 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 QUICK_SIZES = (1_000, 100_000, 1_000_000)
 TENSORS = ((100, 1_000), (150, 333_333))  # how many, of how many elements
 
-# What a step may do beside its rule, as it is measured with adamw.
-ASKED: tuple[dict[str, float], ...] = (
-    {"clip_norm": 1.0},
-    {"clip_norm": 1.0, "ema": 0.999},
-)
+# What a step may do beside its rule, as it is measured. LAMB's users clip: timm's and
+# apex's do by default.
+ASKED: dict[str, tuple[dict[str, float], ...]] = {
+    "adamw": ({"clip_norm": 1.0}, {"clip_norm": 1.0, "ema": 0.999}),
+    "lamb": ({"clip_norm": 1.0},),
+}
 
 # What the switches of rules are turned to; flags become True.
 ON = {"momentum": 0.9}
@@ -62,6 +63,6 @@ def cases(
         Case(name, hyperparameters, count, elements, asked)
         for name in rules
         for hyperparameters in switched(getattr(fastopt, name))
-        for asked in ({}, *(ASKED if name == "adamw" else ()))
+        for asked in ({}, *ASKED.get(name, ()))
         for count, elements in shapes
     ]
