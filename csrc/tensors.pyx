@@ -68,7 +68,7 @@ cdef bint holds(dict_, list values, Py_ssize_t* place):
 
 cdef class Tensors:
     cdef ExchangeAPI* api
-    cdef list params, options, keys, values, entries, buffers, held
+    cdef list params, counts, options, keys, values, entries, buffers, held
     cdef object grad_of, address_of
     cdef bytes planned
     cdef bint single, hold
@@ -113,6 +113,7 @@ cdef class Tensors:
 
     def note(self, list groups):
         self.options = entries_of(groups)
+        self.counts = [len(group["params"]) for group in groups]
 
     cdef int read(self, tensor, int64_t* words) except -1:
         cdef DLTensor view
@@ -146,17 +147,21 @@ cdef class Tensors:
 
     cdef bint as_noted(self, list groups, state):
         """Whether the parameters and the entries of the state are the same objects."""
-        cdef Py_ssize_t i, k = 0, place = 0, at = 0
+        cdef Py_ssize_t g, i, k = 0, place = 0, at = 0
         cdef PyObject* key
         cdef PyObject* value
         cdef list params
         self.same_options = True
-        for group in groups:
+        if PyList_GET_SIZE(groups) != PyList_GET_SIZE(self.counts):
+            return False
+        for g, group in enumerate(groups):
             if self.same_options and not holds(group, self.options, &at):
                 self.same_options = False
             if self.single:
                 continue
             params = group["params"]
+            if PyList_GET_SIZE(params) != <Py_ssize_t> self.counts[g]:
+                return False
             for i in range(PyList_GET_SIZE(params)):
                 if k == PyList_GET_SIZE(self.params):
                     return False
@@ -197,8 +202,11 @@ cdef class Tensors:
             grad = getter.tp_descr_get(self.grad_of, param, type(param))
             grads.append(grad)
             address = 0
-            if self.hold and <PyObject*> grad == PyList_GET_ITEM(self.held, i):
-                # What moves a gradient's memory moves that of its parameter, too.
+            if (
+                grad is not None
+                and <PyObject*> grad == PyList_GET_ITEM(self.held, i)
+                and <int64_t> self.address_of(grad) == self.at[i]
+            ):
                 if <int64_t> self.address_of(param) != words[0]:
                     return None
             elif self.planned[i]:

@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -581,6 +582,112 @@ def test_an_optimizer_is_freed():
     assert not any(grad() is not None for grad in grads)  # a plan keeps no gradients
     del opt
     assert gone() is None
+
+
+def test_an_optimizer_that_has_lost_its_parameters():
+    for empty in (list.clear, lambda params: None):
+        opt = ft.AdamW(params_of(draw()))
+        empty(opt.param_groups[0]["params"])
+        if opt.param_groups[0]["params"]:
+            opt.param_groups[0]["params"] = []
+        opt.step()
+        opt.step()
+
+
+def test_a_parameter_that_goes_to_its_neighbours_group():
+    """The parameters are the same ones, in the same order."""
+    found = []
+    for of in (ft, torch.optim):
+        params = params_of(draw([(3,)] * 2))
+        opt = of.SGD([{"params": [p]} for p in params], lr=0.1)
+        opt.param_groups[1]["lr"] = 0.0
+        for _ in range(2):
+            give(params, draw([(3,)] * 2, seed=1))
+            opt.step()
+            first, second = opt.param_groups
+            if second["params"]:
+                first["params"].append(second["params"].pop())
+        found.append(flat(params))
+    assert torch.equal(*found)
+
+
+def test_steps_whose_memory_is_gone():
+    """Counts are worked in where they are, and kept alive."""
+    params = params_of(draw([(3,)]))
+    opt = ft.Adam(params)
+    give(params, draw([(3,)], seed=1))
+    opt.step()
+    saved, memory = opt.state_dict(), np.full(1, 1.0, np.float32)
+    gone = weakref.ref(memory)
+    saved["state"][0]["step"] = torch.from_numpy(memory).reshape(())
+    opt.load_state_dict(saved)
+    opt.step()
+    opt.step()
+    del saved, memory
+    opt.state[params[0]]["step"].data = torch.tensor(100.0)
+    opt.step()
+    assert float(opt.state[params[0]]["step"]) == 101
+    assert gone() is None or gone()[0] == 3
+
+
+def test_nothing_is_put_into_the_state_of_a_step_that_is_torchs():
+    """Sparse gradients: the first step of SGD's momentum is without dampening."""
+    found = []
+    for of in (ft, torch.optim):
+        torch.manual_seed(0)
+        model = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 1)
+        params = [*model[0].parameters(), *model[1].parameters()]
+        opt = of.SGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+        for _ in range(2):
+            opt.zero_grad()
+            model[1](model[0](torch.tensor([1, 3]))).sum().backward()
+            opt.step()
+        found.append(flat(params))
+    torch.testing.assert_close(*found)
+    opt = ft.Adam([torch.nn.Embedding(5, 3, sparse=True).weight])
+    (param,) = opt.param_groups[0]["params"]
+    param.grad = torch.ones(5, 3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert not opt.state.get(param)
+
+
+def test_centered_rmsprop_is_not_left_to_torch():
+    (param,) = params = params_of(draw([(3,)]))
+    opt = ft.RMSprop(params, centered=True, differentiable=True)
+    give(params, draw([(3,)], seed=1))
+    with pytest.raises(RuntimeError, match="does not keep the variance"):
+        opt.step()
+
+
+def test_complex_parameters_to_evaluate():
+    (start,) = draw([(3,)], torch.complex64)
+    param, pair = Parameter(start), Parameter(torch.view_as_real(start).clone())
+    opts = [ft.ScheduleFreeAdamW([p], lr=0.1) for p in (param, pair)]
+    for seed in range(3):
+        (grad,) = draw([(3,)], torch.complex64, seed=seed)
+        param.grad, pair.grad = grad, torch.view_as_real(grad).clone()
+        for opt in opts:
+            opt.step()
+    (ours,), (reals,) = (opt.eval_params() for opt in opts)
+    assert torch.equal(torch.view_as_real(ours), reals)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be"):
+        ft.Adam(params_of(draw()), backend="nope")
+
+
+Mine = ft.optimizer(fastopt.lion, "Mine")
+
+
+def test_classes_of_ones_own_can_be_pickled():
+    params = params_of(draw())
+    opt = Mine(params, lr=0.1)
+    give(params, draw(seed=1))
+    opt.step()
+    again = pickle.loads(pickle.dumps(opt))
+    assert type(again) is Mine and len(again.state) == len(params)
 
 
 # Without what makes it fast -------------------------------------------------------

@@ -94,6 +94,22 @@ def test_what_is_not_finite():
     assert not torch.equal(before, flat(params))
 
 
+@pytest.mark.parametrize("of", [PLAIN, transposed, lambda t: t.bfloat16()])
+def test_gradients_are_set_to_zero_where_a_step_is_left_out(of):
+    """Or every step from then on would be left out, too."""
+    param = Parameter(of(draw([(4, 3)])[0]))
+    opt = ft.SGD([param], lr=0.1, nonfinite="skip")
+    param.grad = torch.full_like(param, math.nan)
+    opt.step(zero_grads=True)
+    assert opt.skipped == 1 and not param.grad.any()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(1))
+    param.grad = torch.full_like(param, math.inf)
+    scaler.step(opt, zero_grads=True)
+    scaler.update()
+    assert not param.grad.any() and scaler.get_scale() == 2.0
+
+
 @pytest.mark.parametrize("of", [PLAIN, transposed, gaps, lambda t: t.bfloat16()])
 def test_gradients_set_to_zero(of):
     for of_param in (PLAIN, of):
@@ -365,6 +381,63 @@ def test_what_leaves_the_buffer(change):
         change(model, opt)
         train(model, opt, 3, start=3)
     assert torch.equal(*(flat(model.parameters()) for model in models))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_of_a_flat_model_that_move(native, monkeypatch):
+    """They stay the same objects; those of a parameter beside it, too."""
+    if not native:
+        monkeypatch.setattr(memory, "native", None)
+    models, beside = (network(), network()), params_of([torch.ones(3)] * 2)
+    ft.flatten_(models[0])
+    opts = []
+    for model, param in zip(models, beside, strict=True):
+        opts.append(ft.SGD([*model.parameters(), param], lr=0.1))
+        train(model, opts[-1], 3)
+        param.grad = torch.zeros(3)
+        opts[-1].step()
+        opts[-1].step()
+        model[1].weight.grad.data = torch.full_like(model[1].weight, 100.0)
+        param.grad.data = torch.ones(3)
+        opts[-1].step()
+    assert torch.equal(*(flat(model.parameters()) for model in models))
+    assert torch.equal(*beside)
+
+
+def test_a_flat_model_with_a_frozen_layer_is_planned_once():
+    models = network(), network()
+    for model in models:
+        next(iter(model.parameters())).requires_grad_(False)
+    ft.flatten_(models[0])
+    for model in models:
+        opt = ft.AdamW(model.parameters(), lr=0.1)
+        train(model, opt, 2)
+        plan = opt._plan
+        train(model, opt, 2, start=2)
+        assert opt._plan is plan
+    assert torch.equal(*(flat(model.parameters()) for model in models))
+
+
+def test_flatten_moves_nothing_if_a_gradient_is_sparse():
+    params = params_of(draw([(3, 2)] * 2))
+    params[1].grad = torch.ones(3, 2).to_sparse()
+    before = [param.data_ptr() for param in params]
+    with pytest.raises(ValueError, match="is sparse"):
+        ft.flatten_(params)
+    assert before == [param.data_ptr() for param in params]
+
+
+def test_state_that_is_shared_after_steps():
+    params = params_of(draw([(3,), (5,)]))
+    ft.flatten_(params)
+    opt = ft.Adagrad(params, lr=0.1)
+    for param in params:
+        param.grad.fill_(1)
+    opt.step()
+    opt.step()
+    opt.share_memory()
+    opt.step()
+    assert all(torch.all(opt.state[param]["sum"] == 3) for param in params)
 
 
 def test_a_gradient_that_is_none_in_a_flat_model():

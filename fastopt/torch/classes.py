@@ -79,6 +79,14 @@ class RMSprop(Stepping, torch.optim.RMSprop):
         on = {name for name in ("momentum", "centered") if group[name]}
         return rules.rmsprop.variant(on)
 
+    def _unsupported(self, reason: str, *rest: Any) -> None:
+        if any(group["centered"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{reason} are left to torch's own RMSprop, which does not keep the "
+                f"variance; use centered=False, or torch.optim.RMSprop"
+            )
+        super()._unsupported(reason, *rest)
+
     def _inward(self, state: dict[str, Any]) -> None:
         if "grad_avg" in state:
             square, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
@@ -96,6 +104,10 @@ class RMSprop(Stepping, torch.optim.RMSprop):
 class Adagrad(Stepping, torch.optim.Adagrad):
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return rules.adagrad
+
+    def share_memory(self) -> None:
+        super().share_memory()
+        self._renew()  # state has moved
 
 
 class Adadelta(Stepping, torch.optim.Adadelta):
@@ -218,7 +230,8 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
             "_variants": {frozenset(names): rule.variant(set(names)) for names in on},
             "__signature__": inspect.Signature(parameters),
             "__doc__": rule.__doc__,
-            "__module__": "fastopt.torch",
+            # As a namedtuple's: where it is, so that it can be pickled.
+            "__module__": sys._getframe(1).f_globals.get("__name__", __name__),
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -37,13 +38,19 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     -------
     The buffers, for each dtype and device; reducing their ``grad``, say, is one call.
 
+    Raises
+    ------
+    ValueError
+        For a sparse gradient, before anything is moved.
+
     Notes
     -----
     Gradients stay in the buffer as long as they are set to zero and not to None: by the
     ``zero_grad()`` of an optimizer of ``fastopt.torch``, not by that of the model. If
     they leave it, steps are right, but as fast as without. A parameter that had no part
     in a loss has a gradient of zeros, where it had None before, so that weight decay
-    and momentum go on.
+    and momentum go on. Parameters that share memory without being one object no longer
+    do; and their elements lie row by row, not as ``channels_last``.
 
     Example
     -------
@@ -59,6 +66,12 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     for param in dict.fromkeys(params):
         if param.requires_grad:
             kinds.setdefault((param.dtype, param.device), []).append(param)
+    for param in itertools.chain.from_iterable(kinds.values()):
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ValueError(
+                f"a gradient of shape {tuple(param.shape)} is sparse and cannot lie in "
+                f"a buffer; nothing was moved"
+            )
     with torch.no_grad():
         return [flattened(alike) for alike in kinds.values()]
 

@@ -183,6 +183,7 @@ class Tensors:
     def note(self, groups: list[dict[str, Any]]) -> None:
         """Note that the options have been read."""
         self.options = [value for group in groups for value in group.values()]
+        self.counts = [len(group["params"]) for group in groups]
 
     @staticmethod
     def _entries(state: dict[Any, Any]) -> list[Any]:
@@ -214,11 +215,12 @@ class Tensors:
         there when it was last set to False. ``same_options``: those of the groups are
         those that were noted.
         """
-        options = self.options
-        self.note(groups)
-        self.same_options, self.options = same(self.options, options), options
+        options = [value for group in groups for value in group.values()]
+        self.same_options = same(self.options, options)
         now = self.params
         if not self.single:
+            if [len(group["params"]) for group in groups] != self.counts:
+                return None
             now = [param for group in groups for param in group["params"]]
         if not same(now, self.params) or not same(self._entries(state), self.entries):
             return None
@@ -252,7 +254,8 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 def watched(*what: Any) -> Any:
     """The faster of the two, where it is possible."""
-    if native is not None:
+    params, *_ = what
+    if native is not None and params:
         try:
             return native.Tensors(*what)
         except AttributeError:  # an older torch, a tensor of many dimensions

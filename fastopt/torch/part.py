@@ -60,6 +60,8 @@ class Part:
             rule, names, members, values, averaged, module, self._neighbours()
         )
         self.carried = len(self.vectors) - 1
+        carry = rule.carry if names.carry is None else names.carry
+        self.counted = [key for key in (names.steps, *map(names.key, carry)) if key]
         self.scalars = names.scalars or compiled(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
@@ -76,9 +78,11 @@ class Part:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What steps work in, of the state."""
-        found = [m.state.get(key) for m in self.members for key in self.keys]
-        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+        """What steps work in, of the state: where each run of it begins."""
+        firsts = [self.members[run[0]].state for run in self.runs]
+        found = [state.get(key) for state in firsts for key in self.keys]
+        counted = [self.members[0].state.get(key) for key in self.counted]
+        return [t for t in (*found, *counted) if isinstance(t, Tensor)]
 
     @property
     def merged(self) -> bool:
@@ -211,6 +215,11 @@ class Part:
                     if active:
                         member.param.copy_(made)
             self._copies, self.step = [], None
+
+    def zero_grads(self) -> None:
+        for member in self.members:
+            if member.param.grad is not None:
+                member.param.grad.zero_()
 
     def norm(self, factor: float, threads: int) -> tuple[float, bool]:
         """The sum of the squares of the gradients, and whether all are finite."""

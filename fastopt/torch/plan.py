@@ -73,18 +73,24 @@ class Plan:
         if single is not None:
             pairs = [(single, 0)]
         self._params = [param for param, _ in pairs]
+        keeps = [
+            bool(rule.state or rule.carry or names.steps or averaged)
+            for rule in self.rules
+        ]
+        planned = [
+            param.grad is not None or bool(state.get(param)) or not keeps[group]
+            for param, group in pairs
+        ]
+        for param, there in zip(self._params, planned, strict=True):
+            if there:  # all of them, before anything is put into the state
+                check(param, names)
         alike: dict[Any, list[Member]] = {}
-        planned = []
         for place, (param, group) in enumerate(pairs):
-            rule = self.rules[group]
-            keeps = bool(rule.state or rule.carry or names.steps or averaged)
-            there = param.grad is not None or bool(state.get(param))
-            planned.append(there or not keeps)
-            if not planned[-1]:
+            if not planned[place]:
                 continue
-            check(param, names)
+            rule = self.rules[group]
             plain = is_plain(param, rule.factored)
-            entry = state[param] if keeps else {}
+            entry = state[param] if keeps[group] else {}
             member = Member(param, place, group, entry, plain)
             key = id(rule), param.dtype, param.device, plain
             alike.setdefault(key, []).append(member)
@@ -99,8 +105,7 @@ class Plan:
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}
         self._merged = any(part.merged for part in self.parts)
-        # State that was merged lies in one buffer with that of others.
-        buffers = [t for p in self.parts if not p.merged for t in p.buffers]
+        buffers = [tensor for part in self.parts for tensor in part.buffers]
         self.tensors = watched(
             self._params,
             planned,
@@ -213,6 +218,9 @@ class Plan:
                         raise FloatingPointError(
                             "not all is finite in the gradients; nothing was updated"
                         )
+                    if asked.zero_grads:
+                        for part in parts:
+                            part.zero_grads()
                     return norm, False
                 shrink = shrinking(norm, asked.clip_norm)
                 factors = [factor * shrink for factor in factors]
@@ -228,17 +236,12 @@ class Plan:
                 part.prepare(values, factors)
             part.update(threads, extras, totals.get(id(part.rule)))
         if asked is not None and asked.zero_grads:
-            self._zero_what_was_copied(parts)
-        return norm, True
-
-    def _zero_what_was_copied(self, parts: list[Part]) -> None:
-        grads = list(self._odd)
-        for part in parts:
-            if not part.plain:
-                grads += [member.param.grad for member in part.members]
-        for grad in grads:
-            if grad is not None:
+            for grad in self._odd:  # they were copied
                 grad.zero_()
+            for part in parts:
+                if not part.plain:
+                    part.zero_grads()
+        return norm, True
 
     def end(self, parts: list[Part]) -> None:
         """After a step: put back copies, and tell autograd what has changed."""
@@ -288,7 +291,9 @@ def is_fixed(value: Any) -> bool:
 
 
 def check(param: Tensor, names: Names) -> None:
-    """That fastopt has kernels for a parameter."""
+    """That fastopt has kernels for a parameter and its gradient."""
+    if param.grad is not None and param.grad.layout is not torch.strided:
+        raise Unsupported("sparse gradients")
     if names.real and param.is_complex():
         raise Unsupported("complex parameters")
     if param.layout is not torch.strided:

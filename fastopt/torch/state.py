@@ -223,8 +223,9 @@ def in_a_row(entries: Sequence[Any]) -> bool:
 
 
 def array_of(entries: Sequence[Tensor]) -> Array:
-    """These as one array, which does not keep their memory."""
+    """These as one array, which keeps their memory."""
     count, first = len(entries), entries[0]
     memory: Any = (C_TYPES[first.dtype] * count).from_address(first.data_ptr())
+    memory.kept = [entry.untyped_storage() for entry in entries]
     found: Array = np.frombuffer(memory, NUMPY[first.dtype])
     return found

@@ -84,6 +84,10 @@ class Stepping(Optimizer):
         self.nonfinite = checks.check_nonfinite(nonfinite)
         self.ema = checks.check_decay("ema", ema)
         self.threads = None if threads is None else checks.check_threads(threads)
+        if backend not in (None, "cython", "numba", "numpy"):
+            raise ValueError(
+                f"backend must be 'cython', 'numba' or 'numpy', got {backend!r}"
+            )
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
@@ -190,6 +194,10 @@ class Stepping(Optimizer):
                 self._plan = self._update(
                     self._plan, self.param_groups, self.state, scale, asked
                 )
+            elif zero_grads:
+                for param, _ in self._all():
+                    if param.grad is not None:
+                        param.grad.zero_()
         return loss
 
     def _threads(self) -> int:
@@ -214,7 +222,8 @@ class Stepping(Optimizer):
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         group, i = self._places.get(param, ({"params": []}, 0))
-        if i >= len(group["params"]) or group["params"][i] is not param:
+        there = any(group is now for now in self.param_groups)
+        if not there or i >= len(group["params"]) or group["params"][i] is not param:
             self._places = {
                 p: (group, i)
                 for group in self.param_groups
@@ -473,6 +482,7 @@ class Stepping(Optimizer):
                 continue
             rule: Any = self._rule(group)
             names, dtype = self._names, COMPUTED[param.dtype]
+            real = torch.view_as_real if param.is_complex() else unchanged
             number = NUMPY_DTYPES[dtype].type
             evaluate = concrete(rule.evaluate, NUMPY_DTYPES[dtype], NUMPY, unchanged)
             count = evaluate.__code__.co_argcount - len(rule.state) - 1
@@ -480,10 +490,12 @@ class Stepping(Optimizer):
             steps = max(int(state[names.steps]), 1) if names.steps else 1
             scalars = rule.scalars(steps, *carried, *self._values(group, rule))
             buffers = (state[names.key(name)] for name in rule.state)
-            tensors = [t.detach().cpu().to(dtype) for t in (param, *buffers)]
-            arrays = [tensor.numpy() for tensor in tensors]
-            made = np.array(evaluate(*arrays, *map(number, scalars[:count])))
-            found.append(torch.from_numpy(made).to(param.device, param.dtype))
+            tensors = [real(t.detach().cpu().resolve_conj()) for t in (param, *buffers)]
+            arrays = [tensor.to(dtype).numpy() for tensor in tensors]
+            made: Any = np.array(evaluate(*arrays, *map(number, scalars[:count])))
+            made = torch.from_numpy(made)
+            made = torch.view_as_complex(made) if param.is_complex() else made
+            found.append(made.to(param.device, param.dtype))
         return found
 
 
