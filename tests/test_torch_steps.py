@@ -661,11 +661,11 @@ def test_centered_rmsprop_is_not_left_to_torch():
 
 
 def test_complex_parameters_to_evaluate():
-    (start,) = draw([(3,)], torch.complex64)
+    start = draw([(3,)])[0] * (1 + 2j)
     param, pair = Parameter(start), Parameter(torch.view_as_real(start).clone())
     opts = [ft.ScheduleFreeAdamW([p], lr=0.1) for p in (param, pair)]
     for seed in range(3):
-        (grad,) = draw([(3,)], torch.complex64, seed=seed)
+        grad = draw([(3,)], seed=seed)[0] * (2 - 1j)
         param.grad, pair.grad = grad, torch.view_as_real(grad).clone()
         for opt in opts:
             opt.step()
