@@ -18,10 +18,10 @@ True
 Each method is of one paper, and its own definition is all that it promises; the tests
 hold it to that. What they have in common:
 
-- Weights do not change when J is multiplied by a number, whatever its size: the matrix
-  is divided by its own size first. (Those of Nash-MTL and FairGrad do in their papers;
-  here they are of the gradients over the root of the Frobenius norm of the Gram matrix,
-  as Nash-MTL's authors have it.)
+- Weights do not change when J is multiplied by a number, as long as float64 has its
+  squares: the matrix is divided by its own size first. (Those of Nash-MTL and FairGrad
+  do in their papers; here they are of the gradients over the root of the Frobenius norm
+  of the Gram matrix, as Nash-MTL's authors have it.)
 - A single task gets weight 1, but 1 + c of CAGrad. Where all gradients are zero, tasks
   count alike.
 - A matrix that no gradients have is refused with ValueError: one that is not square,
@@ -176,7 +176,11 @@ def _checked(gram: Any) -> Weights:
             f"gram must be a square matrix with a row for each task, as gram(J) makes "
             f"it, got shape {matrix.shape}"
         )
-    for k in np.flatnonzero(~np.isfinite(matrix).all(1)).tolist():
+    finite = np.isfinite(matrix)
+    alone = finite.diagonal()  # where a task meets no other one
+    bad = np.flatnonzero(~finite.all(1) if alone.all() else ~alone)
+    if bad.size:
+        k = int(bad[0])
         raise ValueError(
             f"gram[{k}] is not finite, {matrix[k]}: the gradient of a task is infinite "
             f"or NaN, or its square too large; leave the step out, or that task"
@@ -527,11 +531,15 @@ def cagrad(gram: Any, c: float = 0.5) -> Weights:
     if stationary and length <= radius:
         return equal + more * inverse
     for _ in range(100):
-        if length <= radius * (1 + 1e-13):
-            return equal + more * inverse * (radius / length)
-        gain -= (length - radius) * length / float(inverse @ more)
+        slope = float(inverse @ more)
+        if length <= radius * (1 + 1e-13) or slope <= 0:
+            break
+        lower = gain - (length - radius) * length / slope
+        if not lower < gain:  # as near as float64 comes
+            break
+        gain = lower
         more, length = nearest(gain)
-    raise RuntimeError(f"no weights were found for {gram!r}; please report it")
+    return equal + more * inverse * (radius / length if length > 0 else 0.0)
 
 
 def imtl_g(gram: Any) -> Weights:

@@ -9,9 +9,11 @@ array([0.  , 0.01, 0.02])
 >>> opt = fastopt.sgd(np.ones(3), lr=lr, momentum=0.9)    # or any hyperparameter
 
 Each is a closed form of the step and remembers nothing, so a run that resumes at any
-step goes on with the same bits. Before the first step they are as at the first, and
-after their end they stay as at the end. Where a docstring names schedules of others,
-they compute the same at every step, but for what it says.
+step goes on with the same bits. Before the first step they are as at the first, since
+no step is made there, and after their end they stay as at the end. Where a docstring
+names schedules of others, they compute the same at every step from 0 on, but for what
+it says; at -1 optax' formulas of a cosine and of milestones at 0 give another number,
+and transformers' warm-ups one below zero.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class step(Schedule):
     gamma: float = 0.1
 
     def at(self, t: float) -> float:
-        return self.lr * float(self.gamma ** (t // self.step_size))
+        return _grown(self.lr, self.gamma, t // self.step_size)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,14 @@ class multistep(Schedule):
 
     def at(self, t: float) -> float:
         return self.lr * self.gamma ** bisect_right(self.milestones, t)
+
+
+def _grown(value: float, gamma: float, times: float) -> float:
+    """``value * gamma**times``, infinite where that is too large for a float."""
+    try:
+        return value * float(gamma**times)
+    except OverflowError:
+        return math.copysign(math.inf, value) if value else 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ class exponential(Schedule):
     def at(self, t: float) -> float:
         since = max(t - self.begin, 0)
         x = since // self.steps if self.staircase else since / self.steps
-        value = self.lr * float(self.gamma**x)
+        value = _grown(self.lr, self.gamma, x)
         if self.end is None:
             return value
         return max(value, self.end) if self.gamma < 1 else min(value, self.end)
@@ -446,7 +456,7 @@ class cyclic(Schedule):
         if self.mode == "triangular2":
             height *= 0.5**cycle
         elif self.mode == "exp_range":
-            height *= self.gamma**t
+            height = _grown(height, self.gamma, t)
         return _mix(self.lr, self.max_lr, height)
 
 

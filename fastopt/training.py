@@ -22,7 +22,8 @@ from fastopt.saving import to_host
 
 
 def is_number(value: Any) -> bool:
-    return getattr(value, "shape", ()) == () and hasattr(value, "__float__")
+    real = not np.iscomplexobj(value)  # NumPy's drop what is imaginary
+    return real and getattr(value, "shape", ()) == () and hasattr(value, "__float__")
 
 
 def improves(metric: Any, best: float | None, mode: str, margin: float) -> bool:
@@ -167,7 +168,8 @@ class ReduceLROnPlateau:
         return reduced
 
     def __call__(self, run: Run) -> None:
-        """As a callback of :func:`minimize`: the loss is the metric, from its start."""
+        """As a callback of :func:`minimize`: the loss is the metric, and what was seen
+        before, or loaded, is forgotten."""
         if not run.steps:
             self.reset()
         self.step(run.loss, run.opt)
@@ -255,7 +257,8 @@ class EarlyStopping:
         write(params, self.best_params)
 
     def __call__(self, run: Run) -> bool:
-        """As a callback of :func:`minimize`: the loss is the metric, from its start."""
+        """As a callback of :func:`minimize`: the loss is the metric, and what was seen
+        before, or loaded, is forgotten."""
         if not run.steps:
             self.reset()
         return self.step(run.loss)
@@ -283,17 +286,19 @@ def copied(tree: Any) -> Any:
 
 
 def write(tree: Any, values: Any) -> None:
-    """Write :func:`copied` values into arrays."""
-
-    def arrays(tree: Any) -> list[Any]:
-        found = (leaf for _, leaf in leaves(tree))
-        return [leaf.data if isinstance(leaf, FlatBuffer) else leaf for leaf in found]
-
-    shapes = [[np.shape(array) for array in arrays(t)] for t in (tree, values)]
+    """Write :func:`copied` values into arrays of the same names."""
+    arrays, values = arrays_of(tree), arrays_of(values)
+    shapes = [{k: np.shape(a) for k, a in each.items()} for each in (arrays, values)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"params have the shapes {shapes[0]}, the best {shapes[1]}")
-    for array, value in zip(arrays(tree), arrays(values), strict=True):
-        fill(array, value)
+    for name, array in arrays.items():
+        fill(array, values[name])
+
+
+def arrays_of(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by their paths, a flat buffer's as one."""
+    found = leaves(tree)
+    return {k: x.data if isinstance(x, FlatBuffer) else x for k, x in found}
 
 
 # Minimizing -------------------------------------------------------------------------
@@ -312,7 +317,8 @@ class Run:
     loss, grads
         What ``value_and_grad`` said of the parameters as they are.
     losses, lrs
-        The losses so far, and the learning rate (of the first group) at each.
+        The losses so far, and the learning rate (of the first group) at each, before
+        the callbacks.
     """
 
     opt: Any
@@ -399,7 +405,8 @@ def minimize(
         For anything that does not fit.
     FloatingPointError
         If the loss is NaN or infinite at ``x0``. Later that ends the run, with a
-        RuntimeWarning; the best parameters until then are returned.
+        RuntimeWarning; the best parameters until then are returned, or the last if
+        ``best`` is False or the rule is evaluated elsewhere.
 
     Notes
     -----
@@ -439,7 +446,7 @@ def minimize(
     while True:
         run.loss, run.grads = evaluated(value_and_grad, params)
         run.losses.append(run.loss)
-        run.lrs.append(rate(made, run.steps))
+        run.lrs.append(rate(made, getattr(made, "steps", run.steps)))
         if show is not None:
             show(run)
         if not math.isfinite(run.loss):

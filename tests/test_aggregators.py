@@ -590,3 +590,40 @@ def test_all_orders_of_three_tasks(jd):
         ours.add(tuple(multitask.pcgrad(J @ J.T, rng_of(seed)).round(9)))
     found = {tuple(theirs(jd.PCGradWeighting(), J @ J.T).round(9)) for _ in range(20)}
     assert found <= ours and len(list(itertools.islice(ours, 2))) == 2
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e-5, 1e-4, 1e-3, 0.5])
+def test_cagrad_near_the_mean(c):
+    """A little c, and tasks of sizes that are far apart: always within c of the mean,
+    and no worse for the worst task than the mean is."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        J = rng.normal(size=(3, 50)) * 10.0 ** rng.integers(-4, 4, size=(3, 1))
+        direction, mean = J.T @ multitask.cagrad(J @ J.T, c), J.mean(0)
+        length = np.linalg.norm(mean)
+        assert np.linalg.norm(direction - mean) <= c * length * (1 + 1e-6)
+        gains, before = J @ direction, J @ mean
+        assert gains.min() >= before.min() - 1e-9 * np.abs(before).max()
+    for J in ([[1.0], [2.0]], [[1.0, 0, 2], [0, 1, 1]]):
+        J = np.array(J)
+        assert multitask.cagrad(J @ J.T, c).sum() > 0
+
+
+def test_cagrad_where_the_matrix_is_nearly_singular():
+    gram = [
+        [1.8323729178738534e-14, 2.605846117158478, 2.847301572839484, -3.2698712939],
+        [2.605846117158478, 370581442242064.0, 404919199339192.0, -465013498716576.0],
+        [2.847301572839484, 404919199339192.0, 442438663419076.0, -508101248791728.0],
+        [-3.2698712939, -465013498716576.0, -508101248791728.0, 583508857541184.0],
+    ]
+    assert np.isfinite(multitask.cagrad(gram)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_task_whose_gradient_is_not_finite_is_named(bad):
+    J = np.array([[1.0, 1], [1, 2], [bad, 1]])
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match=r"gram\[2\] is not"),
+    ):
+        multitask.upgrad(J @ J.T)

@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_seen_in_the_gram_matrix(backend):
     G = fastopt.gram(J, backend=backend)
     assert math.isfinite(G[0, 0])
     assert G[1, 1] == np.inf and np.isnan(G[2]).all()
-    with pytest.raises(ValueError, match=r"gram\[0\] is not finite"):
+    with pytest.raises(ValueError, match=r"gram\[1\] is not finite"):
         multitask.upgrad(G)
 
 

@@ -509,7 +509,7 @@ def test_inverse_power_is_dynamic_gd():
 
 
 def test_a_bad_value_is_refused_before_the_step():
-    """A rate below 0 at some step, and a schedule that overflows."""
+    """A rate below 0 at some step, and one that is no longer finite."""
     w = np.ones(3)
     opt = fastopt.sgd(w, lr=schedules.linear(1.0, 2, end=-1.0))
     opt.step(np.ones(3))
@@ -518,5 +518,17 @@ def test_a_bad_value_is_refused_before_the_step():
     with pytest.raises(ValueError, match=r"lr\(2\) must be at least 0, got -1.0"):
         opt.step(np.ones(3))
     assert w.tolist() == [0, 0, 0] and opt.steps == 2
-    with pytest.raises(OverflowError):
-        schedules.exponential(1.0, 10.0)(400)
+    opt = fastopt.sgd(np.zeros(3), lr=schedules.exponential(1e-3, 1e200))
+    opt.step(np.ones(3))
+    opt.step(np.zeros(3))
+    with pytest.raises(ValueError, match=r"lr\(2\) must be finite, got inf"):
+        opt.step(np.ones(3))
+    assert opt.steps == 2
+
+
+def test_growth_beyond_what_a_float_holds():
+    bounded = schedules.exponential(1e-3, gamma=2.0, end=1.0)
+    assert bounded(1100) == bounded(10**6) == 1.0
+    assert schedules.exponential(0.0, gamma=2.0)(10**6) == 0.0
+    assert schedules.exponential(1.0, gamma=2.0)(10**6) == np.inf
+    assert schedules.step(1.0, 1, gamma=2.0)(10**6) == np.inf

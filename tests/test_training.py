@@ -497,3 +497,34 @@ def test_losses_may_be_arrays_of_no_dimension():
         lambda x: (np.float32(x @ x), 2 * x), np.ones(2), fastopt.gd, 3, lr=0.1
     )
     assert [*itertools.pairwise(result.losses)] and result.loss < 2
+
+
+def test_best_parameters_go_where_their_names_are():
+    stop = EarlyStopping(patience=1)
+    stop.step(1.0, {"a": np.ones(2), "b": np.full(2, 2.0)})
+    params = {"b": np.zeros(2), "a": np.zeros(2)}
+    stop.restore(params)
+    assert params["a"].tolist() == [1, 1] and params["b"].tolist() == [2, 2]
+    with pytest.raises(ValueError, match="have the shapes"):
+        stop.restore({"a": np.zeros(2), "c": np.zeros(2)})
+
+
+def test_rates_of_an_optimizer_that_goes_on():
+    lr = fastopt.schedules.linear(0.1, steps=20)
+
+    def function(x):
+        return float(x @ x), 2 * x
+
+    def going_on(params):
+        opt = fastopt.sgd(params, lr=lr)
+        for _ in range(10):
+            opt.step(np.zeros(2))
+        return opt
+
+    result = minimize(function, np.ones(2), going_on, 3)
+    np.testing.assert_allclose(result.lrs, [lr(10 + i) for i in range(4)])
+
+
+def test_a_complex_number_is_no_loss():
+    with pytest.raises(TypeError, match="must return the loss"):
+        minimize(lambda x: (np.complex128(1), x), np.ones(2), fastopt.gd, 1)

@@ -491,7 +491,7 @@ def test_too_few_updates_are_unresolved():
         scale.update(list(gaussian(rng, np.ones(50), np.full(50, 0.1), 1, 2)))
         assert scale.resolved == (n >= 10)
     assert scale.value == pytest.approx(0.01, rel=0.2)
-    assert repr(scale) == "<gradient noise scale: 0.00965 ± 0.00074 examples>"
+    assert repr(scale) == "<gradient noise scale: 0.00965 ± 0.00075 examples>"
 
 
 def test_gradients_without_noise_and_of_zero():
@@ -630,3 +630,44 @@ def test_groups_of_an_optimizer():
 def test_refusals_of_scaling(given, ratio, rule, message):
     with pytest.raises((TypeError, ValueError), match=message):
         scale_hyperparameters(given, ratio, rule)
+
+
+def test_what_is_hard_to_see_is_not_told_wrong():
+    """Who looks after every update is not told of less than half the noise scale, nor
+    of more than twice. With a margin of 4 errors this fails."""
+    rng = np.random.default_rng(0)
+    told = []
+    for true in (4, 16, 32, 64) * 8:
+        scale, mean = GradientNoiseScale(1), np.full(50, true**-0.5)
+        for _ in range(200):
+            scale.update(list(mean + rng.normal(size=(4, 50))))
+            if scale.resolved:
+                told.append(scale.value / true)
+                break
+    assert len(told) >= 8
+    assert 0.5 < min(told) and max(told) < 2
+
+
+def test_gradients_of_batches_go_by_name():
+    rng, one, other = np.random.default_rng(0), *(GradientNoiseScale(1) for _ in "ab")
+    for _ in range(12):
+        a, b = rng.normal(size=(2, 3)), 30 + rng.normal(size=(2, 4))
+        one.update([{"a": a[0], "b": b[0]}, {"a": a[1], "b": b[1]}])
+        other.update([{"a": a[0], "b": b[0]}, {"b": b[1], "a": a[1]}])
+    assert one.noise == pytest.approx(other.noise)
+    assert one.signal == pytest.approx(other.signal)
+    with pytest.raises(ValueError, match="no gradient at"):
+        one.update([{"a": a[0], "b": None}, {"a": a[1], "b": b[1]}])
+
+
+def test_the_error_knows_that_noise_and_signal_hang_together():
+    """The spread of many measurements, of few elements in two batches."""
+    rng = np.random.default_rng(1)
+    values, errors = [], []
+    for _ in range(200):
+        scale = GradientNoiseScale(1, beta=1)
+        for _ in range(200):
+            scale.update(list(1 + rng.normal(size=(2, 3))))
+        values.append(scale.value)
+        errors.append(scale.error)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.12)
