@@ -431,6 +431,11 @@ class GradVac:
     beta
         The weight of the new cosine in the average, in [0, 1).
 
+    Notes
+    -----
+    As the paper has it, weights have no bound: where two tasks have agreed for long,
+    and no longer do, they are as large as the average angle is small.
+
     Attributes
     ----------
     targets
@@ -673,7 +678,11 @@ def _fair(matrix: Weights, gains: Weights, power: float) -> Weights:
         slope, sizes = matrix @ x - wanted, np.abs(matrix) @ x + wanted
         if (np.abs(slope) <= rounded * sizes).all():
             return x
-        step = np.linalg.solve(matrix + np.diag(power * wanted / x), -slope)
+        curvature = matrix + np.diag(power * wanted / x)
+        try:
+            step = np.linalg.solve(curvature, -slope)
+        except np.linalg.LinAlgError:  # of nearly parallel tasks: singular, as rounded
+            step = np.linalg.lstsq(curvature, -slope)[0]
         way = 0.9 / max(0.9, float((-step / x).max()))  # at the most, to stay above 0
         # Where the value cannot tell any more, Newton's own step is best.
         most, descent = value(x) + rounded * float(x @ sizes), float(slope @ step)

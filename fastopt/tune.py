@@ -501,11 +501,13 @@ def scale_hyperparameters(
         If lr, or what else is to be scaled, is a schedule: its number of steps changes,
         too.
     ValueError
-        If no average is left of a beta, and for anything that does not fit.
+        If no average is left of a beta, and for anything that does not fit, such as
+        Muon's, for which there is no rule.
 
     Notes
     -----
-    Both hold while the noise is large: up to the noise scale
+    Where lr multiplies one that a rule finds by itself (prodigy, dog), leave it. Both
+    hold while the noise is large: up to the noise scale
     (:class:`GradientNoiseScale`), beyond which larger batches gain little.
 
     Example
@@ -523,6 +525,12 @@ def scale_hyperparameters(
         raise ValueError(f'rule must be "linear" or "sqrt", got {rule!r}')
     if "lr" not in hyperparameters:
         raise ValueError(f"there is no lr in {dict(hyperparameters)!r}")
+    for name, instead in (
+        ("adamw_lr", "there is no rule for Muon's lr; scale those of AdamW alone"),
+        ("betas", "pass beta1 and beta2"),
+    ):
+        if name in hyperparameters:
+            raise ValueError(f"got {name}: {instead}")
 
     def number(name: str) -> float:
         value = hyperparameters[name]
@@ -543,7 +551,10 @@ def scale_hyperparameters(
     if "eps" in scaled:
         scaled["eps"] = number("eps") / root
     for name in scaled:
-        average = re.fullmatch(r"beta\d*", name) or name == "alpha"
+        beta = re.fullmatch(r"beta\d*", name)
+        if beta and not 0 <= number(name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {number(name)!r}")
+        average = beta or name == "alpha"
         if not average or not 0 < number(name) < 1:  # 0: no average; ademamix' alpha
             continue
         left = ratio * (1 - number(name))

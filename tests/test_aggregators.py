@@ -627,3 +627,14 @@ def test_the_task_whose_gradient_is_not_finite_is_named(bad):
         pytest.raises(ValueError, match=r"gram\[2\] is not"),
     ):
         multitask.upgrad(J @ J.T)
+
+
+@pytest.mark.parametrize("method", [multitask.nash_mtl, multitask.fairgrad])
+def test_many_tasks_that_are_nearly_one(method):
+    """A matrix that is singular, as rounded, at each step on the way."""
+    rng = np.random.default_rng(0)
+    for spread in (1e-6, 1e-8, 1e-10, 1e-12):
+        for _ in range(20):
+            J = rng.normal(size=50) * (1 + spread * rng.normal(size=(8, 1)))
+            weights = method(J @ J.T)
+            assert np.isfinite(weights).all() and (weights > 0).all()

@@ -671,3 +671,16 @@ def test_the_error_knows_that_noise_and_signal_hang_together():
         values.append(scale.value)
         errors.append(scale.error)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": 0.1, "adamw_lr": 0.01}, "no rule for Muon's lr"),
+        ({"lr": 0.1, "betas": (0.9, 0.999)}, "pass beta1 and beta2"),
+        ({"lr": 0.1, "beta1": 1.5}, r"beta1 must be in \[0, 1\)"),
+    ],
+)
+def test_what_would_be_scaled_in_part_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        fastopt.scale_hyperparameters(given, 4, "sqrt")
