@@ -53,6 +53,9 @@ def take_over(watch: Any, saved: Any) -> None:
     if not isinstance(saved, Mapping) or saved.keys() != wanted:
         got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
         raise TypeError(f"expected the keys {', '.join(wanted)}; got {got}")
+    best = saved["best"]
+    if best is not None and not (is_number(best) and math.isfinite(float(best))):
+        raise ValueError(f"best must be a finite number or None, got {best!r}")
     vars(watch).update(saved)
 
 

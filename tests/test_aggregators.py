@@ -582,6 +582,28 @@ def test_torchjd_is_as_fair(jd, seed):
         np.testing.assert_allclose(ours, other * size, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore")
+@some_cases
+def test_torchjd_solves_alike(jd, seed):
+    """CAGrad to what its solver leaves, which was 2e-4 at the most; Nash-MTL but for
+    its length."""
+    for module in ("cvxpy", "clarabel", "ecos"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    import torch
+    from torchjd.aggregation import CAGrad, NashMTL
+
+    J = generic(seed)
+    tensor = torch.from_numpy(np.array(J, np.float64))
+    for c in (0.2, 0.5, 0.9):
+        ours = J.T @ multitask.cagrad(J @ J.T, c)
+        size = np.abs(ours).max()
+        np.testing.assert_allclose(ours, CAGrad(c=c)(tensor), atol=2e-3 * size, rtol=0)
+    ours = J.T @ multitask.nash_mtl(J @ J.T)
+    other = NashMTL(n_tasks=len(J), optim_niter=100, max_norm=0)(tensor).numpy()
+    ours, other = ours / np.linalg.norm(ours), other / np.linalg.norm(other)
+    np.testing.assert_allclose(ours, other, atol=1e-6)
+
+
 def test_all_orders_of_three_tasks(jd):
     """What TorchJD draws is among what we can draw."""
     J = np.array([[1.0, 0.2, 0], [-1, 0.5, 0.3], [0.1, -1, 0.4]])

@@ -528,3 +528,11 @@ def test_rates_of_an_optimizer_that_goes_on():
 def test_a_complex_number_is_no_loss():
     with pytest.raises(TypeError, match="must return the loss"):
         minimize(lambda x: (np.complex128(1), x), np.ones(2), fastopt.gd, 1)
+
+
+@pytest.mark.parametrize("best", [math.nan, math.inf, "x"])
+def test_a_saved_best_that_nothing_could_improve_is_refused(best):
+    for watch in (EarlyStopping(patience=1), fastopt.ReduceLROnPlateau()):
+        with pytest.raises(ValueError, match="best must be a finite number"):
+            watch.load_state_dict({**watch.state_dict(), "best": best})
+        assert watch.best is None
