@@ -292,12 +292,12 @@ def is_fixed(value: Any) -> bool:
 
 def check(param: Tensor, names: Names) -> None:
     """That fastopt has kernels for a parameter and its gradient."""
-    if param.grad is not None and param.grad.layout is not torch.strided:
-        raise Unsupported("sparse gradients")
     if names.real and param.is_complex():
         raise Unsupported("complex parameters")
     if param.layout is not torch.strided:
         raise Unsupported("sparse parameters")
+    if param.grad is not None and param.grad.layout is not torch.strided:
+        raise Unsupported("sparse gradients")
     if param.device.type not in ("cpu", "cuda"):
         raise Unsupported(f"parameters on {param.device}")
     if param.dtype not in COMPUTED:
