@@ -294,7 +294,7 @@ def put_back(opt: Any, rng: Any) -> Iterator[None]:
 
 def going_back(rng: Any) -> Callable[[], None]:
     """What puts a generator back to where it is now."""
-    if hasattr(rng, "bit_generator"):
+    if hasattr(getattr(rng, "bit_generator", None), "state"):  # numpy.random has none
         state = rng.bit_generator.state
         return lambda: setattr(rng.bit_generator, "state", state)
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):

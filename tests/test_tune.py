@@ -684,3 +684,16 @@ def test_the_error_knows_that_noise_and_signal_hang_together():
 def test_what_would_be_scaled_in_part_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         fastopt.scale_hyperparameters(given, 4, "sqrt")
+
+
+def test_numpys_global_generator_goes_back():
+    np.random.seed(0)
+    x = np.ones(3)
+    fastopt.lr_range_test(
+        lambda x: (float(x @ x) + 0 * np.random.rand(), 2 * x),
+        fastopt.sgd(x),
+        rng=np.random,
+    )
+    drawn = np.random.rand()
+    np.random.seed(0)
+    assert drawn == np.random.rand()
