@@ -107,8 +107,8 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
 
 @functools.cache
 def last_cache() -> int:
-    """Bytes of the cache that CPUs share, or 0 where Linux does not say. (By sysconf an
-    EPYC has 64 MB, of which its two cores here reach 8.)"""
+    """Bytes of a CPU's last cache, or 0 where Linux does not say. (sysconf adds those
+    of all CPUs up: 64 MB on an EPYC where a core reaches 8.)"""
     for level in (3, 2):
         size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
         with contextlib.suppress(OSError):

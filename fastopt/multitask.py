@@ -433,8 +433,8 @@ class GradVac:
 
     Notes
     -----
-    As the paper has it, weights have no bound: where two tasks have agreed for long,
-    and no longer do, they are as large as the average angle is small.
+    As the paper has it, weights have no bound: they grow as the average angle between
+    two tasks shrinks, if the two then disagree.
 
     Attributes
     ----------

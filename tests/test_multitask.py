@@ -1,6 +1,7 @@
 """Gram matrices and steps with the gradients of several tasks. The oracles: exact sums,
 and the same step with gradients that were accumulated one task after the other."""
 
+import json
 import math
 import os
 import re
@@ -477,3 +478,18 @@ def test_the_page_is_so():
     table = page.partition("## Which method")[2].partition("##")[0]
     methods = {*multitask.__all__} - {"gram"}
     assert all(f"`{name}`" in table for name in methods)
+
+
+def test_the_benchmark_runs(tmp_path):
+    pytest.importorskip("torchjd", reason="torchjd is not installed")
+    record = tmp_path / "record.json"
+    command = [sys.executable, ROOT / "bench" / "several_tasks.py", "--json", record]
+    done = subprocess.run(
+        [*command, "--sizes", "1e3", "--rounds", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(record.read_text())["results"]
+    assert list(results) == ["gram of 4 x 1,000", "step of 4 x 1,000"]
+    for contenders in results.values():
+        assert [each["ratio"] for each in contenders.values()][0] == 1
+        assert len(contenders) == 3

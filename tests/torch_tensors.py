@@ -28,7 +28,7 @@ def flat(tensors):
 
 
 def class_of(rule):
-    """Torch's options for a rule that has no class of its own name."""
+    """The optimizer for a rule: that of torch's name for it, or the rule's own."""
     if rule.name in ("adam", "adamw"):
         return {"adam": ft.Adam, "adamw": ft.AdamW}[rule.name]
     found = [getattr(ft, name) for name in ft.__all__ if name.lower() == rule.name]

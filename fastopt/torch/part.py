@@ -78,11 +78,12 @@ class Part:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What steps work in, of the state: where each run of it begins."""
+        """The tensors of the state to watch: where each run of what steps work in
+        begins, and where the counts do."""
         firsts = [self.members[run[0]].state for run in self.runs]
-        found = [state.get(key) for state in firsts for key in self.keys]
-        counted = [self.members[0].state.get(key) for key in self.counted]
-        return [t for t in (*found, *counted) if isinstance(t, Tensor)]
+        found = [entries.get(key) for entries in firsts for key in self.keys]
+        found += [self.members[0].state.get(key) for key in self.counted]
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
     @property
     def merged(self) -> bool:
@@ -215,11 +216,6 @@ class Part:
                     if active:
                         member.param.copy_(made)
             self._copies, self.step = [], None
-
-    def zero_grads(self) -> None:
-        for member in self.members:
-            if member.param.grad is not None:
-                member.param.grad.zero_()
 
     def norm(self, factor: float, threads: int) -> tuple[float, bool]:
         """The sum of the squares of the gradients, and whether all are finite."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from types import ModuleType
@@ -218,9 +218,6 @@ class Plan:
                         raise FloatingPointError(
                             "not all is finite in the gradients; nothing was updated"
                         )
-                    if asked.zero_grads:
-                        for part in parts:
-                            part.zero_grads()
                     return norm, False
                 shrink = shrinking(norm, asked.clip_norm)
                 factors = [factor * shrink for factor in factors]
@@ -236,11 +233,9 @@ class Plan:
                 part.prepare(values, factors)
             part.update(threads, extras, totals.get(id(part.rule)))
         if asked is not None and asked.zero_grads:
-            for grad in self._odd:  # they were copied
-                grad.zero_()
-            for part in parts:
-                if not part.plain:
-                    part.zero_grads()
+            # Kernels have set to zero what they read, which was copies of these.
+            copied = [m.param for p in parts if not p.plain for m in p.members]
+            set_to_zero([p.grad for p in copied] + self._odd)
         return norm, True
 
     def end(self, parts: list[Part]) -> None:
@@ -259,6 +254,12 @@ class Plan:
         for part in parts:
             part.end()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
+
+
+def set_to_zero(grads: Iterable[Tensor | None]) -> None:
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
 
 
 @contextmanager
@@ -305,11 +306,10 @@ def check(param: Tensor, names: Names) -> None:
 
 
 def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:
-    """The backend that updates a parameter."""
+    """The backend that updates a parameter: the one asked for is of CPU tensors."""
     on_device = param.device.type != "cpu"
-    if on_device != (backend == "cuda"):
-        backend = None
-    return backends.load(backend or backends.choose(rule, on_device))
+    asked = None if on_device else backend
+    return backends.load(asked or backends.choose(rule, on_device))
 
 
 def in_turn(members: list[Member]) -> list[list[Member]]:

@@ -23,7 +23,7 @@ from fastopt.threads import available, forked
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import COMPUTED, HALVES
 from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
-from fastopt.torch.plan import Asked, Plan, Read, Unsupported
+from fastopt.torch.plan import Asked, Plan, Read, Unsupported, set_to_zero
 from fastopt.torch.state import EMA, Names
 
 AS_MADE: Any = object()  # an argument of step: as the optimizer was made
@@ -195,9 +195,7 @@ class Stepping(Optimizer):
                     self._plan, self.param_groups, self.state, scale, asked
                 )
             elif zero_grads:
-                for param, _ in self._all():
-                    if param.grad is not None:
-                        param.grad.zero_()
+                set_to_zero(param.grad for param, _ in self._all())
         return loss
 
     def _threads(self) -> int:
@@ -324,6 +322,8 @@ class Stepping(Optimizer):
                 plan.end(parts)
             else:
                 self.skipped += 1
+                if asked is not None and asked.zero_grads:
+                    set_to_zero(param.grad for param, _ in self._all())
             if norm == norm:
                 self.grad_norm = norm
         return plan
