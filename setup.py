@@ -133,7 +133,30 @@ class Kernel(Function):
 
 
 class Measure(Kernel):
-    pass
+    """Its loop only reads, but that of a ``Begin``."""
+
+    way = "in"
+    outputs = kept = ()
+
+    @property
+    def terms(self):
+        return self.returned
+
+
+class Begin(Measure):
+    """A ``measure`` that puts the new state in its place, and keeps the rest that the
+    update needs: a step with sums then reads most of its buffers once."""
+
+    way = "out"
+    kept = ("kept",)
+
+    @property
+    def terms(self):
+        return self.returned - len(self.outputs)
+
+    @property
+    def outputs(self):
+        return [*self.states, *self.kept]
 
 
 class Scalars(Function):
@@ -214,6 +237,46 @@ def defined(path, name, kind=Function, *more):
     return None
 
 
+def names(node, context=ast.Load):
+    """Those that are read in it, or stored."""
+    found = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    return {name.id for name in found if isinstance(name.ctx, context)}
+
+
+def halves(update, measure, settle):
+    """Of a rule with sums a ``begin`` and a ``finish``, where its update and measure
+    start alike, with what settle hands on as it is, and the update has nothing left to
+    do but to move p by the one value that it computed so."""
+    alike, (new, *left) = update.tree.body[:-1], update.tree.body[-1].value.elts
+    stored = set().union(*(names(line, ast.Store) for line in alike))
+    states = update.arguments[2 : 2 + update.state_count]
+    given, later = (f.arguments[2 + f.state_count :] for f in (measure, update))
+    kept = (names(new) & stored) - set(states)
+    if (
+        list(map(ast.unparse, alike)) != list(map(ast.unparse, measure.tree.body[:-1]))
+        or [ast.unparse(node) for node in left] != states
+        or len(kept) != 1
+        or names(new) - kept - {"p", *later}
+    ):
+        return []
+    handed = dict(zip(later, settle.tree.body[-1].value.elts, strict=False))
+    taken = settle.arguments[2 + measure.returned :]
+    for name, place in zip(given, taken, strict=False):
+        if ast.unparse(handed[name]) != place or place in names(settle.tree, ast.Store):
+            return []
+    (kept,) = kept
+    results = [*measure.tree.body[-1].value.elts, *left, ast.Name(kept, ast.Load())]
+    begin = ast.parse(ast.unparse(measure.tree)).body[0]
+    begin.name, begin.body[-1] = "begin", ast.Return(ast.Tuple(results, ast.Load()))
+    finish = ast.parse(ast.unparse(update.tree)).body[0]
+    finish.name, finish.body = "finish", [ast.Return(ast.Tuple([new], ast.Load()))]
+    finish.args.args = [ast.arg(name) for name in ("p", kept, *later)]
+    return [
+        Begin(measure.path, begin, measure.state_count),
+        Kernel(update.path, finish, 0),
+    ]
+
+
 def functions_of(path):
     """Those of every ``Rule(update, scalars, state=..., measure=...)`` in a file."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -221,10 +284,12 @@ def functions_of(path):
             update, scalars = (argument.id for argument in call.args)
             given = {keyword.arg: keyword.value for keyword in call.keywords}
             count = len(ast.literal_eval(given["state"])) if "state" in given else 0
-            yield defined(path, update, Kernel, count)
+            of_rule = [defined(path, update, Kernel, count)]
             if "measure" in given:
-                yield defined(path, given["measure"].id, Measure, count)
-                yield defined(path, given["settle"].id, Scalars)
+                of_rule.append(defined(path, given["measure"].id, Measure, count))
+                of_rule.append(defined(path, given["settle"].id, Scalars))
+                of_rule += halves(*of_rule)
+            yield from of_rule
             yield defined(path, scalars, Scalars)
 
 
@@ -275,7 +340,7 @@ def extensions():
         text = template.substitute(
             isa=isa,
             updates=[f for f in found if type(f) is Kernel],
-            measures=[f for f in found if type(f) is Measure],
+            measures=[f for f in found if isinstance(f, Measure)],
             helpers=[f for f in found if type(f) is Function],
             scalars=[f for f in found if type(f) is Scalars],
             each=each,

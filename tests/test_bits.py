@@ -80,8 +80,13 @@ def test_same_bits_of_many(name, dtype, on_isa):
 
 @pytest.mark.parametrize("last_cache", [0, 8 << 20])
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"clip_norm": 30.0, "clip_value": 0.05}, {"zero_grads": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["lamb", "novograd"])
-def test_same_bits_of_batches(name, threads, last_cache, monkeypatch):
+def test_same_bits_of_batches(name, beside, threads, last_cache, monkeypatch):
     """Segments whose sums are taken together, in their cases: several in a batch, one
     that is more than a batch, none with a gradient, an empty one."""
     monkeypatch.setattr(cython_cpu, "last_cache", lambda: last_cache)
@@ -96,10 +101,10 @@ def test_same_bits_of_batches(name, threads, last_cache, monkeypatch):
             grads = [p * np.float32(0.5 + step) for p in start]
             if step:
                 grads[4] = None
-            opt.step(grads, clip_norm=30.0, clip_value=0.05)
+            opt.step(grads, **beside)
         buffers = [array for arrays in opt.state.values() for array in arrays]
         carried = opt._bound.carried
-        found.append([*params, *opt.ema_params, *buffers, carried])
+        found.append([*params, *grads[:4], *opt.ema_params, *buffers, carried])
     for got in found[1:]:
         assert not differing(found[0], got)
 
