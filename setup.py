@@ -143,9 +143,12 @@ class Measure(Kernel):
         return self.returned
 
 
+@dataclass
 class Begin(Measure):
     """A ``measure`` that puts the new state in its place, and keeps the rest that the
     update needs: a step with sums then reads most of its buffers once."""
+
+    of: tuple[Function, ...]  # the update, the measure and the settle
 
     way = "out"
     kept = ("kept",)
@@ -237,8 +240,8 @@ def defined(path, name, kind=Function, *more):
     return None
 
 
-def names(node, context=ast.Load):
-    """Those that are read in it, or stored."""
+def used(node, context=ast.Load):
+    """The names that are read in it, or stored."""
     found = (n for n in ast.walk(node) if isinstance(n, ast.Name))
     return {name.id for name in found if isinstance(name.ctx, context)}
 
@@ -247,32 +250,37 @@ def halves(update, measure, settle):
     """Of a rule with sums a ``begin`` and a ``finish``, where its update and measure
     start alike, with what settle hands on as it is, and the update has nothing left to
     do but to move p by the one value that it computed so."""
-    alike, (new, *left) = update.tree.body[:-1], update.tree.body[-1].value.elts
-    stored = set().union(*(names(line, ast.Store) for line in alike))
-    states = update.arguments[2 : 2 + update.state_count]
-    given, later = (f.arguments[2 + f.state_count :] for f in (measure, update))
-    kept = (names(new) & stored) - set(states)
+    *alike, (new, *left) = *update.tree.body[:-1], update.tree.body[-1].value.elts
+    buffers = 2 + update.state_count
+    states = update.arguments[2:buffers]
+    given, later = (f.arguments[buffers:] for f in (measure, update))
+    stored = set().union(*(used(line, ast.Store) for line in alike))
+    kept = (used(new) & stored) - set(states)
+    taken = settle.arguments[2 + measure.returned :][: len(given)]
+    returned = dict(zip(later, settle.tree.body[-1].value.elts, strict=False))
+    handed = [name in returned and ast.unparse(returned[name]) for name in given]
     if (
-        list(map(ast.unparse, alike)) != list(map(ast.unparse, measure.tree.body[:-1]))
-        or [ast.unparse(node) for node in left] != states
+        len({update.path, measure.path, settle.path}) > 1
+        or update.arguments[:buffers] != measure.arguments[:buffers]
+        or list(map(ast.unparse, alike))
+        != list(map(ast.unparse, measure.tree.body[:-1]))
+        or list(map(ast.unparse, left)) != states
         or len(kept) != 1
-        or names(new) - kept - {"p", *later}
+        or kept & {"p", *later}
+        or used(new) - kept - {"p", *later}
+        or handed != taken
+        or used(settle.tree, ast.Store) & set(taken)
     ):
         return []
-    handed = dict(zip(later, settle.tree.body[-1].value.elts, strict=False))
-    taken = settle.arguments[2 + measure.returned :]
-    for name, place in zip(given, taken, strict=False):
-        if ast.unparse(handed[name]) != place or place in names(settle.tree, ast.Store):
-            return []
     (kept,) = kept
     results = [*measure.tree.body[-1].value.elts, *left, ast.Name(kept, ast.Load())]
-    begin = ast.parse(ast.unparse(measure.tree)).body[0]
-    begin.name, begin.body[-1] = "begin", ast.Return(ast.Tuple(results, ast.Load()))
-    finish = ast.parse(ast.unparse(update.tree)).body[0]
-    finish.name, finish.body = "finish", [ast.Return(ast.Tuple([new], ast.Load()))]
+    begin, finish = (ast.parse(ast.unparse(f.tree)).body[0] for f in (measure, update))
+    begin.name, finish.name = f"{update.tree.name}_begin", f"{update.tree.name}_finish"
+    begin.body[-1] = ast.Return(ast.Tuple(results, ast.Load()))
+    finish.body = [ast.Return(ast.Tuple([new], ast.Load()))]
     finish.args.args = [ast.arg(name) for name in ("p", kept, *later)]
     return [
-        Begin(measure.path, begin, measure.state_count),
+        Begin(update.path, begin, update.state_count, (update, measure, settle)),
         Kernel(update.path, finish, 0),
     ]
 

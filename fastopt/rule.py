@@ -255,7 +255,7 @@ class Rule:
         For a rule with norms. ``measure(p, g, *state, *scalars) -> terms``, written
         like ``update``, is summed in float64 over each array (``over="segment"``) or
         over all (``"all"``), in an order that does not depend on backend or threads,
-        before anything is written. Then ``settle(t, n, *sums, *results of scalars)``,
+        before a parameter moves. Then ``settle(t, n, *sums, *results of scalars)``,
         with ``n`` elements, returns what goes on to ``update``, and the new carry. A
         rule over segments has a carry for each array, any other one for each group.
     factored

@@ -78,33 +78,78 @@ def test_same_bits_of_many(name, dtype, on_isa):
     compare(rule, values, dtype, LARGE, on_isa)
 
 
-@pytest.mark.parametrize("last_cache", [0, 8 << 20])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+BATCHES = {
+    "lamb": fastopt.lamb,
+    "adafactor": fastopt.Adafactor,
+    "novograd": fastopt.novograd,
+    # LAMB's sums, and another update, whose first pass is not LAMB's.
+    "mixed": fastopt.Rule(
+        fastopt.cautious_adamw.update,
+        fastopt.lamb.scalars,
+        state=("m", "v"),
+        measure=fastopt.lamb.measure,
+        settle=fastopt.lamb.settle,
+        name="mixed",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "beside",
     [{}, {"clip_norm": 30.0, "clip_value": 0.05}, {"zero_grads": True}],
-    ids=str,
+    ids=["plain", "clipped", "zeroed"],
 )
-@pytest.mark.parametrize("name", ["lamb", "novograd"])
-def test_same_bits_of_batches(name, beside, threads, last_cache, monkeypatch):
+@pytest.mark.parametrize("name", BATCHES)
+def test_same_bits_of_batches(name, beside, dtype, monkeypatch):
     """Segments whose sums are taken together, in their cases: several in a batch, one
-    that is more than a batch, none with a gradient, an empty one."""
-    monkeypatch.setattr(cython_cpu, "last_cache", lambda: last_cache)
-    rule, rng = getattr(fastopt, name), np.random.default_rng(0)
-    sizes = [333_333, 0, 5, 2_500_000, 70_001, 1, 900_000, 333]
-    start = [nonzero(rng, size, np.float32) for size in sizes]
-    found = []
-    for backend in ("numpy", "numba", *(["cython"] if compiled_isas() else [])):
+    that is more than a batch, what is just kept from sums to update and what is too
+    much, none with a gradient, an empty one."""
+    rng = np.random.default_rng(0)
+    shapes = [333_333, 0, 5, 2_097_152 if dtype == np.float32 else 1_048_576]
+    shapes += [70_001, 1, (9, 100, 1000), (77, 33), 2_500_000]
+    start = [nonzero(rng, int(np.prod(n)), dtype).reshape(n) for n in shapes]
+
+    def run(backend, threads):
         params = [p.copy() for p in start]
-        opt = rule(params, backend=backend, threads=threads, ema=0.9)
+        opt = BATCHES[name](params, backend=backend, threads=threads, ema=0.9)
         for step in range(2):
-            grads = [p * np.float32(0.5 + step) for p in start]
+            grads = [p * dtype(0.5 + step) for p in start]
             if step:
                 grads[4] = None
             opt.step(grads, **beside)
-        buffers = [array for arrays in opt.state.values() for array in arrays]
-        carried = opt._bound.carried
-        found.append([*params, *grads[:4], *opt.ema_params, *buffers, carried])
+        given = [grad for grad in grads if grad is not None]
+        averages, carried = opt.ema_params, opt._bound.carried
+        return [*params, *given, *averages, *state_of(opt), carried]
+
+    expected = run("numpy", 1)
+    assert not differing(expected, run("numba", 2))
+    for last_cache in (0, 8 << 20) if compiled_isas() else ():
+        monkeypatch.setattr(cython_cpu, "last_cache", lambda size=last_cache: size)
+        for threads in (1, 2, 3):
+            got = run("cython", threads)
+            assert not differing(expected, got), (last_cache, threads)
+
+
+def state_of(opt):
+    """All arrays of a state, those of rows and columns, too."""
+    entries = [entry for entries in opt.state.values() for entry in entries]
+    return [a for e in entries for a in (e if isinstance(e, tuple) else (e,))]
+
+
+def test_same_bits_of_batches_of_tasks(monkeypatch):
+    """The gradients of several tasks, combined in the pass of the sums."""
+    monkeypatch.setattr(cython_cpu, "last_cache", lambda: 0)
+    rng, found = np.random.default_rng(0), []
+    start = [nonzero(rng, n, np.float32) for n in (900_000, 333, 1_100_000, 70_001)]
+    for backend in ("numpy", "numba", *(["cython"] if compiled_isas() else [])):
+        params = [p.copy() for p in start]
+        opt = fastopt.lamb(params, backend=backend, threads=2)
+        for step in range(2):
+            tasks = [[p * np.float32(k + step) for p in start] for k in (0.5, -0.2)]
+            tasks[0][1] = None
+            opt.step(tasks, weights=[0.3, 0.8])
+        found.append([*params, *state_of(opt)])
     for got in found[1:]:
         assert not differing(found[0], got)
 

@@ -97,18 +97,25 @@ def test_only_the_avx512_extension_uses_its_registers(built):
             assert not any("zmm" in operands for _, operands in instructions), name
 
 
+# Of rules whose update is in two passes.
+HALVES = [
+    f"{rule}_update_{half}"
+    for rule in ("lamb", "adafactor")
+    for half in ("begin", "finish")
+]
+
+
 @pytest.mark.parametrize("isa", WIDTH)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-@pytest.mark.parametrize("kernel", sorted(cython_cpu.KERNELS.values()))
+@pytest.mark.parametrize("kernel", [*sorted(cython_cpu.KERNELS.values()), *HALVES])
 def test_every_kernel_is_vectorised_at_full_width(built, kernel, dtype, isa):
     if isa not in built:
         pytest.skip(f"no {isa} extension was built here")
     suffix = "ps" if dtype == "f32" else "pd"
-    (instructions,) = [
-        body
-        for name, body in built[isa].items()
-        if name.endswith(f"_kernels_{isa}_{kernel}_{dtype}_kernel")
-    ]
+    # A kernel, and its loop where the compiler has left it a function of its own.
+    name = re.compile(rf".*_kernels_{isa}_{kernel}_{dtype}_(kernel|loop)")
+    bodies = [body for found, body in built[isa].items() if name.fullmatch(found)]
+    instructions = [instruction for body in bodies for instruction in body]
     used = {mnemonic.lstrip("v") for mnemonic, _ in instructions}
     packed = {
         mnemonic.lstrip("v") for mnemonic, place in instructions if WIDTH[isa] in place
