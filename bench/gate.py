@@ -150,7 +150,7 @@ cdef class Step:"""
 # The calls of kernels in the template, and what stands there instead.
 CALLS = {
     "    self.kernel(row, ": "    slowed(self.kernel, row, ",
-    "    self.kernel(local, ": "    slowed(self.kernel, local, ",
+    "    self.finish(pair, ": "    slowed(self.finish, pair, ",
     "    measure(\n": "    slowed_sums(measure,\n",
 }
 
