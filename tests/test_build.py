@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -93,3 +94,74 @@ assert numpy.array_equal(expected, run())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+RULE = """
+def scalars(t, lr=0.1, mu=0.9):
+    return mu, lr
+
+
+def direction(p, g, m, mu):
+    m = mu * m + g
+    return m + p, m
+
+
+def measure(p, g, m, mu):
+    u, m = direction(p, g, m, mu)
+    return (wide(u) * wide(u),)
+
+
+def settle(t, n, uu, mu, lr):
+    return mu, lr / uu
+
+
+def update(p, g, m, mu, lr):
+    u, m = direction(p, g, m, mu)
+    return p - lr * u, m
+
+
+rule = Rule(update, scalars, state=("m",), measure=measure, settle=settle)
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels_of(tmp_path_factory):
+    """The names of what setup.py would compile for the text of a rule."""
+    source = (ROOT / "setup.py").read_text(encoding="utf-8").partition("\nsetup(")[0]
+    script = ModuleType("setup_script")
+    script.__file__ = str(ROOT / "setup.py")
+    sys.modules[script.__name__] = script  # where its dataclasses look for it
+    exec(compile(source, script.__file__, "exec"), script.__dict__)
+
+    def names(text):
+        path = tmp_path_factory.mktemp("rule") / "mine.py"
+        path.write_text(text, encoding="utf-8")
+        return {function.name for function in script.functions_of(path)}
+
+    yield names
+    del sys.modules[script.__name__]
+
+
+def test_a_rule_whose_sums_begin_the_update_has_two_passes(kernels_of):
+    assert {"mine_update_begin", "mine_update_finish"} <= kernels_of(RULE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return mu, lr / uu", "return mu / 2, lr / uu"),
+        ("return mu, lr / uu", "mu = uu\n    return mu, lr / uu"),
+        ("def settle(t, n, uu, mu, lr)", "def settle(t, n, uu, lr, mu)"),
+        ("return p - lr * u, m", "return p - lr * u * g, m"),
+        ("return p - lr * u, m", "return p - lr * (u + m), m"),
+        ("return p - lr * u, m", "return p - lr * u, lr * m"),
+        (
+            "def measure(p, g, m, mu):\n    u, m =",
+            "def measure(p, g, m, mu):\n    m, u =",
+        ),
+        ("def measure(p, g, m, mu)", "def measure(g, p, m, mu)"),
+    ],
+)
+def test_any_other_rule_has_one(kernels_of, old, new):
+    assert RULE.count(old) == 1
+    assert not any("begin" in name for name in kernels_of(RULE.replace(old, new)))
