@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import pytest
+from campaign import Campaign
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,3 +22,41 @@ def numbers_in_float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+# Campaigns of injected faults: a short form in every run, the long one by -m faults.
+
+
+def pytest_generate_tests(metafunc):
+    if "campaign" in metafunc.fixturenames:
+        forms = ["short", pytest.param("long", marks=pytest.mark.faults)]
+        metafunc.parametrize("campaign", forms, indirect=True)
+
+
+@pytest.fixture
+def campaign(request, record_property):
+    """Counts the injections of a test, and fails it at its end if one was not borne."""
+    kind = request.node.originalname.removeprefix("test_").replace("_", " ")
+    counted = Campaign(kind, request.param == "long")
+    yield counted
+    passed = counted.tried - len(counted.failures)
+    record_property("campaign", (kind, counted.tried, passed))
+    counted.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of the campaigns: class, tried, passed."""
+    totals = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "teardown":
+                continue
+            for name, value in report.user_properties:
+                if name == "campaign":
+                    kind, tried, passed = value
+                    before = totals.get(kind, (0, 0))
+                    totals[kind] = before[0] + tried, before[1] + passed
+    if totals:
+        terminalreporter.section("injected faults: class, tried, passed")
+        for kind, (tried, passed) in sorted(totals.items()):
+            terminalreporter.write_line(f"{kind:60} {tried:8} {passed:8}")
