@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.flat import Array, FlatBuffer
-from fastopt.rule import check_hyperparameter
+from fastopt.rule import check_hyperparameter, shown
 
 MOST_THREADS = 1024
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -253,7 +253,7 @@ def check_weights(
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers: {error}") from error
     if weights.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be real numbers, got {value!r}")
+        raise TypeError(f"{name} must be real numbers, got {shown(value)}")
     if weights.shape != (count,):
         raise ValueError(
             f"{name} has shape {weights.shape}, but there are {count} tasks; pass one "
@@ -282,7 +282,7 @@ def check_decay(name: str, value: Any) -> float | None:
         return None
     number = float(check_hyperparameter("", name, value, 1.0))
     if not 0 <= number < 1:
-        raise ValueError(f"{name} must be in [0, 1), or None, got {value!r}")
+        raise ValueError(f"{name} must be in [0, 1), or None, got {shown(value)}")
     return number
 
 
@@ -290,17 +290,17 @@ def check_same_kind(name: str, value: Any, now: Any) -> None:
     """What decides about memory is decided when an optimizer is made."""
     if (value is None) != (now is None):
         raise ValueError(
-            f"{name} is {now!r} and cannot become {value!r}: whether there is one is "
-            f"decided when the optimizer is made"
+            f"{name} is {shown(now)} and cannot become {shown(value)}: whether there "
+            f"is one is decided when the optimizer is made"
         )
 
 
 def check_count(name: str, value: Any, least: int) -> int:
     """Return it as an int, or raise if it is none or too small."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
     return int(value)
 
 
@@ -310,14 +310,14 @@ def check_limit(name: str, value: Any) -> float:
         return math.inf
     number = float(check_hyperparameter("", name, value, 1.0))
     if number <= 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+        raise ValueError(f"{name} must be above 0, got {shown(value)}")
     return number
 
 
 def check_nonfinite(value: Any) -> str:
     if value not in ("propagate", "skip", "raise"):
         raise ValueError(
-            f'nonfinite must be "propagate", "skip" or "raise", got {value!r}'
+            f'nonfinite must be "propagate", "skip" or "raise", got {shown(value)}'
         )
     return str(value)
 

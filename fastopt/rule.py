@@ -13,6 +13,7 @@ import functools
 import inspect
 import math
 import re
+import reprlib
 import sys
 import types
 from collections.abc import Callable, Mapping, Set
@@ -194,6 +195,12 @@ def limits(key: str) -> tuple[float, float]:
     return (0.0 if _AT_LEAST_ZERO.fullmatch(key) else -math.inf), math.inf
 
 
+# How messages show what came, which may be large, deep or refer to itself.
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 200
+shown = _shown.repr
+
+
 def check_hyperparameter(
     key: str, name: str, value: Any, default: Any
 ) -> Hyperparameter:
@@ -208,17 +215,17 @@ def check_hyperparameter(
         value = value.item()  # a number of NumPy's, JAX's or torch's
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {given!r}")
+            raise TypeError(f"{name} must be True or False, got {shown(given)}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {given!r}")
+        raise TypeError(f"{name} must be a number, got {shown(given)}")
     number = float(value) if abs(value) <= sys.float_info.max else math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
     least, below = limits(key)
     if not least <= number < below:
         wanted = "at least 0" if below == math.inf else "in [0, 1)"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return number
 
 

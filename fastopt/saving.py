@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from fastopt.checks import check_decay, check_same_kind
 from fastopt.factored import kept_shape
 from fastopt.flat import Array
-from fastopt.rule import check_hyperparameter
+from fastopt.rule import check_hyperparameter, shown
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
@@ -64,9 +64,10 @@ def check(saved: Any, opt: Optimizer) -> None:
         raise TypeError(
             f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
         )
-    if saved["format"] != FORMAT:
+    number = saved["format"]
+    if not isinstance(number, (int, float, np.number)) or number != FORMAT:
         raise ValueError(
-            f"the state has format {saved['format']!r}, this version of fastopt reads "
+            f"the state has format {shown(number)}, this version of fastopt reads "
             f"{FORMAT}; load it with the version that saved it"
         )
     if any(key not in saved for key in KEYS):
@@ -74,9 +75,10 @@ def check(saved: Any, opt: Optimizer) -> None:
             f"expected a state_dict() with the keys {', '.join(KEYS)}; "
             f"got {list(saved)}"
         )
-    if saved["rule"] != rule.name:
+    if not isinstance(saved["rule"], str) or saved["rule"] != rule.name:
         raise ValueError(
-            f"the state is of rule {saved['rule']!r}, this optimizer's is {rule.name!r}"
+            f"the state is of rule {shown(saved['rule'])}, this optimizer's is "
+            f"{rule.name!r}"
         )
     for key in ("steps", "skipped"):
         try:
@@ -85,8 +87,9 @@ def check(saved: Any, opt: Optimizer) -> None:
             valid = False
         if not valid:
             raise ValueError(
-                f'state["{key}"] must be an integer >= 0, got {saved[key]!r}'
+                f'state["{key}"] must be an integer >= 0, got {shown(saved[key])}'
             )
+    check_sequence('state["groups"]', saved["groups"])
     if len(saved["groups"]) != len(groups):
         raise ValueError(
             f"the state has {len(saved['groups'])} groups, this optimizer has "
@@ -94,7 +97,7 @@ def check(saved: Any, opt: Optimizer) -> None:
         )
     for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
         if not isinstance(values, Mapping):
-            raise TypeError(f'state["groups"][{i}] must be a dict, got {values!r}')
+            raise TypeError(f'state["groups"][{i}] must be a dict, got {shown(values)}')
         if not isinstance(values.get("frozen"), bool):
             raise TypeError(f'state["groups"][{i}]["frozen"] must be True or False')
         for key in group:
@@ -103,9 +106,12 @@ def check(saved: Any, opt: Optimizer) -> None:
                     f"the state has no {key} for groups[{i}], where it was a schedule; "
                     f"set one here too before loading"
                 )
-    if not set(saved["switched_on"]) <= rule.switches:
+    on = saved["switched_on"]
+    if not isinstance(on, Set):
+        check_sequence('state["switched_on"]', on)
+    if not all(isinstance(name, str) and name in rule.switches for name in on):
         raise ValueError(
-            f'state["switched_on"] is {saved["switched_on"]}, of which {rule.name} '
+            f'state["switched_on"] is {shown(on)}, of which {rule.name} '
             f"knows {sorted(rule.switches)}"
         )
     check_buffers(saved, opt)
@@ -115,6 +121,8 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
     """The arrays and numbers of a saved state against the parameters."""
     rule, on = opt.rule, set(saved["switched_on"])
     buffers = rule.variant(on).state
+    if not isinstance(saved["state"], Mapping):
+        raise TypeError(f'state["state"] must be a dict, got {shown(saved["state"])}')
     if set(saved["state"]) != set(buffers):
         raise ValueError(
             f"the state has buffers {list(saved['state'])}, but {rule.name} with "
@@ -137,9 +145,13 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
         check_arrays('state["accumulated"]', saved["accumulated"], opt, optional=True)
     rows, numbers = len(opt._bound.sets), len(rule.carry)
     carry = saved["carry"]
+    check_sequence('state["carry"]', carry)
+    for i, row in enumerate(carry):
+        check_sequence(f'state["carry"][{i}]', row)
     if len(carry) != rows or any(len(row) != numbers for row in carry):
         raise ValueError(
-            f'state["carry"] must have {rows} rows of {numbers} numbers, got {carry!r}'
+            f'state["carry"] must have {rows} rows of {numbers} numbers, '
+            f"got {shown(carry)}"
         )
     for row in carry:
         for number in row:
@@ -156,6 +168,7 @@ def check_arrays(
 ) -> None:
     """Saved arrays, one for each parameter, in its shape if no other is given."""
     params = opt._bound.params
+    check_sequence(name, arrays)
     if len(arrays) != len(params.arrays):
         raise ValueError(
             f"{name} has {len(arrays)} arrays for {len(params.arrays)} parameters"
@@ -176,3 +189,12 @@ def check_arrays(
             raise ValueError(
                 f"{name}[{i}] has shape {array.shape} but {of} {kept} {shape}"
             )
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """That something is a list, or what some formats make of one."""
+    listed = isinstance(value, (list, tuple)) or (
+        isinstance(value, np.ndarray) and value.ndim
+    )
+    if not listed:
+        raise TypeError(f"{name} must be a list, got {shown(value)}")

@@ -1,0 +1,208 @@
+"""Saved states that are damaged: each is loaded as it is, or refused in words of ours,
+and then nothing has changed."""
+
+import copy
+import functools
+import math
+import os
+import random
+import traceback
+
+import numpy as np
+from cases import alike, nonzero
+
+import fastopt
+
+PACKAGE = os.path.dirname(fastopt.__file__)
+
+
+def deep(levels=100_000):
+    nested = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def endless():
+    itself = []
+    itself.append(itself)
+    return itself
+
+
+class Unwilling:
+    """An object that answers nothing."""
+
+    def __eq__(self, other):
+        raise ValueError("not comparable")
+
+    __hash__ = object.__hash__
+
+    def __repr__(self):
+        return "<unwilling>"
+
+
+# What may stand where something else should. They are made anew each time.
+RUBBISH = [
+    *(lambda v=v: v for v in (None, True, "x", "", 0, 1, -1, 3, 2**63, 10**400, 1.5)),
+    *(lambda v=v: v for v in (math.nan, math.inf, -0.0, 1e39, 5e-324, 1j, b"x", ...)),
+    *(lambda k=k: k() for k in (list, dict, set, tuple, object, Unwilling)),
+    *(deep, endless, lambda: [None], lambda: [1.0], lambda: {"lr": 1.0}),
+    *(lambda v=v: v for v in (np.float32(2), np.float64(math.nan), np.int64(2))),
+    *(lambda v=v: v for v in (np.bool_(True), np.str_("adamw"))),
+    lambda: np.zeros(3, np.float32),
+    lambda: np.zeros((2, 2)),
+    lambda: np.zeros(0),
+    lambda: np.array(2.0),
+    lambda: np.array([None, "x"], object),
+    lambda: np.ma.masked_array([1.0, 2.0], [True, False]),
+]
+
+
+def places(tree, path=(), depth=0):
+    """The paths of all that a nested state holds."""
+    if isinstance(tree, dict):
+        children = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        children = enumerate(tree)
+    else:
+        return
+    for key, child in children:
+        yield (*path, key)
+        if depth < 6:
+            yield from places(child, (*path, key), depth + 1)
+
+
+def variants_of(value):
+    """What is nearly the value: another dtype or shape, one more or less, another
+    sign."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        yield value.astype(np.float64 if value.dtype == np.float32 else np.float32)
+        yield np.nan_to_num(value).astype(np.int64)
+        yield from (value[None], value[..., :-1] if value.ndim else value[None, None])
+        yield np.concatenate([value.ravel(), value.ravel()])
+        yield np.full_like(value, math.nan)
+        yield value.T
+        yield value.tolist()
+        yield value.astype(value.dtype.newbyteorder())
+        yield np.repeat(value.ravel(), 2)[::2].reshape(value.shape)
+    elif isinstance(value, (int, float)):
+        yield from (value + 1, -value, float(value), str(value), [value])
+        yield np.float64(value)
+    elif isinstance(value, (list, tuple)):
+        yield from (value[:-1], [*value, *value], value[::-1], tuple(value), dict())
+        yield dict(enumerate(value))
+    elif isinstance(value, dict):
+        yield from ({**value, "more": 1}, list(value.items()), list(value), {})
+        yield {**value, 3: None}
+        yield dict(reversed(value.items()))
+    elif isinstance(value, str):
+        yield from (value + "x", value.upper(), value.encode())
+
+
+def damaged(saved, rng):
+    """A copy with one or two places damaged; and how."""
+    saved, how = copy.deepcopy(saved), []
+    for _ in range(rng.choice((1, 1, 2))):
+        path = rng.choice(list(places(saved)))
+        holder = functools.reduce(lambda tree, key: tree[key], path[:-1], saved)
+        if isinstance(holder, tuple):
+            continue
+        kind = rng.choice(("rubbish", "variant", "missing", "more"))
+        variants = list(variants_of(holder[path[-1]]))
+        if kind == "missing":
+            del holder[path[-1]]
+        elif kind == "variant" and variants:
+            number = rng.randrange(len(variants))
+            holder[path[-1]] = variants[number]
+            kind = f"variant {number}"
+        elif kind == "more" and isinstance(holder, dict):
+            holder[rng.choice(("more", 3, None, "lr"))] = rng.choice(RUBBISH)()
+        else:
+            number = rng.randrange(len(RUBBISH))
+            holder[path[-1]] = RUBBISH[number]()
+            kind = f"rubbish {number}"
+        how.append(f"{kind} at {path}")
+        if not list(places(saved)):
+            break
+    return saved, " and ".join(how)
+
+
+def taken(now, saved):
+    """Whether an optimizer has all that was saved; what more was there is left."""
+    if isinstance(now, dict) and isinstance(saved, dict):
+        return now.keys() <= saved.keys() and all(taken(now[k], saved[k]) for k in now)
+    return alike(now, saved)
+
+
+def raised_by_us(error):
+    """Whether a statement of ours raised it, to say something, and nothing else did."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return frame.filename.startswith(PACKAGE) and frame.line.startswith("raise")
+
+
+def judge(opt, saved, snapshot):
+    """Load a state, which is taken as it is or refused, and then nothing changed."""
+    before = snapshot(opt)
+    try:
+        opt.load_state_dict(saved)
+    except (TypeError, ValueError, RuntimeError) as error:
+        assert alike(before, snapshot(opt)), f"changed, with {error!r}"
+        assert raised_by_us(error), f"not in our words: {error!r}"
+    else:
+        assert taken(opt.state_dict(), saved), "taken as something else"
+
+
+# The core -----------------------------------------------------------------------------
+
+
+def params_of(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "w": nonzero(rng, 6, dtype).reshape(3, 2),
+        "b": [nonzero(rng, 3, dtype), nonzero(rng, 1, dtype)],
+    }
+
+
+def in_groups(params):
+    return [{"params": params["w"]}, {"params": params["b"], "frozen": True}]
+
+
+def trained(make, groups, accumulated):
+    params = params_of()
+    opt = make(in_groups(params) if groups else params)
+    grads = [params["w"], params["b"]] if groups else params
+    for _ in range(3):
+        opt.step(copy.deepcopy(grads))
+    if accumulated:
+        opt.accumulate(copy.deepcopy(grads))
+    return opt
+
+
+OPTIMIZERS = {
+    "adamw": functools.partial(fastopt.adamw, lr=0.01, ema=0.9),
+    "sgd": functools.partial(fastopt.sgd, lr=0.01, momentum=0.9, nesterov=True),
+    "gd": functools.partial(fastopt.sgd, lr=0.01),
+    "prodigy": fastopt.prodigy,
+    "lamb": fastopt.lamb,
+    "adafactor": fastopt.Adafactor,
+    "muon": fastopt.Muon,
+    "lookahead": lambda params: fastopt.Lookahead(fastopt.adamw(params), k=2),
+}
+
+
+def everything(opt):
+    return {**opt.state_dict(), "params": [p.copy() for p in opt._params.arrays]}
+
+
+def test_damaged_state(campaign):
+    rng = random.Random(0)
+    for name, make in OPTIMIZERS.items():
+        for groups in (False, True):
+            opt = trained(make, groups, accumulated=False)
+            other = trained(make, groups, accumulated=True)
+            states = opt.state_dict(), other.state_dict()
+            for _ in range(800 if campaign.long else 8):
+                saved, how = damaged(rng.choice(states), rng)
+                campaign.attempt(f"{name}: {how}", judge, opt, saved, everything)
+        for rubbish in RUBBISH:
+            campaign.attempt(name, judge, opt, rubbish(), everything)
