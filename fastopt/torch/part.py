@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastopt.rule import Rule
 from fastopt.torch import state
 from fastopt.torch.memory import array, numbers, same_layout
 from fastopt.torch.state import EMA, Member, Names, Values, in_one_piece
+from fastopt.torch.turns import Call
 
 Sums = tuple[int, tuple[float, ...] | None]  # elements, and what was summed over them
 
@@ -35,9 +38,10 @@ def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
 class Part:
     """Steps over some members.
 
-    ``take`` the gradients, ``prepare`` the scalars, then ``update``; in between there
-    is time for ``norm`` and ``sums``. Where kernels cannot work in a parameter's memory
-    (bfloat16, memory with gaps), the native step is made anew each time, over copies.
+    ``take`` the gradients, ``prepare`` the scalars, then make the calls of ``update``;
+    in between there is time for ``norm`` and ``sums``. Only these calls write what a
+    user sees. Where kernels cannot work in a parameter's memory (bfloat16, memory with
+    gaps), the native step is made anew each time, over copies.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Part:
         members: list[Member],
         values: Sequence[Values],
         averaged: bool,
+        wave: int = 0,
     ):
         self.rule, self.module, self.names = rule, module, names
+        self.wave = wave  # steps come after those of the waves before
         self.members, self.averaged = members, averaged
         self.plain, self.device = members[0].plain, members[0].param.device
         self.over_all = rule.measure is not None and rule.over == "all"
@@ -181,8 +187,7 @@ class Part:
             return True
         given = [grads[place] for place in self.places]
         if native:  # some overlap what a step writes
-            with torch.no_grad():
-                given = [None if g is None else g.clone() for g in given]
+            given = [None if g is None else g.detach().clone() for g in given]
         self._give(given)
         return False
 
@@ -206,15 +211,19 @@ class Part:
             self._give([None if g is None else copy(m, g) for m, g in pairs])
 
     def end(self) -> None:
-        """Put back what was copied, and forget the rest."""
+        """After a step: note what the next one needs to know, and forget the rest."""
+        # What was settled may differ from now on.
+        self._seen = [] if self.carried and self.rule.settle else self._bytes()
+        self.usual = (
+            self.all
+            and self._placed
+            and len(self.kinds) == 1
+            and not (self.wave or self.carried or self.averaged or self.rule.settle)
+        )
+        steps = self.vectors[0]
+        self._t, self._steps = int(steps.item(0)), steps.tobytes()
         self._taken = []
-        if not self.plain and self.any:
-            with torch.no_grad():
-                for member, made, active in zip(
-                    self.members, self._copies, self.active, strict=True
-                ):
-                    if active:
-                        member.param.copy_(made)
+        if not self.plain:
             self._copies, self.step = [], None
 
     def norm(self, factor: float, threads: int) -> tuple[float, bool]:
@@ -263,24 +272,27 @@ class Part:
                 for r in runs:
                     self.rows[r] = row
 
-    def do_as_usual(
+    def goes_on(self) -> bool:
+        """Whether the next step may be like the last, if that was ``usual``: all
+        members have done as many steps, the rule needs no more than scalars, and
+        nothing is asked beside."""
+        return self.usual and self.vectors[0].tobytes() == self._steps
+
+    def update_as_usual(
         self, values: Sequence[Values], factors: Sequence[float], threads: int
-    ) -> None:
-        """A step like the last, if that was ``usual``: all of its members have done as
-        many steps, the rule needs no more than scalars, and nothing is asked beside."""
-        steps, group = self.vectors[0], self.members[0].group
-        if steps.tobytes() != self._steps:
-            self.prepare(values, factors)
-            self.update(threads, None, None)
-            return
-        t = self._t + 1
-        scalars = self.scalars(t, *values[group])
-        row = (factors[group], *scalars[: self.used])
-        self.step([row] * len(self.runs), threads)
+    ) -> tuple[Call, ...]:
+        """The calls of a step like the last; then ``end_as_usual``."""
+        group, t = self.members[0].group, self._t + 1
+        row = (factors[group], *self.scalars(t, *values[group])[: self.used])
+        step = partial(self.step, [row] * len(self.runs), threads)
+        if self.names.steps is None:
+            return (step,)
+        return step, partial(self.vectors[0].fill, t)
+
+    def end_as_usual(self) -> None:
         if self.names.steps is not None:
-            self._t = t
-            steps.fill(t)
-            self._steps = steps.tobytes()
+            self._t += 1
+            self._steps = self.vectors[0].tobytes()
 
     def _bytes(self) -> list[bytes]:
         return [vector.tobytes() for vector in self.vectors]
@@ -307,83 +319,99 @@ class Part:
             for size, terms in zip(self.sizes, found, strict=True)
         ]
 
-    def update(self, threads: int, extras: Extras | None, total: Sums | None) -> None:
-        """Do the step; ``total`` is of all parts, for rules that measure over all."""
+    def update(
+        self, threads: int, extras: Extras | None, total: Sums | None
+    ) -> list[Call]:
+        """The calls that do the step; ``total`` is of all parts, for rules that measure
+        over all. Nothing that a user sees is written before."""
         limit = math.inf if extras is None else extras.clip_value
         if self.rule.factored:
             self._advance_factors(threads, limit)
+        after = [vector.copy() for vector in self.vectors]
         if self.rule.settle is None:
-            self._run(threads, extras)
             if self.carried:
                 for (*_, members), new in zip(self.kinds, self.new, strict=True):
-                    self._carry(members, new)
+                    carry(after, members, new)
+            calls = [self._run(threads, extras)]
+        elif getattr(self.step, "batches", False):
+            calls = self._batches(threads, extras, after)
         else:
-            self._settle(threads, extras, limit, total)
-        if self.rule.factored:
-            self._keep_factors()
-        steps = self.vectors[0]
+            self._settle(threads, limit, total, after)
+            calls = [self._run(threads, extras)]
+        steps = after[0]
         if self.all or self.over_all:
             steps += 1
         else:
             steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
-        # What was settled may differ from now on.
-        self._seen = [] if self.carried and self.rule.settle else self._bytes()
-        self.usual = (
-            self.all
-            and self._placed
-            and len(self.kinds) == 1
-            and not (self.carried or self.averaged or self.rule.settle)
-        )
-        self._t, self._steps = int(steps.item(0)), steps.tobytes()
+        calls += [
+            partial(operator.setitem, vector, ..., new)
+            for vector, new in zip(self.vectors, after, strict=True)
+        ]
+        if self.rule.factored:
+            calls += self._keep_factors()
+        if not self.plain:
+            calls += [
+                partial(member.param.detach().copy_, made)
+                for member, made, active in zip(
+                    self.members, self._copies, self.active, strict=True
+                )
+                if active
+            ]
+        return calls
 
-    def _run(self, threads: int, extras: Extras | None) -> None:
+    def _run(self, threads: int, extras: Extras | None) -> Call:
         if extras is None:
-            self.step(self.rows, threads)
-        else:
-            self.step(self.rows, threads, extras)
+            return partial(self.step, self.rows, threads)
+        return partial(self.step, self.rows, threads, extras)
 
-    def _carry(self, members: Sequence[int], new: Sequence[float]) -> None:
-        """Note what the rule carries on to the next step of these."""
-        for vector, value in zip(self.vectors[1:], new, strict=True):
-            vector[members] = value
+    def _batches(
+        self, threads: int, extras: Extras | None, after: list[Array]
+    ) -> list[Call]:
+        """The step of a rule with norms, in batches: its settling is compiled, and what
+        it carries on is in ``carry`` when it is done."""
+        now = self.count.item(0) % 2
+        old = np.stack(self.vectors[1:], 1) if self.carried else self.carry[0]
+        self.carry[now] = old[[run[0] for run in self.runs]]
+        calls: list[Call] = [
+            partial(self.step.settled, self.rows, threads, extras or PLAIN)
+        ]
+        for k in range(self.carried):
+            after[1 + k] = np.zeros(len(self.members))
+            new = self.carry[1 - now, :, k]
+            calls.append(partial(new.take, self.run_of, out=after[1 + k]))
+        return calls
 
     def _settle(
-        self, threads: int, extras: Extras | None, limit: float, total: Sums | None
+        self, threads: int, limit: float, total: Sums | None, after: list[Array]
     ) -> None:
-        """The step of a rule with norms."""
+        """The scalars of a rule with norms, and what it carries on."""
         rule, carried, rows = self.rule, self.carried, self.rows
         settle: Any = rule.settle
-        if getattr(self.step, "batches", False):
-            old = np.stack(self.vectors[1:], 1) if carried else self.carry[0]
-            self.carry[self.count[0] % 2] = old[[run[0] for run in self.runs]]
-            self.step.settled(rows, threads, extras or PLAIN)
-            new = self.carry[self.count[0] % 2].tolist()
-        else:
-            totals = self.sums(threads, limit) if total is None else [total] * len(rows)
-            settled = {}
-            for r, (row, (n, terms)) in enumerate(zip(rows, totals, strict=True)):
-                key = id(row), n, terms
-                if key in settled:
-                    pass
-                elif terms is None:  # a row without elements: no update, and no change
-                    left = [vector[self.runs[r][0]] for vector in self.vectors[1:]]
-                    settled[key] = (row[0], *(0.0,) * rule.scalar_count, *left)
-                else:
-                    t = int(self.vectors[0][self.runs[r][0]]) + 1
-                    factor, *scalars = row
-                    settled[key] = (factor, *settle(t, float(n), *terms, *scalars))
-                rows[r] = settled[key]
-            new = [row[len(row) - carried :] for row in rows]
-            self.rows = [row[: 1 + rule.scalar_count] for row in rows]
-            self._run(threads, extras)
+        totals = self.sums(threads, limit) if total is None else [total] * len(rows)
+        settled = {}
+        for r, (row, (n, terms)) in enumerate(zip(rows, totals, strict=True)):
+            key = id(row), n, terms
+            if key in settled:
+                pass
+            elif terms is None:  # a row without elements: no update, and no change
+                left = [vector[self.runs[r][0]] for vector in self.vectors[1:]]
+                settled[key] = (row[0], *(0.0,) * rule.scalar_count, *left)
+            else:
+                t = int(self.vectors[0][self.runs[r][0]]) + 1
+                factor, *scalars = row
+                settled[key] = (factor, *settle(t, float(n), *terms, *scalars))
+            rows[r] = settled[key]
+        new = [row[len(row) - carried :] for row in rows]
+        self.rows = [row[: 1 + rule.scalar_count] for row in rows]
         for run, active, values in zip(self.runs, self.active, new, strict=True):
             if active or self.over_all:
-                self._carry(run, values)
+                carry(after, run, values)
 
-    def estimate(self, values: Sequence[Values], threads: int) -> None:
-        """Put an estimate into the state, from gradients of another kind."""
+    def estimate(self, values: Sequence[Values], threads: int) -> Call:
+        """The call that puts an estimate into the state, from gradients of another
+        kind."""
         of: Any = self.rule.estimate
         (buffer, rule), rows, grads = of, [], []
         streams = [member.state[self.names.key(buffer)] for member in self.members]
@@ -395,9 +423,11 @@ class Part:
             scalars = rule.scalars(int(steps) + 1, *values[member.group])
             rows.append((1.0, *scalars[: rule.scalar_count]))
             grad = member.param.grad
-            grads.append(None if grad is None else torch.empty_like(stream).copy_(grad))
+            made = torch.empty_like(stream)
+            grads.append(None if grad is None else made.copy_(grad.detach()))
         step.take([None if grad is None else array(grad) for grad in grads])
-        step(rows, threads)
+        self._taken = grads
+        return partial(step, rows, threads)
 
     # State that is kept of rows and columns alone -------------------------------------
 
@@ -413,13 +443,24 @@ class Part:
             member.factors.advance(1, found, weight, least)
             self.rows[r] = (factor, 0.0, floor, least, *others)
 
-    def _keep_factors(self) -> None:
+    def _keep_factors(self) -> list[Call]:
+        calls: list[Call] = []
         for member, active in zip(self.members, self.active, strict=True):
             if member.factors is not None and active:
                 made = torch.from_numpy(member.factors.sets[1])
                 rows, columns = made.split(list(member.param.shape[-2:]), -1)
-                member.state["row_var"].copy_(rows.unsqueeze(-1))
-                member.state["col_var"].copy_(columns.unsqueeze(-2))
+                state: dict[str, Tensor] = member.state
+                calls += [
+                    partial(state["row_var"].copy_, rows.unsqueeze(-1)),
+                    partial(state["col_var"].copy_, columns.unsqueeze(-2)),
+                ]
+        return calls
+
+
+def carry(after: list[Array], members: Sequence[int], new: Sequence[float]) -> None:
+    """Note what the rule carries on to the next step of these members."""
+    for vector, value in zip(after[1:], new, strict=True):
+        vector[members] = value
 
 
 def joined(places: Sequence[Any]) -> list[list[int]]:

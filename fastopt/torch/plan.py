@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt import backends
+from fastopt.atomic import uninterrupted
 from fastopt.bound import shrinking
 from fastopt.numpy_ref import Extras
 from fastopt.rule import Rule
 from fastopt.torch.memory import COMPUTED, is_plain, watched
 from fastopt.torch.part import Part, Sums
 from fastopt.torch.state import Member, Names, Values
+from fastopt.torch.turns import Call, Turns
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
 
@@ -50,7 +53,8 @@ class Plan:
     names
         What the state calls things.
     groups, state
-        The optimizer's; in the state, what is missing is made.
+        The optimizer's. What is missing in the state is made, and put into it by the
+        first step.
     read
         Of each group the rule, its hyperparameters, and the sign of its gradients.
     averaged
@@ -85,36 +89,37 @@ class Plan:
             if there:  # all of them, before anything is put into the state
                 check(param, names)
         alike: dict[Any, list[Member]] = {}
+        entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (param, group) in enumerate(pairs):
             if not planned[place]:
                 continue
             rule = self.rules[group]
             plain = is_plain(param, rule.factored)
-            entry = state[param] if keeps[group] else {}
+            entry: dict[str, Any] = {}
+            if keeps[group]:
+                entry = entries.setdefault(param, dict(state.get(param, entry)))
             member = Member(param, place, group, entry, plain)
             key = id(rule), param.dtype, param.device, plain
             alike.setdefault(key, []).append(member)
-        with torch.no_grad():
-            self.parts = []
-            for members in alike.values():
-                for apart in in_turn(members):
-                    rule = self.rules[apart[0].group]
-                    module = module_for(rule, backend, apart[0].param)
-                    part = Part(rule, module, names, apart, self.values, averaged)
-                    self.parts.append(part)
+        self.parts = []
+        for members in alike.values():
+            for wave, apart in enumerate(in_turn(members)):
+                rule = self.rules[apart[0].group]
+                module = module_for(rule, backend, apart[0].param)
+                of = names, apart, self.values, averaged, wave
+                self.parts.append(Part(rule, module, *of))
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}
         self._merged = any(part.merged for part in self.parts)
         buffers = [tensor for part in self.parts for tensor in part.buffers]
-        self.tensors = watched(
-            self._params,
-            planned,
-            groups,
-            state,
-            buffers,
-            single is not None,
-            self._merged,
-        )
+        self._new = {
+            param: entry
+            for param, entry in entries.items()
+            if not holds(state.get(param), entry)
+        }
+        alone = single is not None
+        self._watched = buffers, alone, self._merged, self._params, planned, groups
+        self.tensors = self._watch({**state, **self._new})
         self._fixed = all(map(is_fixed, options_of(groups)))
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
@@ -123,6 +128,15 @@ class Plan:
         self._aliases = {member.place: member.param.detach() for member in members}
         self._all_aliases = list(self._aliases.values())
 
+    def _watch(self, state: dict[Any, Any]) -> Any:
+        *last, params, planned, groups = self._watched
+        return watched(params, planned, groups, state, *last)
+
+    @property
+    def unused(self) -> bool:
+        """Whether what was made for the state is not in it yet."""
+        return bool(self._new)
+
     def look(
         self, groups: list[dict[str, Any]], state: Any, averaged: bool
     ) -> list[Any] | None:
@@ -130,6 +144,8 @@ class Plan:
         tensors = self.tensors
         if averaged != self.averaged:
             return None
+        if self._new:
+            state = {**state, **self._new}
         grads: list[Any] | None = tensors.look(groups, state)
         if self._merged and grads is not None and tensors.moved:
             if self._expected is None:
@@ -138,7 +154,9 @@ class Plan:
                 return None
         return grads
 
-    def again(self, groups: list[dict[str, Any]], state: Any, threads: int) -> bool:
+    def again(
+        self, groups: list[dict[str, Any]], state: Any, threads: int, turns: Turns
+    ) -> bool:
         """Do the same step as the last, if all is as it was then: much the quickest."""
         tensors = self.tensors
         grads = tensors.look(groups, state) if self._usual else None
@@ -150,12 +168,20 @@ class Plan:
             for part in self.parts:
                 part.take(grads, tensors.found, True)
             tensors.moved = False
+        calls = [turns.claim]
         for part in self.parts:
-            if not part.usual:
+            if not part.goes_on():
                 return False
-        for part in self.parts:
-            part.do_as_usual(self.values, self.signs, threads)
+            calls += part.update_as_usual(self.values, self.signs, threads)
         increment_version(self._all_aliases)
+        try:
+            uninterrupted(*calls)
+        except KeyError as error:
+            if turns.overtaken(error):
+                return False
+            raise
+        for part in self.parts:
+            part.end_as_usual()
         return True
 
     @property
@@ -194,16 +220,23 @@ class Plan:
         scale: float,
         threads: int,
         asked: Asked | None,
-    ) -> tuple[float, bool]:
-        """The step, with what was taken, times a factor: the norm of the gradients, if
-        it was asked for, and whether anything was updated."""
+        optimizer: dict[str, Any],
+    ) -> bool:
+        """The step, with what was taken, times a factor; whether anything was updated.
+        All that changes does so at once: parameters, state, gradients set to zero, and
+        what the attributes of the ``optimizer`` say of it."""
         with in_order({part.device for part in parts}):
-            return self._do(parts, scale, threads, asked)
+            return self._do(parts, scale, threads, asked, optimizer)
 
     def _do(
-        self, parts: list[Part], scale: float, threads: int, asked: Asked | None
-    ) -> tuple[float, bool]:
-        norm, extras, limit = math.nan, None, math.inf
+        self,
+        parts: list[Part],
+        scale: float,
+        threads: int,
+        asked: Asked | None,
+        optimizer: dict[str, Any],
+    ) -> bool:
+        turns, extras, limit, last = optimizer["_turns"], None, math.inf, list[Call]()
         values, factors = self.values, self.signs
         if scale != 1:
             factors = [factor * scale for factor in factors]
@@ -213,14 +246,25 @@ class Plan:
             if asked.clip_norm < math.inf or asked.nonfinite != "propagate":
                 found = [part.norm(abs(factors[0]), threads) for part in parts]
                 norm = math.sqrt(sum(squares for squares, _ in found))
+                if norm == norm:
+                    last.append(partial(optimizer.update, grad_norm=norm))
                 if asked.nonfinite != "propagate" and not all(ok for _, ok in found):
                     if asked.nonfinite == "raise":
                         raise FloatingPointError(
                             "not all is finite in the gradients; nothing was updated"
                         )
-                    return norm, False
+                    skipped = optimizer["skipped"] + 1
+                    last.append(partial(optimizer.update, skipped=skipped))
+                    if asked.zero_grads:
+                        last += zeroing(param.grad for param in self._params)
+                    turns.commit(last)
+                    return False
                 shrink = shrinking(norm, asked.clip_norm)
                 factors = [factor * shrink for factor in factors]
+            if asked.zero_grads:
+                # Kernels set to zero what they read, which is copies of these.
+                copied = [m.param for p in parts if not p.plain for m in p.members]
+                last += zeroing([p.grad for p in copied] + self._odd)
         totals: dict[int, Sums] = {}
         over_all = [part for part in parts if part.over_all]
         for part in over_all:
@@ -228,18 +272,28 @@ class Plan:
             for more in part.sums(threads, limit):
                 before = totals.get(id(part.rule), (0, None))
                 totals[id(part.rule)] = together(before, more)
-        for part in parts:
-            if not part.over_all:  # after those before it: they may be the same
-                part.prepare(values, factors)
-            part.update(threads, extras, totals.get(id(part.rule)))
-        if asked is not None and asked.zero_grads:
-            # Kernels have set to zero what they read, which was copies of these.
-            copied = [m.param for p in parts if not p.plain for m in p.members]
-            set_to_zero([p.grad for p in copied] + self._odd)
-        return norm, True
+        calls = self.entries(optimizer["state"])
+        waves = sorted({part.wave for part in parts})
+        for wave in waves:  # of parameters that share memory, one after another
+            for part in parts:
+                if part.wave != wave:
+                    continue
+                if not part.over_all:  # after those before it: they may be the same
+                    part.prepare(values, factors)
+                calls += part.update(threads, extras, totals.get(id(part.rule)))
+            if wave == waves[-1]:
+                calls += last
+            if wave == waves[0]:
+                self._tell(parts)
+                turns.commit(calls)
+            else:
+                uninterrupted(*calls)
+            calls = []
+        return True
 
-    def end(self, parts: list[Part]) -> None:
-        """After a step: put back copies, and tell autograd what has changed."""
+    def _tell(self, parts: list[Part]) -> None:
+        """Tell autograd what is going to change: before it does, for an interrupt may
+        come after."""
         if len(parts) == len(self.parts) and all(map(ALL, parts)):
             increment_version(self._all_aliases)
         else:
@@ -251,15 +305,44 @@ class Plan:
                 for i in run
             ]
             increment_version(changed)
+
+    def entries(self, state: dict[Any, Any]) -> list[Call]:
+        """The calls that put what was made into the optimizer's state. They compute no
+        hash of a parameter, which would be done in Python."""
+        fresh, calls = {}, list[Call]()
+        for param, entry in self._new.items():
+            there = state.get(param)
+            if there is None:
+                fresh[param] = entry
+            else:
+                calls.append(partial(there.update, entry))
+        return [partial(state.update, fresh), *calls] if self._new else []
+
+    def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
+        """After a step: note what the next one needs to know. ``state``: what ``look``
+        will be given."""
         for part in parts:
             part.end()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
+        if self._new:
+            self._new = {}
+            self.tensors = self._watch(state)
+            self.tensors.moved = True  # for all that it knows
 
 
-def set_to_zero(grads: Iterable[Tensor | None]) -> None:
-    for grad in grads:
-        if grad is not None:
-            grad.zero_()
+def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
+    """Whether an entry of the state has the same objects as another."""
+    return (
+        there is not None
+        and there.keys() == entry.keys()
+        and all(there[key] is value for key, value in entry.items())
+    )
+
+
+def zeroing(grads: Iterable[Tensor | None]) -> list[Call]:
+    """The calls that set gradients to zero."""
+    there = [grad for grad in grads if grad is not None]
+    return [(g.detach() if g.requires_grad else g).zero_ for g in there]
 
 
 @contextmanager

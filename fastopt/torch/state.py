@@ -111,9 +111,9 @@ def make(
                 tensor = like(member.param, flat, member.plain)
                 before, of = member.state.get(keys[name]), rule.starts.get(name)
                 if isinstance(before, Tensor):
-                    tensor.copy_(before)
+                    tensor.copy_(before.detach())
                 elif of == "p" or name == EMA:
-                    tensor.copy_(member.param)
+                    tensor.copy_(member.param.detach())
                 elif of is not None:
                     flat.fill_(rule.start(of, named))
                 member.state[keys[name]] = tensor
@@ -150,7 +150,7 @@ def factor(member: Member, module: Any) -> None:
         before = member.state.get(key)
         if not isinstance(before, Tensor) or before.dtype != member.dtype:
             made = torch.zeros(shape, dtype=member.dtype, device=param.device)
-            member.state[key] = made if before is None else made.copy_(before)
+            member.state[key] = made if before is None else made.copy_(before.detach())
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
     member.factors = Factors(module, shaped, None)
 

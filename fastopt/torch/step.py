@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torchs
 
 from fastopt import checks
+from fastopt.atomic import uninterrupted
 from fastopt.numpy_ref import NUMPY
 from fastopt.rule import Rule, concrete
 from fastopt.threads import available, forked
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import COMPUTED, HALVES
 from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
-from fastopt.torch.plan import Asked, Plan, Read, Unsupported, set_to_zero
+from fastopt.torch.plan import Asked, Plan, Read, Unsupported, zeroing
 from fastopt.torch.state import EMA, Names
+from fastopt.torch.turns import Overtaken, Turns
 
 AS_MADE: Any = object()  # an argument of step: as the optimizer was made
 NOTHING_ASKED = None, None, "propagate", None, False
@@ -112,8 +115,8 @@ class Stepping(Optimizer):
         self._plan: Plan | None = None
         self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
-        if "_lock" not in vars(self):
-            self._lock = threading.Lock()
+        if "_turns" not in vars(self):
+            self._turns = Turns()
             self._most_threads = available()
 
     # What differs between optimizers --------------------------------------------------
@@ -183,19 +186,24 @@ class Stepping(Optimizer):
         made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
         own = self.__dict__
         usual = made == NOTHING_ASKED
-        with self._lock:
-            if usual and not ("grad_scale" in own or "found_inf" in own):
-                plan = self._plan
-                if plan and plan.again(self.param_groups, self.state, self._threads()):
+        turns = self._turns
+        with turns.lock:
+            # Taken away during the step, so that whoever comes in between, be it by an
+            # interrupt or in a signal handler, finds no plan that is half up to date.
+            plan, self._plan = self._plan, None
+            if usual and plan and not ("grad_scale" in own or "found_inf" in own):
+                turns.begin()
+                of = self.param_groups, self.state, self._threads(), turns
+                if plan.again(*of):
+                    self._plan = plan
                     return loss
             scale = self._scale()
             if scale is not None:
                 asked = None if usual else self._asked(*made)
-                self._plan = self._update(
-                    self._plan, self.param_groups, self.state, scale, asked
-                )
+                plan = self._update(plan, scale, asked)
             elif zero_grads:
-                set_to_zero(param.grad for param, _ in self._all())
+                uninterrupted(*zeroing(param.grad for param, _ in self._all()))
+            self._plan = plan
         return loss
 
     def _threads(self) -> int:
@@ -208,15 +216,13 @@ class Stepping(Optimizer):
     def step_param(self, param: Tensor) -> None:
         """Update one parameter, with its gradient, and leave all others alone."""
         self.check_single_steps()
-        group = self._group_of(param)
+        self._group_of(param)
         made = self.clip_norm, self.clip_value, self.nonfinite, self.ema, False
-        with self._lock:
+        with self._turns.lock:
             asked = None if made == NOTHING_ASKED else self._asked(*made)
-            state = {param: self.state[param]}
-            plan = self._plans.get(param)
-            self._plans[param] = self._update(plan, [group], state, 1.0, asked, param)
-            if not self.state[param]:
-                del self.state[param]
+            plan = self._update(self._plans.pop(param, None), 1.0, asked, param)
+            if plan is not None:
+                self._plans[param] = plan
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         group, i = self._places.get(param, ({"params": []}, 0))
@@ -250,12 +256,23 @@ class Stepping(Optimizer):
         page says. Nothing else changes."""
         if not any(rule.estimate for rule in self._rules):
             raise TypeError(f"{type(self).__name__} works without estimates")
-        with self._lock, torch.no_grad():
-            read = self._read(self.param_groups)
-            of = self._names, self.param_groups, self.state, read
-            plan = Plan(*of, self.ema is not None, self.backend)
-            for part in plan.parts:
-                part.estimate(plan.values, self._threads())
+        with self._turns.lock:
+            while not self._estimate():
+                pass
+
+    def _estimate(self) -> bool:
+        """Whether it is done, or another change came first."""
+        self._turns.begin()
+        read = self._read(self.param_groups)
+        of = self._names, self.param_groups, self.state, read
+        plan = Plan(*of, self.ema is not None, self.backend)
+        calls = plan.entries(self.state)
+        calls += [part.estimate(plan.values, self._threads()) for part in plan.parts]
+        try:
+            self._turns.commit(calls)
+        except Overtaken:
+            return False
+        return True
 
     def _asked(
         self,
@@ -295,37 +312,55 @@ class Stepping(Optimizer):
     def _update(
         self,
         plan: Plan | None,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
         scale: float,
         asked: Asked | None,
         single: Tensor | None = None,
     ) -> Plan | None:
-        """A step by a plan, or by a new one if that is out of date; the plan that now
-        is."""
-        try:
-            averaged = self.ema is not None
-            grads = None if plan is None else plan.look(groups, state, averaged)
-            if plan is None or grads is None or not plan.options_hold:
-                read = self._read(groups)
-                if plan is None or grads is None or not plan.reread(groups, read):
-                    of = self._names, groups, state
-                    plan = Plan(*of, read, averaged, self.backend, single)
-                    grads = plan.look(groups, state, averaged) or []
-            parts = plan.take(grads)
-        except Unsupported as reason:
-            self._unsupported(str(reason), scale, asked)
-            return None
-        if parts:
-            norm, done = plan.do(parts, scale, self._threads(), asked)
-            if done:
-                plan.end(parts)
-            else:
-                self.skipped += 1
-                if asked is not None and asked.zero_grads:
-                    set_to_zero(param.grad for param, _ in self._all())
-            if norm == norm:
-                self.grad_norm = norm
+        """A step of all parameters, or of a ``single`` one: by a plan, or by a new one
+        if that is out of date. The plan that now is."""
+        while True:
+            self._turns.begin()
+            groups: list[dict[str, Any]] = self.param_groups
+            state: dict[Any, Any] = self.state
+            if single is not None:
+                groups = [self._group_of(single)]
+                state = {single: state[single]} if single in state else {}
+            try:
+                return self._attempt(plan, groups, state, scale, asked, single)
+            except Unsupported as reason:
+                self._unsupported(str(reason), scale, asked)
+                return None
+            except Overtaken:  # in a signal handler, say
+                plan = None
+
+    def _attempt(
+        self,
+        plan: Plan | None,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        scale: float,
+        asked: Asked | None,
+        single: Tensor | None,
+    ) -> Plan | None:
+        averaged = self.ema is not None
+        grads = None if plan is None else plan.look(groups, state, averaged)
+        if plan is None or grads is None or not plan.options_hold:
+            read = self._read(groups)
+            if plan is None or grads is None or not plan.reread(groups, read):
+                params = [p for p, _ in self._all()] if single is None else [single]
+                if all(param.grad is None for param in params):
+                    return None
+                of = self._names, groups, state
+                plan = Plan(*of, read, averaged, self.backend, single)
+                grads = plan.look(groups, state, averaged) or []
+        parts = plan.take(grads)
+        if not parts:
+            return plan
+        if not plan.do(parts, scale, self._threads(), asked, self.__dict__):
+            return None if plan.unused else plan
+        if single is not None:
+            state = {single: self.state[single]} if single in self.state else {}
+        plan.end(parts, state)
         return plan
 
     def _unsupported(self, reason: str, scale: float, asked: Asked | None) -> None:
@@ -416,41 +451,51 @@ class Stepping(Optimizer):
 
     # State ----------------------------------------------------------------------------
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        with self._turns.lock:
+            super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
-        saved: dict[str, Any] = super().state_dict()
-        for key, state in saved["state"].items():
-            if isinstance(state, dict):
-                saved["state"][key] = self._outward(state)
-        return saved
+        with self._turns.lock:
+            saved: dict[str, Any] = super().state_dict()
+            for key, state in saved["state"].items():
+                if isinstance(state, dict):
+                    saved["state"][key] = self._outward(state)
+            return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but what is float32 for bfloat16 and float16 parameters stays
-        so."""
-        given: dict[str, Any] = {}
+        so, and all of it changes at once."""
+        state_dict = state_dict.copy()
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = self.__dict__
+        with self._turns.lock:
+            loaded = self._loaded(state_dict)
+            new = {k: v for k, v in loaded.items() if own.get(k, AS_MADE) is not v}
+            uninterrupted(self._turns.overtake, partial(own.update, new))
+        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+            after(self)
 
-        def note(_: Any, state_dict: dict[str, Any]) -> None:
-            given.update(state_dict)
-
-        def restore(_: Any) -> None:
-            ids = chain.from_iterable(g["params"] for g in given["param_groups"])
-            params = chain.from_iterable(g["params"] for g in self.param_groups)
-            for i, param in zip(ids, params, strict=True):
-                loaded = self.state.get(param)
-                for key, value in given["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and value.is_floating_point():
-                        counts = not value.dim() and not self._names.torchs
-                        if param.dtype in HALVES or counts:
-                            loaded[key] = value.to(param.device)
-                if loaded:
-                    self._inward(loaded)
-
-        first = self.register_load_state_dict_pre_hook(note)  # after the others
-        last = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            first.remove()
-            last.remove()
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The attributes of this optimizer with what was saved in them: of a copy,
+        which torch loads it into."""
+        hooks = [f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post")]
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **{name: OrderedDict() for name in hooks})
+        super(Stepping, other).load_state_dict(state_dict)
+        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        for i, (param, _) in zip(ids, other._all(), strict=True):
+            loaded = other.state.get(param)
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    counts = not value.dim() and not self._names.torchs
+                    if param.dtype in HALVES or counts:
+                        loaded[key] = value.to(param.device)
+            if loaded:
+                other._inward(loaded)
+        return {k: v for k, v in vars(other).items() if k not in hooks}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}
@@ -474,6 +519,10 @@ class Stepping(Optimizer):
     def eval_params(self) -> list[Tensor]:
         """The parameters to use, such as for a validation, in their order: for rules
         like ``ScheduleFreeAdamW`` other ones than those that are trained."""
+        with self._turns.lock:
+            return self._evaluated()
+
+    def _evaluated(self) -> list[Tensor]:
         found = []
         for param, group in self._all():
             state, rules = self.state.get(param), self._rules

@@ -1,0 +1,151 @@
+"""Interrupts of what ``fastopt.torch`` does, at every line of it and by signals: each
+leaves the optimizer as before or after, and one that goes on as if there had been none.
+"""
+
+import copy
+import random
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+from interrupts import interrupted
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from torch_tensors import Parameter, draw, give, params_of  # noqa: E402
+
+import fastopt.torch as ft  # noqa: E402
+
+MATRICES = (3, 5), (4, 2)
+
+
+class Trained:
+    """Parameters and their optimizer, after some steps; ``settings`` of its last ones
+    are arguments of step."""
+
+    def __init__(self, kind, steps=0, dtypes=(torch.float32,), groups=False, **options):
+        drawn = [tensor for dtype in dtypes for tensor in draw(dtype=dtype)]
+        self.params = params_of(drawn)
+        given = self.params
+        if groups:
+            given = [{"params": given[:2], "lr": 0.03}, {"params": given[2:]}]
+        self.optimizer = getattr(ft, kind)(given, lr=0.05, **options)
+        for seed in range(steps):
+            self.step(seed)
+
+    def give(self, seed):
+        for i, param in enumerate(self.params):
+            (grad,) = draw((param.shape,), torch.float64, 100 * seed + i + 1)
+            param.grad = grad.to(param.dtype)
+
+    def step(self, seed, **settings):
+        self.give(seed)
+        self.optimizer.step(**settings)
+
+    def all(self):
+        """All that a step changes, as it is now."""
+        kept = self.optimizer.state_dict()
+        kept["attributes"] = self.optimizer.skipped, self.optimizer.grad_norm
+        kept["parameters"] = [param.detach() for param in self.params]
+        kept["grads"] = [param.grad for param in self.params]
+        return copy.deepcopy(kept)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or (a != a and b != b)
+
+
+def at_lines(campaign, what, make, action, go_on, stride=1):
+    """Interrupt ``action`` at its lines, or every ``stride``-th: what was changed is
+    all or nothing, and ``go_on`` then does what it would have."""
+    made = make()
+    before = made.all()
+    action(made)
+    after = made.all()
+    go_on(made)
+    ends = {False: made.all()}
+    made = make()
+    go_on(made)
+    ends[True] = made.all()
+    assert not equal(before, after)
+
+    def check(line):
+        made = make()
+        came[0] = interrupted(lambda: action(made), line)
+        now = made.all()
+        undone = equal(now, before)
+        assert undone or equal(now, after), "torn"
+        assert came[0] or not undone, "not done"
+        go_on(made)
+        assert equal(made.all(), ends[undone]), "another way on"
+
+    line, came = 0, [True]
+    while came[0]:
+        campaign.attempt(f"{what}, line {line}", check, line)
+        line += stride
+
+
+CASES = {
+    "AdamW": {},
+    "Adam, amsgrad": {"kind": "Adam", "amsgrad": True},
+    "SGD": {},
+    "SGD, momentum": {"kind": "SGD", "momentum": 0.9},
+    "NAdam": {},
+    "ASGD": {},
+    "RMSprop, centered": {"kind": "RMSprop", "centered": True, "momentum": 0.5},
+    "LAMB": {},
+    "Prodigy": {},
+    "ScheduleFreeAdamW": {},
+    "Adafactor": {},
+    "Lion": {},
+    "AdamW, groups": {"kind": "AdamW", "groups": True},
+    "NAdam, groups": {"kind": "NAdam", "groups": True},
+    "AdamW, maximize": {"kind": "AdamW", "maximize": True},
+    "AdamW, ema": {"kind": "AdamW", "ema": 0.9},
+    "AdamW, clip_norm": {"kind": "AdamW", "clip_norm": 0.5},
+    "NAdam, all": {
+        "kind": "NAdam", "ema": 0.9, "clip_norm": 0.5, "clip_value": 1.0,
+        "nonfinite": "skip",
+    },
+    "AdamW, dtypes": {
+        "kind": "AdamW", "dtypes": (torch.float32, torch.float64, torch.bfloat16),
+    },
+    "LAMB, dtypes": {"kind": "LAMB", "dtypes": (torch.float32, torch.float64)},
+    "Prodigy, dtypes": {"kind": "Prodigy", "dtypes": (torch.float32, torch.float16)},
+    "Adafactor, bfloat16": {"kind": "Adafactor", "dtypes": (torch.bfloat16,)},
+    "AdamW, complex": {"kind": "AdamW", "dtypes": (torch.complex64,)},
+}  # fmt: skip
+
+
+def maker(name, **more):
+    return partial(Trained, **{"kind": name, **CASES[name], **more})
+
+
+def settings_of(name):
+    return {"zero_grads": True} if "dtypes" in CASES[name] else {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_torch_interrupted_at_lines(campaign, name):
+    """The first step, which makes the state, the second, and one like the last."""
+    for steps in (0, 1, 3):
+
+        def make(steps=steps):
+            made = maker(name, steps=steps)()
+            made.give(50)
+            return made
+
+        def step(made):
+            made.optimizer.step(**settings_of(name))
+
+        stride = 1 if campaign.long else (97, 89, 61)[steps // 2 + steps % 2 - 1]
+        at_lines(
+            campaign, f"{name} after {steps}", make, step, lambda m: m.step(7), stride
+        )
