@@ -47,8 +47,8 @@ class Trained:
         """All that a step changes, as it is now."""
         kept = self.optimizer.state_dict()
         kept["attributes"] = self.optimizer.skipped, self.optimizer.grad_norm
-        kept["parameters"] = [param.detach() for param in self.params]
-        kept["grads"] = [param.grad for param in self.params]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept["parameters"] = [(p.detach(), p.grad) for p in params]
         return copy.deepcopy(kept)
 
 
@@ -104,6 +104,7 @@ CASES = {
     "Prodigy": {},
     "ScheduleFreeAdamW": {},
     "Adafactor": {},
+    "SophiaG": {},
     "Lion": {},
     "AdamW, groups": {"kind": "AdamW", "groups": True},
     "NAdam, groups": {"kind": "NAdam", "groups": True},
@@ -149,3 +150,119 @@ def test_steps_of_torch_interrupted_at_lines(campaign, name):
         at_lines(
             campaign, f"{name} after {steps}", make, step, lambda m: m.step(7), stride
         )
+
+
+def other_makers():
+    """What else changes an optimizer: how it is made, the action, and how it goes on.
+    Each of these functions is given what was made."""
+
+    def flattened(made, steps):
+        model = torch.nn.ParameterList(made.params)
+        made.give(0)
+        ft.flatten_(model)
+        return with_grads(made) if not steps else flat_step(made)
+
+    def with_grads(made, seed=50):
+        for param, other in zip(made.params, draw(seed=seed), strict=True):
+            param.grad.copy_(other) if param.grad is not None else None
+        return made
+
+    def flat_step(made, seed=50):
+        with_grads(made, seed)
+        made.optimizer.step()
+        return made
+
+    def given(name, steps=2, **more):
+        made = maker(name, steps=steps, **more)()
+        made.give(50)
+        return made
+
+    def not_finite():
+        made = given("NAdam, all", dtypes=(torch.float32, torch.bfloat16))
+        with torch.no_grad():
+            made.params[1].grad[0] = float("inf")
+        return made
+
+    def scaled():
+        made = given("AdamW, dtypes")
+        made.optimizer.grad_scale, made.optimizer.found_inf = map(
+            torch.tensor, (8.0, 0.0)
+        )
+        return made
+
+    def unscaled_step(made):
+        for name in ("grad_scale", "found_inf"):
+            vars(made.optimizer).pop(name, None)
+        made.step(7)
+
+    def alone(made):
+        made.optimizer.step_param(made.params[0])
+
+    def alone_again(made):
+        made.give(7)
+        alone(made)
+
+    def after_one_alone(**more):
+        made = given("AdamW", **more)
+        alone(made)
+        return made
+
+    def with_gradients(made):
+        made.give(50)
+        return made
+
+    def estimate(made):
+        made.optimizer.estimate()
+
+    def fresh_state(made):
+        saved = Trained("AdamW", 3, dtypes=(torch.float32, torch.bfloat16))
+        return saved.optimizer.state_dict()
+
+    def load(made):
+        made.optimizer.load_state_dict(fresh_state(made))
+
+    def load_centered(made):
+        options = CASES["RMSprop, centered"]
+        made.optimizer.load_state_dict(
+            Trained(steps=5, **options).optimizer.state_dict()
+        )
+
+    def add(made):
+        extra = Parameter(torch.ones(3))
+        made.optimizer.add_param_group({"params": [extra], "lr": 0.3})
+
+    def step(made):
+        made.optimizer.step()
+
+    def go_on(made):
+        made.params = [p for g in made.optimizer.param_groups for p in g["params"]]
+        made.step(7)
+
+    halves = {"dtypes": (torch.float32, torch.bfloat16)}
+    return {
+        "flattened, first": (lambda: flattened(Trained("AdamW"), 0), step, flat_step),
+        "flattened": (lambda: flattened(Trained("AdamW"), 1), step, flat_step),
+        "skipped": (not_finite, step, go_on),
+        "scaled": (scaled, step, unscaled_step),
+        "step_param, first": (
+            lambda: with_gradients(Trained("NAdam")), alone, alone_again,
+        ),
+        "step_param": (lambda: after_one_alone(**halves), alone, alone_again),
+        "estimate, first": (lambda: given("SophiaG", 0), estimate, go_on),
+        "estimate": (lambda: given("SophiaG"), estimate, go_on),
+        "load_state_dict": (lambda: given("AdamW", **halves), load, go_on),
+        "load_state_dict, first": (lambda: given("AdamW", 0, **halves), load, go_on),
+        "load_state_dict, centered": (
+            lambda: given("RMSprop, centered"), load_centered, go_on,
+        ),
+        "add_param_group": (lambda: given("AdamW"), add, go_on),
+    }  # fmt: skip
+
+
+OTHERS = other_makers()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_changes_of_torch_interrupted_at_lines(campaign, name):
+    make, action, go_on = OTHERS[name]
+    at_lines(campaign, name, make, action, go_on, 1 if campaign.long else 31)
