@@ -2,18 +2,19 @@
 leaves the optimizer as before or after, and one that goes on as if there had been none.
 """
 
+import contextlib
 import copy
 import random
 import signal
+import sys
 from functools import partial
 
-import numpy as np
 import pytest
-from interrupts import interrupted
+from interrupts import PACKAGE, interrupted
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from torch_tensors import Parameter, draw, give, params_of  # noqa: E402
+from torch_tensors import Parameter, draw, params_of  # noqa: E402
 
 import fastopt.torch as ft  # noqa: E402
 
@@ -65,7 +66,7 @@ def equal(a, b):
 def at_lines(campaign, what, make, action, go_on, stride=1):
     """Interrupt ``action`` at its lines, or every ``stride``-th: what was changed is
     all or nothing, and ``go_on`` then does what it would have."""
-    made = make()
+    made, came = make(), [True]
     before = made.all()
     action(made)
     after = made.all()
@@ -86,7 +87,7 @@ def at_lines(campaign, what, make, action, go_on, stride=1):
         go_on(made)
         assert equal(made.all(), ends[undone]), "another way on"
 
-    line, came = 0, [True]
+    line = 0
     while came[0]:
         campaign.attempt(f"{what}, line {line}", check, line)
         line += stride
@@ -146,7 +147,7 @@ def test_steps_of_torch_interrupted_at_lines(campaign, name):
         def step(made):
             made.optimizer.step(**settings_of(name))
 
-        stride = 1 if campaign.long else (97, 89, 61)[steps // 2 + steps % 2 - 1]
+        stride = 1 if campaign.long else 101 if steps == 3 else 401
         at_lines(
             campaign, f"{name} after {steps}", make, step, lambda m: m.step(7), stride
         )
@@ -266,3 +267,171 @@ OTHERS = other_makers()
 def test_other_changes_of_torch_interrupted_at_lines(campaign, name):
     make, action, go_on = OTHERS[name]
     at_lines(campaign, name, make, action, go_on, 1 if campaign.long else 31)
+
+
+# Signals ------------------------------------------------------------------------------
+
+
+def stepped_at(action, inner, line):
+    """Do ``action``, with ``inner`` at the line-th line of fastopt's that it comes to,
+    as a signal handler would do it; whether it came so far."""
+    count, came = 0, False
+
+    def trace(frame, event, argument):
+        nonlocal count, came
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line" and not came:
+            count += 1
+            if count > line:
+                came = True
+                sys.settrace(None)
+                inner()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return came
+
+
+NESTED = [
+    *("AdamW", "SGD, momentum", "NAdam, all", "LAMB", "Prodigy, dtypes"),
+    *("Adafactor", "ScheduleFreeAdamW", "AdamW, dtypes", "Adafactor, bfloat16"),
+]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_steps_of_torch_within_a_step(campaign, name):
+    """As torch's: a step that a signal handler does in the midst of another is done,
+    and so is the other one, on what it finds then."""
+    for steps in (0, 3):
+        make = maker(name, steps=steps)
+        made = make()
+        made.step(7)
+        made.optimizer.step()
+        expected = made.all()
+
+        def check(line, came, make=make, expected=expected):
+            made = make()
+            made.give(7)
+            came[0] = stepped_at(made.optimizer.step, made.optimizer.step, line)
+            if not came[0]:
+                made.optimizer.step()
+            assert equal(made.all(), expected)
+
+        line, came = 0, [True]
+        while came[0]:
+            campaign.attempt(f"{name} after {steps}, line {line}", check, line, came)
+            line += 1 if campaign.long else 301 if not steps else 71
+
+
+def test_loads_of_torch_within_a_step(campaign):
+    """What a handler loads is there afterwards, and is stepped once, or not at all if
+    the step was over."""
+    saved = Trained("NAdam", 3).optimizer.state_dict()
+    ends = []
+    for stepped_first in (False, True):
+        made = Trained("NAdam", 1)
+        made.give(7)
+        if stepped_first:
+            made.optimizer.step()
+        made.optimizer.load_state_dict(copy.deepcopy(saved))
+        if not stepped_first:
+            made.optimizer.step()
+        ends.append(made.all())
+
+    def check(line):
+        made = Trained("NAdam", 1)
+        made.give(7)
+        load = partial(made.optimizer.load_state_dict, copy.deepcopy(saved))
+        came[0] = stepped_at(made.optimizer.step, load, line)
+        assert not came[0] or any(equal(made.all(), end) for end in ends)
+
+    line, came = 0, [True]
+    while came[0]:
+        campaign.attempt(f"line {line}", check, line)
+        line += 1 if campaign.long else 13
+
+
+needs_timers = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="needs POSIX timers"
+)
+
+
+@contextlib.contextmanager
+def alarm(handler, seconds):
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Stop(Exception):
+    """What a handler raises."""
+
+
+@needs_timers
+@pytest.mark.parametrize("name", ["AdamW", "NAdam, all", "LAMB", "AdamW, dtypes"])
+def test_signals_that_raise_in_a_step_of_torch(campaign, name):
+    """Between the bytecodes, and in torch's own Python code, too."""
+    chance = random.Random(name)
+    made = maker(name)()
+    expected = maker(name)()
+
+    def stop(*_):
+        raise Stop
+
+    def check(seed):
+        made.give(seed)
+        expected.step(seed)
+        before = made.all()
+        done = False
+        try:
+            with alarm(stop, chance.uniform(1e-6, 3e-4)):
+                made.optimizer.step()
+                done = True
+        except Stop:
+            pass
+        after = made.all()
+        assert torch.is_grad_enabled()
+        if equal(after, before):
+            assert not done
+            made.optimizer.step()
+        assert equal(made.all(), expected.all()), "torn"
+
+    for seed in range(1000 if campaign.long else 60):
+        campaign.attempt(f"{name}, step {seed}", check, seed)
+
+
+@needs_timers
+def test_signals_that_step_in_a_step_of_torch(campaign):
+    """Each step of a handler is done in full, and so is the one that it comes into."""
+    chance = random.Random(3)
+    for name in ("AdamW", "SGD, momentum", "NAdam, groups", "AdamW, dtypes"):
+
+        def check(seed, name=name):
+            made, expected = maker(name)(), maker(name)()
+            made.give(seed)
+            expected.give(seed)
+            nested = []
+
+            def step(*_):
+                made.optimizer.step()
+                nested.append(1)
+
+            for _ in range(5):
+                with alarm(step, chance.uniform(1e-6, 3e-4)):
+                    made.optimizer.step()
+            for _ in range(5 + len(nested)):
+                expected.optimizer.step()
+            assert equal(made.all(), expected.all())
+
+        for seed in range(200 if campaign.long else 10):
+            campaign.attempt(f"{name}, {seed}", check, seed)
