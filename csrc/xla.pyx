@@ -4,14 +4,15 @@
 XLA calls a handler of plain C with a frame of pointers. Its structures are declared here,
 as far as they are read, so that no jaxlib is needed to build: this is version 0.1 of
 XLA's typed FFI, which grows at the ends. XLA checks the version that we name when the
-handler is registered; we check what it gives us by its sizes.
+handler is registered; we check what it gives us by its sizes. Whoever calls the target
+chooses operands and attributes, so all of them are checked before any is read.
 """
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, strlen
+from libc.string cimport memcmp, memcpy, memset, strlen
 
 cimport fastopt
 
@@ -43,6 +44,7 @@ cdef enum:
     ATTR_ARRAY = 1
     ATTR_SCALAR = 3
     ATTR_STRING = 4
+    BUFFER = 1  # the type of an operand or a result
     INVALID_ARGUMENT = 3  # codes of errors
     RESOURCE_EXHAUSTED = 8
     INTERNAL = 13
@@ -160,6 +162,8 @@ cdef enum:
     MOST_NAME = 64
     MOST_NUMBERS = 64
     MOST_MESSAGE = 256
+    MOST_THREADS = 1024  # as in Python
+    MOST_ELEMENTS_LOG = 56  # more bytes than addresses
 
 
 cdef void* failed(
@@ -189,26 +193,64 @@ cdef void* attribute(
 
 
 cdef int64_t size_of(const Buffer* buffer) noexcept nogil:
+    """How many elements; -1 if that is no number of elements."""
     cdef int64_t k, size = 1
+    if buffer.rank < 0 or (buffer.rank and not buffer.dims):
+        return -1
     for k in range(buffer.rank):
+        if buffer.dims[k] < 0:
+            return -1
+        if buffer.dims[k] and size > (<int64_t> 1 << MOST_ELEMENTS_LOG) // buffer.dims[k]:
+            return -1
         size *= buffer.dims[k]
     return size
 
 
-cdef int64_t whole(int dtype, const void* value) noexcept nogil:
-    return (<const int64_t*> value)[0] if dtype == S64 else (<const int32_t*> value)[0]
+cdef bint holds(
+    const Buffer* buffer, int dtype, int64_t size, size_t alignment
+) noexcept nogil:
+    """Whether it is of this dtype and size, and in memory."""
+    return (
+        buffer.dtype == dtype and size >= 0 and size_of(buffer) == size
+        and (size == 0 or (buffer.data and <size_t> buffer.data % alignment == 0))
+    )
+
+
+cdef bint alike(const Buffer* a, const Buffer* b) noexcept nogil:
+    """Whether one has the dtype and shape of the other."""
+    return a.dtype == b.dtype and a.rank == b.rank and (
+        a.rank == 0 or memcmp(a.dims, b.dims, a.rank * sizeof(int64_t)) == 0
+    )
+
+
+cdef bint whole(int dtype, const void* value, int64_t* found) noexcept nogil:
+    """An integer, if it is one."""
+    if dtype == S64:
+        found[0] = (<const int64_t*> value)[0]
+    elif dtype == S32:
+        found[0] = (<const int32_t*> value)[0]
+    else:
+        return False
+    return True
 
 
 cdef bint number(const Buffer* buffer, double* found) noexcept nogil:
     """A traced number: of either dtype, or in words."""
-    cdef int64_t size = size_of(buffer)
-    if buffer.dtype == F32 and size == 1:
+    if holds(buffer, F32, 1, sizeof(float)):
         found[0] = (<const float*> buffer.data)[0]
-    elif (buffer.dtype == F64 and size == 1) or (buffer.dtype == U32 and size == 2):
+    elif holds(buffer, F64, 1, sizeof(float)) or holds(buffer, U32, 2, sizeof(float)):
         memcpy(found, buffer.data, sizeof(double))
     else:
         return False
     return True
+
+
+cdef bint buffers(const Buffers* some) noexcept nogil:
+    cdef int64_t k
+    for k in range(some.size):
+        if some.types[k] != BUFFER:
+            return False
+    return some.size >= 0
 
 
 # Parts of a step, taken one by one by XLA's threads. Not OpenMP's: each thread of XLA's
@@ -268,47 +310,101 @@ cdef void run(
     leave(parts, 1)
 
 
-cdef void* step(const Frame* frame) noexcept nogil:
+cdef const char* misfit(
+    const Frame* frame, const fastopt.Rule* rule, int64_t first, int64_t arrays
+) noexcept nogil:
+    """What is wrong with the operands and results, of which there are as many as should
+    be; NULL if nothing is."""
     cdef Buffer** args = frame.args.at
     cdef Buffer** results = frame.results.at
+    cdef Buffer* p
+    cdef int64_t i, k, rows = arrays if rule.carry_per_segment else 1
+    cdef int dtype = args[first].dtype if arrays else F32
+    cdef size_t itemsize = sizeof(double) if dtype == F64 else sizeof(float)
+    if not holds(args[1], U32, 2 * (rule.hyperparameter_count + 1), sizeof(uint32_t)):
+        return "the numbers must be uint32, two for each"
+    if not holds(args[2], U32, 2 * rule.carry_count * rows, sizeof(double)):
+        return "the carry must be uint32, two for each number of each row"
+    if not alike(args[2], results[0]):
+        return "a result is not like its operand"
+    if dtype != F32 and dtype != F64:
+        return "parameters must be float32 or float64"
+    for i in range(arrays):
+        p = args[first + i]
+        for k in range(2 + rule.state_count):
+            if not holds(args[first + k * arrays + i], dtype, size_of(p), itemsize):
+                return "parameters, gradients and state differ in dtype or size"
+            if not alike(p, args[first + k * arrays + i]):
+                return "parameters, gradients and state differ in shape"
+        for k in range(1 + rule.state_count):
+            if not alike(p, results[1 + k * arrays + i]):
+                return "a result is not like its operand"
+    # XLA promises that these share their memory.
+    for k in range(frame.results.size):
+        i = k - 1 if k <= arrays else k - 1 + arrays
+        i = 2 if k == 0 else first + i
+        if args[i].data != results[k].data and size_of(args[i]):
+            return "XLA did not alias the operands"
+    return NULL
+
+
+cdef void* step(const Frame* frame) noexcept nogil:
+    cdef Buffer** args = frame.args.at
     cdef Span* name = <Span*> attribute(frame, "rule", ATTR_STRING)
     cdef Scalar* threads = <Scalar*> attribute(frame, "threads", ATTR_SCALAR)
     cdef Array* traced = <Array*> attribute(frame, "traced", ATTR_ARRAY)
     cdef char text[MOST_NAME + 2]
     cdef double numbers[MOST_NUMBERS]
+    cdef bint taken[MOST_NUMBERS]
+    cdef const char* wrong
     cdef const fastopt.Rule* rule
     cdef fastopt.Segment* segments
     cdef void** pointers
-    cdef int64_t i, k, at, count, arrays, first, places
+    cdef int64_t i, k, at, count, arrays, first, rest, t, parts
     cdef int code
     if not name or name.length >= MOST_NAME or not threads or not traced:
-        return failed(frame, INTERNAL, "an attribute is missing")
+        return failed(frame, INVALID_ARGUMENT, "an attribute is missing")
+    if not whole(threads.dtype, threads.value, &parts):
+        return failed(frame, INVALID_ARGUMENT, "threads must be an integer")
+    if parts < 1 or parts > MOST_THREADS:
+        return failed(frame, INVALID_ARGUMENT, "threads must be from 1 to 1024")
+    if traced.dtype != S64 or traced.size > MOST_NUMBERS:
+        return failed(frame, INVALID_ARGUMENT, "traced must be a few int64")
     memcpy(text, name.at, name.length)
     text[name.length] = 0
-    rule = api.find(text)
+    rule = api.find(text) if strlen(text) == name.length else NULL
     if not rule:
-        return failed(frame, INTERNAL, "there is no such rule")
+        return failed(frame, INVALID_ARGUMENT, "there is no such rule")
     count = rule.hyperparameter_count
-    first = 3 + traced.size
-    arrays = (frame.args.size - first) // (2 + rule.state_count)
-    places = 1 + (1 + rule.state_count) * arrays
+    first = 3 + <int64_t> traced.size
+    rest = frame.args.size - first
+    arrays = rest // (2 + rule.state_count) if rest > 0 else 0
     if (
-        count + 1 > MOST_NUMBERS or size_of(args[1]) != 2 * (count + 1)
-        or frame.args.size != first + (2 + rule.state_count) * arrays
-        or frame.results.size != places
+        count + 1 > MOST_NUMBERS or rest != (2 + rule.state_count) * arrays
+        or frame.results.size != 1 + (1 + rule.state_count) * arrays
+        or not buffers(&frame.args) or not buffers(&frame.results)
     ):
-        return failed(frame, INTERNAL, "the operands do not fit the rule")
+        return failed(frame, INVALID_ARGUMENT, "the operands do not fit the rule")
+    wrong = misfit(frame, rule, first, arrays)
+    if wrong:
+        return failed(frame, INVALID_ARGUMENT, wrong)
+    if not (
+        holds(args[0], S32, 1, sizeof(int32_t)) or holds(args[0], S64, 1, sizeof(int64_t))
+    ) or not whole(args[0].dtype, args[0].data, &t):
+        return failed(frame, INVALID_ARGUMENT, "the step must be an integer")
+    if t < 1:
+        return failed(frame, INVALID_ARGUMENT, "the step must be at least 1")
     memcpy(numbers, args[1].data, (count + 1) * sizeof(double))
-    for k in range(<int64_t> traced.size):
+    memset(taken, 0, sizeof(taken))
+    for k in range(first - 3):
         at = (<const int64_t*> traced.data)[k]
+        if at < 0 or at > count or taken[at]:
+            return failed(
+                frame, INVALID_ARGUMENT, "traced has an index out of range, or twice"
+            )
+        taken[at] = True
         if not number(args[3 + k], &numbers[at]):
-            return failed(frame, INTERNAL, "a traced number is not a scalar")
-    # XLA promises that these share their memory.
-    for k in range(places):
-        i = k - 1 if k <= arrays else k - 1 + arrays
-        i = 2 if k == 0 else first + i
-        if args[i].data != results[k].data and size_of(args[i]):
-            return failed(frame, INTERNAL, "XLA did not alias the operands")
+            return failed(frame, INVALID_ARGUMENT, "a traced number is not a scalar")
     segments = <fastopt.Segment*> malloc(
         arrays * (sizeof(fastopt.Segment) + rule.state_count * sizeof(void*)) + 1
     )
@@ -325,13 +421,13 @@ cdef void* step(const Frame* frame) noexcept nogil:
     code = api.step_on(
         rule,
         fastopt.FLOAT64 if arrays and args[first].dtype == F64 else fastopt.FLOAT32,
-        whole(args[0].dtype, args[0].data),
+        t,
         numbers,
         <double*> args[2].data,
         segments,
         arrays,
         numbers[count],
-        <int> whole(threads.dtype, threads.value),
+        <int> parts,
         run,
         <void*> frame,
     )
@@ -352,10 +448,10 @@ cdef void* handler(Frame* frame) noexcept nogil:
             metadata.traits = 0
             return NULL
         extension = extension.next
-    if frame.stage != EXECUTE:
-        return NULL
     if frame.struct_size < sizeof(Frame):
         return failed(frame, INTERNAL, "XLA's call frame is not the known one")
+    if frame.stage != EXECUTE:
+        return NULL
     return step(frame)
 
 

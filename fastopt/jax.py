@@ -22,17 +22,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastopt import checks, native
+from fastopt import checks, jax_schedules, native
 from fastopt.cython_cpu import HOW_TO_GET
+from fastopt.flat import Array
+from fastopt.jax_arrays import (
+    DTYPES,
+    as_dtype,
+    as_float,
+    as_words,
+    carried,
+    completed,
+    fitting,
+    named,
+    number,
+    taken,
+    words,
+)
 from fastopt.numpy_ref import NUMPY
 from fastopt.rule import Function, Rule, check_hyperparameter, concrete
 from fastopt.rules import RULES
+from fastopt.schedules import Schedule
 from fastopt.threads import available
 
 __all__ = ["Optimizer", "State", "exact", "optimizer"]
 
 TARGET = "fastopt_step"
-DTYPES = (np.float32, np.float64)
 
 
 def register() -> None:
@@ -66,12 +80,7 @@ def exact(value: float) -> Any:
     >>> fastopt.jax.exact(1e-3).shape
     (2,)
     """
-    return words([float(value)])[0]
-
-
-def words(values: Sequence[float]) -> Any:
-    """float64 as pairs of uint32, which JAX has in any case."""
-    return np.array(values, np.float64).view(np.uint32).reshape(len(values), 2)
+    return as_words(float(value))
 
 
 def optimizer(
@@ -86,8 +95,9 @@ def optimizer(
     threads
         At most so many CPU threads; by default what Python would use.
     **hyperparameters
-        Of the rule. Each may be a schedule: a function of the number of completed
-        steps, which inside ``jit`` is traced.
+        Of the rule. Each may be a schedule, one of fastopt's or another function of the
+        number of completed steps, which inside ``jit`` is traced; or itself traced, as
+        ``optax.inject_hyperparams`` has them. ``lr=None`` is for :meth:`as_optax`.
 
     Raises
     ------
@@ -118,17 +128,28 @@ def optimizer(
     values, now = {**rule.hyperparameters, **hyperparameters}, {}
     for key, value in values.items():
         name = key
+        if key == "lr" and value is None:
+            value = 1.0
+        if key in selecting(rule) and (
+            callable(value) or isinstance(value, jax.core.Tracer)
+        ):
+            raise TypeError(
+                f"{key} selects what is compiled, so it cannot be a schedule or "
+                f"traced; for optax.inject_hyperparams, name it in static_args"
+            )
         if callable(value):
-            if key in selecting(rule):
-                raise TypeError(
-                    f"{key} selects what is compiled, so it cannot be a schedule"
-                )
             value, name = value(0), f"{key}(0)"
-        now[key] = check_hyperparameter(key, name, value, rule.hyperparameters[key])
-        if not callable(values[key]):
+        now[key] = number(key, name, value, rule.hyperparameters[key])
+        if values[key] is not None and not callable(values[key]):
             values[key] = now[key]
+    if values.get("lr", 1.0) is None and not scales(rule, now):
+        raise TypeError(
+            f"lr of {rule.name} does more than scale the update, so it cannot be None "
+            f"and left to what follows; give a number or a schedule"
+        )
     on = {name for name in rule.switches if now[name]}
-    rule.scalars(1, *rule.first_carry(now), *now.values())
+    if not any(isinstance(value, jax.core.Tracer) for value in now.values()):
+        rule.scalars(1, *rule.first_carry(now), *now.values())
     return Optimizer(
         rule,
         rule.variant(on),
@@ -142,6 +163,28 @@ def selecting(rule: Rule) -> Set[str]:
     """The hyperparameters that cannot change in what is compiled: options and flags."""
     defaults = rule.hyperparameters.items()
     return rule.switches | {k for k, value in defaults if isinstance(value, bool)}
+
+
+def scales(rule: Rule, values: Mapping[str, Any]) -> bool:
+    """Whether lr does no more than to scale the update: what steps with it, and with
+    half of it, tell."""
+    plain = {
+        key: rule.hyperparameters[key] if isinstance(value, jax.core.Tracer) else value
+        for key, value in values.items()
+    }
+    seen: list[Array] = []
+    for lr in (1.0, 0.5):
+        start = np.array([0.75, -1.5, 2.0])
+        params, moved = start.copy(), []
+        python = rule(params, backend="numpy", **{**plain, "lr": lr})
+        for k in range(8):  # RAdam begins at its sixth
+            python.step(np.cos(np.arange(3.0) + k))
+            moved.append((params - start) / lr)
+            params[:] = start
+        state = [np.asarray(arrays[0]) for arrays in python.state.values()]
+        seen.append(np.stack([*moved, *state]))
+    whole, half = seen
+    return bool(np.allclose(whole, half, rtol=1e-9, atol=1e-12))
 
 
 def __getattr__(name: str) -> Any:
@@ -166,19 +209,26 @@ class Optimizer:
         structure; what starts as the parameters starts as these."""
         leaves, _ = taken("params", params)
         self._check_mixed(leaves)
-        now = {k: v(0) if callable(v) else v for k, v in self.hyperparameters.items()}
-        rows = len(leaves) if self._by_segment else 1
-        carry = words(self.variant.first_carry(now) * rows)
+        now = {
+            key: 1.0 if value is None else value(0) if callable(value) else value
+            for key, value in self.hyperparameters.items()
+        }
 
         def first(name: str, leaf: Any) -> Any:
             of = self.variant.starts.get(name, 0.0)
             if of == "p":
                 return jnp.array(leaf, copy=True)  # to be donated apart from it
-            return jnp.full_like(leaf, now[of] if isinstance(of, str) else of)
+            value = as_dtype(now[of] if isinstance(of, str) else of, leaf.dtype)
+            return jnp.full_like(leaf, value)
 
+        carry = [
+            as_words(now[of] if isinstance(of, str) else of)
+            for of in self.variant.carry.values()
+        ]
+        shape = self._carry_shape(leaves)
         return State(
             jnp.zeros((), jnp.int32),
-            jnp.asarray(carry.reshape(rows, len(self.variant.carry), 2)),
+            jnp.broadcast_to(jnp.asarray(carry, jnp.uint32).reshape(shape[1:]), shape),
             {
                 name: jax.tree.map(functools.partial(first, name), params)
                 for name in self.variant.state
@@ -201,7 +251,8 @@ class Optimizer:
         params, grads
             Arrays in the same structure, shapes and dtypes.
         state
-            From ``init`` or the step before.
+            From ``init`` or the step before. Its leaves may be NumPy's, and its count
+            any integer, as checkpoints bring them.
         grad_scale
             A factor for the gradients, in the same pass; -1 maximizes.
         **hyperparameters
@@ -225,11 +276,8 @@ class Optimizer:
         given = {**hyperparameters, "grad_scale": grad_scale}
         leaves, tree = taken("params", params)
         self._check_mixed(leaves)
-        found = self._fitting("grads", grads, params)
-        buffers = [
-            self._fitting(f"state.buffers[{name!r}]", state.buffers[name], params)
-            for name in self.variant.state
-        ]
+        found = fitting("grads", grads, params)
+        state, buffers = self._fitting(state, params)
         numbers = self._numbers(given, state.count)
         new, carry = self._call(
             self.name, state.count + 1, numbers, state.carry, leaves, found, buffers
@@ -239,23 +287,29 @@ class Optimizer:
         return rebuilt[0], State(state.count + 1, carry, named)
 
     def as_optax(self) -> Any:
-        """An ``optax.GradientTransformation``, to be composed in ``optax.chain``.
+        """An ``optax.GradientTransformationExtraArgs``, to be composed in
+        ``optax.chain``. It ignores extra arguments.
 
         Its updates are the new parameters less the old, so added to the old they may
         miss the new by a rounding, and a step is not in place: ``step`` is faster.
+        With ``lr=None`` they are neither scaled nor negated, as those of optax' own
+        with ``learning_rate=None``: ``optax.scale_by_learning_rate`` may follow.
         """
         import optax
 
-        def update(grads: Any, state: State, params: Any = None) -> Any:
+        def update(
+            grads: Any, state: State, params: Any = None, **extra_args: Any
+        ) -> Any:
             if params is None:
                 raise ValueError(
                     f"{self.rule.name} needs the parameters: update(grads, state, "
                     f"params)"
                 )
-            new, state = self.step(params, grads, state)
-            return jax.tree.map(lambda a, b: a - b, new, params), state
+            new, state = self.step(params, grads, state, **self._unit_lr)
+            before, after = (new, params) if self._unit_lr else (params, new)
+            return jax.tree.map(lambda a, b: b - a, before, after), state
 
-        return optax.GradientTransformation(self.init, update)
+        return optax.GradientTransformationExtraArgs(self.init, update)
 
     def eval_params(self, params: Any, state: State) -> Any:
         """The parameters to use, such as for a validation: for most rules ``params``;
@@ -264,12 +318,13 @@ class Optimizer:
         if evaluate is None:
             return params
         leaves, tree = taken("params", params)
-        buffers = [jax.tree.leaves(state.buffers[name]) for name in self.variant.state]
+        state, buffers = self._fitting(state, params)
         static, traced = self._numbers({}, state.count)
         new = jax.pure_callback(
             functools.partial(self._evaluate, evaluate, static),
             [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
             *(state.count, state.carry, traced, leaves, buffers),
+            vmap_method="sequential",
         )
         return jax.tree.unflatten(tree, new)
 
@@ -279,9 +334,11 @@ class Optimizer:
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} works without estimates")
         buffer, _ = self.rule.estimate
-        leaves, tree = taken(buffer, state.buffers[buffer])
-        found = self._fitting("grads", grads, state.buffers[buffer])
-        numbers = self._numbers({"grad_scale": grad_scale}, state.count)
+        found, tree = taken("grads", grads)
+        state, _ = self._fitting(state, grads, "grads")
+        leaves = jax.tree.leaves(state.buffers[buffer])
+        changes = {"grad_scale": grad_scale, **self._unit_lr}
+        numbers = self._numbers(changes, state.count)
         (new,), _ = self._call(
             *(f"{self.name}.estimate", state.count + 1, numbers, state.carry),
             *(leaves, found, []),
@@ -295,6 +352,11 @@ class Optimizer:
     def _by_segment(self) -> bool:
         return self.variant.measure is not None and self.variant.over == "segment"
 
+    @property
+    def _unit_lr(self) -> dict[str, float]:
+        """In place of an lr that is left to what follows."""
+        return {"lr": 1.0} if self.hyperparameters.get("lr", 1.0) is None else {}
+
     def _check_mixed(self, leaves: Sequence[Any]) -> None:
         dtypes = {str(leaf.dtype) for leaf in leaves}
         if self.variant.over == "all" and len(dtypes) > 1:
@@ -303,20 +365,31 @@ class Optimizer:
                 f"dtype, but there are {' and '.join(sorted(dtypes))}"
             )
 
-    @staticmethod
-    def _fitting(name: str, tree: Any, params: Any) -> list[Any]:
-        """The leaves, if they have the parameters' structure, shapes and dtypes."""
-        leaves, structure = taken(name, tree)
-        wanted = jax.tree.structure(params)
-        if structure != wanted:
-            raise ValueError(f"{name} has the structure {structure}, params {wanted}")
-        for leaf, (path, param) in zip(leaves, paths(params), strict=True):
-            if leaf.shape != param.shape or leaf.dtype != param.dtype:
-                raise ValueError(
-                    f"{name}{path} is {leaf.dtype}{list(leaf.shape)} but params{path} "
-                    f"is {param.dtype}{list(param.shape)}"
-                )
-        return leaves
+    def _carry_shape(self, leaves: Sequence[Any]) -> tuple[int, int, int]:
+        return len(leaves) if self._by_segment else 1, len(self.variant.carry), 2
+
+    def _known(self, state: Any) -> State:
+        if not isinstance(state, State):
+            raise TypeError(
+                f"state must be a fastopt.jax.State, got {type(state).__name__}; of a "
+                f"dict that was restored, State(**it) makes one"
+            )
+        buffers = named(state.buffers, self.name, self.variant.state)
+        return state._replace(buffers=buffers)
+
+    def _fitting(
+        self, state: Any, params: Any, theirs: str = "params"
+    ) -> tuple[State, list[list[Any]]]:
+        """The state, if it is one for these parameters, and the leaves of its buffers,
+        in order."""
+        state = self._known(state)
+        shape = self._carry_shape(jax.tree.leaves(params))
+        count, carry = completed(state.count), carried(state.carry, shape)
+        buffers = [
+            fitting(f"state.buffers[{name!r}]", state.buffers[name], params, theirs)
+            for name in self.variant.state
+        ]
+        return State(count, carry, state.buffers), buffers
 
     def _numbers(
         self, changes: Mapping[str, Any], count: Any
@@ -335,15 +408,19 @@ class Optimizer:
                 raise TypeError(
                     f"{key} selects what is compiled; give it to the optimizer"
                 )
-            if callable(value):
+            if value is None and key not in changes:
+                raise TypeError(
+                    f"lr is None, which leaves it to what follows in a chain of optax: "
+                    f"use as_optax(), or give {self.rule.name} an lr"
+                )
+            if isinstance(value, Schedule) and isinstance(count, jax.core.Tracer):
+                value = jax_schedules.words(value, count)
+            elif callable(value):
                 value = value(count)
-            if getattr(value, "dtype", None) == np.uint32:
-                traced[key] = value  # an exact one
-            elif isinstance(value, jax.Array):
-                wide = value.dtype == jnp.float64
-                traced[key] = value if wide else value.astype(jnp.float32)
+            value = number(key, key, value, defaults[key])
+            if isinstance(value, jax.Array):
+                traced[key] = value
             else:
-                value = check_hyperparameter(key, key, value, defaults[key])
                 static[key] = float(value)
         return static, traced
 
@@ -408,51 +485,19 @@ class Optimizer:
     ) -> list[Any]:
         """In NumPy: XLA may contract a product and a sum, to other bits."""
         rule, found = self.variant, []
-        now = {**static, **{key: float(value) for key, value in traced.items()}}
-        carried = np.asarray(carry).view(np.float64).reshape(-1).tolist()
+        now = dict(static)
+        for key, value in traced.items():
+            default = rule.hyperparameters[key]
+            now[key] = check_hyperparameter(key, key, as_float(value), default)
+        before = np.asarray(carry).view(np.float64).reshape(-1).tolist()
         values = [now[key] for key in rule.hyperparameters]
-        scalars = rule.scalars(max(int(count), 1), *carried, *values)
-        taken = function.__code__.co_argcount - 1 - len(rule.state)
+        scalars = rule.scalars(max(int(count), 1), *before, *values)
+        used = function.__code__.co_argcount - 1 - len(rule.state)
         for arrays in zip(leaves, *buffers, strict=True):
             arrays = tuple(map(np.asarray, arrays))
             dtype = arrays[0].dtype
             evaluate = concrete(function, dtype, NUMPY, lambda helper: helper)
             with np.errstate(all="ignore"):
-                used = map(dtype.type, scalars[:taken])
-                found.append(np.asarray(evaluate(*arrays, *used)))
+                numbers = map(dtype.type, scalars[:used])
+                found.append(np.asarray(evaluate(*arrays, *numbers)))
         return found
-
-
-def paths(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(p), x) for p, x in jax.tree.leaves_with_path(tree)]
-
-
-def taken(name: str, tree: Any) -> tuple[list[Any], Any]:
-    """The leaves, if they are arrays that a step can take, and the structure."""
-    leaves, structure = jax.tree.flatten(tree)
-    for path, leaf in paths(tree):
-        if not isinstance(leaf, (jax.Array, np.ndarray)) or leaf.dtype not in DTYPES:
-            dtype = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(
-                f"{name}{path} must be an array of float32 or float64, got {dtype}"
-            )
-        check_platform(f"{name}{path}", leaf)
-    return leaves, structure
-
-
-def check_platform(name: str, leaf: Any) -> None:
-    """The kernels work in host memory. Where a traced array will be, only JAX's
-    default tells."""
-    if isinstance(leaf, jax.core.Tracer):
-        device = jax.config.jax_default_device
-        platforms = {getattr(device, "platform", device) or jax.default_backend()}
-    elif isinstance(leaf, jax.Array):
-        platforms = {device.platform for device in leaf.devices()}
-    else:
-        platforms = {"cpu"}
-    if platforms != {"cpu"}:
-        raise ValueError(
-            f"{name} is on {' and '.join(sorted(platforms))}, but fastopt.jax works on "
-            f"the CPU; set JAX_PLATFORMS=cpu, or work within "
-            f"jax.default_device(jax.devices('cpu')[0])"
-        )

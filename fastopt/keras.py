@@ -14,7 +14,7 @@ backends of Keras do not give away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
@@ -64,6 +64,12 @@ class Optimizer(keras.optimizers.Optimizer):
 
     rule: ClassVar[Rule]
     _optimizer: fastopt.Optimizer  # from build on
+    _excluded: Mapping[str, list[str]] = {}  # from weight decay, for the configuration
+    _restored = False  # whether a configuration brought that
+    _missing: Sequence[str] = ()  # of those, what no variable is called, or several are
+    _spared: Set[int] = (
+        frozenset()
+    )  # keys of the variables that a configuration excludes
 
     def __init__(
         self,
@@ -84,9 +90,29 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         self._tensors = [variable.value.detach() for variable in variables]
+        self._spare(variables)
         self._decays = list(map(self._use_weight_decay, variables))
         self._optimizer = self._new(self._decays)
         super().build(variables)
+
+    def _spare(self, variables: Sequence[Any]) -> None:
+        """Find what a configuration excludes. A model that was loaded leaves out the
+        model's own name in the paths of its variables."""
+        if not self._restored:
+            return
+        missing, spared = [], set()
+        for path in self._excluded["paths"]:
+            found = [v for v in variables if v.path == path] or [
+                v
+                for v in variables
+                if f"/{path}".endswith(f"/{v.path}")
+                or f"/{v.path}".endswith(f"/{path}")
+            ]
+            if len(found) == 1:
+                spared.add(self._var_key(found[0]))
+            else:
+                missing.append(path)
+        self._missing, self._spared = missing, frozenset(spared)
 
     def _new(self, decays: list[bool]) -> fastopt.Optimizer:
         given: dict[str, Any] = dict(self.hyperparameters)
@@ -104,7 +130,15 @@ class Optimizer(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Any],
         learning_rate: Any,
     ) -> None:
+        if self._missing:
+            raise ValueError(
+                f"{', '.join(self._missing)}: what was excluded from weight decay when "
+                f"the model was saved cannot be found by this name now; compile the "
+                f"model again, with an optimizer that excludes it"
+            )
         self._lr = float(learning_rate)
+        if "weight_decay" in self.rule.hyperparameters:  # which may be set at any time
+            self._optimizer.weight_decay = self.weight_decay
         found: list[Any] = [None] * len(self._tensors)
         for grad, variable in zip(grads, trainable_variables, strict=True):
             i = self._get_variable_index(variable)
@@ -128,6 +162,15 @@ class Optimizer(keras.optimizers.Optimizer):
                 "exclude_from_weight_decay() must come before the optimizer is built"
             )
         super().exclude_from_weight_decay(var_list, var_names)
+        self._restored = False
+        self._excluded = {
+            "paths": sorted(variable.path for variable in var_list or ()),
+            "var_names": sorted(var_names or ()),
+        }
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        spared = self._var_key(variable) in self._spared
+        return not spared and bool(super()._use_weight_decay(variable))
 
     def eval_params(self) -> list[Any]:
         """The values to use, where these are not those that are trained
@@ -140,7 +183,22 @@ class Optimizer(keras.optimizers.Optimizer):
     # Saving and loading, with the model -----------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **self.hyperparameters}
+        config = {**super().get_config(), **self.hyperparameters}
+        if any(self._excluded.values()):
+            config["exclude_from_weight_decay"] = {
+                kind: list(names) for kind, names in self._excluded.items()
+            }
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        excluded = config.get("exclude_from_weight_decay", {})
+        rest = {k: v for k, v in config.items() if k != "exclude_from_weight_decay"}
+        optimizer = super().from_config(rest, custom_objects)
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
+            optimizer._excluded, optimizer._restored = excluded, True
+        return optimizer
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
@@ -159,7 +217,7 @@ class Optimizer(keras.optimizers.Optimizer):
         if not (self.built and ours):
             super().load_own_variables(store)  # warns of what it leaves out
             return
-        # Which weights decay stands in no configuration.
+        # A configuration names the weights that do not decay; these are by position.
         decays = store["decays"].tolist() if "decays" in ours else self._decays
         optimizer = self._new(decays)
         saved = optimizer.state_dict()
@@ -178,6 +236,8 @@ class Optimizer(keras.optimizers.Optimizer):
             saved["state"][name] = [store[key] for key in keys[name]]
         optimizer.load_state_dict(saved)
         self._optimizer, self._decays = optimizer, decays
+        if "decays" in ours:
+            self._missing = ()
         super().load_own_variables({key: store[key] for key in theirs})
 
 

@@ -19,6 +19,7 @@ and transformers' warm-ups one below zero.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -55,15 +56,21 @@ class Schedule:
     def __call__(self, t: float) -> float: ...
     @overload
     def __call__(self, t: Array) -> Array: ...
-    def __call__(self, t: float | Array) -> float | Array:
+    def __call__(self, t: float | Array) -> Any:
         """The value when ``t`` steps are completed, so 0 for the first step.
 
         ``t`` may be a number, whole or not, or an array of them, which gives a float64
         array of the same shape, element by element the same bits (it takes as long as a
-        loop over them).
+        loop over them). Inside ``jax.jit`` it may be traced: the value is the same,
+        rounded to float32 unless x64 is on, and computed by a callback to Python.
         """
         if type(t) is int:  # as an optimizer asks, once in a step
             return self.at(t if t > 0 else 0)
+        if "jax" in sys.modules:
+            from fastopt import jax_schedules
+
+            if jax_schedules.is_traced(t):
+                return jax_schedules.value(self, t)
         steps = np.asarray(t)
         if steps.dtype.kind not in "iuf":
             raise TypeError(f"steps must be numbers, got {t!r}")

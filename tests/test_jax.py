@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, IDS, nonzero, same_bits
+from cases import CASES, IDS
 
 import fastopt
 from fastopt import cython_cpu
@@ -18,15 +18,11 @@ if cython_cpu.missing():
     pytest.skip("the compiled kernels are not installed", allow_module_level=True)
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp  # noqa: E402
+from jax_trees import SHAPES, arrays, same, to_jax  # noqa: E402
 
 import fastopt.jax as fj  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {"w": (131, 7), "layers": [(5,), (2, 1, 3)], "empty": (0, 2), "scalar": ()}
-
-
-def is_shape(node):
-    return isinstance(node, tuple)
 
 
 @pytest.fixture
@@ -34,31 +30,6 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-def arrays(seed, dtype=np.float32, shapes=SHAPES):
-    """NumPy arrays in the structure of ``shapes``."""
-    rng = np.random.default_rng(seed)
-
-    def one(shape):
-        return nonzero(rng, int(np.prod(shape)), dtype).reshape(shape)
-
-    return jax.tree.map(one, shapes, is_leaf=is_shape)
-
-
-def to_jax(tree):
-    return jax.tree.map(lambda a: jnp.array(a, copy=True), tree)
-
-
-def same(a, b):
-    pairs = [
-        (np.asarray(x), np.asarray(y))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ]
-    return all(
-        same_bits(x, y) if x.dtype.kind == "f" else np.array_equal(x, y)
-        for x, y in pairs
-    )
 
 
 def compare(rule, values, dtype=np.float32, shapes=SHAPES, steps=4, threads=None):

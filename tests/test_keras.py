@@ -310,6 +310,130 @@ def test_a_saved_model_goes_on_exactly(name, options, tmp_path):
     assert all(map(same_bits, third.get_weights(), first.get_weights()))
 
 
+def excluding(by, name="adamw", **options):
+    """A model whose biases do not decay, and the optimizer's own variables."""
+    made = model("sgd")
+    optimizer = getattr(optimizers, name)(0.05, **{"weight_decay": 0.9, **options})
+    spared = [v for v in made.trainable_variables if v.name in ("bias", "beta")]
+    assert len(spared) == 3
+    if by == "list":
+        optimizer.exclude_from_weight_decay(var_list=spared)
+    elif by == "name":
+        optimizer.exclude_from_weight_decay(var_names=["bias", "beta"])
+    made.compile(optimizer, loss="binary_crossentropy")
+    return made
+
+
+def saved(made, path):
+    made.save(path)
+    return keras.models.load_model(path)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("by", ["list", "name"])
+@pytest.mark.parametrize("name", ["adamw", "gd"])
+def test_what_is_excluded_from_decay_is_saved(name, by, epochs, scaled, tmp_path):
+    """Before the optimizer is built and after; of gd, the decay is Keras's own."""
+    once, first, all_decay = (excluding(how, name) for how in (by, by, None))
+    for made in (once, first, all_decay) if scaled else ():
+        optimizer = keras.optimizers.LossScaleOptimizer(made.optimizer)
+        made.compile(optimizer, loss="binary_crossentropy")
+    fit(first, epochs) if epochs else None
+    second = saved(saved(first, tmp_path / "a.keras"), tmp_path / "b.keras")
+    assert second.optimizer.get_config() == first.optimizer.get_config()
+    fit(second, 2), fit(once, epochs + 2), fit(all_decay, epochs + 2)
+    assert all(map(same_bits, second.get_weights(), once.get_weights()))
+    assert not all(map(same_bits, all_decay.get_weights(), once.get_weights()))
+
+
+def test_what_is_excluded_stands_in_the_configuration():
+    made = excluding("name")
+    config = made.optimizer.get_config()
+    assert config["exclude_from_weight_decay"]["var_names"] == ["beta", "bias"]
+    again = optimizers.adamw.from_config(config)
+    assert config == made.optimizer.get_config() == again.get_config()
+    again.exclude_from_weight_decay()  # another choice takes the place of that
+    assert "exclude_from_weight_decay" not in again.get_config()
+    again.build(made.trainable_variables)
+    assert again._decays == [True] * len(made.trainable_variables)
+    assert "exclude_from_weight_decay" not in optimizers.adamw().get_config()
+
+
+def test_excluded_variables_that_have_another_name_now(tmp_path):
+    """They cannot be told from others, unless the state that was saved knows them."""
+    made = excluding("list")
+    config = made.optimizer.get_config()
+    paths = config["exclude_from_weight_decay"]["paths"]
+    paths[0] = "another/bias"
+    optimizer = optimizers.adamw.from_config(config)
+    optimizer.build(made.trainable_variables)
+    before = made.get_weights()
+    grads = [torch.ones(v.shape) for v in made.trainable_variables]
+    with pytest.raises(ValueError, match="another/bias: what was excluded from weight"):
+        optimizer.apply(grads, made.trainable_variables)
+    assert all(map(same_bits, made.get_weights(), before))
+    made.optimizer.build(made.trainable_variables)
+    store = {}
+    made.optimizer.save_own_variables(store)
+    optimizer.load_own_variables(store)
+    optimizer.apply(grads, made.trainable_variables)
+    assert optimizer._decays == made.optimizer._decays
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clipnorm": 0.1},
+        {"global_clipnorm": 0.2},
+        {"clipvalue": 0.01},
+        {"use_ema": True, "ema_momentum": 0.6, "ema_overwrite_frequency": 3},
+        {"gradient_accumulation_steps": 3},  # an epoch ends between two
+        {"loss_scale_factor": 8.0},
+        {"name": "mine", "beta2": 0.98},
+        {"learning_rate": SCHEDULE},
+        {"weight_decay": 0.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_setting_is_saved(options, epochs, tmp_path):
+    """And steps as it did, before training and amid it."""
+    given = {"learning_rate": 0.03, "weight_decay": 0.1, **options}
+    once, first = (model(optimizers.adamw(**given)) for _ in range(2))
+    fit(first, epochs) if epochs else None
+    second = saved(first, tmp_path / "model.keras")
+    assert second.optimizer.get_config() == first.optimizer.get_config()
+    fit(once, epochs) if epochs else None
+    fit(once, 2), fit(second, 2)
+    assert all(map(same_bits, second.get_weights(), once.get_weights()))
+    plain = model(optimizers.adamw(0.03, weight_decay=0.1))
+    fit(plain, epochs) if epochs else None
+    fit(plain, 2)
+    if options != {"loss_scale_factor": 8.0}:  # of two to a power, it leaves no trace
+        assert not all(map(same_bits, plain.get_weights(), second.get_weights()))
+
+
+def test_settings_that_change_are_saved(tmp_path):
+    """The learning rate and the decay, which count from the next step on."""
+
+    def new():
+        return model(optimizers.adamw(0.05, weight_decay=0.5))
+
+    once, first, unchanged = new(), new(), new()
+    for made in (once, first, unchanged):
+        fit(made, 1)
+        made.optimizer.learning_rate = 0.02
+    for made in (once, first):
+        made.optimizer.weight_decay = 0.1
+    second = saved(first, tmp_path / "model.keras")
+    assert float(second.optimizer.learning_rate) == np.float32(0.02)
+    assert second.optimizer.weight_decay == 0.1
+    fit(once, 1), fit(second, 1), fit(unchanged, 1)
+    assert all(map(same_bits, second.get_weights(), once.get_weights()))
+    assert not all(map(same_bits, once.get_weights(), unchanged.get_weights()))
+
+
 def test_states_that_do_not_fit(tmp_path):
     lion, adam = model(optimizers.lion(0.01)), model(optimizers.adam(0.01))
     fit(lion, 1), fit(adam, 1)
