@@ -2,7 +2,6 @@
 class, and libraries that take an optimizer of torch's. ``docs/frameworks.md`` has the
 table of what was run."""
 
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -58,7 +57,12 @@ def test_schedulers_set_what_they_set_in_torch(name, kind):
         made, history = SCHEDULERS[kind](opt), []
         for step in range(10):
             give(params, draw(seed=step)[:2])
-            opt.step()
+            try:
+                opt.step()
+            except ValueError as error:
+                if name == "FTRL" and "lr must be above 0" in str(error):
+                    pytest.xfail("FTRL divides by lr, which this schedule brings to 0")
+                raise
             made.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
             if step == 5:
                 saved = made.state_dict()
@@ -248,7 +252,9 @@ with tempfile.TemporaryDirectory() as folder:
     before = copy.deepcopy(opt.state_dict()["state"])
     accelerator.load_state(folder)
     after = opt.state_dict()["state"]
-    assert all(torch.equal(before[k][n], after[k][n]) for k in before for n in before[k])
+    assert before.keys() == after.keys() and len(before) == 4
+    for k in before:
+        assert all(torch.equal(before[k][n], after[k][n]) for n in before[k])
 """
 
 LIGHTNING = """
@@ -353,3 +359,24 @@ def test_lightning_takes_it():
 def test_trainer_takes_it():
     """With clipping and accumulation, and from a checkpoint, as one go."""
     in_a_process(MODEL + TRAINER, "transformers", "accelerate")
+
+
+# The page -----------------------------------------------------------------------------
+
+
+def rows():
+    """Of the page's table: what, its version, and the tests."""
+    table = PAGE.partition("## What was run")[2].partition("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_test_of_the_table_exists():
+    assert len(rows()) >= 17
+    for _, version, tests in rows():
+        assert re.fullmatch(r"\w[\w.-]* [\d.]+(, \w[\w.-]* [\d.]+)*", version), version
+        named = re.findall(r"`(\w+)\.py(?:::(\w+))?`", tests)
+        assert named, tests
+        for file, test in named:
+            text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+            assert f"def {test or 'test_'}" in text, (file, test)
