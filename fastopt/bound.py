@@ -218,9 +218,14 @@ def not_finite(
 
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
-    if array.size:
-        flat = value if isinstance(value, float) else value.reshape(-1)
-        array.reshape(-1)[:] = flat
+    if not array.size:
+        return
+    number = isinstance(value, float)
+    if type(array) is np.ndarray and (number or isinstance(value, np.ndarray)):
+        # Not into array.reshape(-1), which is a copy if the array is not C-contiguous.
+        array[...] = value if number else value.reshape(array.shape)
+    else:  # of those on a device, that raises an error
+        array.reshape(-1)[:] = value if number else value.reshape(-1)
 
 
 def bind(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.flat import Array, FlatBuffer
+from fastopt.flat import Array, FlatBuffer, branches
 from fastopt.rule import check_hyperparameter, shown
 
 MOST_THREADS = 1024
@@ -73,17 +73,35 @@ def as_array(name: str, value: Any) -> Array:
     )
 
 
-def check_layout(name: str, array: Array) -> None:
-    """Kernels walk memory element by element, so it must be dense and in order."""
+def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
+    """What a backend's module makes of an array that is only read; or of a scalar, for
+    a parameter without dimensions: arithmetic of NumPy's makes scalars of such."""
+    without = param is None or param.ndim == 0
+    if isinstance(value, np.generic) and without and module.as_array is as_array:
+        array = np.asarray(value)
+        array.flags.writeable = False  # zero_grads=True would not reach the scalar
+        return array
+    found: Array = module.as_array(name, value)
+    return found
+
+
+def check_layout(name: str, array: Array, updated: bool = False) -> None:
+    """Kernels walk memory element by element, so it must be dense and in order. A copy
+    helps with what is only read; ``updated``: this is not, so a copy is of no use."""
     flags = array.flags
     if not flags["C_CONTIGUOUS"]:
-        raise ValueError(
-            f"{name} is not C-contiguous; pass np.ascontiguousarray of it, or its base"
-        )
+        advice = f"pass np.ascontiguousarray({name})"
+        if updated:
+            advice = "make the array that you use itself so, and pass it"
+            if flags["F_CONTIGUOUS"]:
+                advice += f", or pass its transpose, and that of its gradient: {name}.T"
+            advice += " (a copy would be updated in place of yours)"
+        raise ValueError(f"{name} is not C-contiguous; {advice}")
     if isinstance(array, np.ndarray) and not array.flags.aligned:
+        advice = "allocate it anew" if updated else "pass a copy"
         raise ValueError(
             f"{name} is not aligned to its {array.dtype.itemsize}-byte elements; "
-            f"pass a copy"
+            f"{advice}"
         )
 
 
@@ -108,7 +126,7 @@ def check_params(
                 f"{name} has dtype {array.dtype} but {names[0]} has "
                 f"{arrays[0].dtype}; use one optimizer for each dtype"
             )
-        check_layout(name, array)
+        check_layout(name, array, updated=True)
         if read_only(original) or read_only(array):
             raise ValueError(
                 f"{name} is read-only, but parameters are updated in place; pass a "
@@ -160,14 +178,14 @@ def check_grad(
         )
 
 
-def layout(tree: Any) -> Any:
+def layout(tree: Any, level: int = 0) -> Any:
     """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
     at the leaves None, or the layout of a FlatBuffer."""
-    if isinstance(tree, Mapping):
-        return {key: layout(child) for key, child in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [layout(child) for child in tree]
-    return tree.shapes if isinstance(tree, FlatBuffer) else None
+    children = branches(tree, level)
+    if children is None:
+        return tree.shapes if isinstance(tree, FlatBuffer) else None
+    layouts = {key: layout(child, level + 1) for key, child in children}
+    return layouts if isinstance(tree, Mapping) else list(layouts.values())
 
 
 def collect(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ CACHE_LINE = 64
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 STAGGER = 1024
+DEEPEST = 200  # levels of a tree
 
 
 class Product(NamedTuple):
@@ -85,25 +87,47 @@ def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]
     ]
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def branches(tree: Any, level: int) -> Iterable[tuple[Any, Any]] | None:
+    """The keys and children of a dict, list or tuple; None of what is a leaf."""
+    mapping = isinstance(tree, Mapping)
+    if not mapping and not isinstance(tree, (list, tuple)):
+        return None
+    if level > DEEPEST:
+        raise ValueError(
+            f"a {type(tree).__name__} is nested more than {DEEPEST} levels deep; "
+            f"does it contain itself? Pass a flatter one"
+        )
+    return tree.items() if mapping else enumerate(tree)
+
+
+def leaves(tree: Any, path: str = "", level: int = 0) -> Iterator[tuple[str, Any]]:
     """The leaves of nested dicts, lists and tuples, with paths like ``['w'][0]``."""
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from leaves(child, f"{path}[{key!r}]")
-    elif isinstance(tree, (list, tuple)):
-        for index, child in enumerate(tree):
-            yield from leaves(child, f"{path}[{index}]")
-    else:
+    children = branches(tree, level)
+    if children is None:
         yield path, tree
+    else:
+        for key, child in children:
+            yield from leaves(child, f"{path}[{key!r}]", level + 1)
 
 
-def rebuild(tree: Any, values: Iterator[Any]) -> Any:
-    """A tree of the same structure with other leaves, taken in order."""
-    if isinstance(tree, Mapping):
-        return {key: rebuild(child, values) for key, child in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [rebuild(child, values) for child in tree]
-    return next(values)
+def rebuild(tree: Any, values: Iterator[Any], level: int = 0) -> Any:
+    """A tree of the same structure with other leaves, taken in order. Subclasses of
+    dict and namedtuples keep their type."""
+    children = branches(tree, level)
+    if children is None:
+        return next(values)
+    rebuilt = {key: rebuild(child, values, level + 1) for key, child in children}
+    if isinstance(tree, tuple):
+        make = getattr(type(tree), "_make", tuple)  # of a namedtuple
+        return make(rebuilt.values())
+    if isinstance(tree, list):
+        return list(rebuilt.values())
+    if type(tree) is dict or not isinstance(tree, dict):
+        return rebuilt
+    same = copy.copy(tree)  # which keeps the default of a defaultdict, for example
+    for key, child in rebuilt.items():
+        same[key] = child
+    return same
 
 
 class FlatBuffer:

@@ -141,9 +141,11 @@ class Lookahead:
             if len(self._slow) < len(self.opt._params.arrays):
                 self._make_room()
             values = checked(saved["k"], saved["alpha"])
-            saving.check_arrays('state["slow"]', saved["slow"], self.opt)
-            self.opt._loading(saved["opt"])()
-            for slow, value in zip(self._slow, saved["slow"], strict=True):
+            load, order = self.opt._loading(saved["opt"]), saving.by_name
+            values_of = order(saved["opt"], self.opt)('state["slow"]', saved["slow"])
+            saving.check_arrays('state["slow"]', values_of, self.opt)
+            load()
+            for slow, value in zip(self._slow, values_of, strict=True):
                 fill(slow, value)
             vars(self).update(values)
             self._moved[0] = self._synchronized = self.opt.steps

@@ -120,7 +120,9 @@ def gram(
     paths = _paths(given[0])
     arrays = [
         [
-            None if leaf is None else module.as_array(f"tasks[{k}]{path}", leaf)
+            None
+            if leaf is None
+            else checks.as_gradient(module, f"tasks[{k}]{path}", leaf)
             for path, leaf in zip(paths, task, strict=True)
         ]
         for k, task in enumerate(found)

@@ -173,7 +173,7 @@ class Optimizer:
             if not isinstance(group, Mapping) or "params" not in group:
                 raise TypeError(
                     f'a group is a dict with "params" and hyperparameters, '
-                    f"got {group!r}"
+                    f"got {type(group).__name__}"
                 )
             if self._pending is not None:
                 raise RuntimeError(
@@ -683,7 +683,7 @@ class Optimizer:
                 f"{name} is a FlatBuffer of another layout than {of}; make it with the "
                 f"parameters' zeros_like()"
             )
-        array: Array = self._module.as_array(name, grad)
+        array = checks.as_gradient(self._module, name, grad, self._params.arrays[i])
         checks.check_grad(name, array, of, self._params.arrays[i], spans)
         return array
 
@@ -765,7 +765,7 @@ class Optimizer:
 
     def _loading(self, saved: Mapping[str, Any]) -> Callable[[], None]:
         """All of it checked and made ready; what then only has to be called."""
-        saving.check(saved, self)
+        saved = saving.check(saved, self)
         steps = operator.index(saved["steps"])
         given = [dict(group) for group in saved["groups"]]
         frozen = [group.pop("frozen") for group in given]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from fastopt import checks
 from fastopt.flat import Array, FlatBuffer, leaves, rebuild
+
+# What saved state is matched by: an array's path, after its group's number, and shape.
+Part: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 class Parameters:
@@ -68,6 +73,22 @@ class Parameters:
         """Whether there are other sets than the groups."""
         return any(off for _, off in self.sets)
 
+    @property
+    def parts(self) -> list[list[Part]]:
+        """Of each segment the arrays in it: one, or those of a FlatBuffer."""
+        trees = list(map(expanded, self.trees)) if self._separate else self.trees
+        given = [
+            (f"[{number}]{path}", leaf)
+            for number, tree in enumerate(trees)
+            for path, leaf in leaves(tree)
+        ]
+        return [
+            [(path + within, shape) for within, shape in leaf.shapes]
+            if isinstance(leaf, FlatBuffer)
+            else [(path, tuple(array.shape))]
+            for (path, leaf), array in zip(given, self.arrays, strict=True)
+        ]
+
     def with_group(self, tree: Any) -> Parameters:
         """These, and a group more at the end."""
         return Parameters(
@@ -93,20 +114,19 @@ class Parameters:
                 "added; make the optimizer with a callable"
             )
         else:
-            flags = list(leaves(mask))
-            if [path for path, _ in flags] != list(paths):
+            flags = dict(leaves(mask))
+            if flags.keys() != set(paths):
                 raise ValueError(
                     f"weight_decay_mask must have the structure of params, with the "
-                    f"leaves {', '.join(paths)}; it has "
-                    f"{', '.join(path for path, _ in flags)}"
+                    f"leaves {', '.join(paths)}; it has {', '.join(flags)}"
                 )
-            told = [flag for _, flag in flags]
+            told = [flags[path] for path in paths]
         for name, flag in zip(names, told, strict=True):
-            if not isinstance(flag, bool):
+            if not isinstance(flag, (bool, np.bool_)):
                 raise TypeError(
                     f"weight_decay_mask must say True or False for {name}, got {flag!r}"
                 )
-        return told
+        return list(map(bool, told))
 
     def like(self) -> tuple[Any, list[Array]]:
         """New arrays like these: in the structure of the parameters, in which a

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from fastopt.rule import check_hyperparameter, shown
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
+    from fastopt.parameters import Part
 
-FORMAT = 2
+FORMAT = 3
+WITHOUT_NAMES = 2  # an older one, which was of format 3 but for the parameters' names
 KEYS = (
-    "format rule steps skipped switched_on groups state carry ema_decay ema "
+    "format rule steps skipped switched_on params groups state carry ema_decay ema "
     "accumulated".split()
 )
 
@@ -32,6 +35,9 @@ def save(opt: Optimizer) -> dict[str, Any]:
         "steps": opt.steps,
         "skipped": opt.skipped,
         "switched_on": sorted(bound.on),
+        "params": [
+            [[name, list(shape)] for name, shape in part] for part in bound.params.parts
+        ],
         "groups": [
             {k: v for k, v in group.items() if not callable(v)}
             | {"frozen": group.frozen}
@@ -52,12 +58,104 @@ def save(opt: Optimizer) -> dict[str, Any]:
 
 
 def to_host(array: Any) -> Array:
-    host: Array = array.copy_to_host() if hasattr(array, "copy_to_host") else array
-    return np.array(host)
+    """A C-contiguous copy in host memory."""
+    if hasattr(array, "copy_to_host"):
+        array = array.copy_to_host()
+    elif hasattr(array, "detach"):  # torch's, which may have a history to leave behind
+        array = array.detach().cpu().numpy()
+    return np.array(array, order="C")
 
 
-def check(saved: Any, opt: Optimizer) -> None:
-    """A saved state against the optimizer that is to load it."""
+Arrange: TypeAlias = Callable[[str, Sequence[Any]], Sequence[Any]]
+
+
+def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
+    """What puts saved things, one for each parameter, into the order of an optimizer's
+    own parameters: those of the same names, whether in a FlatBuffer or not."""
+    here = opt._bound.params.parts
+    if saved["format"] == WITHOUT_NAMES or saved["params"] is None:
+        return lambda what, items: items
+    try:
+        there = [
+            [(str(name), tuple(map(operator.index, shape))) for name, shape in part]
+            for part in saved["params"]
+        ]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            'state["params"] must have for each array the names and shapes of its '
+            "parts, as they were saved, or be None"
+        ) from error
+    if there == here:
+        return lambda what, items: items
+    ours, theirs = ([name for part in p for name, _ in part] for p in (here, there))
+    if sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
+        raise ValueError(
+            f"the state is of the parameters {listed(theirs)}, but this optimizer has "
+            f"{listed(ours)} (each after the number of its group). If they are the "
+            f'same in this order, set state["params"] = None before you load it'
+        )
+
+    def arrange(what: str, items: Sequence[Any]) -> list[Any]:
+        check_sequence(what, items)
+        if len(items) != len(there):
+            raise ValueError(
+                f"{what} has {len(items)} arrays for {len(there)} parameters"
+            )
+        pieces: dict[str, Any] = {}
+        for part, item in zip(there, items, strict=True):
+            pieces |= split(what, part, item)
+        return [joined(what, part, pieces) for part in here]
+
+    return arrange
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def split(what: str, part: Sequence[Part], item: Any) -> dict[str, Any]:
+    """A saved array of a segment as those of the arrays that were in it."""
+    if len(part) == 1 or item is None:
+        return {name: item for name, _ in part}
+    sizes = [math.prod(shape) for _, shape in part]
+    if not isinstance(item, np.ndarray) or item.shape != (sum(sizes),):
+        raise ValueError(
+            f"{what} must have an array of {sum(sizes)} elements for a FlatBuffer, got "
+            f"{getattr(item, 'shape', type(item).__name__)}"
+        )
+    ends = np.cumsum(sizes, dtype=np.int64)[:-1]
+    return {
+        name: piece.reshape(shape)
+        for piece, (name, shape) in zip(np.split(item, ends), part, strict=True)
+    }
+
+
+def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
+    """The saved array for a segment, of those for the arrays that are in it."""
+    found = [pieces[name] for name, _ in part]
+    if len(part) == 1 or all(piece is None for piece in found):
+        return found[0]
+    for piece, (name, shape) in zip(found, part, strict=True):
+        if piece is None:
+            raise ValueError(
+                f"{what} has nothing for {name}, but something for others that are in "
+                f"one FlatBuffer with it here; load it where they are apart"
+            )
+        got = getattr(piece, "shape", type(piece).__name__)
+        if got != shape or piece.dtype != found[0].dtype:
+            raise ValueError(
+                f"{what} of {name} has shape {got}, but the parameter has {shape}"
+                if got != shape
+                else f"{what} has dtype {piece.dtype} for {name}, {found[0].dtype} "
+                f"for {part[0][0]}"
+            )
+    return np.concatenate([piece.reshape(-1) for piece in found])
+
+
+def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
+    """A saved state against the optimizer that is to load it; in the order of its
+    parameters."""
     rule, groups = opt.rule, opt.groups
     if not isinstance(saved, Mapping) or any(key not in saved for key in KEYS[:1]):
         got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
@@ -65,12 +163,14 @@ def check(saved: Any, opt: Optimizer) -> None:
             f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
         )
     number = saved["format"]
-    if not isinstance(number, (int, float, np.number)) or number != FORMAT:
+    formats = (FORMAT, WITHOUT_NAMES)
+    if not isinstance(number, (int, float, np.number)) or number not in formats:
         raise ValueError(
             f"the state has format {shown(number)}, this version of fastopt reads "
-            f"{FORMAT}; load it with the version that saved it"
+            f"{FORMAT} and {WITHOUT_NAMES}; load it with the version that saved it"
         )
-    if any(key not in saved for key in KEYS):
+    unnamed = {"params"} if saved["format"] == WITHOUT_NAMES else set()
+    if any(key not in saved for key in {*KEYS} - unnamed):
         raise TypeError(
             f"expected a state_dict() with the keys {', '.join(KEYS)}; "
             f"got {list(saved)}"
@@ -114,15 +214,33 @@ def check(saved: Any, opt: Optimizer) -> None:
             f'state["switched_on"] is {shown(on)}, of which {rule.name} '
             f"knows {sorted(rule.switches)}"
         )
-    check_buffers(saved, opt)
+    arranged = arrange(saved, opt)
+    check_buffers(arranged, opt)
+    return arranged
+
+
+def arrange(saved: Mapping[str, Any], opt: Optimizer) -> Mapping[str, Any]:
+    """A saved state in the order of an optimizer's parameters."""
+    if not isinstance(saved["state"], Mapping):
+        raise TypeError(f'state["state"] must be a dict, got {shown(saved["state"])}')
+    order, carry = by_name(saved, opt), saved["carry"]
+    if opt._bound.sets is opt._bound.params.set_of:  # a row for each segment
+        carry = order('state["carry"]', carry)
+    optional = {
+        key: None if saved[key] is None else order(f'state["{key}"]', saved[key])
+        for key in ("ema", "accumulated")
+    }
+    state = {
+        name: order(f'state["{name}"]', arrays)
+        for name, arrays in saved["state"].items()
+    }
+    return {**saved, **optional, "state": state, "carry": carry}
 
 
 def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
     """The arrays and numbers of a saved state against the parameters."""
     rule, on = opt.rule, set(saved["switched_on"])
     buffers = rule.variant(on).state
-    if not isinstance(saved["state"], Mapping):
-        raise TypeError(f'state["state"] must be a dict, got {shown(saved["state"])}')
     if set(saved["state"]) != set(buffers):
         raise ValueError(
             f"the state has buffers {list(saved['state'])}, but {rule.name} with "

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from fastopt import backends
 from fastopt.bound import fill
-from fastopt.checks import check_count
+from fastopt.checks import as_array, check_count, check_layout, on_device, read_only
 from fastopt.flat import Array, FlatBuffer, flatten, leaves, rebuild
+from fastopt.parameters import expanded
 from fastopt.rule import check_hyperparameter
 from fastopt.saving import to_host
 
@@ -294,14 +296,33 @@ def write(tree: Any, values: Any) -> None:
     shapes = [{k: np.shape(a) for k, a in each.items()} for each in (arrays, values)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"params have the shapes {shapes[0]}, the best {shapes[1]}")
-    for name, array in arrays.items():
-        fill(array, values[name])
+    places = {k: writeable(f"params{k}", array) for k, array in arrays.items()}
+    for name, place in places.items():
+        if not np.can_cast(values[name].dtype, place.dtype, "same_kind"):
+            raise TypeError(
+                f"params{name} has dtype {place.dtype}, the best {values[name].dtype}"
+            )
+    for name, place in places.items():
+        fill(place, values[name])
+
+
+def writeable(name: str, leaf: Any) -> Any:
+    """An array in the very memory of this one, to write into."""
+    tensor = leaf.detach() if hasattr(leaf, "detach") else leaf  # torch's parameters
+    if on_device(tensor):
+        array = backends.load("cuda").as_array(name, tensor)
+        check_layout(name, array)
+    else:
+        # NumPy may call the memory of a tensor read-only that it gets by DLPack.
+        array = as_array(name, tensor if tensor is leaf else tensor.numpy())
+    if read_only(tensor) or read_only(array):
+        raise ValueError(f"{name} is read-only; pass an array that can be written to")
+    return array
 
 
 def arrays_of(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their paths, a flat buffer's as one."""
-    found = leaves(tree)
-    return {k: x.data if isinstance(x, FlatBuffer) else x for k, x in found}
+    """The arrays of a tree by their paths, those of a flat buffer, too."""
+    return dict(leaves(expanded(tree)))
 
 
 # Minimizing -------------------------------------------------------------------------
@@ -448,6 +469,11 @@ def minimize(
     show = Progress(steps) if progress else None
     while True:
         run.loss, run.grads = evaluated(value_and_grad, params)
+        if getattr(run.grads, "shape", ()) and are_numbers(x0):
+            raise TypeError(
+                f"x0 is a {type(x0).__name__} of numbers, each a parameter by itself, "
+                f"but the gradient is one array; pass np.array(x0)"
+            )
         run.losses.append(run.loss)
         run.lrs.append(rate(made, getattr(made, "steps", run.steps)))
         if show is not None:
@@ -501,6 +527,14 @@ def evaluated(
             f"{found!r}"
         )
     return float(found[0]), found[1]
+
+
+def are_numbers(tree: Any) -> bool:
+    """Whether this is a list, nested too, of numbers alone."""
+    numbers = all(
+        isinstance(leaf, (float, int, np.generic)) for _, leaf in leaves(tree)
+    )
+    return isinstance(tree, (list, tuple)) and numbers
 
 
 def rate(opt: Any, steps: int) -> float:
