@@ -95,6 +95,13 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
             f'same in this order, set state["params"] = None before you load it'
         )
 
+    shapes = dict(one for part in here for one in part)
+    for name, shape in (one for part in there for one in part):
+        if shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {shape} in the state, but {shapes[name]} here"
+            )
+
     def arrange(what: str, items: Sequence[Any]) -> list[Any]:
         check_sequence(what, items)
         if len(items) != len(there):
