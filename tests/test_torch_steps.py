@@ -652,14 +652,6 @@ def test_nothing_is_put_into_the_state_of_a_step_that_is_torchs():
     assert not opt.state.get(param)
 
 
-def test_centered_rmsprop_is_not_left_to_torch():
-    (param,) = params = params_of(draw([(3,)]))
-    opt = ft.RMSprop(params, centered=True, differentiable=True)
-    give(params, draw([(3,)], seed=1))
-    with pytest.raises(RuntimeError, match="does not keep the variance"):
-        opt.step()
-
-
 def test_complex_parameters_to_evaluate():
     start = draw([(3,)])[0] * (1 + 2j)
     param, pair = Parameter(start), Parameter(torch.view_as_real(start).clone())

@@ -1,6 +1,10 @@
 """LAMB: Adam's step in proportion to each array's norm. You et al. 2020,
 arXiv:1904.00962. As apex: arrays without weight decay keep lr, unless ``always_adapt``;
 apex's clipping of all gradients first is ``clip_norm=1`` of the step.
+
+timm's Lamb is the same with ``clip_norm=1``, its default ``max_grad_norm``. optax's
+lamb clips nothing and adapts all arrays: it is ``always_adapt=True`` with
+``weight_decay=0``, its default.
 """
 
 from fastopt.rule import Rule, sqrt, wide

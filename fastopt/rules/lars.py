@@ -1,6 +1,12 @@
 """LARS: SGD with momentum in proportion to each array's norm. You et al. 2017,
 arXiv:1708.03888. As timm: lr stands outside the momentum, arrays without weight decay
 keep it, unless ``always_adapt``; the paper's momentum and decay are the defaults.
+
+timm's Lars has the defaults ``momentum=0`` and ``weight_decay=0``, and no clipping but
+with its ``trust_clip``. optax's lars adapts all arrays, as ``always_adapt=True``, has
+lr inside the momentum, and divides by the norm of the gradient with its decay, where
+here and in the paper the norms of the two are added; its defaults are
+``weight_decay=0``, ``eps=0``, and lr must be given.
 """
 
 from fastopt.rule import Rule, sqrt, wide

@@ -30,6 +30,7 @@ from fastopt.torch.classes import RMSprop as RMSprop
 from fastopt.torch.classes import Rprop as Rprop
 from fastopt.torch.classes import optimizer as optimizer
 from fastopt.torch.flat import flatten_ as flatten_
+from fastopt.torch.flat import unflatten_ as unflatten_
 from fastopt.torch.release import release_gradients_ as release_gradients_
 
 _OF_TORCH = [n for n in dir(_classes) if n[0].isupper() and hasattr(_theirs, n)]
@@ -38,7 +39,8 @@ _OTHERS = {
     for rule in _RULES
     if rule.name not in map(str.lower, _OF_TORCH)
 }
-__all__ = [*_OF_TORCH, *_OTHERS, "flatten_", "optimizer", "release_gradients_"]
+__all__ = [*_OF_TORCH, *_OTHERS]
+__all__ += ["flatten_", "optimizer", "release_gradients_", "unflatten_"]
 
 
 def __getattr__(name: str) -> type[_classes.OfRule]:

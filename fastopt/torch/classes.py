@@ -13,9 +13,20 @@ import torch
 from fastopt import rules
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.rules.adafactor import adafactor
+from fastopt.rules.muon import muon
+from fastopt.torch.arguments import (
+    EXTRAS,
+    PAIRS,
+    Arguments,
+    docstring,
+    number,
+    refuse_schedules,
+)
+from fastopt.torch.averaging import Averaging
+from fastopt.torch.loading import RULE
 from fastopt.torch.plan import Unsupported
 from fastopt.torch.state import Names
-from fastopt.torch.step import EXTRAS, PAIRS, Stepping, extras, number
+from fastopt.torch.step import Stepping, extras
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
 
@@ -79,14 +90,6 @@ class RMSprop(Stepping, torch.optim.RMSprop):
         on = {name for name in ("momentum", "centered") if group[name]}
         return rules.rmsprop.variant(on)
 
-    def _unsupported(self, reason: str, *rest: Any) -> None:
-        if any(group["centered"] for group in self.param_groups):
-            raise RuntimeError(
-                f"{reason} are left to torch's own RMSprop, which does not keep the "
-                f"variance; use centered=False, or torch.optim.RMSprop"
-            )
-        super()._unsupported(reason, *rest)
-
     def _inward(self, state: dict[str, Any]) -> None:
         if "grad_avg" in state:
             square, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
@@ -135,7 +138,7 @@ def asgd_scalars(
     return mu, 1.0, eta, 1 - lambd * eta, weight_decay, *after
 
 
-class ASGD(Stepping, torch.optim.ASGD):
+class ASGD(Averaging, torch.optim.ASGD):
     _names = Names(carry={"eta": "lr", "mu": 1.0}, scalars=asgd_scalars, torchs=True)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -162,6 +165,24 @@ class Muon(Stepping, torch.optim.Muon):
         raise Unsupported("products of matrices")
 
 
+for _kind, _rule in (
+    (SGD, rules.sgd),
+    (Adam, rules.adam),
+    (AdamW, rules.adamw),
+    (NAdam, rules.nadam),
+    (RAdam, rules.radam),
+    (Adamax, rules.adamax),
+    (RMSprop, rules.rmsprop),
+    (Adagrad, rules.adagrad),
+    (Adadelta, rules.adadelta),
+    (Rprop, rules.rprop),
+    (ASGD, rules.asgd),
+    (Adafactor, adafactor),
+    (Muon, muon),
+):
+    _kind.__doc__ = docstring(_kind, _rule, _kind.__name__, _kind.__doc__, own=False)
+
+
 # Rules that torch has not -----------------------------------------------------------
 
 
@@ -171,19 +192,28 @@ class OfRule(Stepping):
 
     rule: Rule
     _variants: Mapping[frozenset[str], Rule]
-    __signature__: inspect.Signature
+    _arguments: inspect.Signature
 
     def __init__(self, *arguments: Any, **options: Any):
-        bound = self.__signature__.bind(*arguments, **options)
+        bound = self._arguments.bind(*arguments, **options)
         bound.apply_defaults()
         extras = {name: bound.arguments.pop(name) for name in EXTRAS}
         super().__init__(bound.arguments.pop("params"), bound.arguments, **extras)
 
+    @Arguments
+    def __signature__(cls) -> inspect.Signature:
+        taken: inspect.Signature = cls._arguments
+        return taken
+
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return self._variants[frozenset(n for n in self.rule.switches if group[n])]
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), RULE: self.rule.name}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = {**self.defaults, **param_group}
+        refuse_schedules({name: checked[name] for name in self.defaults})
         values = {}
         for name, default in self.rule.hyperparameters.items():
             pair, i = PAIRS.get(name, (None, 0))
@@ -222,18 +252,20 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
         *extras(),
     ]
     on = [(), *rule.variants]
-    return type(
+    made = type(
         name or title(rule),
-        (OfRule,),
+        (Averaging, OfRule) if rule.evaluate else (OfRule,),
         {
             "rule": rule,
+            "_own": rule,
             "_variants": {frozenset(names): rule.variant(set(names)) for names in on},
-            "__signature__": inspect.Signature(parameters),
-            "__doc__": rule.__doc__,
+            "_arguments": inspect.Signature(parameters),
             # As a namedtuple's: where it is, so that it can be pickled.
             "__module__": sys._getframe(1).f_globals.get("__name__", __name__),
         },
     )
+    made.__doc__ = docstring(made, rule, made.__name__, None, own=True)
+    return made
 
 
 def title(rule: Rule) -> str:

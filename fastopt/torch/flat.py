@@ -52,6 +52,10 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     and momentum go on. Parameters that share memory without being one object no longer
     do; and their elements lie row by row, not as ``channels_last``.
 
+    ``safetensors.torch.save_model`` refuses parameters that share a buffer, and
+    ``torch.save`` of one layer writes all of it: call :func:`unflatten_` before. A
+    ``torch.save`` of the whole ``state_dict()`` writes the buffer once.
+
     Example
     -------
     >>> import torch, fastopt.torch
@@ -74,6 +78,39 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
             )
     with torch.no_grad():
         return [flattened(alike) for alike in kinds.values()]
+
+
+def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
+    """Undo :func:`flatten_`: give each parameter memory of its own, and its gradient.
+
+    Optimizers go on with the same bits, and as fast as before ``flatten_``.
+
+    Parameters
+    ----------
+    model
+        A module, or parameters. They stay the same objects. Those that lie in a larger
+        buffer, and gradients in one of ``flatten_``, are copied out of it; all others
+        are left alone.
+
+    Example
+    -------
+    >>> import torch, fastopt.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> _ = fastopt.torch.flatten_(model)
+    >>> model.bias.untyped_storage().nbytes()
+    32
+    >>> fastopt.torch.unflatten_(model)
+    >>> model.bias.untyped_storage().nbytes()
+    8
+    """
+    params = model.parameters() if isinstance(model, torch.nn.Module) else model
+    for param in dict.fromkeys(params):
+        if param.grad is not None and in_flat_buffer(param.grad):
+            param.grad = param.grad.clone()
+        if param.layout is torch.strided:
+            own = param.numel() * param.element_size()
+            if param.untyped_storage().nbytes() > own:
+                param.data = param.data.clone()
 
 
 def flattened(params: list[Tensor]) -> Flat:

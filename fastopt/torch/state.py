@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastopt.factored import Factors
 from fastopt.flat import Array
-from fastopt.rule import Rule
+from fastopt.numpy_ref import NUMPY as PRIMITIVES
+from fastopt.rule import Rule, concrete
 from fastopt.torch.memory import (
     C_TYPES,
     COMPUTED,
@@ -28,6 +29,7 @@ from fastopt.torch.memory import (
 
 Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
 EMA = "ema"  # the key of the moving average of a parameter
+TRAINED = "trained"  # the key of what a parameter is in training, in eval mode
 
 
 class Names(NamedTuple):
@@ -229,3 +231,31 @@ def array_of(entries: Sequence[Tensor]) -> Array:
     memory.kept = [entry.untyped_storage() for entry in entries]
     found: Array = np.frombuffer(memory, NUMPY[first.dtype])
     return found
+
+
+def evaluated(
+    param: Tensor, state: Mapping[str, Any], rule: Rule, names: Names, values: Values
+) -> Tensor:
+    """What a rule evaluates in place of a parameter: a new tensor."""
+    dtype, function = COMPUTED[param.dtype], rule.evaluate
+    if function is None:
+        return param.detach().clone()
+    real = torch.view_as_real if param.is_complex() else unchanged
+    number = NUMPY[dtype].type
+    evaluate = concrete(function, NUMPY[dtype], PRIMITIVES, unchanged)
+    count = evaluate.__code__.co_argcount - len(rule.state) - 1
+    carried = [float(state[names.key(name)]) for name in rule.carry]
+    steps = max(int(state[names.steps]), 1) if names.steps else 1
+    scalars = rule.scalars(steps, *carried, *values)
+    buffers = (state[names.key(name)] for name in rule.state)
+    tensors = [real(t.detach().cpu().resolve_conj()) for t in (param, *buffers)]
+    arrays = [tensor.to(dtype).numpy() for tensor in tensors]
+    made: Any = np.array(evaluate(*arrays, *map(number, scalars[:count])))
+    made = torch.from_numpy(made)
+    made = torch.view_as_complex(made) if param.is_complex() else made
+    found: Tensor = made.to(param.device, param.dtype)
+    return found
+
+
+def unchanged(helper: Any) -> Any:
+    return helper

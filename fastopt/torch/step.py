@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,26 +18,20 @@ from torch.optim import optimizer as torchs
 
 from fastopt import checks
 from fastopt.atomic import uninterrupted
-from fastopt.numpy_ref import NUMPY
-from fastopt.rule import Rule, concrete
+from fastopt.rule import Rule
 from fastopt.threads import available, forked
+from fastopt.torch import loading, sharding
+from fastopt.torch.arguments import EXTRAS, Arguments, number, refuse_schedules
+from fastopt.torch.arguments import PAIRS as PAIRS
 from fastopt.torch.flat import in_flat_buffer
-from fastopt.torch.memory import COMPUTED, HALVES
-from fastopt.torch.memory import NUMPY as NUMPY_DTYPES
+from fastopt.torch.memory import HALVES
 from fastopt.torch.plan import Asked, Plan, Read, Unsupported, zeroing
-from fastopt.torch.state import EMA, Names
+from fastopt.torch.state import EMA, TRAINED, Names, evaluated
 from fastopt.torch.turns import Overtaken, Turns
 
 AS_MADE: Any = object()  # an argument of step: as the optimizer was made
 NOTHING_ASKED = None, None, "propagate", None, False
-PAIRS = {  # hyperparameters that torch has in a tuple
-    **{f"beta{i}": ("betas", i - 1) for i in (1, 2, 3)},
-    **{"eta_minus": ("etas", 0), "eta_plus": ("etas", 1)},
-    **{"step_min": ("step_sizes", 0), "step_max": ("step_sizes", 1)},
-    **{"eps1": ("eps", 0), "eps2": ("eps", 1)},
-}
-EXTRAS = "clip_norm clip_value nonfinite ema threads backend".split()
-KEPT = (*EXTRAS, "skipped", "grad_norm")
+KEPT = (*EXTRAS, "skipped", "grad_norm", "_step_supports_amp_scaling", "_torchs")
 
 
 class Stepping(Optimizer):
@@ -67,7 +60,10 @@ class Stepping(Optimizer):
     """
 
     _names = Names()
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling to the step
+    _own: Rule | None = None  # the rule of a class that torch has not
+    _step_supports_amp_scaling = False  # but of instances with fused=True, as torch's
+    _warned = False  # that this process has a share of the parameters
+    _torchs = False  # whether state is in torch's form, since the last step was torch's
 
     def __init__(
         self,
@@ -94,27 +90,32 @@ class Stepping(Optimizer):
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
+        names = [*inspect.signature(super().__init__).parameters][1:]
+        refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
         super().__init__(params, *arguments, **options)
+        self._warn_of_shares(clip_norm is not None, nonfinite)
 
-    def __init_subclass__(cls) -> None:
+    def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
+        """Once, where what is asked needs all parameters, but each process has some."""
+        if not self._warned:
+            params = [param for param, _ in self._all()]
+            self._warned = sharding.warn(
+                type(self).__name__, params, self._rules, clip_norm, nonfinite
+            )
+
+    @Arguments
+    def __signature__(cls) -> inspect.Signature:
         """What ``help`` shows as the arguments: the next class's, and ours."""
-        super().__init_subclass__()
-        own = vars(cls)
-        if "__signature__" in own:
-            return
-        if "__init__" in own:
-            _, *given = inspect.signature(own["__init__"]).parameters.values()
-            cls.__signature__ = inspect.Signature(given)
-            return
-        of: Any = cls.__mro__[cls.__mro__.index(Stepping) + 1]
-        _, *given = inspect.signature(of.__init__).parameters.values()
-        cls.__signature__ = inspect.Signature([*given, *extras()])
+        after: Any = cls.__mro__[cls.__mro__.index(Stepping) + 1]
+        _, *taken = inspect.signature(after.__init__).parameters.values()
+        return inspect.Signature([*taken, *extras()])
 
     def _renew(self) -> None:
         """Forget what was worked out."""
         self._plan: Plan | None = None
         self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
+        self._noted: set[Any] = set()  # what steps have needed of all parameters
         if "_turns" not in vars(self):
             self._turns = Turns()
             self._most_threads = available()
@@ -144,6 +145,26 @@ class Stepping(Optimizer):
     def _outward(self, state: dict[str, Any]) -> dict[str, Any]:
         """The opposite, as a copy."""
         return state
+
+    def _to_torchs_form(self) -> None:
+        buffers = {self._names.key(name) for rule in self._rules for name in rule.state}
+        calls = []
+        for param, state in self.state.items():
+            made = dict(self._outward(state))
+            for key in buffers & made.keys():
+                if param.dtype in HALVES:  # float32 here, but not there
+                    made[key] = made[key].to(param.dtype)
+            calls.append(partial(state.update, made))
+        uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
+
+    def _to_our_form(self) -> None:
+        calls = []
+        for state in self.state.values():
+            made = dict(state)
+            with torch.no_grad():
+                self._inward(made)
+            calls.append(partial(state.update, made))
+        uninterrupted(*calls, partial(self.__dict__.update, _torchs=False))
 
     # Steps ----------------------------------------------------------------------------
 
@@ -175,6 +196,7 @@ class Stepping(Optimizer):
         """
         loss = None
         if closure is not None:
+            self._check_mode()
             with torch.enable_grad():
                 loss = closure()
         if clip_norm is AS_MADE:
@@ -299,7 +321,11 @@ class Stepping(Optimizer):
             return None
         return 1.0 if scale is None else 1 / float(scale)
 
+    def _check_mode(self) -> None:
+        """That this is the time for steps."""
+
     def _read(self, groups: list[dict[str, Any]]) -> Read:
+        self._check_mode()
         for group in groups:
             for option in ("differentiable", "capturable"):
                 if group.get(option):
@@ -342,6 +368,11 @@ class Stepping(Optimizer):
         asked: Asked | None,
         single: Tensor | None,
     ) -> Plan | None:
+        clips = asked is not None and asked.clip_norm < math.inf
+        needs = clips, "propagate" if asked is None else asked.nonfinite
+        if needs not in self._noted:
+            self._noted.add(needs)
+            self._warn_of_shares(*needs)
         averaged = self.ema is not None
         grads = None if plan is None else plan.look(groups, state, averaged)
         if plan is None or grads is None or not plan.options_hold:
@@ -350,8 +381,11 @@ class Stepping(Optimizer):
                 params = [p for p, _ in self._all()] if single is None else [single]
                 if all(param.grad is None for param in params):
                     return None
-                of = self._names, groups, state
-                plan = Plan(*of, read, averaged, self.backend, single)
+                of = self._names, groups, state, read, averaged, self.backend, single
+                plan = Plan(*of)  # Unsupported, if so
+                if self._torchs:
+                    self._to_our_form()
+                    plan = Plan(*of)
                 grads = plan.look(groups, state, averaged) or []
         parts = plan.take(grads)
         if not parts:
@@ -378,6 +412,8 @@ class Stepping(Optimizer):
                 for param, _ in self._all():
                     if param.grad is not None:
                         param.grad.mul_(scale)
+        if not self._torchs:
+            self._to_torchs_form()
         ours = "grad_scale", "found_inf"
         own = self.__dict__
         kept = {key: own.pop(key) for key in ours if key in own}
@@ -452,6 +488,8 @@ class Stepping(Optimizer):
     # State ----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            refuse_schedules({k: v for k, v in param_group.items() if k != "params"})
         with self._turns.lock:
             super().add_param_group(param_group)
 
@@ -459,19 +497,20 @@ class Stepping(Optimizer):
         with self._turns.lock:
             saved: dict[str, Any] = super().state_dict()
             for key, state in saved["state"].items():
-                if isinstance(state, dict):
+                if isinstance(state, dict) and not self._torchs:
                     saved["state"][key] = self._outward(state)
             return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but what is float32 for bfloat16 and float16 parameters stays
-        so, and all of it changes at once."""
+        so, a state of another optimizer is refused, and all changes at once."""
         state_dict = state_dict.copy()
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         own = self.__dict__
         with self._turns.lock:
+            loading.check(state_dict, self, self._own)
             loaded = self._loaded(state_dict)
             new = {k: v for k, v in loaded.items() if own.get(k, AS_MADE) is not v}
             uninterrupted(self._turns.overtake, partial(own.update, new))
@@ -495,6 +534,7 @@ class Stepping(Optimizer):
                         loaded[key] = value.to(param.device)
             if loaded:
                 other._inward(loaded)
+        other._torchs = False
         return {k: v for k, v in vars(other).items() if k not in hooks}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -525,26 +565,14 @@ class Stepping(Optimizer):
     def _evaluated(self) -> list[Tensor]:
         found = []
         for param, group in self._all():
-            state, rules = self.state.get(param), self._rules
-            if not state or not any(rule.evaluate for rule in rules):
+            state = self.state.get(param)
+            trained = state and TRAINED not in state
+            if trained and any(rule.evaluate for rule in self._rules):
+                rule = self._rule(group)
+                values = self._values(group, rule)
+                found.append(evaluated(param, state, rule, self._names, values))
+            else:
                 found.append(param.detach())
-                continue
-            rule: Any = self._rule(group)
-            names, dtype = self._names, COMPUTED[param.dtype]
-            real = torch.view_as_real if param.is_complex() else unchanged
-            number = NUMPY_DTYPES[dtype].type
-            evaluate = concrete(rule.evaluate, NUMPY_DTYPES[dtype], NUMPY, unchanged)
-            count = evaluate.__code__.co_argcount - len(rule.state) - 1
-            carried = [float(state[names.key(name)]) for name in rule.carry]
-            steps = max(int(state[names.steps]), 1) if names.steps else 1
-            scalars = rule.scalars(steps, *carried, *self._values(group, rule))
-            buffers = (state[names.key(name)] for name in rule.state)
-            tensors = [real(t.detach().cpu().resolve_conj()) for t in (param, *buffers)]
-            arrays = [tensor.to(dtype).numpy() for tensor in tensors]
-            made: Any = np.array(evaluate(*arrays, *map(number, scalars[:count])))
-            made = torch.from_numpy(made)
-            made = torch.view_as_complex(made) if param.is_complex() else made
-            found.append(made.to(param.device, param.dtype))
         return found
 
 
@@ -552,15 +580,6 @@ def extras() -> list[inspect.Parameter]:
     """What all optimizers take beside."""
     taken = inspect.signature(Stepping.__init__).parameters
     return [taken[name] for name in EXTRAS]
-
-
-def unchanged(helper: Any) -> Any:
-    return helper
-
-
-def number(value: Any) -> Any:
-    """A hyperparameter, which may be a tensor."""
-    return value.item() if isinstance(value, Tensor) else value
 
 
 @functools.cache

@@ -1,0 +1,127 @@
+"""What the classes take: the arguments that ``help`` shows, and those refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fastopt.rule import Rule
+
+PAIRS = {  # hyperparameters that torch has in a tuple
+    **{f"beta{i}": ("betas", i - 1) for i in (1, 2, 3)},
+    **{"eta_minus": ("etas", 0), "eta_plus": ("etas", 1)},
+    **{"step_min": ("step_sizes", 0), "step_max": ("step_sizes", 1)},
+    **{"eps1": ("eps", 0), "eps2": ("eps", 1)},
+}
+EXTRAS = "clip_norm clip_value nonfinite ema threads backend".split()
+
+
+class Arguments:
+    """``__signature__`` of a class whose ``__init__`` takes what another one says. Of
+    a subclass with an ``__init__`` of its own it is None: that one speaks for itself.
+    """
+
+    def __init__(self, of: Callable[[Any], inspect.Signature]):
+        self.of = of
+
+    def __get__(self, instance: Any, owner: Any) -> inspect.Signature | None:
+        first = next(cls for cls in owner.__mro__ if "__init__" in vars(cls))
+        ours = vars(first).get("__signature__") is self
+        return self.of(owner) if ours else None
+
+
+def refuse_schedules(named: Mapping[str, Any]) -> None:
+    """That no hyperparameter is a function, as fastopt's own schedules are."""
+    for name, value in named.items():
+        shown = {name: value}
+        if isinstance(value, (tuple, list)):
+            shown = {f"{name}[{i}]": part for i, part in enumerate(value)}
+        for where, part in shown.items():
+            if callable(part) and not isinstance(part, torch.Tensor):
+                raise TypeError(
+                    f"{where} must be a number, got {part!r}; torch's optimizers take "
+                    f"no schedules: use one of torch.optim.lr_scheduler, such as "
+                    f"LambdaLR(optimizer, schedule) with lr=1.0, or put a number into "
+                    f"optimizer.param_groups before each step"
+                )
+
+
+def number(value: Any) -> Any:
+    """A hyperparameter, which may be a tensor."""
+    if type(value) is float:
+        return value
+    refuse_schedules({"a hyperparameter": value})
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+# Docstrings -------------------------------------------------------------------------
+
+ABOUT = {
+    "params": "Parameters to update, named ones, or dicts of groups.",
+    "lr": "Learning rate, a number or a tensor.",
+    "betas": "Decay rates of the averages.",
+    "eps": "Added to the denominator.",
+    "weight_decay": "Factor of the weight decay.",
+    "momentum": "Momentum factor.",
+    "dampening": "Of the gradient in the momentum.",
+    "nesterov": "Whether the momentum is Nesterov's.",
+    "amsgrad": "Whether the largest average of squares so far is used.",
+    "centered": "Whether squares are of the gradient less its mean.",
+    "maximize": "Whether to step along the gradients, not against them.",
+    "decoupled_weight_decay": "Whether weight decay is as in AdamW.",
+    "foreach": "Taken for torch's sake; without effect on fastopt's steps.",
+    "fused": "True: GradScaler leaves unscaling to ``step``, as with torch's.",
+    "capturable": "True: steps are torch's own.",
+    "differentiable": "True: steps are torch's own, and autograd goes through them.",
+    "clip_norm": "Limit of the norm of all gradients, in every step.",
+    "clip_value": "Limit of the magnitude of each of their elements.",
+    "nonfinite": 'About infinities and NaN: "propagate", "skip" or "raise".',
+    "ema": "Decay of a moving average of the parameters, ``ema_params()``.",
+    "threads": "The most to use; by default as many as torch.",
+    "backend": '"cython", "numba" or "numpy"; by default the fastest.',
+    "max_lr": "The largest lr of the run; by default the first lr of the group.",
+    "always_adapt": "Whether parameters without weight decay are adapted, too.",
+}
+
+EXAMPLE = """\
+Example
+-------
+>>> import torch, fastopt.torch
+>>> w = torch.nn.Parameter(torch.ones(3, 2))
+>>> opt = fastopt.torch.{name}([w])
+>>> w.square().sum().backward()
+>>> opt.step()
+"""
+
+
+def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> str:
+    """Of a class: what the rule says of itself, and the arguments. ``own``: torch has
+    no class of this rule."""
+    about = [(rule.__doc__ or name).strip()]
+    if own:
+        pairs = [n for n in rule.hyperparameters if n in PAIRS]
+        if pairs:
+            words = " and ".join(f"``{n}``" for n in pairs)
+            tuples = " and ".join(dict.fromkeys(f"``{PAIRS[n][0]}``" for n in pairs))
+            about.append(f"{words} are in {tuples} here.")
+    else:
+        about.append(
+            f"As ``torch.optim.{name}``, with its arguments, its state and its words; "
+            f"the\nsteps are fastopt's."
+        )
+    if note:
+        about.append(inspect.cleandoc(note))
+    lines = []
+    for argument in inspect.signature(kind).parameters.values():
+        default = argument.default
+        lines.append(argument.name)
+        if default is not argument.empty:
+            lines[-1] += f" : default {default!r}"
+        several = isinstance(default, tuple) and argument.name != "betas"
+        if argument.name in ABOUT and not several:
+            lines.append(f"    {ABOUT[argument.name]}")
+    arguments = "\n".join(["Parameters", "----------", *lines])
+    return "\n\n".join([*about, arguments, EXAMPLE.format(name=name)])
