@@ -98,7 +98,7 @@ def test_what_is_not_finite():
 def test_gradients_are_set_to_zero_where_a_step_is_left_out(of):
     """Or every step from then on would be left out, too."""
     param = Parameter(of(draw([(4, 3)])[0]))
-    opt = ft.SGD([param], lr=0.1, nonfinite="skip")
+    opt = ft.SGD([param], lr=0.1, nonfinite="skip", fused=True)
     param.grad = torch.full_like(param, math.nan)
     opt.step(zero_grads=True)
     assert opt.skipped == 1 and not param.grad.any()

@@ -68,4 +68,4 @@ class Averaging(Stepping):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._evaluating = any(TRAINED in state for state in self.state.values())
+        self._evaluating = any(TRAINED in state for _, state in self._entries())

@@ -146,10 +146,13 @@ class Stepping(Optimizer):
         """The opposite, as a copy."""
         return state
 
+    def _entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, s) for p, s in self.state.items() if isinstance(s, dict)]
+
     def _to_torchs_form(self) -> None:
         buffers = {self._names.key(name) for rule in self._rules for name in rule.state}
         calls = []
-        for param, state in self.state.items():
+        for param, state in self._entries():
             made = dict(self._outward(state))
             for key in buffers & made.keys():
                 if param.dtype in HALVES:  # float32 here, but not there
@@ -159,7 +162,7 @@ class Stepping(Optimizer):
 
     def _to_our_form(self) -> None:
         calls = []
-        for state in self.state.values():
+        for _, state in self._entries():
             made = dict(state)
             with torch.no_grad():
                 self._inward(made)
