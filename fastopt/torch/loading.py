@@ -44,7 +44,7 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
             continue  # torch's own step knows what it needs
         for index in group["indices"]:
             state = saved["state"].get(index)
-            if state:
+            if isinstance(state, Mapping) and state:
                 foreign = own is not None and there is None
                 check_keys(index, state, opt, rule, foreign)
 
