@@ -22,6 +22,7 @@ RENDERED = ROOT / "build" / "kernels"
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
 TENSORS = ROOT / "csrc" / "tensors.pyx"
 XLA = ROOT / "csrc" / "xla.pyx"
+ARITHMETIC = ROOT / "csrc" / "arithmetic.pyx"
 RULES = ROOT / "fastopt" / "rules"
 FLOOR = ROOT / "fastopt" / "floor.py"
 PASSES = ROOT / "fastopt" / "passes.py"
@@ -30,6 +31,7 @@ HEADERS = (
     ROOT / "fastopt" / "include" / "fastopt.h",
     ROOT / "fastopt" / "__init__.pxd",
     ROOT / "csrc" / "gram.h",
+    ROOT / "csrc" / "arithmetic.h",
 )
 
 MSVC = sys.platform == "win32"
@@ -355,7 +357,8 @@ def extensions():
             cython=Cython.__version__,
         )
         yield extension(f"_kernels_{isa}", TEMPLATE, text, flags)
-    for name, source in (("_tensors", TENSORS), ("_xla", XLA)):
+    others = {"_tensors": TENSORS, "_xla": XLA, "_arithmetic": ARITHMETIC}
+    for name, source in others.items():
         yield extension(name, source, source.read_text(encoding="utf-8"), [])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastopt import checks, saving
+from fastopt.arithmetic import standard
 from fastopt.factored import Factors, is_factored
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
@@ -59,6 +60,7 @@ class Bound:
         by_segment = self.rule.measure is not None and self.rule.over == "segment"
         return self.params.set_of if by_segment else range(len(self.params.sets))
 
+    @standard
     def start(
         self, values: Sequence[Mapping[str, Any]], since: Mapping[str, int]
     ) -> None:
@@ -80,6 +82,7 @@ class Bound:
             for average, param in zip(self.averages or (), params.arrays, strict=False):
                 fill(average, param)
 
+    @standard
     def norm(
         self,
         grads: Sequence[Any],
@@ -101,6 +104,7 @@ class Bound:
                 bad += [i] if unfit else []
         return math.sqrt(squares), bad
 
+    @standard
     def do(
         self, values: Sequence[Values], factor: float, threads: int, extras: Extras
     ) -> bool:
@@ -131,6 +135,7 @@ class Bound:
         rows = [(factor, *row[: rule.scalar_count]) for row in rows]
         return self.step(rows, threads, extras)
 
+    @standard
     def evaluated(self, values: Sequence[Values]) -> Any:
         """New arrays with the parameters to use, in the structure of the parameters."""
         rule, params, dtype = self.rule, self.params, self.params.arrays[0].dtype

@@ -1,8 +1,8 @@
 """The compiled backend: ahead-of-time kernels, one extension per instruction set.
 
 Which extension serves is decided once, by the CPU, when the first optimizer is made;
-``FASTOPT_ISA=baseline | avx2 | avx512`` overrides. Only fastopt's own rules have such
-kernels; a user's rule goes to Numba.
+``FASTOPT_ISA=baseline | avx2 | avx512`` overrides; on x86-64, ``sse2`` is the baseline.
+Only fastopt's own rules have such kernels; a user's rule goes to Numba.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -64,14 +65,18 @@ def kernels() -> ModuleType:
     """The extension for this CPU, or what ``FASTOPT_ISA`` says."""
     baseline = extension("baseline")
     supported: list[str] = baseline.cpu_supports()
-    wanted = os.environ.get("FASTOPT_ISA")
-    if wanted:
-        if wanted not in supported:
+    asked = os.environ.get("FASTOPT_ISA")
+    if asked:
+        names = {name: name for name in supported}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            names["sse2"] = "baseline"
+        wanted = asked.strip().lower().replace("-", "")
+        if wanted not in names:
             raise ValueError(
-                f"FASTOPT_ISA={wanted!r} is not among the instruction sets of this CPU "
-                f"that fastopt has kernels for: {', '.join(supported)}"
+                f"FASTOPT_ISA={asked!r} is not among the instruction sets of this CPU "
+                f"that fastopt has kernels for: {', '.join(names)}"
             )
-        return extension(wanted)
+        return extension(names[wanted])
     for isa in supported:
         with contextlib.suppress(ImportError):  # a compiler may lack a set's flags
             return extension(isa)

@@ -58,8 +58,12 @@ def kernels() -> Iterator[tuple[str, str]]:
 def threading() -> Iterator[tuple[str, str]]:
     """How many threads a step uses, and the limits that number follows from."""
     yield "a step uses", f"at most {threads.available()}, the least of these"
-    if hasattr(os, "sched_getaffinity"):
-        yield "CPU affinity", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs"
+    if threads.places():
+        places = ", ".join(map(str, threads.places()))
+        why = "OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY"
+        yield "CPU affinity", f"OpenMP binds a step to CPUs {places}, as {why} says"
+    elif hasattr(os, "sched_getaffinity"):
+        yield "CPU affinity", f"{threads.affinity()} of {os.cpu_count()} CPUs"
     else:
         yield "CPUs", str(os.cpu_count())
     quota = threads.cgroup_quota()

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastopt import checks, jax_schedules, native
+from fastopt.arithmetic import standard
 from fastopt.cython_cpu import HOW_TO_GET
 from fastopt.flat import Array
 from fastopt.jax_arrays import (
@@ -473,6 +474,7 @@ class Optimizer:
                 streams[k // len(which)][which[k % len(which)]] = array
         return streams, carry
 
+    @standard
     def _evaluate(
         self,
         function: Function,

@@ -5,6 +5,10 @@ unpickles whatever lies in a possibly shared directory, and fails on a truncated
 (numba#10434). Here an entry is plain object code under a key that covers all that it
 was made from, with a checksum, in a directory that only its owner can write. Whatever
 goes wrong costs a warning and a compilation, never a step.
+
+An entry may be anything by the time that it is read: a link, a pipe that nobody writes
+to, a terabyte. So it is opened once, without following links or waiting, and what is
+open is looked at. (Access control lists are not.)
 """
 
 # mypy: disable-error-code="attr-defined, import-untyped"
@@ -12,11 +16,14 @@ goes wrong costs a warning and a compilation, never a step.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -35,7 +42,21 @@ from numba.core.registry import cpu_target
 
 from fastopt.rule import PRIMITIVES, Function
 
+fcntl: Any
+try:
+    fcntl = importlib.import_module("fcntl")
+except ImportError:  # on Windows
+    fcntl = None
+
 _MAGIC = b"fastopt kernel 1\n"
+MOST = 64 << 20  # bytes of an entry; ours have some thousands
+# What an entry is called while it is written.
+TEMPORARY = re.compile(r"[0-9a-f]{64}\.\w{8}\.tmp")
+# Open no link to something else, wait for nobody at the other end of a pipe.
+SAFELY = sum(
+    getattr(os, flag, 0)
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")
+)
 
 
 class Kernel(NamedTuple):
@@ -124,64 +145,199 @@ def warn(message: str) -> None:
 
 def directory() -> Path | None:
     """Where the entries lie, or None if there is no place that only we can write."""
-    chosen = os.environ.get("FASTOPT_CACHE_DIR")
+    with _folder() as folder:
+        return folder and folder[0]
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[tuple[Path, int | None] | None]:
+    """The folder of the entries, and what it is opened as where a system can open files
+    in what is open; None, after a warning, if others could write there."""
+    chosen, handle = os.environ.get("FASTOPT_CACHE_DIR"), None
     if chosen == "":
-        return None
+        yield None
+        return
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         path = Path(chosen or Path(home, "fastopt")).expanduser()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
+        path = Path(os.path.realpath(path))
+        _make(path)
+        if os.open in os.supports_dir_fd:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | SAFELY)
+        reason = _distrust(path, os.stat(path if handle is None else handle))
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        warn(f"the kernel cache cannot be used: {error}")
+        reason = f"cannot be used: {error}"
+    try:
+        if reason:
+            warn(f"the kernel cache {reason}")
+        yield None if reason else (path, handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _make(path: Path) -> None:
+    """Make a folder where there is none, for us alone. From the root on, only we and
+    root may be able to put something else in the place of a folder on the way to it: so
+    it stays what it is while we look at the next one."""
+    for parent in reversed(path.parents):
+        if not parent.exists():
+            with contextlib.suppress(FileExistsError):  # now, by another process
+                parent.mkdir(mode=0o700)
+        status = os.lstat(parent)
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(f"{parent} is not a folder")
+        # What lies in a sticky folder, such as /tmp, its owner alone can move.
+        if not status.st_mode & stat.S_ISVTX:
+            reason = _distrust(parent, status, of_root=True, of_group=True)
+            if reason:
+                raise PermissionError(f"its parent {reason}")
+        elif status.st_uid not in _trusted():
+            raise PermissionError(f"its parent {parent} belongs to {status.st_uid}")
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+
+
+def _trusted() -> tuple[int, ...]:
+    """Root, who can do everything anyway, and us."""
+    return (0, os.getuid())
+
+
+def _distrust(
+    path: Path, status: os.stat_result, of_root: bool = False, of_group: bool = False
+) -> str | None:
+    """Who else could write there, and so make us run code; None if nobody could. Root
+    may own it, and a group without other members than us may write, if so said."""
+    if not hasattr(os, "getuid"):
         return None
-    # Whoever can write there can make us run code.
-    if hasattr(os, "getuid"):
-        if status.st_uid != os.getuid():
-            warn(f"the kernel cache {path} belongs to user {status.st_uid}, not to us")
-            return None
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            warn(f"the kernel cache {path} is writable by others: chmod go-w {path}")
-            return None
-    return path
+    if status.st_uid not in (_trusted() if of_root else (os.getuid(),)):
+        return f"{path} belongs to user {status.st_uid}, not to us"
+    others = stat.S_IWOTH
+    if not (of_group and _is_ours(status.st_gid)):
+        others |= stat.S_IWGRP
+    if status.st_mode & others:
+        return f"{path} is writable by others: chmod go-w {path}"
+    return None
+
+
+def _is_ours(gid: int) -> bool:
+    """Whether a group is the one that many systems make for each user, and has no other
+    member."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return gid != 0 and group.gr_name == user.pw_name and not group.gr_mem
+
+
+def _read(path: Path, handle: int | None, key: str) -> bytes:
+    """The bytes of an entry: a file of ours, opened once, and looked at when it is
+    open, so that it cannot become another one in between."""
+    if handle is None:
+        entry = os.open(path / key, os.O_RDONLY | SAFELY)
+    else:
+        entry = os.open(key, os.O_RDONLY | SAFELY, dir_fd=handle)
+    try:
+        status = os.fstat(entry)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a file")
+        reason = _distrust(path / key, status, of_root=True)
+        if reason:
+            raise ValueError(reason)
+        if status.st_size > MOST:
+            raise ValueError(f"it is damaged: it has {status.st_size} bytes")
+        with open(entry, "rb", closefd=False) as file:
+            return file.read(MOST + 1)
+    finally:
+        os.close(entry)
 
 
 def load(key: str) -> Kernel | None:
     """The kernel under this key, or None."""
-    path = directory()
-    if path is None:
-        return None
-    try:
-        data = (path / key).read_bytes()
-        payload = data[len(_MAGIC) + 32 :]
-        if data != _sealed(key, payload):
-            raise ValueError("it is damaged")
-        header, _, code = payload.partition(b"\n")
-        entry, imports = json.loads(header)
-        return Kernel(entry, tuple(imports), code)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        warn(f"ignoring the cached kernel {path / key}: {error}")
-        return None
+    with _folder() as folder:
+        if folder is None:
+            return None
+        path, handle = folder
+        try:
+            data = _read(path, handle, key)
+            payload = data[len(_MAGIC) + 32 :]
+            if data != _sealed(key, payload):
+                raise ValueError("it is damaged")
+            header, _, code = payload.partition(b"\n")
+            entry, imports = json.loads(header)
+            return Kernel(entry, tuple(imports), code)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            warn(f"ignoring the cached kernel {path / key}: {error}")
+            return None
 
 
 def save(key: str, kernel: Kernel) -> None:
     """Store a kernel; readers see the whole entry or none."""
-    path = directory()
-    if path is None:
-        return
     header = json.dumps([kernel.entry, kernel.imports]).encode()
-    temporary = None
+    data = _sealed(key, header + b"\n" + kernel.object)
+    with _folder() as folder:
+        if folder is None:
+            return
+        path, _ = folder
+        try:
+            _clean(path)
+            while not _write(path, key, data):
+                pass
+        except OSError as error:
+            warn(f"cannot write to the kernel cache {path}: {error}")
+
+
+def _write(path: Path, key: str, data: bytes) -> bool:
+    """Write an entry under a name for the time being, then rename it. False if another
+    process took that file for one that was left."""
+    handle, temporary = tempfile.mkstemp(".tmp", f"{key}.", path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path)
-        with os.fdopen(handle, "wb") as file:
-            file.write(_sealed(key, header + b"\n" + kernel.object))
-        os.replace(temporary, path / key)
-    except OSError as error:
-        warn(f"cannot write to the kernel cache {path}: {error}")
-        if temporary and os.path.exists(temporary):
+        with open(handle, "wb") as file:
+            _lock(handle, wait=True)
+            if not os.path.exists(temporary):
+                return False
+            file.write(data)
+            file.flush()
+            if fcntl is not None:  # while it is locked
+                os.replace(temporary, path / key)
+        if fcntl is None:  # Windows does not rename what is open
+            os.replace(temporary, path / key)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+    return True
+
+
+def _clean(path: Path) -> None:
+    """Remove what processes that were killed left: files that none of them locks."""
+    for name in os.listdir(path):
+        if TEMPORARY.fullmatch(name):
+            with contextlib.suppress(OSError):  # it is in use, or somebody removed it
+                if fcntl is None:
+                    os.unlink(path / name)
+                    continue
+                handle = os.open(path / name, os.O_RDWR | SAFELY)
+                try:
+                    if _lock(handle):
+                        os.unlink(path / name)
+                finally:
+                    os.close(handle)
+
+
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Take the lock of an open file until it is closed; whether we have it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another has it, or there are no locks here
+        return False
+    return True
 
 
 def _sealed(key: str, payload: bytes) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastopt import saving
+from fastopt.arithmetic import standard
 from fastopt.bound import bind_alone, fill
 from fastopt.flat import Array
 from fastopt.optimizer import Optimizer
@@ -93,6 +94,7 @@ class Lookahead:
     def _pairs(self) -> list[tuple[Array, Array]]:
         return list(zip(self._slow, self.opt._params.arrays, strict=True))
 
+    @standard
     def _synchronize(self) -> None:
         """Do what is due, or what of it has not been done yet."""
         opt = self.opt

@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastopt import backends, checks, passes
+from fastopt.arithmetic import standard
 from fastopt.flat import Array, leaves
 from fastopt.rule import check_hyperparameter
 from fastopt.threads import available, forked
@@ -70,6 +71,7 @@ DEPENDENT = 1e-14
 STATIONARY = 1e-6
 
 
+@standard
 def gram(
     tasks: Any, *, backend: str | None = None, threads: int | None = None
 ) -> Array:

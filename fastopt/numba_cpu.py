@@ -316,6 +316,23 @@ def call_kernel(typingctx, kernel, row, start, n, scalars):
     return nt.void(kernel, row, start, n, scalars), codegen
 
 
+@intrinsic
+def enter(typingctx):
+    def codegen(context, builder, signature, args):
+        return llvm_ir.enter_arithmetic(builder)
+
+    return nt.int64(), codegen
+
+
+@intrinsic
+def leave(typingctx, modes):
+    def codegen(context, builder, signature, args):
+        llvm_ir.leave_arithmetic(builder, args[0])
+        return context.get_dummy_value()
+
+    return nt.void(modes), codegen
+
+
 @compiled
 def length_of(table, row, columns):
     length = word(table, (row + 1) * columns + LENGTH)
@@ -325,6 +342,7 @@ def length_of(table, row, columns):
 @compiled
 def walk(kernel, table, rows, columns, scalars, stride, itemsize, part, parts):
     """One part of several of a step over all segments."""
+    modes = enter()
     line = CACHE_LINE // itemsize
     total = 0
     for row in range(rows):
@@ -346,6 +364,7 @@ def walk(kernel, table, rows, columns, scalars, stride, itemsize, part, parts):
             call_kernel(kernel, at, cut, end - cut, constants)
         first -= length
         last -= length
+    leave(modes)
 
 
 def serial(kernel, table, rows, columns, scalars, stride, itemsize, parts, count):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fastopt import backends, checks, passes, saving
+from fastopt.arithmetic import standard
 from fastopt.bound import Bound, bind, bind_alone, fill, shrinking
 from fastopt.flat import Array, FlatBuffer, leaves
 from fastopt.hyperparameters import Group, Values
@@ -330,6 +331,7 @@ class Optimizer:
                 self._start(values)
             return self._bound.evaluated(values)
 
+    @standard
     def _values(self, steps: int) -> list[Values]:
         """The hyperparameters that hold now, for each set of them."""
         given = [group.at(steps) for group in self.groups]
@@ -351,6 +353,7 @@ class Optimizer:
         ``decays``: whether its weights decay."""
         return () if decays else ("weight_decay",)
 
+    @standard
     def _bind(
         self,
         values: Sequence[Mapping[str, Any]],
@@ -564,6 +567,7 @@ class Optimizer:
         self._pending = pending
         self._plan_steps()
 
+    @standard
     def _step_in_full(
         self,
         found: list[Any],
@@ -689,6 +693,7 @@ class Optimizer:
 
     # Gradients that come in parts -----------------------------------------------------
 
+    @standard
     def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Add gradients, times a factor, to a sum that the next ``step()`` takes.
 
@@ -718,6 +723,7 @@ class Optimizer:
         step = bind_alone(self._module, passes.accumulate, sums)
         return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))
 
+    @standard
     def estimate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Put an estimate into the state, for a rule that works with one (``sophia_g``;
         its page says of what ``grads`` are to be the gradients). Like a step otherwise,

@@ -23,6 +23,7 @@ from thinc.api import NumpyOps, registry
 from thinc.optimizers import Optimizer
 
 from fastopt import backends, checks
+from fastopt.arithmetic import standard
 from fastopt.flat import Array, Segment
 from fastopt.numpy_ref import Extras
 from fastopt.rules import adam as rule
@@ -41,6 +42,7 @@ class FastoptOps(NumpyOps):
         super().__init__(*args, **kwargs)
         self.threads = available()  # which reads files
 
+    @standard
     def adam(
         self,
         weights: Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -47,13 +48,34 @@ def cgroup_quota() -> float:
     return int(quota) / int(period)
 
 
+@functools.cache
+def places() -> tuple[int, ...]:
+    """The CPUs that OpenMP binds the threads of a step to, as ``OMP_PROC_BIND``,
+    ``OMP_PLACES`` or ``GOMP_CPU_AFFINITY`` say; none if it does not bind them.
+
+    It decides once, when its runtime is loaded, perhaps by another package than ours.
+    From then on the first thread's affinity is that of one place.
+    """
+    from fastopt import cython_cpu
+
+    try:
+        return tuple(cython_cpu.kernels().bound_to())
+    except (ImportError, ValueError):  # there are no kernels, or FASTOPT_ISA is wrong
+        return ()
+
+
+def affinity() -> int:
+    """How many CPUs the threads of a step may run on."""
+    if places():
+        return len(places())
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def available() -> int:
     """CPUs allowed by affinity, the container's quota and ``OMP_NUM_THREADS``."""
-    if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
-    limits = [float(cpus), cgroup_quota()]
+    limits = [float(affinity()), cgroup_quota()]
     # A list, as in OMP_NUM_THREADS=4,2, is for nested levels; the first counts.
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isascii() and asked.isdigit() and int(asked) > 0:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastopt import backends
+from fastopt.arithmetic import standard
 from fastopt.atomic import uninterrupted
 from fastopt.bound import shrinking
 from fastopt.numpy_ref import Extras
@@ -154,6 +155,7 @@ class Plan:
                 return None
         return grads
 
+    @standard
     def again(
         self, groups: list[dict[str, Any]], state: Any, threads: int, turns: Turns
     ) -> bool:
@@ -196,6 +198,7 @@ class Plan:
         self._fixed = all(map(is_fixed, options_of(groups)))
         return rules == self.rules
 
+    @standard
     def take(self, grads: list[Any]) -> list[Part]:
         """Give gradients to the parts; those that have some."""
         tensors = self.tensors
@@ -214,6 +217,7 @@ class Plan:
         tensors.moved = False
         return found
 
+    @standard
     def do(
         self,
         parts: list[Part],

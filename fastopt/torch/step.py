@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torchs
 
 from fastopt import checks
+from fastopt.arithmetic import standard
 from fastopt.atomic import uninterrupted
 from fastopt.rule import Rule
 from fastopt.threads import available, forked
@@ -275,6 +276,7 @@ class Stepping(Optimizer):
                     f"cannot be updated one by one"
                 )
 
+    @standard
     def estimate(self) -> None:
         """Put an estimate into the state, for a rule that works with one, as
         ``SophiaG``: from the gradients that the parameters have now, of what the rule's
@@ -315,6 +317,7 @@ class Stepping(Optimizer):
             0.0 if ema is None else 1 - ema,
         )
 
+    @standard
     def _scale(self) -> float | None:
         """The factor by which GradScaler wants the gradients unscaled; None if it wants
         no step."""
@@ -565,6 +568,7 @@ class Stepping(Optimizer):
         with self._turns.lock:
             return self._evaluated()
 
+    @standard
     def _evaluated(self) -> list[Tensor]:
         found = []
         for param, group in self._all():
