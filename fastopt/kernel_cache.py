@@ -187,34 +187,28 @@ def _make(path: Path) -> None:
         status = os.lstat(parent)
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(f"{parent} is not a folder")
-        # What lies in a sticky folder, such as /tmp, its owner alone can move.
-        if not status.st_mode & stat.S_ISVTX:
-            reason = _distrust(parent, status, of_root=True, of_group=True)
-            if reason:
-                raise PermissionError(f"its parent {reason}")
-        elif status.st_uid not in _trusted():
-            raise PermissionError(f"its parent {parent} belongs to {status.st_uid}")
+        reason = _distrust(parent, status, parent=True)
+        if reason:
+            raise PermissionError(f"its parent {reason}")
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
 
 
-def _trusted() -> tuple[int, ...]:
-    """Root, who can do everything anyway, and us."""
-    return (0, os.getuid())
-
-
 def _distrust(
-    path: Path, status: os.stat_result, of_root: bool = False, of_group: bool = False
+    path: Path, status: os.stat_result, of_root: bool = False, parent: bool = False
 ) -> str | None:
-    """Who else could write there, and so make us run code; None if nobody could. Root
-    may own it, and a group without other members than us may write, if so said."""
+    """Who else could write there, and so make us run code; None if nobody could. It may
+    be root's, who can do everything anyway, if so said, as a ``parent`` always may."""
     if not hasattr(os, "getuid"):
         return None
-    if status.st_uid not in (_trusted() if of_root else (os.getuid(),)):
+    owners = (os.getuid(), 0) if of_root or parent else (os.getuid(),)
+    if status.st_uid not in owners:
         return f"{path} belongs to user {status.st_uid}, not to us"
-    others = stat.S_IWOTH
-    if not (of_group and _is_ours(status.st_gid)):
-        others |= stat.S_IWGRP
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if parent and status.st_mode & stat.S_ISVTX:
+        others = 0  # in a sticky folder, as /tmp, owners alone move what is theirs
+    elif parent and _is_ours(status.st_gid):
+        others = stat.S_IWOTH
     if status.st_mode & others:
         return f"{path} is writable by others: chmod go-w {path}"
     return None

@@ -125,6 +125,16 @@ def test_every_kernel_is_vectorised_at_full_width(built, kernel, dtype, isa):
     assert scalar and {m[:-2] + suffix for m in scalar} <= packed
 
 
+def test_nothing_takes_much_of_a_stack(built):
+    """Threads may have stacks of 64 KiB, of which Python and OpenMP take their part."""
+    for isa, functions in built.items():
+        for name, instructions in functions.items():
+            for mnemonic, operands in instructions:
+                taken = re.fullmatch(r"\$0x([0-9a-f]+),%rsp", operands)
+                if mnemonic == "sub" and taken:
+                    assert int(taken[1], 16) <= 8192, (isa, name)
+
+
 def test_the_readers_would_notice(tmp_path):
     """A loop compiled for AVX2 with contraction on is caught by both."""
     compiler = shutil.which("gcc") or shutil.which("cc")
