@@ -193,7 +193,8 @@ def work():
     for name, opt, given, asked in jobs:
         opt.step(given, **asked)
         if name in ("adamw", "lamb", "adafactor"):
-            opt.step([given, given], weights=[0.5, 0.5], **asked)
+            again = {{key: array.copy() for key, array in given.items()}}
+            opt.step([given, again], weights=[0.5, 0.5], **asked)
             opt.accumulate(given)
             opt.step(**asked)
     multitask.gram([given for *_, given, _ in jobs[-2:]], threads=2)
