@@ -290,8 +290,8 @@ class Stepping(Optimizer):
     def _estimate(self) -> bool:
         """Whether it is done, or another change came first."""
         self._turns.begin()
-        read = self._read(self.param_groups)
-        of = self._names, self.param_groups, self.state, read
+        groups = list(self.param_groups)
+        of = self._names, groups, self.state, self._read(groups)
         plan = Plan(*of, self.ema is not None, self.backend)
         calls = plan.entries(self.state)
         calls += [part.estimate(plan.values, self._threads()) for part in plan.parts]
@@ -352,7 +352,7 @@ class Stepping(Optimizer):
         if that is out of date. The plan that now is."""
         while True:
             self._turns.begin()
-            groups: list[dict[str, Any]] = self.param_groups
+            groups = list(self.param_groups)  # a handler may add one
             state: dict[Any, Any] = self.state
             if single is not None:
                 groups = [self._group_of(single)]
