@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -125,3 +126,18 @@ def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> 
             lines.append(f"    {ABOUT[argument.name]}")
     arguments = "\n".join(["Parameters", "----------", *lines])
     return "\n\n".join([*about, arguments, EXAMPLE.format(name=name)])
+
+
+@functools.cache
+def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
+    """What reads each hyperparameter of a rule from a group."""
+
+    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        pair, i = PAIRS.get(name, (None, 0))
+
+        def read(group: Mapping[str, Any]) -> Any:
+            return group[name] if pair is None else group[pair][i]
+
+        return read
+
+    return [reader(name) for name in rule.hyperparameters]

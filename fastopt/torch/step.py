@@ -22,7 +22,13 @@ from fastopt.atomic import uninterrupted
 from fastopt.rule import Rule
 from fastopt.threads import available, forked
 from fastopt.torch import loading, sharding
-from fastopt.torch.arguments import EXTRAS, Arguments, number, refuse_schedules
+from fastopt.torch.arguments import (
+    EXTRAS,
+    Arguments,
+    number,
+    readers,
+    refuse_schedules,
+)
 from fastopt.torch.arguments import PAIRS as PAIRS
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import HALVES
@@ -587,18 +593,3 @@ def extras() -> list[inspect.Parameter]:
     """What all optimizers take beside."""
     taken = inspect.signature(Stepping.__init__).parameters
     return [taken[name] for name in EXTRAS]
-
-
-@functools.cache
-def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
-    """What reads each hyperparameter of a rule from a group."""
-
-    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        pair, i = PAIRS.get(name, (None, 0))
-
-        def read(group: Mapping[str, Any]) -> Any:
-            return group[name] if pair is None else group[pair][i]
-
-        return read
-
-    return [reader(name) for name in rule.hyperparameters]
