@@ -259,7 +259,13 @@ def more(rule):
 
 def options(rule, latex):
     rows = [
-        (f"`{name}`", f"`{default}`", math(latex.symbol(name)))
+        (
+            f"`{name}`",
+            f"that of `{rule.follows[name]}` at first"
+            if name in rule.follows
+            else f"`{default}`",
+            math(latex.symbol(name)),
+        )
         for name, default in defaults(rule).items()
     ]
     return table(("option", "default", "in the formula"), rows)

@@ -126,7 +126,7 @@ def optimizer(
             f"{rule.name} has no hyperparameter {key!r}; it has "
             f"{', '.join(rule.hyperparameters)}"
         )
-    values, now = {**rule.hyperparameters, **hyperparameters}, {}
+    values, now = {**rule.hyperparameters, **rule.complete(hyperparameters)}, {}
     for key, value in values.items():
         name = key
         if key == "lr" and value is None:

@@ -122,6 +122,7 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
             f"{rule.name} has no hyperparameter {key!r}; it has "
             f"{', '.join(rule.hyperparameters)}"
         )
+    changes = rule.complete(changes)
     values = {
         key: check_hyperparameter(key, key, changes.get(key, default), default)
         for key, default in rule.hyperparameters.items()

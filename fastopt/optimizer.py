@@ -158,7 +158,7 @@ class Optimizer:
             for number, changes in enumerate(given)
         )
         values = [
-            group.checked({**hyperparameters, **changes}, 0)
+            group.checked(rule.complete({**hyperparameters, **changes}), 0)
             for group, changes in zip(groups, given, strict=True)
         ]
         self.groups = groups  # from now on, assignment is to hyperparameters
@@ -191,7 +191,7 @@ class Optimizer:
                 frozen=group.get("frozen", False),
             )
             values = [g.checked({}, self.steps) for g in self.groups]
-            values.append(new.checked(changes, self.steps))
+            values.append(new.checked(self.rule.complete(changes), self.steps))
             averages = None if self.ema is None else params.like()
             if averages is not None:
                 old = self._averages[1] if self._averages else []

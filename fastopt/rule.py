@@ -284,6 +284,9 @@ class Rule:
         the Rule that then applies. Each takes as many of this rule's leading scalars as
         it needs. With the option off, the variant must do what the rule does without
         it: groups that differ in it share one kernel.
+    follows
+        Hyperparameters that are, if not given, what another one is at first: name ->
+        the other's.
     name
         Used in messages and saved states; by default that of ``update`` or its module.
 
@@ -320,6 +323,7 @@ class Rule:
     evaluate: Function | None = None
     estimate: tuple[str, Rule] | None = None
     variants: Mapping[tuple[str, ...], Rule] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -428,6 +432,22 @@ class Rule:
         """Names and defaults, from the signature of ``scalars``."""
         parameters = list(inspect.signature(self.scalars).parameters.items())
         return {name: p.default for name, p in parameters[1 + len(self.carry) :]}
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given, and what follows from it."""
+        values = dict(given)
+        for name, other in self.follows.items():
+            if values.get(name) is None and values.get(other) is not None:
+                first = values[other]
+                if callable(first):
+                    schedule, first = first, first(0)
+                    if not 0 < first >= schedule(1):
+                        raise ValueError(
+                            f"{name} must be the largest {other}, which is not the "
+                            f"first of {schedule!r}; give {name}, too"
+                        )
+                values[name] = first
+        return values
 
     @functools.cached_property
     def switches(self) -> frozenset[str]:

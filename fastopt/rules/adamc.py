@@ -1,7 +1,7 @@
 """AdamC: AdamW whose decay falls with the square of the learning rate, so that the
 weights' norms do not grow at the end of a schedule. Defazio 2025, arXiv:2506.02285.
-``max_lr`` is the schedule's largest; layers before no normalisation belong to a group
-of ``adamw``, says the paper.
+``max_lr`` is the schedule's largest lr; by default the group's first, so give it where
+lr rises. Layers before no normalisation belong to a group of ``adamw``, says the paper.
 """
 
 from fastopt.rule import Rule, sqrt
@@ -18,4 +18,4 @@ def scalars(
     return lr * c / (1 - beta1**t), 1 - beta1, 1 - beta2, eps * c, decay
 
 
-adamc = Rule(update, scalars, state=("m", "v"), name="adamc")
+adamc = Rule(update, scalars, state=("m", "v"), name="adamc", follows={"max_lr": "lr"})

@@ -214,6 +214,10 @@ class OfRule(Stepping):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = {**self.defaults, **param_group}
         refuse_schedules({name: checked[name] for name in self.defaults})
+        follows = [n for n in self.rule.follows if checked[n] is None]
+        first = self.rule.complete(checked)
+        for name in follows:
+            param_group[name] = checked[name] = number(first[name])
         values = {}
         for name, default in self.rule.hyperparameters.items():
             pair, i = PAIRS.get(name, (None, 0))
@@ -241,7 +245,7 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
     for key, default in rule.hyperparameters.items():
         pair, _ = PAIRS.get(key, (None, 0))
         if pair is None:
-            options[key] = default
+            options[key] = None if key in rule.follows else default
         else:
             options[pair] = (*options.get(pair, ()), default)
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
