@@ -33,11 +33,54 @@ cdef struct ExchangeAPI:
     from_object_t from_object
     void* current_stream
 
-# A tensor's address, dtype, device, dimensions, and of each its size and stride.
+# A tensor's address, dtype, device, dimensions, flags and dispatch keys, and of each
+# dimension its size and stride.
 cdef enum:
     MOST_DIMENSIONS = 8
-    WORDS = 4 + 2 * MOST_DIMENSIONS
+    DIMENSIONS = 6
+    WORDS = DIMENSIONS + 2 * MOST_DIMENSIONS
     COMPLEX = 5
+    NEGATED = 1
+    CONJUGATED = 2
+
+# In words: where a tensor's object has the address of what it is in C++, and where that
+# has the tensor's dispatch keys. 0 if it is not known.
+cdef Py_ssize_t inner_at = 0, keys_at = 0
+
+
+def learn(list samples):
+    """Learn where tensors have their dispatch keys, which say whether a view is to be
+    negated when it is read, and DLPack does not: to ask torch takes longer than all
+    else here, and lets other threads run in the middle of a step. From tensors with
+    different keys, each with its address in C++ and its keys."""
+    global inner_at, keys_at
+    cdef Py_ssize_t i, j, length = type(samples[0][0]).__basicsize__ // 8
+    inner_at = keys_at = 0
+    for tensor, inner, keys in samples:
+        i = j = 0
+        while i < length and word(<void*> tensor, i) != <uint64_t> inner:
+            i += 1
+        if i == length:
+            break
+        while j < 24 and word(<void*> <size_t> inner, j) != <uint64_t> keys:
+            j += 1
+        if j == 24 or (inner_at and (i, j) != (inner_at, keys_at)):
+            break
+        inner_at, keys_at = i, j
+    else:
+        return
+    inner_at = keys_at = 0
+
+
+cdef inline uint64_t word(const void* where, Py_ssize_t i) noexcept:
+    return (<const uint64_t*> where)[i]
+
+
+cdef inline int64_t keys_of(tensor) noexcept:
+    """A tensor's dispatch keys; 0 if it is not known where they are."""
+    if not inner_at:
+        return 0
+    return <int64_t> word(<void*> <size_t> word(<void*> tensor, inner_at), keys_at)
 
 
 cdef ExchangeAPI* exchange(type kind) except NULL:
@@ -68,10 +111,10 @@ cdef bint holds(dict_, list values, Py_ssize_t* place):
 
 cdef class Tensors:
     cdef ExchangeAPI* api
-    cdef list params, counts, options, keys, values, entries, buffers, held
-    cdef object grad_of, address_of
+    cdef list params, counts, options, keys, values, entries, buffers
+    cdef object grad_of, is_neg, is_conj
     cdef bytes planned
-    cdef bint single, hold
+    cdef bint single
     cdef int64_t* words  # of each parameter, then of each buffer
     cdef int64_t[::1] at
     cdef readonly object found
@@ -80,20 +123,20 @@ cdef class Tensors:
     cdef readonly list odd
 
     def __cinit__(
-        self, list params, list planned, list groups, state, list buffers,
-        bint single, bint hold,
+        self, list params, list planned, list groups, state, list buffers, bint single
     ):
         cdef Py_ssize_t i
+        cdef DLTensor view
         self.api = exchange(type(params[0]))
         self.params, self.buffers = params, buffers
-        self.single, self.hold = single, hold
+        self.single = single
         self.planned = bytes(planned)
         self.note(groups)
         self.keys, self.values = list(state), list(state.values())
         self.entries = entries_of([v for v in self.values if type(v) is dict])
-        self.held = [None] * len(params)
         # What reads the attribute, without looking for it each time.
-        self.grad_of, self.address_of = type(params[0]).grad, type(params[0]).data_ptr
+        kind = type(params[0])
+        self.grad_of, self.is_neg, self.is_conj = kind.grad, kind.is_neg, kind.is_conj
         for param in params:
             if type(param).grad is not self.grad_of:
                 raise AttributeError("parameters with gradients of different kinds")
@@ -106,7 +149,9 @@ cdef class Tensors:
             raise MemoryError("no memory to note where tensors are")
         for i, tensor in enumerate(params + buffers):
             if i >= len(params) or self.planned[i]:
-                self.read(tensor, self.words + i * WORDS)
+                if not self.read(tensor, &view):
+                    raise AttributeError(f"{type(tensor)} lies nowhere for DLPack")
+                self.write(tensor, &view, self.words + i * WORDS)
 
     def __dealloc__(self):
         free(self.words)
@@ -115,35 +160,63 @@ cdef class Tensors:
         self.options = entries_of(groups)
         self.counts = [len(group["params"]) for group in groups]
 
-    cdef int read(self, tensor, int64_t* words) except -1:
-        cdef DLTensor view
+    cdef bint read(self, tensor, DLTensor* view) except -1:
+        """Where a tensor lies; False if it has no memory to lie in."""
+        try:
+            self.api.from_object(<void*> tensor, view)
+        except (RuntimeError, ValueError, BufferError, Warning):
+            return False  # sparse, say, or a wrapper
+        return True
+
+    cdef int64_t flags(self, tensor, DLTensor* view) except -1:
+        """What DLPack does not say: whether a view is lazily negated or conjugated."""
+        cdef int64_t flags = NEGATED if self.is_neg(tensor) else 0
+        if view.code == COMPLEX and self.is_conj(tensor):
+            flags |= CONJUGATED
+        return flags
+
+    cdef int write(self, tensor, DLTensor* view, int64_t* words) except -1:
         cdef int32_t d
-        self.api.from_object(<void*> tensor, &view)
         if view.ndim > MOST_DIMENSIONS:
             raise AttributeError(f"more than {MOST_DIMENSIONS} dimensions")
         words[0] = <int64_t> view.data
         words[1] = view.code << 8 | view.bits
         words[2] = <int64_t> view.device_type << 32 | view.device_id
         words[3] = view.ndim
+        words[4], words[5] = self.flags(tensor, view), keys_of(tensor)
+        words += DIMENSIONS
         for d in range(view.ndim):
-            words[4 + 2 * d], words[5 + 2 * d] = view.shape[d], view.strides[d]
+            words[2 * d], words[2 * d + 1] = view.shape[d], view.strides[d]
         return 0
 
-    cdef bint alike(self, DLTensor* view, const int64_t* words) noexcept:
+    cdef bint alike(self, tensor, DLTensor* view, const int64_t* words) except -1:
         """Whether a tensor's elements are in memory as those of a noted one."""
         cdef int32_t d
+        cdef int64_t keys = keys_of(tensor)
         cdef bint empty = False, same = True
         if (
             view.ndim != words[3] or (view.code << 8 | view.bits) != words[1]
             or (<int64_t> view.device_type << 32 | view.device_id) != words[2]
         ):
             return False
+        if (not keys or keys != words[5]) and self.flags(tensor, view) != words[4]:
+            return False
+        words += DIMENSIONS
         for d in range(view.ndim):
-            if view.shape[d] != words[4 + 2 * d]:
+            if view.shape[d] != words[2 * d]:
                 return False
             empty |= view.shape[d] == 0
-            same &= view.strides[d] == words[5 + 2 * d] or view.shape[d] == 1
-        return same or empty
+            same &= view.strides[d] == words[2 * d + 1] or view.shape[d] == 1
+        return empty or (same and view.data != NULL)
+
+    cdef bint stays(self, tensor, const int64_t* words) except -1:
+        """Whether a noted tensor is where it was, and lies there as it did."""
+        cdef DLTensor view
+        return (
+            self.read(tensor, &view)
+            and <int64_t> view.data == words[0]
+            and self.alike(tensor, &view, words)
+        )
 
     cdef bint as_noted(self, list groups, state):
         """Whether the parameters and the entries of the state are the same objects."""
@@ -192,7 +265,6 @@ cdef class Tensors:
         cdef PyTypeObject* getter = <PyTypeObject*> descriptor
         cdef int64_t* words = self.words
         cdef int64_t address
-        cdef DLTensor view
         self.odd = None
         if not self.as_noted(groups, state):
             return None
@@ -201,49 +273,27 @@ cdef class Tensors:
             param = <object> PyList_GET_ITEM(self.params, i)
             grad = getter.tp_descr_get(self.grad_of, param, type(param))
             grads.append(grad)
-            address = 0
-            if (
-                grad is not None
-                and <PyObject*> grad == PyList_GET_ITEM(self.held, i)
-                and <int64_t> self.address_of(grad) == self.at[i]
-            ):
-                if <int64_t> self.address_of(param) != words[0]:
+            if self.planned[i]:
+                if not self.stays(param, words):
                     return None
-            elif self.planned[i]:
-                self.api.from_object(<void*> param, &view)
-                if <int64_t> view.data != words[0] or not self.alike(&view, words):
-                    return None
-                if grad is not None:
-                    address = self.fitting(grad, i, words)
-                    if address == -1:
-                        self.odd = self.odd or []
-                        self.odd.append(i)
+                address = 0 if grad is None else self.fitting(grad, words)
+                if address == -1:
+                    self.odd = self.odd or []
+                    self.odd.append(i)
                 if self.at[i] != address:
                     self.at[i], self.moved = address, True
             elif grad is not None:
                 return None
             words += WORDS
         for i in range(PyList_GET_SIZE(self.buffers)):
-            self.api.from_object(PyList_GET_ITEM(self.buffers, i), &view)
-            if <int64_t> view.data != words[0]:
+            if not self.stays(<object> PyList_GET_ITEM(self.buffers, i), words):
                 return None
             words += WORDS
         return grads
 
-    cdef int64_t fitting(self, grad, Py_ssize_t i, int64_t* words) except -3:
+    cdef int64_t fitting(self, grad, const int64_t* words) except -3:
         """The address of a gradient; -1 if it is not in memory as its parameter."""
         cdef DLTensor view
-        try:
-            self.api.from_object(<void*> grad, &view)
-        except (RuntimeError, BufferError, NotImplementedError):  # sparse, say
+        if not self.read(grad, &view) or not self.alike(grad, &view, words):
             return -1
-        # DLPack does not say whether a view is to be negated when it is read.
-        if (
-            not self.alike(&view, words)
-            or grad.is_neg()
-            or (view.code == COMPLEX and grad.is_conj())
-        ):
-            return -1
-        if self.hold:
-            self.held[i] = grad
         return <int64_t> view.data or -2  # of no elements

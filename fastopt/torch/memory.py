@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastopt.flat import Array, state_arena
 
@@ -38,6 +39,27 @@ C_TYPES: dict[torch.dtype, Any] = {
     torch.float64: ctypes.c_double,
 }
 CACHE_LINE = 64
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether it has elements, but no memory of its own: a wrapper of other tensors, as
+    DTensor, a FakeTensor, or what functorch makes."""
+    if isinstance(tensor, FakeTensor):
+        return True
+    try:
+        return not tensor.data_ptr() and tensor.numel() > 0
+    except RuntimeError:  # what functorch makes
+        return True
+
+
+def is_cut_off(tensor: Tensor) -> bool:
+    """Whether elements lie beyond the end of its storage, which was freed or made
+    smaller: torch reads and writes there all the same."""
+    if not tensor.numel():
+        return False
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    return (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -99,7 +121,10 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
     if tensor.is_cpu:
         if not count:
             return np.empty(0, NUMPY[dtype])
-        at = (C_TYPES[dtype] * count).from_address(tensor.data_ptr())
+        address = tensor.data_ptr()
+        if not address:
+            raise RuntimeError(f"{type(tensor).__name__} has no memory for a kernel")
+        at = (C_TYPES[dtype] * count).from_address(address)
         return np.frombuffer(at, NUMPY[dtype]).reshape(shape)
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
@@ -154,9 +179,6 @@ class Tensors:
         The tensors of the state that a step works in, to see whether they move.
     single
         Whether the parameters are not all of the groups.
-    hold
-        Whether the gradients are to stay where they are, all in one buffer, so that
-        they are held here, and looked at less closely.
     """
 
     def __init__(
@@ -167,7 +189,6 @@ class Tensors:
         state: dict[Any, Any],
         buffers: list[Tensor],
         single: bool,
-        hold: bool,
     ):
         self.params, self.planned, self.buffers = params, planned, buffers
         self.single, self.same_options = single, True
@@ -175,7 +196,7 @@ class Tensors:
         self.entries = self._entries(state)
         pairs = zip(params, planned, strict=True)
         self.places = [self._place(param) if yes else (0,) for param, yes in pairs]
-        self.addresses = [tensor.data_ptr() for tensor in buffers]
+        self.addresses = [self._place(tensor) for tensor in buffers]
         self.found = np.zeros(len(params), np.int64)
         self.moved = False
         self.odd: list[int] | None = None
@@ -195,8 +216,8 @@ class Tensors:
     @staticmethod
     def _place(tensor: Tensor) -> tuple[Any, ...]:
         """Where a tensor is, and how it lies there."""
-        if tensor.layout is not torch.strided:
-            return (tensor.layout,)
+        if tensor.layout is not torch.strided or tensor.is_nested or is_hollow(tensor):
+            return (type(tensor), tensor.layout)
         strides = tuple(
             0 if size == 1 or not tensor.numel() else stride
             for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -227,7 +248,7 @@ class Tensors:
         pairs = zip(now, self.planned, strict=True)
         if [self._place(p) if yes else (0,) for p, yes in pairs] != self.places:
             return None
-        if [tensor.data_ptr() for tensor in self.buffers] != self.addresses:
+        if [self._place(tensor) for tensor in self.buffers] != self.addresses:
             return None
         grads = [param.grad for param in now]
         odd, found = [], np.zeros(len(now), np.int64)
@@ -250,6 +271,22 @@ def same(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(
         a is b for a, b in zip(first, second, strict=True)
     )
+
+
+def samples() -> list[tuple[Tensor, int, int]]:
+    """Tensors with different dispatch keys, their addresses in C++, and these keys."""
+    one = torch.ones(1, device="cpu")
+    conjugated = torch.ones(1, dtype=torch.complex64, device="cpu").conj()
+    tensors = one, torch._neg_view(one), conjugated, torch.nn.Parameter(one)
+    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors]
+    return [(t, t._cdata, k) for t, k in zip(tensors, keys, strict=True)]
+
+
+if native is not None:
+    try:
+        native.learn(samples())
+    except AttributeError:  # a torch that has other names for these: it is asked
+        pass
 
 
 def watched(*what: Any) -> Any:

@@ -20,7 +20,7 @@ from fastopt.numpy_ref import PLAIN, Extras
 from fastopt.rule import Rule
 from fastopt.torch import state
 from fastopt.torch.memory import array, numbers, same_layout
-from fastopt.torch.state import EMA, Member, Names, Values, in_one_piece
+from fastopt.torch.state import EMA, FACTORS, Member, Names, Values, in_one_piece
 from fastopt.torch.turns import Call
 
 Sums = tuple[int, tuple[float, ...] | None]  # elements, and what was summed over them
@@ -84,16 +84,22 @@ class Part:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The tensors of the state to watch: where each run of what steps work in
-        begins, and where the counts do."""
-        firsts = [self.members[run[0]].state for run in self.runs]
-        found = [entries.get(key) for entries in firsts for key in self.keys]
-        found += [self.members[0].state.get(key) for key in self.counted]
+        """The tensors of the state to watch: what steps work in, and the counts."""
+        keys = [*self.keys, *self.counted, *FACTORS]
+        found = [m.state.get(key) for m in self.members for key in keys]
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
     @property
     def merged(self) -> bool:
         return len(self.runs) < len(self.members)
+
+    def uniform(self) -> bool:
+        """Whether the members of each run still have done as many steps, and carry the
+        same numbers: they are in the state, where all of it may be set."""
+        if not self.merged or self._bytes() == self._seen:
+            return True
+        firsts = np.array([run[0] for run in self.runs])[self.run_of]
+        return all(np.array_equal(vector, vector[firsts]) for vector in self.vectors)
 
     # The native step ------------------------------------------------------------------
 
@@ -437,7 +443,7 @@ class Part:
             if member.factors is None or found is None:
                 continue
             factor, weight, floor, least, *others = self.rows[r]
-            rows, columns = (member.state[key] for key in ("row_var", "col_var"))
+            rows, columns = (member.state[key] for key in FACTORS)
             kept = [rows.squeeze(-1).cpu().numpy(), columns.squeeze(-2).cpu().numpy()]
             member.factors.sets[0] = np.concatenate(kept, axis=-1)
             member.factors.advance(1, found, weight, least)

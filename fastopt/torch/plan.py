@@ -10,9 +10,11 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from fastopt import backends
 from fastopt.arithmetic import standard
@@ -20,9 +22,9 @@ from fastopt.atomic import uninterrupted
 from fastopt.bound import shrinking
 from fastopt.numpy_ref import Extras
 from fastopt.rule import Rule
-from fastopt.torch.memory import COMPUTED, is_plain, watched
+from fastopt.torch.memory import COMPUTED, is_cut_off, is_hollow, is_plain, watched
 from fastopt.torch.part import Part, Sums
-from fastopt.torch.state import Member, Names, Values
+from fastopt.torch.state import Member, Names, Values, shapes_of
 from fastopt.torch.turns import Call, Turns
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
@@ -82,13 +84,13 @@ class Plan:
             bool(rule.state or rule.carry or names.steps or averaged)
             for rule in self.rules
         ]
+        if in_fake_mode():
+            raise Unsupported("steps under a FakeTensorMode")
+        # All of them, before anything is put into the state.
         planned = [
-            param.grad is not None or bool(state.get(param)) or not keeps[group]
+            is_planned(param, names, self.rules[group], state.get(param), keeps[group])
             for param, group in pairs
         ]
-        for param, there in zip(self._params, planned, strict=True):
-            if there:  # all of them, before anything is put into the state
-                check(param, names)
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (param, group) in enumerate(pairs):
@@ -119,12 +121,19 @@ class Plan:
             if not holds(state.get(param), entry)
         }
         alone = single is not None
-        self._watched = buffers, alone, self._merged, self._params, planned, groups
+        self._watched = buffers, alone, self._params, planned, groups
         self.tensors = self._watch({**state, **self._new})
         self._fixed = all(map(is_fixed, options_of(groups)))
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
         self._odd: list[Tensor] = []  # gradients that are not where they should be
+        plain = [member for member in members if member.plain]
+        self._at = [member.place for member in plain]
+        self._begins = np.array([m.param.data_ptr() for m in plain], np.int64)
+        self._lengths = np.array(
+            [m.param.numel() * m.param.element_size() for m in plain], np.int64
+        )
+        self._found, self._overlaps = b"", False
         # Plain tensors, with the parameters' counts of versions.
         self._aliases = {member.place: member.param.detach() for member in members}
         self._all_aliases = list(self._aliases.values())
@@ -143,7 +152,9 @@ class Plan:
     ) -> list[Any] | None:
         """The gradients, if all else is as it was planned, or None."""
         tensors = self.tensors
-        if averaged != self.averaged:
+        if averaged != self.averaged or in_fake_mode():
+            return None
+        if not all(part.uniform() for part in self.parts):
             return None
         if self._new:
             state = {**state, **self._new}
@@ -161,7 +172,9 @@ class Plan:
     ) -> bool:
         """Do the same step as the last, if all is as it was then: much the quickest."""
         tensors = self.tensors
-        grads = tensors.look(groups, state) if self._usual else None
+        if not self._usual or in_fake_mode():
+            return False
+        grads = tensors.look(groups, state)
         if grads is None or tensors.odd or not self.options_hold:
             return False
         if tensors.moved and self._merged:
@@ -205,8 +218,7 @@ class Plan:
         self._odd = []
         for place in tensors.odd or ():
             grad, param = grads[place], self._params[place]
-            if grad.layout is not torch.strided:
-                raise Unsupported("sparse gradients")
+            check_gradient(param, grad)
             self._odd.append(grad)
             if place in self._plain:
                 fitted = torch.empty_like(param, requires_grad=False)
@@ -246,7 +258,8 @@ class Plan:
             factors = [factor * scale for factor in factors]
         if asked is not None:
             limit = asked.clip_value
-            extras = Extras(limit, asked.weight, asked.zero_grads)
+            apart = asked.zero_grads and self._overlap()
+            extras = Extras(limit, asked.weight, asked.zero_grads and not apart)
             if asked.clip_norm < math.inf or asked.nonfinite != "propagate":
                 found = [part.norm(abs(factors[0]), threads) for part in parts]
                 norm = math.sqrt(sum(squares for squares, _ in found))
@@ -267,7 +280,9 @@ class Plan:
                 factors = [factor * shrink for factor in factors]
             if asked.zero_grads:
                 # Kernels set to zero what they read, which is copies of these.
-                copied = [m.param for p in parts if not p.plain for m in p.members]
+                copied = [
+                    m.param for p in parts if apart or not p.plain for m in p.members
+                ]
                 last += zeroing([p.grad for p in copied] + self._odd)
         totals: dict[int, Sums] = {}
         over_all = [part for part in parts if part.over_all]
@@ -294,6 +309,20 @@ class Plan:
                 uninterrupted(*calls)
             calls = []
         return True
+
+    def _overlap(self) -> bool:
+        """Whether gradients share memory with each other or with parameters, so that
+        none may be set to zero before all have been read."""
+        found = self.tensors.found
+        if found.tobytes() != self._found:
+            begins = np.concatenate([found[self._at], self._begins])
+            ends = begins + np.tile(self._lengths, 2)
+            there = (begins > 0) & (begins < ends)
+            begins, ends = begins[there], ends[there]
+            order = begins.argsort()
+            self._overlaps = bool((begins[order][1:] < ends[order][:-1]).any())
+            self._found = found.tobytes()
+        return self._overlaps
 
     def _tell(self, parts: list[Part]) -> None:
         """Tell autograd what is going to change: before it does, for an interrupt may
@@ -378,18 +407,99 @@ def is_fixed(value: Any) -> bool:
     return value is None or type(value) in (float, int, bool, str)
 
 
-def check(param: Tensor, names: Names) -> None:
-    """That fastopt has kernels for a parameter and its gradient."""
+def is_planned(
+    param: Tensor, names: Names, rule: Rule, entry: Any, keeps: bool
+) -> bool:
+    """Whether a plan is to know what to do with a parameter's gradient. What has none
+    may be of a kind, or have a state, that no step could be done with."""
+    if param.grad is None and keeps and not entry:
+        return False
+    try:
+        check(param, names, rule, entry or {})
+    except (Unsupported, ValueError):
+        if param.grad is not None:
+            raise
+        return False
+    return True
+
+
+def check(param: Tensor, names: Names, rule: Rule, entry: dict[str, Any]) -> None:
+    """That fastopt has kernels for a parameter, its gradient and its state."""
+    if is_lazy(param):
+        raise Unsupported("uninitialized parameters")
     if names.real and param.is_complex():
         raise Unsupported("complex parameters")
-    if param.layout is not torch.strided:
-        raise Unsupported("sparse parameters")
-    if param.grad is not None and param.grad.layout is not torch.strided:
-        raise Unsupported("sparse gradients")
+    check_memory("parameters", param)
     if param.device.type not in ("cpu", "cuda"):
         raise Unsupported(f"parameters on {param.device}")
     if param.dtype not in COMPUTED:
         raise Unsupported(f"parameters of {param.dtype}")
+    sizes = zip(param.shape, param.stride(), strict=True)
+    if param.numel() and any(step == 0 < size - 1 for size, step in sizes):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is expanded: several of its "
+            f"elements are one number in memory; give it a clone() as its data"
+        )
+    if param.grad is not None:
+        check_gradient(param, param.grad)
+    shapes = shapes_of(rule, names, param)
+    for key, tensor in entry.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        check_memory("tensors of the state", tensor)
+        shape = shapes.get(key, tensor.shape)
+        if tensor.shape != shape and (shape or tensor.numel() != 1):
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} needs {key!r} of shape "
+                f"{tuple(shape)} in its state, where it has {tuple(tensor.shape)}; cut "
+                f"or pad the state as the parameter, or delete it"
+            )
+
+
+def check_gradient(param: Tensor, grad: Tensor) -> None:
+    """That a gradient can be read, or copied first."""
+    check_memory("gradients", grad)
+    if grad.shape != param.shape and not broadcasts(grad.shape, param.shape):
+        raise ValueError(
+            f"a parameter has shape {tuple(param.shape)}, but its gradient has "
+            f"{tuple(grad.shape)}"
+        )
+
+
+def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether torch repeats a tensor of a shape where another one is wanted."""
+    try:
+        return torch.broadcast_shapes(shape, wanted) == torch.Size(wanted)
+    except RuntimeError:
+        return False
+
+
+def check_memory(what: str, tensor: Tensor) -> None:
+    """That a tensor's elements are in memory, one by one."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "sparse"
+        raise Unsupported(f"{kind} {what}")
+    shape = tuple(tensor.shape)
+    if is_hollow(tensor):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        kind = "wrapper" if plain else type(tensor).__name__
+        raise Unsupported(
+            f"{what} without memory of their own (a {kind} of shape {shape})"
+        )
+    if is_cut_off(tensor):
+        raise RuntimeError(
+            f"one of the {what} has shape {shape}, but a storage of "
+            f"{tensor.untyped_storage().nbytes()} bytes, which was freed or made "
+            f"smaller; nothing was updated"
+        )
+
+
+def in_fake_mode() -> bool:
+    """Whether torch is to make FakeTensors now."""
+    modes = torch._C
+    if not modes._len_torch_dispatch_stack():
+        return False
+    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE) is not None
 
 
 def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:

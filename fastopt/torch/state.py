@@ -30,6 +30,7 @@ from fastopt.torch.memory import (
 Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
 EMA = "ema"  # the key of the moving average of a parameter
 TRAINED = "trained"  # the key of what a parameter is in training, in eval mode
+FACTORS = "row_var", "col_var"  # those of a matrix's averages, where it is factored
 
 
 class Names(NamedTuple):
@@ -143,14 +144,34 @@ def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
     return room(arrays, streams, first.device, dtype)
 
 
+def shapes_of(
+    rule: Rule, names: Names, param: Tensor
+) -> dict[str, tuple[int, ...]]:
+    """What the tensors in a parameter's state must be like."""
+    counts = rule.carry if names.carry is None else names.carry
+    found = {names.key(name): () for name in counts}
+    if names.steps is not None:
+        found[names.steps] = ()
+    if rule.factored and param.dim() > 1:
+        return {**found, EMA: tuple(param.shape), **factored_shapes(param)}
+    keys = EMA, *map(names.key, rule.state)
+    return {**found, **dict.fromkeys(keys, tuple(param.shape))}
+
+
+def factored_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Of the averages for the rows of a matrix, and for its columns."""
+    *matrices, rows, columns = param.shape
+    shapes = (*matrices, rows, 1), (*matrices, 1, columns)
+    return dict(zip(FACTORS, shapes, strict=True))
+
+
 def factor(member: Member, module: Any) -> None:
     """The state of a matrix: averages for its rows and its columns."""
     param = member.param
-    *matrices, rows, columns = param.shape
-    shapes = {"row_var": (*matrices, rows, 1), "col_var": (*matrices, 1, columns)}
-    for key, shape in shapes.items():
+    for key, shape in factored_shapes(param).items():
         before = member.state.get(key)
-        if not isinstance(before, Tensor) or before.dtype != member.dtype:
+        kept = isinstance(before, Tensor) and not before.is_neg()
+        if not kept or before.dtype != member.dtype:
             made = torch.zeros(shape, dtype=member.dtype, device=param.device)
             member.state[key] = made if before is None else made.copy_(before.detach())
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
@@ -218,6 +239,7 @@ def in_a_row(entries: Sequence[Any]) -> bool:
         and first.dtype in NUMPY
         and all(
             e.dtype == first.dtype
+            and not e.is_neg()
             and e.data_ptr() == first.data_ptr() + i * first.element_size()
             for i, e in enumerate(entries)
         )
