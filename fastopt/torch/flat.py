@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastopt.flat import STAGGER, zeroed
+from fastopt.torch.memory import is_hollow
 
 FLAT = "flattened_by_fastopt"  # an attribute of the buffers of gradients
 
@@ -41,7 +42,8 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     Raises
     ------
     ValueError
-        For a sparse gradient, before anything is moved.
+        For a sparse gradient, or a tensor without memory of its own, as a DTensor,
+        before anything is moved.
 
     Notes
     -----
@@ -76,6 +78,12 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
                 f"a gradient of shape {tuple(param.shape)} is sparse and cannot lie in "
                 f"a buffer; nothing was moved"
             )
+        for tensor in (param, param.grad):
+            if tensor is not None and is_hollow(tensor):
+                raise ValueError(
+                    f"a {type(tensor).__name__} of shape {tuple(param.shape)} has no "
+                    f"memory of its own and cannot lie in a buffer; nothing was moved"
+                )
     with torch.no_grad():
         return [flattened(alike) for alike in kinds.values()]
 

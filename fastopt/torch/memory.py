@@ -55,11 +55,16 @@ def is_hollow(tensor: Tensor) -> bool:
 def is_cut_off(tensor: Tensor) -> bool:
     """Whether elements lie beyond the end of its storage, which was freed or made
     smaller: torch reads and writes there all the same."""
-    if not tensor.numel():
+    wraps = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if wraps or not tensor.numel():
+        return False
+    try:
+        length = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # what functorch makes has none
         return False
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
-    return (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return bool((last + 1) * tensor.element_size() > length)
 
 
 def is_dense(tensor: Tensor) -> bool:

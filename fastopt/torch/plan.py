@@ -30,7 +30,7 @@ from fastopt.torch.turns import Call, Turns
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
 
 
-class Unsupported(Exception):
+class Unsupported(RuntimeError):
     """What fastopt has no kernels for."""
 
 
@@ -127,12 +127,11 @@ class Plan:
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
         self._odd: list[Tensor] = []  # gradients that are not where they should be
-        plain = [member for member in members if member.plain]
-        self._at = [member.place for member in plain]
-        self._begins = np.array([m.param.data_ptr() for m in plain], np.int64)
-        self._lengths = np.array(
-            [m.param.numel() * m.param.element_size() for m in plain], np.int64
-        )
+        ours = [member for member in members if member.plain]
+        self._at = [member.place for member in ours]
+        self._begins = np.array([m.param.data_ptr() for m in ours], np.int64)
+        lengths = [m.param.numel() * m.param.element_size() for m in ours]
+        self._lengths = np.array(lengths, np.int64)
         self._found, self._overlaps = b"", False
         # Plain tensors, with the parameters' counts of versions.
         self._aliases = {member.place: member.param.detach() for member in members}
@@ -429,9 +428,9 @@ def check(param: Tensor, names: Names, rule: Rule, entry: dict[str, Any]) -> Non
         raise Unsupported("uninitialized parameters")
     if names.real and param.is_complex():
         raise Unsupported("complex parameters")
-    check_memory("parameters", param)
     if param.device.type not in ("cpu", "cuda"):
         raise Unsupported(f"parameters on {param.device}")
+    check_memory("parameters", param)
     if param.dtype not in COMPUTED:
         raise Unsupported(f"parameters of {param.dtype}")
     sizes = zip(param.shape, param.stride(), strict=True)
@@ -480,26 +479,25 @@ def check_memory(what: str, tensor: Tensor) -> None:
         kind = "nested" if tensor.is_nested else "sparse"
         raise Unsupported(f"{kind} {what}")
     shape = tuple(tensor.shape)
-    if is_hollow(tensor):
-        plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        kind = "wrapper" if plain else type(tensor).__name__
-        raise Unsupported(
-            f"{what} without memory of their own (a {kind} of shape {shape})"
-        )
     if is_cut_off(tensor):
         raise RuntimeError(
             f"one of the {what} has shape {shape}, but a storage of "
             f"{tensor.untyped_storage().nbytes()} bytes, which was freed or made "
             f"smaller; nothing was updated"
         )
+    if is_hollow(tensor):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        kind = "wrapper" if plain else type(tensor).__name__
+        raise Unsupported(f"{what} without memory of their own ({kind}, shape {shape})")
 
 
 def in_fake_mode() -> bool:
     """Whether torch is to make FakeTensors now."""
-    modes = torch._C
+    modes: Any = torch._C
     if not modes._len_torch_dispatch_stack():
         return False
-    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE) is not None
+    mode = modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE)
+    return bool(mode is not None)
 
 
 def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:

@@ -144,9 +144,7 @@ def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
     return room(arrays, streams, first.device, dtype)
 
 
-def shapes_of(
-    rule: Rule, names: Names, param: Tensor
-) -> dict[str, tuple[int, ...]]:
+def shapes_of(rule: Rule, names: Names, param: Tensor) -> dict[str, tuple[int, ...]]:
     """What the tensors in a parameter's state must be like."""
     counts = rule.carry if names.carry is None else names.carry
     found = {names.key(name): () for name in counts}
@@ -169,9 +167,9 @@ def factor(member: Member, module: Any) -> None:
     """The state of a matrix: averages for its rows and its columns."""
     param = member.param
     for key, shape in factored_shapes(param).items():
-        before = member.state.get(key)
-        kept = isinstance(before, Tensor) and not before.is_neg()
-        if not kept or before.dtype != member.dtype:
+        before: Any = member.state.get(key)
+        kept = isinstance(before, Tensor) and before.dtype == member.dtype
+        if not kept or before.is_neg():
             made = torch.zeros(shape, dtype=member.dtype, device=param.device)
             member.state[key] = made if before is None else made.copy_(before.detach())
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
