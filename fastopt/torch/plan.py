@@ -468,7 +468,7 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
 def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether torch repeats a tensor of a shape where another one is wanted."""
     try:
-        return torch.broadcast_shapes(shape, wanted) == torch.Size(wanted)
+        return bool(torch.broadcast_shapes(shape, wanted) == torch.Size(wanted))
     except RuntimeError:
         return False
 
