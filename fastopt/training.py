@@ -140,6 +140,12 @@ class ReduceLROnPlateau:
 
     def step(self, metric: float, opt: Any) -> bool:
         """Look at a metric; whether learning rates of the optimizer were reduced."""
+        if getattr(opt, "groups", None) is None:
+            raise TypeError(
+                f"opt must be an optimizer of fastopt, got {type(opt).__name__}; for "
+                f"one of torch's, those of fastopt.torch among them, use "
+                f"torch.optim.lr_scheduler.ReduceLROnPlateau"
+            )
         rates = [
             (number, name)
             for number, group in enumerate(opt.groups)

@@ -434,3 +434,9 @@ def test_states_without_a_name_are_loaded(rule):
         steps(opt, params, 2, seed=40)
         steps(other, copies, 2, seed=40)
         assert torch.equal(flat(params), flat(copies))
+
+
+def test_a_class_of_torch_needs_torchs_plateau():
+    opt = fresh("Lion")
+    with pytest.raises(TypeError, match="torch.optim.lr_scheduler.ReduceLROnPlateau"):
+        fastopt.ReduceLROnPlateau().step(1.0, opt)
