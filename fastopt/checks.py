@@ -294,6 +294,14 @@ def check_threads(threads: Any) -> int:
     return int(threads)
 
 
+def check_factor(value: Any, dtype: np.dtype[Any]) -> float:
+    """A factor for gradients of this dtype."""
+    number = float(check_hyperparameter("", "grad_scale", value, 1.0))
+    if abs(number) > float(np.finfo(dtype).max):
+        raise ValueError(f"grad_scale is {number!r}, too large for {dtype}")
+    return number
+
+
 def check_decay(name: str, value: Any) -> float | None:
     """The decay of a moving average."""
     if value is None:

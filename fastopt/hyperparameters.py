@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
 
 Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
@@ -22,9 +24,11 @@ class Group(MutableMapping[str, Any]):
         prefix: str,
         number: int,
         assign: Callable[[int, Mapping[str, Any]], None],
+        dtype: np.dtype[Any],
         frozen: Any = False,
     ):
         self.number = number
+        self._dtype, self._most = dtype, float(np.finfo(dtype).max)
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
         self._assign = assign  # the optimizer's: an assignment may need new state
@@ -85,7 +89,9 @@ class Group(MutableMapping[str, Any]):
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)
         # A rule's own conditions, such as nesterov's, stand in its scalars.
-        self._rule.scalars(steps + 1, *self._rule.first_carry(now), *now.values())
+        carry = self._rule.first_carry(now)
+        results = self._rule.scalars(steps + 1, *carry, *now.values())
+        self._rule.check_numbers("scalars", results, self._dtype)
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 
     def commit(self, values: Mapping[str, Any]) -> None:
@@ -107,7 +113,9 @@ class Group(MutableMapping[str, Any]):
             if callable(value):
                 value, name = value(steps), f"{name}({steps})"
             default = self._rule.hyperparameters[key]
-            checked[key] = check_hyperparameter(key, name, value, default)
+            checked[key] = number = check_hyperparameter(key, name, value, default)
+            if abs(number) > self._most:
+                raise ValueError(f"{name} is {number!r}, too large for {self._dtype}")
         return checked
 
     def _name(self, key: str) -> str:

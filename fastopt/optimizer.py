@@ -15,7 +15,7 @@ from fastopt.flat import Array, FlatBuffer, leaves
 from fastopt.hyperparameters import Group, Values
 from fastopt.numpy_ref import Extras, Step
 from fastopt.parameters import Parameters, zeros
-from fastopt.rule import Rule, check_hyperparameter
+from fastopt.rule import Rule
 from fastopt.threads import available, forked
 
 ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
@@ -141,10 +141,9 @@ class Optimizer:
             raise TypeError(
                 f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
             )
-        self._busy = [False]
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
-        self._skipped, self._grad_norm = 0, math.nan
+        self._busy, self._skipped, self._grad_norm = [False], 0, math.nan
         self._averages = None if ema is None else self._params.like()
         given = [dict(group) for group in own or [{}]]
         groups = tuple(
@@ -153,7 +152,8 @@ class Optimizer:
                 f"groups[{number}]" if own else "",
                 number,
                 self._assign,
-                frozen=changes.pop("frozen", False),
+                self._params.arrays[0].dtype,
+                changes.pop("frozen", False),
             )
             for number, changes in enumerate(given)
         )
@@ -188,9 +188,10 @@ class Optimizer:
                 f"groups[{number}]",
                 number,
                 self._assign,
-                frozen=group.get("frozen", False),
+                params.arrays[0].dtype,
+                group.get("frozen", False),
             )
-            values = [g.checked({}, self.steps) for g in self.groups]
+            values = [dict(g) for g in self.groups]
             values.append(new.checked(self.rule.complete(changes), self.steps))
             averages = None if self.ema is None else params.like()
             if averages is not None:
@@ -373,8 +374,8 @@ class Optimizer:
             dict(zip(given, group.at(steps, given), strict=True))
             for group, given in zip(self.groups, values, strict=True)
         ]
-        sets = self._sets(now)
-        for given in sets:
+        known = len(before.params.sets) if before and before.on == on else 0
+        for given in (sets := self._sets(now))[known:]:
             carry = variant.first_carry(given)
             constants = variant.scalars(steps + 1, *carry, *given.values())
             variant.check_results(
@@ -479,7 +480,7 @@ class Optimizer:
         parameter that was left alone has the bias correction of the others.
         """
         if grad_scale is not AS_GIVEN:
-            grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+            grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         busy = self._busy
         # Not a Lock: an interrupt may come between its acquire and the try, and then it
         # is never released. Between these lines there is no call, so there comes none.
@@ -700,7 +701,7 @@ class Optimizer:
         They are as for :meth:`step`, and only read. The sums have the parameters'
         dtype; a parameter that only got None is left alone by that step.
         """
-        grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+        grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         with self._alone():
             found: list[Any] = []
             checks.collect(self._params.layout, grads, "", found)
@@ -730,7 +731,7 @@ class Optimizer:
         but parameters and the count stay."""
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} works without estimates")
-        grad_scale = check_hyperparameter("", "grad_scale", grad_scale, 1.0)
+        grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         with self._alone():
             found: list[Any] = []
             checks.collect(self._params.layout, grads, "", found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -56,6 +57,7 @@ class Parameters:
         self.arrays: list[Array] = list(map(module.as_array, self.names, originals))
         self.group_of: Sequence[int] = group_of
         checks.check_params(self.names, self.arrays, originals)
+        self._held = list(map(weakref.ref, owners(*originals, *self.arrays)))
         self._decays = decays = [*decided, *self._decaying(paths, len(decided))]
         rows = list(zip(group_of, map(off, self.arrays, decays), strict=True))
         groups: list[tuple[int, tuple[str, ...]]] = [(n, ()) for n in range(len(plain))]
@@ -150,6 +152,18 @@ class Parameters:
         values = (next(of_leaves) if tree is None else tree for tree in trees)
         whole = rebuild(self.trees, values)
         return whole if self.grouped else whole[0], arrays
+
+
+def owners(*leaves: Any) -> list[Array]:
+    """NumPy's arrays among these, and those whose memory they are in. NumPy resizes
+    none that there is a weak reference to, not even with ``refcheck=False``."""
+    found: dict[int, Array] = {}
+    for leaf in leaves:
+        array = leaf.data if isinstance(leaf, FlatBuffer) else leaf
+        while isinstance(array, np.ndarray) and id(array) not in found:
+            found[id(array)] = array
+            array = array.base
+    return list(found.values())
 
 
 def expanded(tree: Any) -> Any:

@@ -498,7 +498,7 @@ class Rule:
         for other variants of a rule.
         """
         buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
-        self._check_numbers("scalars", results, dtype)
+        self.check_numbers("scalars", results, dtype)
         if self.measure is not None and self.settle is not None:
             with np.errstate(all="ignore"):
                 terms = self.measure(*buffers, *results[: self.measure_count])
@@ -507,7 +507,7 @@ class Rule:
                     f"measure of {self.name!r} must return a tuple, got {terms!r}"
                 )
             results = self.settle(t, 2.0, *(float(x[0]) for x in terms), *results)
-            self._check_numbers("settle", results, dtype)
+            self.check_numbers("settle", results, dtype)
         last = "scalars" if self.settle is None else "settle"
         given = len(results) - len(self.carry)
         if given < self.scalar_count or (given > self.scalar_count and not surplus):
@@ -533,7 +533,7 @@ class Rule:
                     f"dtype; from float32 it made {new!r}"
                 )
 
-    def _check_numbers(self, what: str, results: Any, dtype: np.dtype[Any]) -> None:
+    def check_numbers(self, what: str, results: Any, dtype: np.dtype[Any]) -> None:
         if not isinstance(results, tuple):
             raise TypeError(
                 f"{what} of {self.name!r} must return a tuple, got {results!r}"

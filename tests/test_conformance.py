@@ -57,12 +57,7 @@ def test_schedulers_set_what_they_set_in_torch(name, kind):
         made, history = SCHEDULERS[kind](opt), []
         for step in range(10):
             give(params, draw(seed=step)[:2])
-            try:
-                opt.step()
-            except ValueError as error:
-                if name == "FTRL" and "lr must be above 0" in str(error):
-                    pytest.xfail("FTRL divides by lr, which this schedule brings to 0")
-                raise
+            opt.step()
             made.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
             if step == 5:
                 saved = made.state_dict()

@@ -240,7 +240,7 @@ def test_bad_arguments():
         ("rprop", "eta_minus", 2.0),  # the rule's own condition
         ("prodigy", "d0", 0.0),
         ("lamb", "always_adapt", 0.5),  # neither yes nor no
-        ("ftrl", "lr", 0.0),
+        ("ftrl", "initial_accumulator_value", 0.0),
     ],
 )
 def test_bad_hyperparameters(name, key, value):
