@@ -764,8 +764,8 @@ class Optimizer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit, on any backend.
 
-        All of it is checked before anything changes. Saved hyperparameters replace
-        those set here; one that was a schedule there must be a schedule here, too.
+        All is checked before anything changes; state finds its parameters by name. The
+        saved hyperparameters replace ours; what was a schedule must be one here, too.
         """
         with self._alone():
             self._loading(saved)()
