@@ -132,7 +132,8 @@ def test_nothing_takes_much_of_a_stack(built):
             for mnemonic, operands in instructions:
                 taken = re.fullmatch(r"\$0x([0-9a-f]+),%rsp", operands)
                 if mnemonic == "sub" and taken:
-                    assert int(taken[1], 16) <= 8192, (isa, name)
+                    room = int(taken[1], 16)  # or, above 2**63, it is given back
+                    assert room <= 8192 or room >> 63, (isa, name)
 
 
 def test_the_readers_would_notice(tmp_path):
