@@ -13,12 +13,16 @@ import operator
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Call: TypeAlias = "partial[Any] | Callable[[], Any]"
 
 _call = operator.methodcaller("__call__")
 
 
-def uninterrupted(*calls: partial[Any] | Callable[[], Any]) -> None:
+def uninterrupted(*calls: Call) -> None:
     """Call compiled functions one after the other, without a bytecode in between.
 
     Parameters
@@ -41,3 +45,25 @@ def uninterrupted(*calls: partial[Any] | Callable[[], Any]) -> None:
     {'steps': 1, 't': 1}
     """
     deque(map(_call, calls), maxlen=0)
+
+
+def filling(array: Any, value: Any) -> Call:
+    """The call that writes a number, or an array of as many elements, into an array. Of
+    NumPy's arrays it is one for :func:`uninterrupted`; those on a device are written to
+    by Python code.
+
+    >>> import numpy as np
+    >>> array = np.zeros(2)
+    >>> uninterrupted(filling(array, np.ones(2)))
+    >>> array
+    array([1., 1.])
+    """
+    if not array.size:
+        return bool  # nothing to write
+    number = isinstance(value, float)
+    if type(array) is np.ndarray and (number or isinstance(value, np.ndarray)):
+        # Not into array.reshape(-1), which is a copy if the array is not C-contiguous.
+        whole = value if number else value.reshape(array.shape)
+        return partial(operator.setitem, array, Ellipsis, whole)
+    flat = value if number else value.reshape(-1)  # on a device
+    return partial(operator.setitem, array.reshape(-1), slice(None), flat)

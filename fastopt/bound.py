@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 
 from fastopt import checks, saving
 from fastopt.arithmetic import standard
+from fastopt.atomic import Call, filling
 from fastopt.factored import Factors, is_factored
 from fastopt.flat import Array, Segment
 from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import NUMPY, Extras, Step, combined
+from fastopt.numpy_ref import NUMPY, Extras, Step, calls_of, combined
 from fastopt.parameters import Parameters, zeros
 from fastopt.rule import Rule, concrete
 
@@ -105,11 +107,11 @@ class Bound:
         return math.sqrt(squares), bad
 
     @standard
-    def do(
+    def calls(
         self, values: Sequence[Values], factor: float, threads: int, extras: Extras
-    ) -> bool:
-        """A step with the gradients that were taken, times a factor. The new carry is
-        put in its place, where it counts when the step is completed."""
+    ) -> list[Call]:
+        """A step with the gradients that were taken, times a factor: calls that do it.
+        The new carry is put in its place, where it counts when they are done."""
         rule, t = self.rule, self.steps + 1
         carried, kept = self.carried.tolist(), len(rule.carry)
         rows = [
@@ -122,7 +124,7 @@ class Bound:
             given = [(factor, *row) for row in rows]
             compiled: Any = self.step  # if there are batches
             if getattr(compiled, "batches", False):
-                return bool(compiled.settled(given, threads, extras))
+                return [partial(compiled.settled, given, threads, extras)]
             sums = self.step.sums("rule", given, threads, extras.clip_value)
             nothing = (0.0,) * rule.scalar_count
             for r, (n, total) in enumerate(self._totals(sums)):
@@ -133,7 +135,7 @@ class Bound:
         if kept:
             self.carry[t % 2] = [row[-kept:] for row in rows]
         rows = [(factor, *row[: rule.scalar_count]) for row in rows]
-        return self.step(rows, threads, extras)
+        return calls_of(self.step, rows, threads, extras)
 
     @standard
     def evaluated(self, values: Sequence[Values]) -> Any:
@@ -223,14 +225,7 @@ def not_finite(
 
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
-    if not array.size:
-        return
-    number = isinstance(value, float)
-    if type(array) is np.ndarray and (number or isinstance(value, np.ndarray)):
-        # Not into array.reshape(-1), which is a copy if the array is not C-contiguous.
-        array[...] = value if number else value.reshape(array.shape)
-    else:  # of those on a device, that raises an error
-        array.reshape(-1)[:] = value if number else value.reshape(-1)
+    filling(array, value)()
 
 
 def bind(

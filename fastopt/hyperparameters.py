@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastopt.atomic import Call
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
 
 Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
@@ -23,7 +25,7 @@ class Group(MutableMapping[str, Any]):
         rule: Rule,
         prefix: str,
         number: int,
-        assign: Callable[[int, Mapping[str, Any]], None],
+        assign: Callable[..., None],
         dtype: np.dtype[Any],
         frozen: Any = False,
     ):
@@ -43,26 +45,13 @@ class Group(MutableMapping[str, Any]):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        before, self._frozen = self._frozen, self._flag(value)
-        try:
-            self._assign(self.number, {})
-        except BaseException:
-            self._frozen = before
-            raise
-
-    def freeze(self, value: bool) -> None:
-        """Set that, for an optimizer that plans its steps anew itself."""
-        self._frozen = value
+        self._assign(self.number, {}, self._flag(value))
 
     def _flag(self, value: Any) -> bool:
         if not isinstance(value, bool):
             name = self._name("frozen")
             raise TypeError(f"{name} must be True or False, got {value!r}")
         return value
-
-    def rename(self, prefix: str) -> None:
-        """What messages call this group from now on."""
-        self._prefix = prefix
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -94,10 +83,21 @@ class Group(MutableMapping[str, Any]):
         self._rule.check_numbers("scalars", results, self._dtype)
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 
-    def commit(self, values: Mapping[str, Any]) -> None:
-        """Take over what :meth:`checked` returned."""
-        self._scheduled = tuple(key for key in values if callable(values[key]))
-        self._values = values
+    def committing(
+        self,
+        values: Mapping[str, Any],
+        frozen: bool | None = None,
+        prefix: str | None = None,
+    ) -> Call:
+        """The call that takes over what :meth:`checked` returned; and whether steps
+        leave this group alone, and what messages call it from now on."""
+        return partial(
+            vars(self).update,
+            _values=values,
+            _scheduled=tuple(key for key in values if callable(values[key])),
+            _frozen=self._frozen if frozen is None else self._flag(frozen),
+            _prefix=self._prefix if prefix is None else prefix,
+        )
 
     def update(self, *args: Any, **changes: Any) -> None:
         """Change several at once: all or, with an error, none."""

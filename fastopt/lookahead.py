@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import numpy as np
 
 from fastopt import saving
 from fastopt.arithmetic import standard
+from fastopt.atomic import Call, filling, uninterrupted
 from fastopt.bound import bind_alone, fill
+from fastopt.exclusive import exclusive
 from fastopt.flat import Array
+from fastopt.numpy_ref import calls_of, written
 from fastopt.optimizer import Optimizer
 from fastopt.parameters import zeros
 from fastopt.rule import check_hyperparameter
@@ -43,8 +48,8 @@ class Lookahead:
     Everything that is not here is the inner optimizer's: ``lr``, ``state``, ``groups``.
     The slow weights begin with the parameters as the first step finds them, those of a
     group that is added as the next one does. A step that was skipped does not count. A
-    synchronization that was interrupted is completed before the next step, and before
-    the state is saved.
+    synchronization belongs to the step before it: an interrupt comes before both or
+    after both.
 
     Example
     -------
@@ -66,7 +71,7 @@ class Lookahead:
         vars(self).update(opt=opt, **checked(k, alpha))
         self._slow: list[Array] = []
         # After how many steps the slow weights moved, which the kernel counts, and then
-        # the parameters: an interrupt may come at any time.
+        # the parameters.
         self._moved, self._synchronized = np.array([opt.steps], np.int64), opt.steps
         self._make_room()
 
@@ -77,19 +82,28 @@ class Lookahead:
         values = [*self._slow, *arrays[len(self._slow) :]]
         for new, value in zip(slow, values, strict=True):
             fill(new, value)
-        self._pull = bind_alone(opt._module, lookahead, slow, completed=self._moved)
-        self._slow = slow
+        pull = bind_alone(opt._module, lookahead, slow, completed=self._moved)
+        vars(self).update(_slow=slow, _pull=pull)
 
     def step(self, *grads: Any, **asked: Any) -> None:
         """A step of the inner optimizer, and what is due after it; see there."""
-        with self.opt._alone():
-            self._synchronize()
-            if self.opt.steps == 0:
-                for slow, param in self._pairs():
-                    fill(slow, param)
-        self.opt.step(*grads, **asked)
-        with self.opt._alone():
-            self._synchronize()
+        self._prepare()
+        try:
+            self.opt.step(*grads, **asked)
+        finally:
+            vars(self.opt).update(_with_step=None)
+
+    @exclusive
+    def _prepare(self) -> None:
+        """Before a step: have it do what is due after it, too."""
+        opt = self.opt
+        self._synchronize()
+        if opt.steps == 0:
+            for slow, param in self._pairs():
+                fill(slow, param)
+        if (opt.steps + 1) % self.k == 0:
+            unplanned = opt._unplanned(opt._params, opt.threads)
+            vars(opt).update(unplanned, _with_step=self._due)
 
     def _pairs(self) -> list[tuple[Array, Array]]:
         return list(zip(self._slow, self.opt._params.arrays, strict=True))
@@ -102,13 +116,31 @@ class Lookahead:
             self._make_room()
         if opt.steps % self.k or opt.steps == self._synchronized:
             return
-        if self._moved[0] != opt.steps:
-            self._moved[0] = opt.steps - 1
-            self._pull.take(list(opt._params.arrays))
-            self._pull([(1.0, self.alpha)], opt._threads_now)
-        for slow, param in self._pairs():
-            fill(param, slow)
-        self._synchronized = opt.steps
+        uninterrupted(*self._moving(opt.steps, {}))
+
+    def _due(self, step: Sequence[Call]) -> list[Call]:
+        """What is due after a step that these calls make."""
+        steps = self.opt.steps + 1
+        return [] if steps % self.k else self._moving(steps, written(step))
+
+    def _moving(self, steps: int, values: Mapping[int, Any]) -> list[Call]:
+        """Calls that move the slow weights, if these have not been moved after so many
+        steps, and then the parameters. These will have such values by then, by their
+        identities; the others will be what is in their memory."""
+        arrays = self.opt._params.arrays
+        calls: list[Call] = []
+        if self._moved[0] != steps:
+            self._pull.take([values.get(id(array), array) for array in arrays])
+            calls = [
+                partial(setitem, self._moved, 0, steps - 1),
+                *calls_of(self._pull, [(1.0, self.alpha)], self.opt._threads_now),
+                partial(setitem, self._moved, 0, steps),
+            ]
+        return [
+            *calls,
+            *[filling(param, slow) for slow, param in self._pairs()],
+            partial(vars(self).update, _synchronized=steps),
+        ]
 
     def __getattr__(self, name: str) -> Any:
         if name == "opt":  # not made yet
@@ -126,31 +158,32 @@ class Lookahead:
         else:
             setattr(self.opt, name, value)
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, the slow weights, ``k`` and ``alpha``."""
-        with self.opt._alone():
-            self._synchronize()
-            slow = list(map(saving.to_host, self._slow))
-            values = saving.save(self.opt), slow, self.k, self.alpha
-            return dict(zip(KEYS, values, strict=True))
+        self._synchronize()
+        slow = list(map(saving.to_host, self._slow))
+        values = saving.save(self.opt), slow, self.k, self.alpha
+        return dict(zip(KEYS, values, strict=True))
 
+    @exclusive
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, of the same parameters."""
         if not isinstance(saved, Mapping) or saved.keys() != {*KEYS}:
             got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
             raise TypeError(f"expected the keys {', '.join(KEYS)}; got {got}")
-        with self.opt._alone():
-            if len(self._slow) < len(self.opt._params.arrays):
-                self._make_room()
-            values = checked(saved["k"], saved["alpha"])
-            load, order = self.opt._loading(saved["opt"]), saving.by_name
-            values_of = order(saved["opt"], self.opt)('state["slow"]', saved["slow"])
-            saving.check_arrays('state["slow"]', values_of, self.opt)
-            load()
-            for slow, value in zip(self._slow, values_of, strict=True):
-                fill(slow, value)
-            vars(self).update(values)
-            self._moved[0] = self._synchronized = self.opt.steps
+        if len(self._slow) < len(self.opt._params.arrays):
+            self._make_room()
+        values = checked(saved["k"], saved["alpha"])
+        load, order = self.opt._loading(saved["opt"]), saving.by_name
+        slow = order(saved["opt"], self.opt)('state["slow"]', saved["slow"])
+        saving.check_arrays('state["slow"]', slow, self.opt)
+        steps = saved["opt"]["steps"]
+        load(
+            *[filling(*pair) for pair in zip(self._slow, slow, strict=True)],
+            partial(setitem, self._moved, 0, steps),
+            partial(vars(self).update, values, _synchronized=steps),
+        )
 
     def __repr__(self) -> str:
         return f"<lookahead k={self.k} alpha={self.alpha} of {self.opt!r}>"

@@ -15,16 +15,21 @@ from typing import Any
 import numpy as np
 
 from fastopt import checks
+from fastopt.atomic import Call, filling
 from fastopt.bound import Bound, bind_alone, fill
 from fastopt.flat import Array, leaves
 from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import Extras
+from fastopt.numpy_ref import Extras, Step
 from fastopt.optimizer import Optimizer
 from fastopt.parameters import expanded
 from fastopt.rules.muon import direction, muon
 
 # Jordan et al. 2024: chosen to push small singular values up fast.
 A, B, C = 3.4445, -4.7750, 2.0315
+
+# Room for updates of up to this many bytes is kept for the next step. More of it is
+# made anew each time, which is short beside products of matrices that are so large.
+MOST_KEPT = 16 << 20
 
 
 def orthogonalize(u: Any, ns_steps: int, eps: float) -> None:
@@ -155,7 +160,7 @@ class Muon(Optimizer):
 
     _separately = True
     _matrices: list[int]  # those of the segments that go through products
-    _direction: Any  # the pass before the step over them, if there are any
+    _pass: tuple[list[Array], Step] | None  # before the step, if their updates are kept
 
     def __init__(
         self,
@@ -212,11 +217,11 @@ class Muon(Optimizer):
         decay = () if decays else ("weight_decay", "adamw_weight_decay")
         return decay if array.ndim == 2 else (*decay, "use_muon")
 
-    def _change(self, changes: list[Mapping[str, Any]]) -> None:
+    def _change(self, changes: Sequence[Mapping[str, Any]], **more: Any) -> None:
         self._check_use_muon(changes)
-        super()._change(changes)
+        super()._change(changes, **more)
 
-    def _loading(self, saved: Mapping[str, Any]) -> Callable[[], None]:
+    def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
         commit = super()._loading(saved)
         self._check_use_muon(saved["groups"])
         return commit
@@ -230,7 +235,9 @@ class Muon(Optimizer):
                     f"decides about the state; make another optimizer"
                 )
 
-    def _commit(self, values: Sequence[Mapping[str, Any]], bound: Bound) -> None:
+    def _following(
+        self, values: Sequence[Mapping[str, Any]], bound: Bound
+    ) -> dict[str, Any]:
         params = bound.params
         matrices = [
             i
@@ -239,21 +246,28 @@ class Muon(Optimizer):
             )
             if array.ndim == 2 and values[group]["use_muon"]
         ]
-        made = matrices and bind_alone(
-            self._module,
-            direction,
-            [bound.buffers["v"][i] for i in matrices],
-            [params.set_of[i] for i in matrices],
-            [[bound.buffers["m"][i] for i in matrices]],
-        )
-        super()._commit(values, bound)
-        self._matrices, self._direction = matrices, made
+        nbytes = sum(params.arrays[i].nbytes for i in matrices)
+        small = matrices and nbytes <= MOST_KEPT
+        lasting = self._new_pass(bound, matrices) if small else None
+        return {"_matrices": matrices, "_pass": lasting}
+
+    def _new_pass(self, bound: Bound, matrices: list[int]) -> tuple[list[Array], Step]:
+        """Room for the updates of matrices, and the step that puts into it what is to
+        be made orthogonal. It is copied into the state when all of it is ready; on a
+        device, where no step is made at one instant, it is the state."""
+        room = [bound.buffers["v"][i] for i in matrices]
+        if not any(map(checks.on_device, room)):
+            room = list(map(np.empty_like, room))
+        rows = [bound.params.set_of[i] for i in matrices]
+        momentum = [bound.buffers["m"][i] for i in matrices]
+        return room, bind_alone(self._module, direction, room, rows, [momentum])
 
     def _plan_steps(self) -> None:
         super()._plan_steps()
-        self._plan = (*self._plan[:-1], None)  # there is something to do in between
+        plan: tuple[Any, ...] = self._plan
+        self._plan = (*plan[:-1], None)  # there is something to do in between
 
-    def _do(
+    def _calls(
         self,
         grads: list[Any],
         weights: list[float] | None,
@@ -261,14 +275,20 @@ class Muon(Optimizer):
         factor: float,
         threads: int,
         extras: Extras,
-    ) -> bool:
-        if self._direction:
-            sets = [dict(zip(muon.hyperparameters, v, strict=True)) for v in values]
-            limit = extras.clip_value
-            self._make_updates(grads, weights, sets, factor, threads, limit)
-        return super()._do(grads, weights, values, factor, threads, extras)
+    ) -> list[Call]:
+        sets = [dict(zip(muon.hyperparameters, v, strict=True)) for v in values]
+        limit = extras.clip_value
+        updates = self._updates(grads, weights, sets, factor, threads, limit)
+        v, step = self._bound.buffers["v"], self._bound.step
+        if self.backend == "numpy":  # which reads now what it writes later
+            step.instead = {id(v[i]): update for i, update in updates.items()}
+            return super()._calls(grads, weights, values, factor, threads, extras)
+        return [
+            *[filling(v[i], update) for i, update in updates.items()],
+            *super()._calls(grads, weights, values, factor, threads, extras),
+        ]
 
-    def _make_updates(
+    def _updates(
         self,
         grads: list[Any],
         weights: list[float] | None,
@@ -276,19 +296,22 @@ class Muon(Optimizer):
         factor: float,
         threads: int,
         clip_value: float,
-    ) -> None:
+    ) -> dict[int, Any]:
         """For each matrix that has a gradient, its update made orthogonal."""
+        updates: dict[int, Any] = {}
+        if not self._matrices:
+            return updates
         scalars = [
             (factor, *direction.scalars(self.steps + 1, s["momentum"], s["nesterov"]))
             for s in sets
         ]
         tasks = [grads] if weights is None else grads
         taken = [[task[i] for i in self._matrices] for task in tasks]
-        if not self._direction.take(taken if weights else taken[0], weights):
+        room, step = self._pass or self._new_pass(self._bound, self._matrices)
+        if not step.take(taken if weights else taken[0], weights):
             raise RuntimeError("the kernel refused gradients found to fit")
-        self._direction(scalars, threads, Extras(clip_value))
-        for i in self._matrices:
-            update = self._bound.buffers["v"][i]
+        step(scalars, threads, Extras(clip_value))
+        for i, update in zip(self._matrices, room, strict=True):
             if all(task[i] is None for task in tasks) or not update.size:
                 continue
             given = sets[self._params.set_of[i]]
@@ -297,5 +320,9 @@ class Muon(Optimizer):
             with np.errstate(all="ignore"):
                 orthogonalize(there, int(given["ns_steps"]), given["eps"])
                 there *= adjustment(rows, columns, given["match_rms_adamw"])
-            if isinstance(there, np.ndarray) and there is not update:  # the simulator
-                fill(update, there)
+            if checks.on_device(update):
+                if isinstance(there, np.ndarray):  # the simulator
+                    fill(update, there)
+            else:
+                updates[i] = update
+        return updates

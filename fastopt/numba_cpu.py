@@ -19,6 +19,8 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import setitem
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,10 @@ from numba.core import cgutils
 from numba.core import types as nt
 from numba.core.errors import NumbaError, TypingError
 from numba.extending import intrinsic
+from numba.np.ufunc import parallel
 
-from fastopt import cython_cpu, kernel_cache, llvm_ir, numpy_ref
+from fastopt import cython_cpu, kernel_cache, llvm_ir, numpy_ref, passes
+from fastopt.atomic import Call
 from fastopt.checks import as_array
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
 from fastopt.kernel_cache import Kernel
@@ -509,14 +513,16 @@ class Alone(Step):
             np.int64,
         )
         self.sets, self.width = carry.shape[1], 1 + rule.scalar_count
+        self.averages = [s.average for s in segments if s.average is not None]
+        self.averaging: Alone | None = None
         # A cast to float rounds once; NumPy would do it at ten times a call's cost.
         self.constants = (REAL[dtype.itemsize] * (self.sets * self.width))()
 
-    def __call__(
+    def calls(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> bool:
+    ) -> list[Call]:
         if any(segment.product is not None for segment in self.segments):
-            return super().__call__(rows, threads, extras)
+            return super().calls(rows, threads, extras)
         for row in rows:
             if len(row) != self.width:
                 raise TypeError(
@@ -524,35 +530,45 @@ class Alone(Step):
                     f"scalars returned {len(row) - 1}"
                 )
         given = 0
-        clipped = []
+        read = list(self.grads)  # or what was clipped of them
         for i, (grad, segment) in enumerate(
             zip(self.grads, self.segments, strict=True)
         ):
+            if grad is not None and extras.clip_value < math.inf:
+                read[i] = self.grad(i, rows[segment.row][0], extras.clip_value)
             address = 0
             if grad is not None:
-                if extras.clip_value < math.inf:
-                    factor = rows[segment.row][0]
-                    grad = self.grad(i, factor, extras.clip_value)
-                    clipped.append(grad)
-                address = grad.__array_interface__["data"][0]
+                address = read[i].__array_interface__["data"][0]
                 given += grad.size
             self.table[i, GRAD] = address
-        if clipped:
+        if extras.clip_value < math.inf:
             rows = [(1.0, *row[1:]) for row in rows]
+        rows = rows[: self.sets]  # those that these segments are of
         self.constants[:] = [value for row in rows for value in row]
-        self._run(1 if given < SERIAL_BELOW else threads)
-        for i, segment in enumerate(self.segments):
-            if segment.average is not None:
-                weight = self.type(extras.ema_weight)
-                with np.errstate(all="ignore"):
-                    (new,) = self.average(segment.average, segment.param, weight)
-                segment.average[...] = new
-            for task in self.tasks if extras.zero_grads else ():
-                if task[i] is not None:
-                    task[i][...] = 0
-        return True
+        return [
+            *self._native(1 if given < SERIAL_BELOW else threads),
+            partial(len, read),  # which live until the call before this one
+            *(self._average(extras.ema_weight, threads) if self.averages else ()),
+            *[
+                partial(setitem, grad, ..., 0)
+                for task in self.tasks
+                for grad in task
+                if extras.zero_grads and grad is not None
+            ],
+        ]
 
-    def _run(self, threads: int) -> None:
+    def _average(self, weight: float, threads: int) -> list[Call]:
+        """The step that moves the averages: the new parameters stand in for their
+        gradients."""
+        if self.averaging is None:
+            segments = [Segment(average, (), 0) for average in self.averages]
+            count, carry = np.zeros(1, np.int64), np.zeros((2, 1, 0))
+            self.averaging = Alone(passes.average, segments, count, carry)
+        self.averaging.take([segment.param for segment in self.segments])
+        return self.averaging.calls([(1.0, weight)], threads)
+
+    def _native(self, threads: int) -> list[Call]:
+        """The calls of native code, none of Python code between them."""
         arguments = (
             self.kernel,
             self.table.ctypes.data,
@@ -564,16 +580,15 @@ class Alone(Step):
             self.count.ctypes.data,
         )
         if threads == 1:
-            own_driver(serial)(*arguments)
-            return
-        native = own_driver(region, parallel=True)
-        with one_region:
-            before = numba.get_num_threads()  # of this Python thread
-            wanted = min(threads, config.NUMBA_NUM_THREADS)
-            try:
-                if wanted != before:
-                    numba.set_num_threads(wanted)
-                native(*arguments)
-            finally:
-                if wanted != before:
-                    numba.set_num_threads(before)
+            return [partial(own_driver(serial), *arguments)]
+        native = partial(own_driver(region, parallel=True), *arguments)
+        before = numba.get_num_threads()  # of this Python thread
+        wanted = min(threads, config.NUMBA_NUM_THREADS)
+        # A handler of signals that came while we held the lock would wait for it.
+        return [
+            one_region.acquire,
+            partial(parallel._set_num_threads, wanted),
+            native,
+            partial(parallel._set_num_threads, before),
+            one_region.release,
+        ]

@@ -26,6 +26,7 @@ from numba import config
 
 from fastopt import llvm_ir, passes
 from fastopt import rule as rules
+from fastopt.atomic import Call
 from fastopt.checks import on_device
 from fastopt.factored import TILE_COLUMNS, TILE_ROWS, in_order
 from fastopt.flat import Array, Product, Segment
@@ -736,6 +737,12 @@ class OnDevice(Step):
                 totals = [a + b for a, b in zip(totals, next(by_chunk), strict=True)]
             results.append(None if grad is None else tuple(totals))
         return results
+
+    def calls(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+    ) -> list[Call]:
+        # Launches are Python code of Numba's, so an interrupt may come between them.
+        return [functools.partial(self, rows, threads, extras)]
 
     def __call__(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from operator import setitem
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt import passes
+from fastopt.atomic import Call, uninterrupted
 from fastopt.checks import as_array
 from fastopt.factored import square_sums
 from fastopt.flat import Array, Segment, state_arena
@@ -116,6 +119,8 @@ class Step:
             return function and concrete(function, dtype, NUMPY, lambda helper: helper)
 
         self.segments, self.count, self.type = segments, count, dtype.type
+        # Arrays to read in place of buffers, by these buffers' identities.
+        self.instead: dict[int, Array] = {}
         self.update = element(rule.update)
         self.measures = {
             "rule": (element(rule.measure), rule.measure_count),
@@ -145,7 +150,7 @@ class Step:
     def state_of(self, segment: Segment) -> tuple[Array, ...]:
         """The state buffers, or what stands for them."""
         if segment.product is None:
-            return segment.state
+            return tuple(self.instead.get(id(a), a) for a in segment.state)
         rows, columns = segment.product
         product = rows[:, :, None] * columns[:, None, :]
         return (product.reshape(segment.param.shape),)
@@ -195,12 +200,11 @@ class Step:
                 sums.append(tuple(map(sum_in_order, terms)))
         return sums
 
-    def __call__(
+    def calls(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> bool:
-        """Do the step: the update with a row of scalars, of which the first is the
-        factor for the gradients; ``count``, an int64 array of one element, is raised.
-        True."""
+    ) -> list[Call]:
+        """What is left of a step once all its results are known: calls that write them.
+        An error in a rule comes before, and an interrupt before or after them all."""
         results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
@@ -209,9 +213,9 @@ class Step:
                     factor, *constants = rows[segment.row]
                     grad = self.grad(i, factor, extras.clip_value)
                     used = map(self.type, constants)
-                    state = self.state_of(segment)
-                    new = self.update(p, grad, *state, *used)
-                    results += zip((p, *state), new, strict=True)
+                    new = self.update(p, grad, *self.state_of(segment), *used)
+                    written = (p, *segment.state) if segment.product is None else (p,)
+                    results += zip(written, new, strict=False)
                     p = new[0]
                 if segment.average is not None:
                     weight = self.type(extras.ema_weight)
@@ -220,13 +224,39 @@ class Step:
                 for task in self.tasks if extras.zero_grads else ():
                     if task[i] is not None:
                         results.append((task[i], np.zeros_like(task[i])))
-        # Only now, so that an error in a rule leaves all as it was. (An interrupt in
-        # between does not; the compiled backends do a step in one call.)
-        values = [np.array(value) for _, value in results]
-        for (buffer, _), value in zip(results, values, strict=True):
-            buffer[...] = value
-        self.count[0] += 1
+        # Copies, as a rule may return an array that another of these calls writes to.
+        return [
+            *(partial(setitem, to, ..., np.array(value)) for to, value in results),
+            partial(setitem, self.count, 0, self.count[0] + 1),
+        ]
+
+    def __call__(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+    ) -> bool:
+        """Do the step: the update with a row of scalars, of which the first is the
+        factor for the gradients; ``count``, an int64 array of one element, is raised.
+        True."""
+        uninterrupted(*self.calls(rows, threads, extras))
         return True
+
+
+def calls_of(
+    step: Step, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+) -> list[Call]:
+    """A step as calls for :func:`fastopt.atomic.uninterrupted`. A compiled step is one
+    such call."""
+    if isinstance(step, Step):
+        return step.calls(rows, threads, extras)
+    return [partial(step, rows, threads, extras)]
+
+
+def written(calls: Sequence[Call]) -> dict[int, Any]:
+    """What such calls are known to write into arrays, by the arrays' identities."""
+    return {
+        id(call.args[0]): call.args[2]
+        for call in calls
+        if isinstance(call, partial) and call.func is setitem
+    }
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any
 
-from fastopt import backends, checks, passes, saving
+from fastopt import backends, checks, saving
+from fastopt.accumulation import Pending, new_pending
 from fastopt.arithmetic import standard
+from fastopt.atomic import Call, filling, uninterrupted
 from fastopt.bound import Bound, bind, bind_alone, fill, shrinking
+from fastopt.exclusive import exclusive, free_flag, new_flag
 from fastopt.flat import Array, FlatBuffer, leaves
+from fastopt.gradients import fit, grad_name, of_tasks, take
 from fastopt.hyperparameters import Group, Values
-from fastopt.numpy_ref import Extras, Step
-from fastopt.parameters import Parameters, zeros
+from fastopt.numpy_ref import Extras, calls_of
+from fastopt.parameters import Parameters
 from fastopt.rule import Rule
 from fastopt.threads import available, forked
 
 ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
 AS_GIVEN = 1.0  # the gradients; an object of its own, to be known at once
-
-
-class Pending(NamedTuple):
-    """Sums of gradients, until a step takes them."""
-
-    sums: list[Array]
-    given: list[bool]  # whether any gradient came, by parameter
-    step: Step
-    spans: list[tuple[int, int]]
-
-    @property
-    def found(self) -> list[Array | None]:
-        """The sums as the gradients of a step."""
-        pairs = zip(self.sums, self.given, strict=True)
-        return [array if given else None for array, given in pairs]
 
 
 class Optimizer:
@@ -107,7 +96,12 @@ class Optimizer:
     ema: float | None
     groups: tuple[Group, ...]
 
+    _bound: Bound
+    _plan: tuple[Any, list[Values] | None, int, Any]
+    _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
+    # More calls that belong to a step, whose own these are; such as a Lookahead's.
+    _with_step: Callable[[Sequence[Call]], Sequence[Call]] | None = None
 
     def __init__(
         self,
@@ -143,7 +137,7 @@ class Optimizer:
             )
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
-        self._busy, self._skipped, self._grad_norm = [False], 0, math.nan
+        self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
         self._averages = None if ema is None else self._params.like()
         given = [dict(group) for group in own or [{}]]
         groups = tuple(
@@ -161,55 +155,58 @@ class Optimizer:
             group.checked(rule.complete({**hyperparameters, **changes}), 0)
             for group, changes in zip(groups, given, strict=True)
         ]
-        self.groups = groups  # from now on, assignment is to hyperparameters
-        self._commit(values, self._bind(values))
+        # From now on, assignment is to hyperparameters.
+        self._commit(values, self._bind(values, groups=groups), groups=groups)
 
+    @exclusive
     def add_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters: ``{"params": ..., "lr": ...}``, as in the beginning.
 
         What it does not set has the rule's defaults. From now on gradients are a list
         with those of each group. The steps so far count for the new parameters, too.
         """
-        with self._alone():
-            if not isinstance(group, Mapping) or "params" not in group:
-                raise TypeError(
-                    f'a group is a dict with "params" and hyperparameters, '
-                    f"got {type(group).__name__}"
-                )
-            if self._pending is not None:
-                raise RuntimeError(
-                    "there are accumulated gradients; step or drop_accumulated() first"
-                )
-            changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
-            params = self._params.with_group(group["params"])
-            number = len(self.groups)
-            new = Group(
-                self.rule,
-                f"groups[{number}]",
-                number,
-                self._assign,
-                params.arrays[0].dtype,
-                group.get("frozen", False),
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(
+                f'a group is a dict with "params" and hyperparameters, got '
+                f"{type(group).__name__}"
             )
-            values = [dict(g) for g in self.groups]
-            values.append(new.checked(self.rule.complete(changes), self.steps))
-            averages = None if self.ema is None else params.like()
-            if averages is not None:
-                old = self._averages[1] if self._averages else []
-                for average, value in zip(
-                    averages[1], [*old, *params.arrays[len(old) :]], strict=True
-                ):
-                    fill(average, value)
-            before = self._params, self._averages, self.groups
-            self._params, self._averages, self._spare = params, averages, None
-            vars(self)["groups"] = (*self.groups, new)
-            try:
-                self._commit(values, self._bind(values, self._bound))
-            except BaseException:
-                self._params, self._averages, vars(self)["groups"] = before
-                raise
-            for number, member in enumerate(self.groups):
-                member.rename(f"groups[{number}]")
+        if self._pending is not None:
+            raise RuntimeError(
+                "there are accumulated gradients; step or drop_accumulated() first"
+            )
+        changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
+        params = self._params.with_group(group["params"])
+        number = len(self.groups)
+        new = Group(
+            self.rule,
+            f"groups[{number}]",
+            number,
+            self._assign,
+            params.arrays[0].dtype,
+            group.get("frozen", False),
+        )
+        values = [dict(g) for g in self.groups]
+        values.append(new.checked(self.rule.complete(changes), self.steps))
+        averages = None if self.ema is None else params.like()
+        if averages is not None:
+            old = self._averages[1] if self._averages else []
+            for average, value in zip(
+                averages[1], [*old, *params.arrays[len(old) :]], strict=True
+            ):
+                fill(average, value)
+        groups = (*self.groups, new)
+        bound = self._bind(
+            values, self._bound, params=params, averages=averages, groups=groups
+        )
+        self._commit(
+            values,
+            bound,
+            groups=groups,
+            prefixes=[f"groups[{number}]" for number in range(len(groups))],
+            _params=params,
+            _averages=averages,
+            _spare=None,
+        )
 
     # Hyperparameters ------------------------------------------------------------------
 
@@ -227,8 +224,11 @@ class Optimizer:
     def __setattr__(self, name: str, value: Any) -> None:
         groups = vars(self).get("groups")
         if name == "threads":
-            super().__setattr__(name, checks.check_threads(value))
-            if groups is not None:
+            threads = checks.check_threads(value)
+            if groups is None:
+                vars(self)["threads"] = threads
+            else:
+                vars(self).update(self._unplanned(self._params, threads))
                 self._plan_steps()
         elif name == "ema":
             if groups is not None:
@@ -244,48 +244,42 @@ class Optimizer:
                 f"{', '.join(groups[0])}"
             )
 
-    def _assign(self, number: int, changes: Mapping[str, Any]) -> None:
-        self._change([changes if g.number == number else {} for g in self.groups])
+    def _assign(
+        self, number: int, changes: Mapping[str, Any], frozen: bool | None = None
+    ) -> None:
+        of_group = [g.number == number for g in self.groups]
+        self._change(
+            [changes if here else {} for here in of_group],
+            frozen=[frozen if here else None for here in of_group],
+        )
 
-    def _change(self, changes: list[Mapping[str, Any]]) -> None:
-        """Change hyperparameters, a mapping for each group; with an error, none.
+    @exclusive
+    def _change(
+        self,
+        changes: Sequence[Mapping[str, Any]],
+        *,
+        frozen: Sequence[bool | None] | None = None,
+        also: Iterable[Call] = (),
+    ) -> None:
+        """Change hyperparameters, a mapping for each group; with an error, none. More
+        calls are made at the same instant.
 
         What was once switched on stays so: with a switch off, a variant does what the
         one without that state does (with finite numbers), and the state survives.
         """
-        with self._alone():
-            values = [
-                group.checked(given, self.steps)
-                for group, given in zip(self.groups, changes, strict=True)
-            ]
-            bound, switches = self._bound, self.rule.switches
-            if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
-                bound = self._bind(values, bound)
-            self._commit(values, bound)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No step, in another thread either, while this lasts."""
-        busy = self._busy
-        if busy[0]:
-            self._refuse_during_a_step()
-        busy[0] = True
-        try:
-            yield
-        finally:
-            busy[0] = False
+        values = [
+            group.checked(given, self.steps)
+            for group, given in zip(self.groups, changes, strict=True)
+        ]
+        bound, switches = self._bound, self.rule.switches
+        if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
+            bound = self._bind(values, bound)
+        self._commit(values, bound, frozen=frozen, also=also)
 
     @property
     def _threads_now(self) -> int:
         """Those of OpenMP do not survive a fork."""
         return 1 if forked[0] else self.threads
-
-    def _refuse_during_a_step(self) -> None:
-        if self._busy[0]:
-            raise RuntimeError(
-                "this optimizer is in a step, in another thread or in one of its "
-                "schedules, or is changed or saved there; wait for its end"
-            )
 
     # State and kernels ----------------------------------------------------------------
 
@@ -317,20 +311,20 @@ class Optimizer:
         that steps update, until ``add_group`` makes another. None without ``ema``."""
         return self._averages[0] if self._averages else None
 
+    @exclusive
     def eval_params(self) -> Any:
         """The parameters to use, such as for a validation, in their structure.
 
         For most rules the parameters themselves, as given. For those that take their
         gradients elsewhere (``schedule_free_*``), new arrays.
         """
-        with self._alone():
-            if self._bound.rule.evaluate is None:
-                params = self._params
-                return params.trees if params.grouped else params.trees[0]
-            values = self._values(self.steps)
-            if not self.steps:
-                self._start(values)
-            return self._bound.evaluated(values)
+        if self._bound.rule.evaluate is None:
+            params = self._params
+            return params.trees if params.grouped else params.trees[0]
+        values = self._values(self.steps)
+        if not self.steps:
+            self._start(values)
+        return self._bound.evaluated(values)
 
     @standard
     def _values(self, steps: int) -> list[Values]:
@@ -339,14 +333,16 @@ class Optimizer:
         if not self._params.differ:
             return given
         names = list(self.groups[0])
-        sets = self._sets([dict(zip(names, values, strict=True)) for values in given])
+        by_name = [dict(zip(names, values, strict=True)) for values in given]
+        sets = self._sets(by_name, self._params)
         return [tuple(values.values()) for values in sets]
 
-    def _sets(self, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _sets(
+        self, values: Sequence[Mapping[str, Any]], params: Parameters
+    ) -> list[dict[str, Any]]:
         """The values of the groups for each set: without decay where it is masked."""
         return [
-            {**values[group], **dict.fromkeys(off, 0.0)}
-            for group, off in self._params.sets
+            {**values[group], **dict.fromkeys(off, 0.0)} for group, off in params.sets
         ]
 
     def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
@@ -360,22 +356,28 @@ class Optimizer:
         values: Sequence[Mapping[str, Any]],
         before: Bound | None = None,
         on: Set[str] = frozenset(),
+        *,
+        params: Parameters | None = None,
+        averages: tuple[Any, list[Array]] | None = None,
+        groups: Sequence[Group] | None = None,
         **saved: Any,
     ) -> Bound:
         """The variant for these values of the groups, and for more switches that are
         ``on``, with its kernel and its state: what there was ``before`` or is
-        ``saved``, and else new."""
-        rule, dtype = self.rule, self._params.arrays[0].dtype
+        ``saved``, and else new. Parameters, averages and groups are ours, or others."""
+        params, groups = params or self._params, groups or self.groups
+        averages = averages or self._averages
+        rule, dtype = self.rule, params.arrays[0].dtype
         steps = saved.get("steps", before.steps if before else 0)
         on = on | (before.on if before else frozenset())
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
         variant = rule.variant(on)
         now = [
             dict(zip(given, group.at(steps, given), strict=True))
-            for group, given in zip(self.groups, values, strict=True)
+            for group, given in zip(groups, values, strict=True)
         ]
         known = len(before.params.sets) if before and before.on == on else 0
-        for given in (sets := self._sets(now))[known:]:
+        for given in (sets := self._sets(now, params))[known:]:
             carry = variant.first_carry(given)
             constants = variant.scalars(steps + 1, *carry, *given.values())
             variant.check_results(
@@ -386,17 +388,49 @@ class Optimizer:
             self._module,
             variant,
             frozenset(on),
-            self._params,
+            params,
             sets,
-            averages=self._averages[1] if self._averages else None,
+            averages=averages[1] if averages else None,
             **{"state": {}, "carried": None, "steps": steps, **kept, **saved},
         )
 
-    def _commit(self, values: Sequence[Mapping[str, Any]], bound: Bound) -> None:
-        for group, given in zip(self.groups, values, strict=True):
-            group.commit(given)
-        self._bound = bound
+    def _commit(
+        self,
+        values: Sequence[Mapping[str, Any]],
+        bound: Bound,
+        *,
+        groups: tuple[Group, ...] | None = None,
+        frozen: Sequence[bool | None] | None = None,
+        prefixes: Sequence[str | None] | None = None,
+        also: Iterable[Call] = (),
+        **changes: Any,
+    ) -> None:
+        """Take over what is ready, all at the same instant."""
+        groups = groups or self.groups
+        nothing = [None] * len(groups)
+        of_groups = zip(
+            groups, values, frozen or nothing, prefixes or nothing, strict=True
+        )
+        changes |= self._unplanned(bound.params, self.threads)
+        changes |= self._following(values, bound)
+        uninterrupted(
+            *also,
+            *[g.committing(given, flag, name) for g, given, flag, name in of_groups],
+            partial(vars(self).update, changes, _bound=bound, groups=groups),
+        )
         self._plan_steps()
+
+    def _following(
+        self, values: Sequence[Mapping[str, Any]], bound: Bound
+    ) -> dict[str, Any]:
+        """More attributes that follow from these."""
+        return {}
+
+    def _unplanned(self, params: Parameters, threads: int) -> dict[str, Any]:
+        """Attributes in place of a plan: with this one, every step is right, but slow;
+        an interrupt may come before there is another."""
+        plan = (params.layout, None, threads, None)
+        return {"threads": threads, "_plan": plan, "_planned": False}
 
     def _plan_steps(self) -> None:
         schedules = any(group.schedules for group in self.groups)
@@ -411,12 +445,13 @@ class Optimizer:
         )
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
-        self._plan = (
+        plan = (
             self._params.layout,
             None if schedules else self._values(self.steps),
             self.threads,
             None if more else getattr(self._bound.step, "at", None),
         )
+        vars(self).update(_plan=plan, _planned=True)
 
     # Steps ----------------------------------------------------------------------------
 
@@ -481,76 +516,65 @@ class Optimizer:
         """
         if grad_scale is not AS_GIVEN:
             grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
-        busy = self._busy
-        # Not a Lock: an interrupt may come between its acquire and the try, and then it
-        # is never released. Between these lines there is no call, so there comes none.
-        if busy[0]:
-            self._refuse_during_a_step()
-        busy[0] = True
+        busy, mine = self._busy, False
         try:
-            # Only now: the gradients' own code, a mapping's or a schedule's, is refused
-            # to change the optimizer, and another thread is, too.
-            layout, values, threads, compiled = self._plan
-            if weights is not None:
-                found, weights = self._find_tasks(grads, weights)
-                compiled = None
-            elif layout is None:  # a single array
-                found = [grads]
-            elif type(grads) is FlatBuffer and grads.shapes is layout:
-                found = [grads.data]
-            elif grads is ACCUMULATED:
-                found = [grads]
-            else:
-                found = []
-                checks.collect(layout, grads, "", found)
-            if values is None:  # there are schedules
-                values = self._values(self.steps)
-            if forked[0]:
-                threads = 1
-            # The compiled step takes plain arrays only, and refuses before it writes.
-            if (
-                compiled is None
-                or clip_norm is not None
-                or clip_value is not None
-                or zero_grads
-                or nonfinite != "propagate"
-                or not compiled(found, values, grad_scale, threads)
-            ):
-                pending = self._look_for_accumulated(grads)
-                self._step_in_full(
-                    pending.found if pending else found,
-                    values,
-                    threads,
-                    grad_scale,
-                    checks.check_limit("clip_norm", clip_norm),
-                    checks.check_limit("clip_value", clip_value),
-                    checks.check_nonfinite(nonfinite),
-                    zero_grads or pending is not None,
-                    weights,
-                )
-                if pending is not None:
-                    for group, sums in zip(
-                        self._params.group_of, pending.sums, strict=True
-                    ):
-                        if self.groups[group].frozen:  # and so not zeroed by the step
-                            fill(sums, 0.0)
-                    nothing = [False] * len(pending.given)
-                    self._spare = pending._replace(given=nothing)
-                    self._wait_with(None)
+            try:
+                # As in exclusive(), at half the cost.
+                if busy[0]:
+                    busy = free_flag(self)
+                mine = busy[0] = True
+                # Only now: the gradients' own code, a mapping's or a schedule's, is
+                # refused to change the optimizer, and another thread is, too.
+                layout, values, threads, compiled = self._plan
+                found: list[Any]
+                if weights is not None:
+                    if grads is ACCUMULATED:
+                        raise TypeError(
+                            "weights need the gradients of each task: step(grads, ...)"
+                        )
+                    found, weights = of_tasks(self._params, grads, weights)
+                    compiled = None
+                elif layout is None:  # a single array
+                    found = [grads]
+                elif type(grads) is FlatBuffer and grads.shapes is layout:
+                    found = [grads.data]
+                elif grads is ACCUMULATED:
+                    found = [grads]
+                else:
+                    found = []
+                    checks.collect(layout, grads, "", found)
+                if values is None:  # there are schedules
+                    values = self._values(self.steps)
+                if forked[0]:
+                    threads = 1
+                # The compiled step takes plain arrays only, and refuses before it
+                # writes.
+                if (
+                    compiled is None
+                    or clip_norm is not None
+                    or clip_value is not None
+                    or zero_grads
+                    or nonfinite != "propagate"
+                    or not compiled(found, values, grad_scale, threads)
+                ):
+                    pending = self._look_for_accumulated(grads)
+                    self._step_in_full(
+                        pending.found if pending else found,
+                        values,
+                        threads,
+                        grad_scale,
+                        checks.check_limit("clip_norm", clip_norm),
+                        checks.check_limit("clip_value", clip_value),
+                        checks.check_nonfinite(nonfinite),
+                        zero_grads or pending is not None,
+                        weights,
+                    )
+            finally:
+                if mine:
+                    busy[0] = False
         finally:
-            busy[0] = False
-
-    def _find_tasks(self, grads: Any, weights: Any) -> tuple[list[Any], list[float]]:
-        """The gradients of each of several tasks, lists, and their weights."""
-        if grads is ACCUMULATED:
-            raise TypeError("weights need the gradients of each task: step(grads, ...)")
-        tasks = checks.split_tasks("grads", grads)
-        found: list[Any] = []
-        for k, task in enumerate(tasks):
-            found.append([])
-            checks.collect(self._params.layout, task, "", found[k], f"grads[{k}]")
-        dtype = self._params.arrays[0].dtype
-        return found, checks.check_weights(weights, len(tasks), dtype)
+            if mine:
+                busy[0] = False
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:
         """The sums that a step with these gradients is to take."""
@@ -563,10 +587,19 @@ class Optimizer:
             raise TypeError("step needs gradients: none have been accumulated")
         return self._pending
 
-    def _wait_with(self, pending: Pending | None) -> None:
-        """Keep sums for the next step, or none; only without is it a plain one."""
-        self._pending = pending
-        self._plan_steps()
+    def _taken(self) -> tuple[list[Call], dict[str, Any]]:
+        """What a step does with the sums that it takes, beside zeroing those that it
+        reads: calls, and what attributes become."""
+        pending = self._pending
+        if pending is None:
+            return [], {}
+        calls = [
+            filling(sums, 0.0)
+            for group, sums in zip(self._params.group_of, pending.sums, strict=True)
+            if self.groups[group].frozen  # and so not read
+        ]
+        unplanned = self._unplanned(self._params, self.threads)
+        return calls, {"_pending": None, "_spare": pending.emptied, **unplanned}
 
     @standard
     def _step_in_full(
@@ -587,11 +620,11 @@ class Optimizer:
         step, first = bound.step, bound.steps == 0
         several = weights is not None
         thawed = list(map(self._thawed, found)) if several else self._thawed(found)
-        grads = self._take(step, thawed, bound.spans, weights)
+        grads = take(self._params, step, thawed, bound.spans, weights)
         tasks: list[list[Any]] = grads if several else [grads]
         if zero_grads:
             names = [
-                self._grad_name(i, f"[{k}]" if several else "")
+                grad_name(self._params, i, f"[{k}]" if several else "")
                 for k, task in enumerate(tasks)
                 for i in range(len(task))
             ]
@@ -599,30 +632,44 @@ class Optimizer:
         if first and (bound.rule.starts or bound.rule.carry or bound.averages):
             self._start(values)
         factor = grad_scale
+        calls, changes = self._taken()
         if clip_norm < math.inf or nonfinite != "propagate":
             norm, bad = bound.norm(grads, grad_scale, threads, weights)
-            self._grad_norm = norm
+            changes["_grad_norm"] = norm
             if bad and nonfinite == "raise":
-                where = [self._grad_name(i, "[...]" if several else "") for i in bad]
+                self._grad_norm = norm
+                where = [
+                    grad_name(self._params, i, "[...]" if several else "") for i in bad
+                ]
                 raise FloatingPointError(
                     f"not all is finite in {', '.join(where)}; nothing was updated"
                 )
             if bad and nonfinite == "skip":
-                self._skipped += 1
-                for task in tasks if zero_grads else ():
-                    for grad in task:
-                        if grad is not None:
-                            fill(grad, 0.0)
+                calls += [
+                    filling(grad, 0.0)
+                    for task in tasks
+                    for grad in task
+                    if zero_grads and grad is not None
+                ]
+                changes["_skipped"] = self._skipped + 1
+                self._finish(calls, changes)
                 return
             factor *= shrinking(norm, clip_norm)
         weight = 0.0 if self.ema is None else 1 - self.ema
         extras = Extras(clip_value, weight, zero_grads)
-        if not self._do(grads, weights, values, factor, threads, extras):
-            raise RuntimeError("the kernel refused gradients found to fit")
-        if first:
+        own = self._calls(grads, weights, values, factor, threads, extras)
+        more = self._with_step(own) if self._with_step else ()
+        if first:  # what is done before it need not be done again
+            changes |= self._unplanned(self._params, self.threads)
+        self._finish([*own, *calls, *more], changes)
+
+    def _finish(self, calls: Iterable[Call], changes: Mapping[str, Any]) -> None:
+        """What a step writes: all of it, or, with an interrupt, nothing."""
+        uninterrupted(*calls, partial(vars(self).update, changes))
+        if not self._planned:
             self._plan_steps()
 
-    def _do(
+    def _calls(
         self,
         grads: list[Any],
         weights: list[float] | None,
@@ -630,9 +677,9 @@ class Optimizer:
         factor: float,
         threads: int,
         extras: Extras,
-    ) -> bool:
+    ) -> list[Call]:
         """The step itself, with these gradients, which were taken, times a factor."""
-        return self._bound.do(values, factor, threads, extras)
+        return self._bound.calls(values, factor, threads, extras)
 
     def _start(self, values: list[Values]) -> None:
         """Before the first step: the parameters may have got their values by now."""
@@ -649,51 +696,9 @@ class Optimizer:
             for number, grad in zip(self._params.group_of, found, strict=True)
         ]
 
-    def _take(
-        self,
-        step: Step,
-        found: list[Any],
-        spans: Sequence[tuple[int, int]],
-        weights: list[float] | None = None,
-    ) -> list[Any]:
-        """Give gradients to a step: as they are, if it checks them itself and they are
-        plain arrays that fit; else after a look at each, which finds the words for a
-        refusal. With weights, a list for each task."""
-        if hasattr(step, "at") and step.take(found, weights):
-            return found
-        fit: list[Any] = (
-            [self._fit(i, grad, spans) for i, grad in enumerate(found)]
-            if weights is None
-            else [
-                [self._fit(i, grad, spans, f"[{k}]") for i, grad in enumerate(task)]
-                for k, task in enumerate(found)
-            ]
-        )
-        if not step.take(fit, weights):
-            raise RuntimeError("the kernel refused gradients found to fit")
-        return fit
-
-    def _grad_name(self, i: int, task: str = "") -> str:
-        return "grads" + task + self._params.names[i].removeprefix("params")
-
-    def _fit(
-        self, i: int, grad: Any, spans: Sequence[tuple[int, int]], task: str = ""
-    ) -> Array | None:
-        """The gradient of the i-th parameter as an array that the kernels can take."""
-        if grad is None:
-            return None
-        of, name = self._params.names[i], self._grad_name(i, task)
-        if isinstance(grad, FlatBuffer):  # one of the right layout is unpacked by now
-            raise ValueError(
-                f"{name} is a FlatBuffer of another layout than {of}; make it with the "
-                f"parameters' zeros_like()"
-            )
-        array = checks.as_gradient(self._module, name, grad, self._params.arrays[i])
-        checks.check_grad(name, array, of, self._params.arrays[i], spans)
-        return array
-
     # Gradients that come in parts -----------------------------------------------------
 
+    @exclusive
     @standard
     def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Add gradients, times a factor, to a sum that the next ``step()`` takes.
@@ -702,28 +707,23 @@ class Optimizer:
         dtype; a parameter that only got None is left alone by that step.
         """
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
-        with self._alone():
-            found: list[Any] = []
-            checks.collect(self._params.layout, grads, "", found)
-            pending = self._pending or self._spare or self._new_pending()
-            taken = self._take(pending.step, found, pending.spans)
-            pending.step([(grad_scale,)], self._threads_now)
-            for i, grad in enumerate(taken):
-                pending.given[i] |= grad is not None
-            self._wait_with(pending)
+        found: list[Any] = []
+        checks.collect(self._params.layout, grads, "", found)
+        pending = self._pending or self._spare
+        if pending is None:
+            pending = new_pending(self._module, self._params.arrays)
+        taken = take(self._params, pending.step, found, pending.spans)
+        pending, calls = pending.added(taken, grad_scale, self._threads_now)
+        unplanned = self._unplanned(self._params, self.threads)
+        self._finish(calls, {"_pending": pending, "_spare": None, **unplanned})
 
+    @exclusive
     def drop_accumulated(self) -> None:
         """Forget what :meth:`accumulate` was given since the last step."""
-        with self._alone():
-            self._spare = None
-            self._wait_with(None)
+        unplanned = self._unplanned(self._params, self.threads)
+        self._finish([], {"_pending": None, "_spare": None, **unplanned})
 
-    def _new_pending(self) -> Pending:
-        arrays = self._params.arrays
-        (sums,) = zeros(self._module.state_arena, arrays, 1)
-        step = bind_alone(self._module, passes.accumulate, sums)
-        return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))
-
+    @exclusive
     @standard
     def estimate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Put an estimate into the state, for a rule that works with one (``sophia_g``;
@@ -732,46 +732,46 @@ class Optimizer:
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} works without estimates")
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
-        with self._alone():
-            found: list[Any] = []
-            checks.collect(self._params.layout, grads, "", found)
-            buffer, rule = self.rule.estimate
-            arrays, values = self._bound.state[buffer], self._values(self.steps)
-            step = bind_alone(self._module, rule, arrays, self._params.set_of)
-            # They must not be the parameters either, to which this step writes nothing.
-            taken = [
-                self._fit(i, grad, self._bound.spans)
-                for i, grad in enumerate(self._thawed(found))
-            ]
-            step.take(taken)
-            rows = [
-                (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
-                for given in values
-            ]
-            step(rows, self._threads_now)
+        found: list[Any] = []
+        checks.collect(self._params.layout, grads, "", found)
+        buffer, rule = self.rule.estimate
+        arrays, values = self._bound.state[buffer], self._values(self.steps)
+        step = bind_alone(self._module, rule, arrays, self._params.set_of)
+        # They must not be the parameters either, to which this step writes nothing.
+        taken = [
+            fit(self._params, i, grad, self._bound.spans)
+            for i, grad in enumerate(self._thawed(found))
+        ]
+        step.take(taken)
+        rows = [
+            (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
+            for given in values
+        ]
+        self._finish(calls_of(step, rows, self._threads_now), {})
 
     # Saving and resuming --------------------------------------------------------------
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything but the parameters that a run needs to go on exactly.
 
         Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
         a schedule is left out: give it to the optimizer that is to go on.
         """
-        with self._alone():
-            return saving.save(self)
+        return saving.save(self)
 
+    @exclusive
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit, on any backend.
 
         All is checked before anything changes; state finds its parameters by name. The
         saved hyperparameters replace ours; what was a schedule must be one here, too.
         """
-        with self._alone():
-            self._loading(saved)()
+        self._loading(saved)()
 
-    def _loading(self, saved: Mapping[str, Any]) -> Callable[[], None]:
-        """All of it checked and made ready; what then only has to be called."""
+    def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
+        """All of it checked and made ready; what then only has to be called, with more
+        calls for the same instant."""
         saved = saving.check(saved, self)
         steps = operator.index(saved["steps"])
         given = [dict(group) for group in saved["groups"]]
@@ -789,24 +789,24 @@ class Optimizer:
         )
         pending = None
         if saved["accumulated"] is not None:
-            pending = self._new_pending()
-            for i, array in enumerate(saved["accumulated"]):
-                if array is not None:
-                    fill(pending.sums[i], array)
-                    pending.given[i] = True
+            pending = new_pending(self._module, self._params.arrays)
+            pending = pending.restored(saved["accumulated"])
         for name, buffers in bound.state.items():
             for new, old in zip(buffers, saved["state"][name], strict=True):
                 fill(new, old)
+        averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
+        calls = [filling(average, old) for average, old in averages]
 
-        def commit() -> None:
-            averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
-            for average, old in averages:
-                fill(average, old)
-            vars(self)["ema"] = saved["ema_decay"]
-            self._pending, self._skipped = pending, operator.index(saved["skipped"])
-            for group, flag in zip(self.groups, frozen, strict=True):
-                group.freeze(flag)
-            self._commit(values, bound)
+        def commit(*also: Call) -> None:
+            self._commit(
+                values,
+                bound,
+                frozen=frozen,
+                also=[*calls, *also],
+                ema=saved["ema_decay"],
+                _pending=pending,
+                _skipped=operator.index(saved["skipped"]),
+            )
 
         return commit
 

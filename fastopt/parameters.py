@@ -21,6 +21,8 @@ class Parameters:
 
     Attributes
     ----------
+    module
+        The backend's.
     names, arrays, group_of
         Of each segment: what messages call it, its memory, its group's number.
     sets, set_of
@@ -43,7 +45,7 @@ class Parameters:
     ):
         self.trees, self.grouped = list(trees), grouped
         self._separate, self._off, self._mask = separate, off, weight_decay_mask
-        self._module = module
+        self.module = module
         plain = list(map(expanded, trees)) if separate else list(trees)
         found = [
             (path, leaf, number)
@@ -94,7 +96,7 @@ class Parameters:
     def with_group(self, tree: Any) -> Parameters:
         """These, and a group more at the end."""
         return Parameters(
-            self._module,
+            self.module,
             [*self.trees, tree],
             True,
             self._separate,
@@ -146,7 +148,7 @@ class Parameters:
                 trees.append(None)
                 segments.append(None)
         alone = [a for a, s in zip(self.arrays, segments, strict=True) if s is None]
-        fresh = zeros(self._module.state_arena, alone, 1)[0] if alone else []
+        fresh = zeros(self.module.state_arena, alone, 1)[0] if alone else []
         of_segments, of_leaves = iter(fresh), iter(fresh)
         arrays = [next(of_segments) if s is None else s for s in segments]
         values = (next(of_leaves) if tree is None else tree for tree in trees)

@@ -9,7 +9,6 @@ compiles the same ``update``; nothing else in the package knows a formula.
 from __future__ import annotations
 
 import dis
-import functools
 import inspect
 import math
 import re
@@ -18,7 +17,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
 
 Hyperparameter: TypeAlias = float | int | bool
+V = TypeVar("V")
 
 
 class Function(Protocol):
@@ -229,6 +229,21 @@ def check_hyperparameter(
     return number
 
 
+class computed_once(Generic[V]):
+    """As ``functools.cached_property``, which until Python 3.12 takes a lock, and so
+    hangs in a child that was forked while another thread had it."""
+
+    def __init__(self, method: Callable[[Any], V]):
+        self.method, self.__doc__ = method, method.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> V:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        value = self.method(instance)
+        vars(instance)[self.method.__name__] = value  # which is looked up first
+        return value
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """An optimizer: ``update`` for one element, ``scalars`` for one step.
@@ -427,7 +442,7 @@ class Rule:
                         f"let scalars supply it"
                     )
 
-    @functools.cached_property
+    @computed_once
     def hyperparameters(self) -> dict[str, Any]:
         """Names and defaults, from the signature of ``scalars``."""
         parameters = list(inspect.signature(self.scalars).parameters.items())
@@ -449,7 +464,7 @@ class Rule:
                 values[name] = first
         return values
 
-    @functools.cached_property
+    @computed_once
     def switches(self) -> frozenset[str]:
         """The hyperparameters that select a variant."""
         return frozenset(name for names in self.variants for name in names)
@@ -472,7 +487,7 @@ class Rule:
             return 0
         return self.measure.__code__.co_argcount - 2 - len(self.state)
 
-    @functools.cached_property
+    @computed_once
     def terms(self) -> int:
         """How many values ``measure`` returns."""
         if self.measure is None:

@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from fastopt import backends
-from fastopt.bound import fill
+from fastopt.atomic import filling, uninterrupted
 from fastopt.checks import as_array, check_count, check_layout, on_device, read_only
 from fastopt.flat import Array, FlatBuffer, flatten, leaves, rebuild
 from fastopt.parameters import expanded
@@ -161,21 +162,25 @@ class ReduceLROnPlateau:
         margin = self.threshold
         if self.threshold_mode == "rel":
             margin *= abs(self.best or 0.0)
+        best, bad, cooling = self.best, self.bad + 1, self.cooling
         if improves(metric, self.best, self.mode, margin):
-            self.best, self.bad = float(metric), 0
+            best, bad = float(metric), 0
+        if cooling:
+            cooling, bad = cooling - 1, 0
+        changes: list[dict[str, float]] = [{} for _ in opt.groups]
+        if bad > self.patience:
+            bad, cooling = 0, self.cooldown
+            for number, name in rates:
+                rate = opt.groups[number][name]
+                lower = max(rate * self.factor, self.min_lr)
+                if lower < rate:
+                    changes[number][name] = lower
+        seen = partial(vars(self).update, best=best, bad=bad, cooling=cooling)
+        reduced = any(changes)
+        if reduced:  # at the same instant
+            opt._change(changes, also=[seen])
         else:
-            self.bad += 1
-        if self.cooling:
-            self.cooling, self.bad = self.cooling - 1, 0
-        if self.bad <= self.patience:
-            return False
-        self.bad, self.cooling = 0, self.cooldown
-        reduced = False
-        for number, name in rates:
-            group = opt.groups[number]
-            lower = max(group[name] * self.factor, self.min_lr)
-            if lower < group[name]:
-                group[name], reduced = lower, True
+            seen()
         return reduced
 
     def __call__(self, run: Run) -> None:
@@ -250,12 +255,11 @@ class EarlyStopping:
 
     def step(self, metric: float, params: Any = None) -> bool:
         """Look at a metric; whether to stop. If it is best, parameters are copied."""
+        changes: dict[str, Any] = {"looks": self.looks + 1, "wait": self.wait + 1}
         if improves(metric, self.best, self.mode, self.min_delta):
-            self.best, self.best_look, self.wait = float(metric), self.looks, 0
-            self.best_params = None if params is None else copied(params)
-        else:
-            self.wait += 1
-        self.looks += 1
+            changes |= {"best": float(metric), "best_look": self.looks, "wait": 0}
+            changes["best_params"] = None if params is None else copied(params)
+        vars(self).update(changes)
         return self.wait >= self.patience
 
     def restore(self, params: Any) -> None:
@@ -308,8 +312,7 @@ def write(tree: Any, values: Any) -> None:
             raise TypeError(
                 f"params{name} has dtype {place.dtype}, the best {values[name].dtype}"
             )
-    for name, place in places.items():
-        fill(place, values[name])
+    uninterrupted(*[filling(place, values[name]) for name, place in places.items()])
 
 
 def writeable(name: str, leaf: Any) -> Any:

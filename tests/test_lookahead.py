@@ -8,7 +8,6 @@ from cases import nonzero, same_bits
 
 import fastopt
 from fastopt import cython_cpu
-from fastopt import lookahead as module
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 
@@ -200,7 +199,7 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("at", ["step", "pass", "passed", "copies"])
+@pytest.mark.parametrize("at", ["step", "pass", "passed"])
 @pytest.mark.parametrize("then", ["step", "save", "add"])
 def test_an_interrupt_does_not_split_a_synchronization(backend, at, then, monkeypatch):
     def made(params):
@@ -219,14 +218,6 @@ def test_an_interrupt_does_not_split_a_synchronization(backend, at, then, monkey
             raise KeyboardInterrupt
 
         monkeypatch.setitem(vars(opt.opt), "step", interrupted.__get__(opt.opt))
-    elif at == "copies":
-
-        def fill(array, value):
-            if array.size == 5:
-                raise KeyboardInterrupt
-            array[...] = value
-
-        monkeypatch.setattr(module, "fill", fill)
     else:
         opt._pull = Interrupting(opt._pull, after=at == "passed")
     with pytest.raises(KeyboardInterrupt):
