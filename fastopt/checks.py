@@ -60,9 +60,17 @@ def as_array(name: str, value: Any) -> Array:
             # torch negates such a view when it is read; its memory has the other sign.
             raise TypeError(f"{name} is a lazily negated view; pass its resolve_neg()")
         try:
-            return np.from_dlpack(value)
+            array = np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:
             raise TypeError(f"{name} does not share its memory: {error}") from error
+        if array.flags.owndata and array.size:
+            # NumPy allocates an array where it is given a null address.
+            raise TypeError(
+                f"{name} is a {type(value).__name__} without memory of its own (a "
+                f"wrapper of tensors, a fake one, or one whose storage was freed); "
+                f"pass the tensors that it is made of"
+            )
+        return array
     if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
         return np.asarray(value)
     advice = "; pass a list of arrays" if isinstance(value, Iterator) else ""

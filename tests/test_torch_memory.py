@@ -265,3 +265,29 @@ def test_a_parameter_that_is_not_initialized_yet_is_left_alone():
     opt.step()
     assert torch.equal(params[0].detach(), torch.zeros(3))
     torch.testing.assert_close(lazy.weight.detach(), before - 0.5)
+
+
+def without_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    return TwoTensor(torch.ones(3), torch.ones(3)), freed, fake
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_the_core_refuses_tensors_without_memory_of_their_own():
+    """NumPy makes an array of its own where a tensor gives it a null address."""
+    for tensor in without_memory():
+        with pytest.raises(TypeError, match=r"params\[0\] is a .* without memory of"):
+            fastopt.adamw([tensor])
+        w = torch.ones(3)
+        opt = fastopt.adamw([w], lr=0.1)
+        with pytest.raises(TypeError, match=r"grads\[0\] is a .* without memory of"):
+            opt.step([tensor])
+        assert w.tolist() == [1, 1, 1] and opt.steps == 0
+    empty = torch.ones(0)
+    fastopt.adamw([empty]).step([torch.ones(0)])  # has no memory either, and needs none
