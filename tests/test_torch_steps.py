@@ -784,3 +784,16 @@ def test_more_dimensions_than_the_native_look_has_room_for():
     ft.AdamW([param]).step()
     torch.optim.AdamW([other]).step()
     torch.testing.assert_close(param, other)
+
+
+def test_a_parameter_alone_that_is_left_to_torch():
+    """Here by ``differentiable``, which fastopt has no kernels for."""
+    params = [torch.full((3,), 2.0) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(3)
+    opt = ft.SGD(params, lr=0.5, differentiable=True)
+    opt.step_param(params[1])
+    assert [param.tolist() for param in params] == [[2.0] * 3, [1.5] * 3]
+    assert opt.param_groups[0]["params"] == params
+    opt.step()
+    assert [param.tolist() for param in params] == [[1.5] * 3, [1.0] * 3]

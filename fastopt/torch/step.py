@@ -366,7 +366,7 @@ class Stepping(Optimizer):
             try:
                 return self._attempt(plan, groups, state, scale, asked, single)
             except Unsupported as reason:
-                self._unsupported(str(reason), scale, asked)
+                self._unsupported(str(reason), scale, asked, single)
                 return None
             except Overtaken:  # in a signal handler, say
                 plan = None
@@ -409,7 +409,9 @@ class Stepping(Optimizer):
         plan.end(parts, state)
         return plan
 
-    def _unsupported(self, reason: str, scale: float, asked: Asked | None) -> None:
+    def _unsupported(
+        self, reason: str, scale: float, asked: Asked | None, single: Tensor | None
+    ) -> None:
         """Let torch's own step do what fastopt has no kernels for."""
         name, theirs = type(self).__name__, super().step.__func__
         if theirs is Optimizer.step:
@@ -429,7 +431,10 @@ class Stepping(Optimizer):
         ours = "grad_scale", "found_inf"
         own = self.__dict__
         kept = {key: own.pop(key) for key in ours if key in own}
+        kept["param_groups"] = self.param_groups
         try:
+            if single is not None:
+                self.param_groups = [{**self._group_of(single), "params": [single]}]
             if getattr(theirs, "hooked", False):  # ours has called the hooks
                 theirs = theirs.__wrapped__
             theirs(self)
