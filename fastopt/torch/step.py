@@ -431,7 +431,7 @@ class Stepping(Optimizer):
         ours = "grad_scale", "found_inf"
         own = self.__dict__
         kept = {key: own.pop(key) for key in ours if key in own}
-        kept["param_groups"] = self.param_groups
+        kept["param_groups"] = own["param_groups"]
         try:
             if single is not None:
                 self.param_groups = [{**self._group_of(single), "params": [single]}]
