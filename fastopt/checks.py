@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastopt.flat import Array, FlatBuffer, branches
 from fastopt.rule import check_hyperparameter, shown
+
+Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
 MOST_THREADS = 1024
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -121,18 +123,26 @@ def read_only(leaf: Any) -> bool:
 
 
 def check_params(
-    names: Sequence[str], arrays: Sequence[Array], originals: Sequence[Any]
+    names: Sequence[str],
+    arrays: Sequence[Array],
+    originals: Sequence[Any],
+    like: tuple[str, Array] | None = None,
+    placed: list[Placed] | None = None,
 ) -> None:
-    """Dtype, layout and writeability of every parameter, and that none overlap."""
+    """Dtype, layout and writeability of every parameter, and that none overlap; nor
+    those ``placed`` before, to which they are added. ``like`` is the name and the array
+    of one whose dtype they must have, if it is not the first of these."""
+    placed = [] if placed is None else placed
     for name, array, original in zip(names, arrays, originals, strict=True):
         if array.dtype not in DTYPES:
             raise TypeError(
                 f"{name} has dtype {array.dtype}; float32 or float64 is needed"
             )
-        if array.dtype != arrays[0].dtype:
+        first, model = like = like or (name, array)
+        if array.dtype != model.dtype:
             raise TypeError(
-                f"{name} has dtype {array.dtype} but {names[0]} has "
-                f"{arrays[0].dtype}; use one optimizer for each dtype"
+                f"{name} has dtype {array.dtype} but {first} has {model.dtype}; use "
+                f"one optimizer for each dtype"
             )
         check_layout(name, array, updated=True)
         if read_only(original) or read_only(array):
@@ -141,16 +151,21 @@ def check_params(
                 f"writeable NumPy array of the same memory (a tensor's .numpy()), or a "
                 f"copy"
             )
-    placed = sorted(
-        (*span(array), name) for name, array in zip(names, arrays, strict=True)
-    )
-    placed = [entry for entry in placed if entry[0] < entry[1]]
-    for (_, end, first), (begin, _, second) in zip(placed, placed[1:], strict=False):
-        if begin < end:
-            raise ValueError(
-                f"{first} and {second} overlap in memory, so one would be updated "
-                f"twice; pass each parameter once"
-            )
+    for name, array in zip(names, arrays, strict=True):
+        begin, end = span(array)
+        if begin == end:
+            continue
+        place = bisect_left(placed, (begin, end, name))
+        placed.insert(place, (begin, end, name))
+        around = placed[max(place - 1, 0) : place + 2]
+        for (_, end, first), (begin, _, second) in zip(
+            around, around[1:], strict=False
+        ):
+            if begin < end:
+                raise ValueError(
+                    f"{first} and {second} overlap in memory, so one would be updated "
+                    f"twice; pass each parameter once"
+                )
 
 
 def span(array: Array) -> tuple[int, int]:

@@ -96,7 +96,8 @@ class Optimizer:
     ema: float | None
     groups: tuple[Group, ...]
 
-    _bound: Bound
+    _bound: Bound  # not there from add_group to the next look at it
+    _bound_before: Any = None  # by add_group
     _plan: tuple[Any, list[Values] | None, int, Any]
     _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
@@ -185,33 +186,46 @@ class Optimizer:
             params.arrays[0].dtype,
             group.get("frozen", False),
         )
-        values = [dict(g) for g in self.groups]
-        values.append(new.checked(self.rule.complete(changes), self.steps))
-        averages = None if self.ema is None else params.like()
-        if averages is not None:
-            old = self._averages[1] if self._averages else []
-            for average, value in zip(
-                averages[1], [*old, *params.arrays[len(old) :]], strict=True
-            ):
+        values = new.checked(self.rule.complete(changes), self.steps)
+        before = vars(self).get("_bound", self._bound_before)
+        on = before.on | {name for name in self.rule.switches if values[name]}
+        self._check_results([new], [values], on, params, self.steps)
+        changes = {"groups": (*self.groups, new), "_params": params, "_spare": None}
+        changes |= self._unplanned(params, self.threads)
+        named = [] if self._params.grouped else [*self.groups]
+        uninterrupted(
+            *[g.committing(dict(g), prefix="groups[0]") for g in named],
+            new.committing(values),
+            partial(vars(self).update, changes, _bound_before=before),
+            partial(vars(self).pop, "_bound", None),
+        )
+
+    def _bind_added(self) -> Bound:
+        """Bind to the groups that were added, in one go however many they are."""
+        params, averages = self._params, None
+        if self._averages is not None:
+            averages, old = params.like(), self._averages[1]
+            values = [*old, *params.arrays[len(old) :]]
+            for average, value in zip(averages[1], values, strict=True):
                 fill(average, value)
-        groups = (*self.groups, new)
-        bound = self._bind(
-            values, self._bound, params=params, averages=averages, groups=groups
-        )
-        self._commit(
-            values,
-            bound,
-            groups=groups,
-            prefixes=[f"groups[{number}]" for number in range(len(groups))],
-            _params=params,
-            _averages=averages,
-            _spare=None,
-        )
+        of_groups = [dict(group) for group in self.groups]
+        bound = self._bind(of_groups, self._bound_before, averages=averages)
+        following = self._following(of_groups, bound)
+        vars(self).update(following, _averages=averages, _bound=bound)
+        return bound
+
+    @exclusive
+    def _be_bound(self) -> None:
+        """For what is not exclusive itself."""
+        if "_bound" not in vars(self):
+            self._bind_added()
 
     # Hyperparameters ------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         groups = vars(self).get("groups")
+        if name == "_bound" and groups:  # some were added
+            return self._bind_added()
         if not groups or name not in groups[0]:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         values = [group[name] for group in groups]
@@ -229,7 +243,8 @@ class Optimizer:
                 vars(self)["threads"] = threads
             else:
                 vars(self).update(self._unplanned(self._params, threads))
-                self._plan_steps()
+                if "_bound" in vars(self):
+                    self._plan_steps()
         elif name == "ema":
             if groups is not None:
                 checks.check_same_kind(name, value, self.ema)
@@ -286,7 +301,8 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """The number of completed steps."""
-        return self._bound.steps
+        bound: Bound = vars(self).get("_bound", self._bound_before)
+        return bound.steps
 
     @property
     def skipped(self) -> int:
@@ -303,12 +319,16 @@ class Optimizer:
     def state(self) -> dict[str, list[Array]]:
         """The state buffers by name: for each an array a parameter, in its shape; or,
         where it is factored, the averages of rows and then columns as they are now."""
+        if "_bound" not in vars(self):
+            self._be_bound()
         return self._bound.state
 
     @property
     def ema_params(self) -> Any:
         """The moving average of the parameters, in their structure: the very memory
         that steps update, until ``add_group`` makes another. None without ``ema``."""
+        if "_bound" not in vars(self):
+            self._be_bound()
         return self._averages[0] if self._averages else None
 
     @exclusive
@@ -340,10 +360,39 @@ class Optimizer:
     def _sets(
         self, values: Sequence[Mapping[str, Any]], params: Parameters
     ) -> list[dict[str, Any]]:
-        """The values of the groups for each set: without decay where it is masked."""
+        """The values of the last so many groups for each of their sets: without decay
+        where it is masked."""
+        first = len(params.trees) - len(values)
         return [
-            {**values[group], **dict.fromkeys(off, 0.0)} for group, off in params.sets
+            {**values[number - first], **dict.fromkeys(off, 0.0)}
+            for number, off in params.sets
+            if number >= first
         ]
+
+    def _check_results(
+        self,
+        groups: Sequence[Group],
+        values: Sequence[Mapping[str, Any]],
+        on: Set[str],
+        params: Parameters,
+        steps: int,
+        known: int = 0,
+    ) -> list[dict[str, Any]]:
+        """The hyperparameters of the sets of these groups, the last ones, as they are
+        after so many steps; all but the ``known`` ones with scalars that are finite in
+        the parameters' dtype."""
+        rule, dtype = self.rule.variant(on), params.arrays[0].dtype
+        now = [
+            dict(zip(given, group.at(steps, given), strict=True))
+            for group, given in zip(groups, values, strict=True)
+        ]
+        sets = self._sets(now, params)
+        for given in sets[known:]:
+            carry = rule.first_carry(given)
+            constants = rule.scalars(steps + 1, *carry, *given.values())
+            surplus = bool(self.rule.variants)
+            rule.check_results(steps + 1, constants, dtype, surplus=surplus)
+        return sets
 
     def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
         """The hyperparameters that are 0 for an array, whatever they are in its group;
@@ -357,36 +406,24 @@ class Optimizer:
         before: Bound | None = None,
         on: Set[str] = frozenset(),
         *,
-        params: Parameters | None = None,
         averages: tuple[Any, list[Array]] | None = None,
         groups: Sequence[Group] | None = None,
         **saved: Any,
     ) -> Bound:
         """The variant for these values of the groups, and for more switches that are
         ``on``, with its kernel and its state: what there was ``before`` or is
-        ``saved``, and else new. Parameters, averages and groups are ours, or others."""
-        params, groups = params or self._params, groups or self.groups
+        ``saved``, and else new. Averages and groups are ours, or others."""
+        params, groups = self._params, groups or self.groups
         averages = averages or self._averages
-        rule, dtype = self.rule, params.arrays[0].dtype
-        steps = saved.get("steps", before.steps if before else 0)
+        rule, steps = self.rule, saved.get("steps", before.steps if before else 0)
         on = on | (before.on if before else frozenset())
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
-        variant = rule.variant(on)
-        now = [
-            dict(zip(given, group.at(steps, given), strict=True))
-            for group, given in zip(groups, values, strict=True)
-        ]
         known = len(before.params.sets) if before and before.on == on else 0
-        for given in (sets := self._sets(now, params))[known:]:
-            carry = variant.first_carry(given)
-            constants = variant.scalars(steps + 1, *carry, *given.values())
-            variant.check_results(
-                steps + 1, constants, dtype, surplus=bool(rule.variants)
-            )
+        sets = self._check_results(groups, values, on, params, steps, known)
         kept = {"state": before.state, "carried": before.carried} if before else {}
         return bind(
             self._module,
-            variant,
+            rule.variant(on),
             frozenset(on),
             params,
             sets,
@@ -401,21 +438,20 @@ class Optimizer:
         *,
         groups: tuple[Group, ...] | None = None,
         frozen: Sequence[bool | None] | None = None,
-        prefixes: Sequence[str | None] | None = None,
         also: Iterable[Call] = (),
         **changes: Any,
     ) -> None:
         """Take over what is ready, all at the same instant."""
         groups = groups or self.groups
-        nothing = [None] * len(groups)
-        of_groups = zip(
-            groups, values, frozen or nothing, prefixes or nothing, strict=True
-        )
+        flags = frozen or [None] * len(groups)
         changes |= self._unplanned(bound.params, self.threads)
         changes |= self._following(values, bound)
         uninterrupted(
             *also,
-            *[g.committing(given, flag, name) for g, given, flag, name in of_groups],
+            *[
+                group.committing(given, flag)
+                for group, given, flag in zip(groups, values, flags, strict=True)
+            ],
             partial(vars(self).update, changes, _bound=bound, groups=groups),
         )
         self._plan_steps()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -43,30 +44,55 @@ class Parameters:
         weight_decay_mask: Any = None,
         decided: Sequence[bool] = (),  # for the first of the arrays
     ):
-        self.trees, self.grouped = list(trees), grouped
+        self.module, self.grouped = module, grouped
         self._separate, self._off, self._mask = separate, off, weight_decay_mask
-        self.module = module
-        plain = list(map(expanded, trees)) if separate else list(trees)
-        found = [
-            (path, leaf, number)
-            for number, tree in enumerate(plain)
-            for path, leaf in leaves(tree, f"[{number}]" if grouped else "")
-        ]
-        if not found:
+        self.trees: list[Any] = []
+        self.names: list[str] = []
+        self.arrays: list[Array] = []
+        self.group_of: list[int] = []
+        self.sets: list[tuple[int, tuple[str, ...]]] = []
+        self.set_of: list[int] = []
+        self._decays = list(decided)
+        self._held: list[weakref.ref[Array]] = []
+        self._placed: list[checks.Placed] = []
+        layouts = self._extend(trees)
+        if not self.arrays:
             raise ValueError("params is empty; pass at least one array")
-        paths, originals, group_of = zip(*found, strict=True)
-        self.names = [f"params{path}" for path in paths]
-        self.arrays: list[Array] = list(map(module.as_array, self.names, originals))
-        self.group_of: Sequence[int] = group_of
-        checks.check_params(self.names, self.arrays, originals)
-        self._held = list(map(weakref.ref, owners(*originals, *self.arrays)))
-        self._decays = decays = [*decided, *self._decaying(paths, len(decided))]
-        rows = list(zip(group_of, map(off, self.arrays, decays), strict=True))
-        groups: list[tuple[int, tuple[str, ...]]] = [(n, ()) for n in range(len(plain))]
-        self.sets = sorted(dict.fromkeys([*groups, *rows]), key=lambda of: of[0])
-        places = {of: place for place, of in enumerate(self.sets)}
-        self.set_of = [places[row] for row in rows]
-        self.layout = checks.layout(plain if grouped else plain[0])
+        self.layout: Any = layouts if grouped else layouts[0]
+
+    def _extend(self, trees: Sequence[Any]) -> list[Any]:
+        """Append groups, at the cost of what is in them. Their layouts."""
+        first, start = len(self.trees), len(self.arrays)
+        plain = list(map(expanded, trees)) if self._separate else list(trees)
+        entries = [
+            (path, leaf, number)
+            for number, tree in enumerate(plain, first)
+            for path, leaf in leaves(tree, f"[{number}]" if self.grouped else "")
+        ]
+        paths = [path for path, _, _ in entries]
+        originals = [leaf for _, leaf, _ in entries]
+        group_of = [number for _, _, number in entries]
+        names = [f"params{path}" for path in paths]
+        arrays = list(map(self.module.as_array, names, originals))
+        like = (self.names[0], self.arrays[0]) if start else None
+        checks.check_params(names, arrays, originals, like, self._placed)
+        self.trees += trees
+        self.names += names
+        self.arrays += arrays
+        self.group_of += group_of
+        self._held += map(weakref.ref, owners(*originals, *arrays))
+        decided = len(self._decays) - start  # of these
+        self._decays += self._decaying(paths[decided:], start + decided)
+        decays = self._decays[start:]
+        rows = list(zip(group_of, map(self._off, arrays, decays), strict=True))
+        groups: list[tuple[int, tuple[str, ...]]] = [
+            (number, ()) for number in range(first, len(self.trees))
+        ]
+        sets = sorted(dict.fromkeys([*groups, *rows]), key=lambda of: of[0])
+        places = {of: place for place, of in enumerate(sets, len(self.sets))}
+        self.sets += sets
+        self.set_of += [places[row] for row in rows]
+        return list(map(checks.layout, plain))
 
     @property
     def masked(self) -> bool:
@@ -94,25 +120,34 @@ class Parameters:
         ]
 
     def with_group(self, tree: Any) -> Parameters:
-        """These, and a group more at the end."""
-        return Parameters(
-            self.module,
-            [*self.trees, tree],
-            True,
-            self._separate,
-            self._off,
-            self._mask,
-            self._decays,
-        )
+        """These, and a group more at the end. What is known of these is copied, not
+        worked out again, so that many groups may be added one by one."""
+        if not self.grouped:  # names and layout are other ones with groups
+            return Parameters(
+                self.module,
+                [*self.trees, tree],
+                True,
+                self._separate,
+                self._off,
+                self._mask,
+                self._decays,
+            )
+        more = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(more, name, list(value))
+        more.layout += more._extend([tree])
+        return more
 
-    def _decaying(self, paths: Sequence[str], decided: int) -> list[bool]:
-        """For each array but the first so many, whether weight decay applies to it."""
-        mask, names = self._mask, self.names[decided:]
+    def _decaying(self, paths: Sequence[str], first: int) -> list[bool]:
+        """For the arrays from the ``first`` on, which have these paths, whether weight
+        decay applies to them."""
+        mask, names = self._mask, self.names[first:]
         if mask is None:
             return [True] * len(names)
         if callable(mask):
-            told = list(map(mask, paths[decided:], self.arrays[decided:]))
-        elif decided:
+            told = list(map(mask, paths, self.arrays[first:]))
+        elif first:
             raise ValueError(
                 "weight_decay_mask was a tree, which says nothing of a group that is "
                 "added; make the optimizer with a callable"

@@ -1,6 +1,7 @@
 """Hyperparameters at their limits, where schedules bring them, and numbers that are too
 large for a dtype; and parameters that are changed under an optimizer."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,30 @@ def test_arrays_can_be_resized_when_the_optimizer_is_gone():
     gc.collect()
     own.resize(4, refcheck=False)
     assert own.shape == (4,)
+
+
+def test_adding_a_group_costs_what_is_in_it():
+    """Counted are the calls that Python makes, for few groups and for many."""
+    counts = []
+    for groups in (20, 60):
+        opt = fastopt.adamw([{"params": np.ones(3, np.float32)}], ema=0.9)
+        opt.add_group({"params": np.ones(3, np.float32)})  # from one group to several
+        opt.step([np.ones(3, np.float32)] * 2)
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count)
+        for number in range(groups):
+            opt.add_group({"params": np.ones(3, np.float32), "lr": 0.1 + number})
+        sys.setprofile(None)
+        counts.append(calls / groups)
+        grads = [np.ones(3, np.float32)] * (groups + 2)
+        opt.step(grads)
+        assert opt.steps == 2 and len(opt.state["m"]) == groups + 2
+        assert [group["lr"] for group in opt.groups[2:]] == [
+            0.1 + number for number in range(groups)
+        ]
+    assert counts[1] == pytest.approx(counts[0], rel=0.1)
