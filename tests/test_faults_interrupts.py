@@ -155,8 +155,8 @@ def test_interrupts_at_the_lines_of_the_core(campaign, monkeypatch):
         if not campaign.long and number % 11:
             continue
         rule, backend, door, given = case
-        stride = 1 if campaign.long else 23
-        offset = 0 if campaign.long else number % 23
+        stride = 29 if campaign.long else 23  # all lines of all cases take hours
+        offset = number % stride
         arguments = *case, stride, offset, monkeypatch
         campaign.attempt(f"{rule} {backend} {door} {given}", try_one, *arguments)
 
