@@ -36,6 +36,7 @@ from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
 from fastopt import cython_cpu, kernel_cache, llvm_ir, numpy_ref, passes
+from fastopt.arithmetic import standard
 from fastopt.atomic import Call
 from fastopt.checks import as_array
 from fastopt.flat import CACHE_LINE, Array, Segment, state_arena
@@ -518,6 +519,7 @@ class Alone(Step):
         # A cast to float rounds once; NumPy would do it at ten times a call's cost.
         self.constants = (REAL[dtype.itemsize] * (self.sets * self.width))()
 
+    @standard
     def calls(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
     ) -> list[Call]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt import passes
+from fastopt.arithmetic import standard
 from fastopt.atomic import Call, uninterrupted
 from fastopt.checks import as_array
 from fastopt.factored import square_sums
@@ -129,6 +130,7 @@ class Step:
         self.average = element(passes.average.update)
         self.clip = element(passes.clip.update)
 
+    @standard
     def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
         """The gradients for what follows, one array a segment; None: leave it alone.
         With weights such a list for each task, whose weighted sum is what follows sees.
@@ -155,6 +157,7 @@ class Step:
         product = rows[:, :, None] * columns[:, None, :]
         return (product.reshape(segment.param.shape),)
 
+    @standard
     def squares(
         self,
         rows: list[tuple[float, ...]],
@@ -176,6 +179,7 @@ class Step:
                 )
         return found
 
+    @standard
     def sums(
         self,
         what: str,
@@ -200,6 +204,7 @@ class Step:
                 sums.append(tuple(map(sum_in_order, terms)))
         return sums
 
+    @standard
     def calls(
         self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
     ) -> list[Call]:
