@@ -9,6 +9,7 @@ import random
 import traceback
 
 import numpy as np
+import pytest
 from cases import alike, nonzero
 
 import fastopt
@@ -206,3 +207,87 @@ def test_damaged_state(campaign):
                 campaign.attempt(f"{name}: {how}", judge, opt, saved, everything)
         for rubbish in RUBBISH:
             campaign.attempt(name, judge, opt, rubbish(), everything)
+
+
+# fastopt.torch ------------------------------------------------------------------------
+
+
+def tensor_classes():
+    import fastopt.torch as ft
+
+    return {
+        "AdamW": functools.partial(ft.AdamW, lr=0.01, amsgrad=True),
+        "AdamW ema": functools.partial(ft.AdamW, lr=0.01, ema=0.9),
+        "SGD": functools.partial(ft.SGD, lr=0.01, momentum=0.9),
+        "RMSprop": functools.partial(ft.RMSprop, lr=0.01, centered=True),
+        **{name: getattr(ft, name) for name in ("NAdam", "ASGD", "Adafactor")},
+        **{name: getattr(ft, name) for name in ("Lion", "Prodigy", "LAMB")},
+    }
+
+
+def trained_tensors(make):
+    import torch
+
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 2), (3,))]
+    opt = make(params)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        opt.step()
+    return opt, params
+
+
+def as_arrays(tree):
+    """Tensors as arrays, which have no memory in common with them."""
+    if hasattr(tree, "detach"):
+        return tree.detach().numpy().copy()
+    if isinstance(tree, dict):
+        return {key: as_arrays(value) for key, value in tree.items()}
+    return list(map(as_arrays, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+def as_tensors(tree, depth=0):
+    import torch
+
+    if isinstance(tree, np.ndarray) and tree.dtype != object:
+        return torch.from_numpy(tree.astype(tree.dtype.newbyteorder("="), order="C"))
+    if isinstance(tree, dict) and depth < 4:
+        return {key: as_tensors(value, depth + 1) for key, value in tree.items()}
+    return tree
+
+
+def judge_tensors(make, saved):
+    """Torch's loader refuses in its words, and takes much as it is; but nothing has
+    changed where a load or the step after it has failed, and no process ends."""
+    opt, params = trained_tensors(make)
+
+    def snapshot():
+        return as_arrays([opt.state_dict()["state"], params])
+
+    before = snapshot()
+    try:
+        opt.load_state_dict(saved)
+    except Exception as error:
+        assert alike(before, snapshot()), f"changed, with {error!r}"
+        return
+    if any(
+        group.get("differentiable", False) is not False for group in opt.param_groups
+    ):
+        return  # torch's own step, which does one parameter after the other
+    before = as_arrays(params)
+    try:
+        opt.step()
+    except Exception as error:
+        assert alike(before, as_arrays(params)), f"a part of a step, with {error!r}"
+
+
+def test_damaged_state_of_tensors(campaign):
+    pytest.importorskip("torch", reason="torch is not installed")
+    rng = random.Random(0)
+    for name, make in tensor_classes().items():
+        state = as_arrays(trained_tensors(make)[0].state_dict())
+        for _ in range(400 if campaign.long else 8):
+            saved, how = damaged(state, rng)
+            what = f"{name}: {how}"
+            campaign.attempt(what, judge_tensors, make, as_tensors(saved))
