@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastopt.rule import Rule
 from fastopt.torch.arguments import PAIRS
 from fastopt.torch.plan import Unsupported
-from fastopt.torch.state import EMA, TRAINED
+from fastopt.torch.state import EMA, TRAINED, check_steps
 
 if TYPE_CHECKING:
     from fastopt.torch.step import Stepping
@@ -38,6 +38,11 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
                 f"param_groups[{number}] of the state has no {name!r}, which {kind} "
                 f"needs; it is of another optimizer, and nothing was loaded"
             )
+        key = opt._names.steps
+        for index in group["indices"]:
+            state = saved["state"].get(index)
+            if key and isinstance(state, Mapping) and state.get(key) is not None:
+                check_steps(f"{key!r} in the state of parameter {index}", state[key])
         try:
             rule = opt._rule(group)
         except Unsupported:

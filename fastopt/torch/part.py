@@ -306,6 +306,7 @@ class Part:
     def _sort(self) -> None:
         """Find the kinds: runs of one group that have done as many steps, and go on
         together; they have the same scalars."""
+        self._check_steps()
         kinds: dict[Any, list[int]] = {}
         for r, (first, *_) in enumerate(self.runs):
             counts = [vector[first].item() for vector in self.vectors]
@@ -316,6 +317,14 @@ class Part:
             members = [i for r in runs for i in self.runs[r]]
             goes_on = members if active or self.over_all else []
             self.kinds.append((group, members[0], runs, goes_on))
+
+    def _check_steps(self) -> None:
+        """A user may have written into the state."""
+        steps = self.vectors[0]
+        if not ((steps >= 0) & (steps == np.floor(steps)) & np.isfinite(steps)).all():
+            for member, value in zip(self.members, steps.tolist(), strict=True):
+                where = f"state[...][{self.names.steps!r}] of parameter {member.place}"
+                state.check_steps(where, value)
 
     def sums(self, threads: int, clip_value: float) -> list[Sums]:
         """What the rule measures, of each run."""
@@ -420,6 +429,7 @@ class Part:
         kind."""
         of: Any = self.rule.estimate
         (buffer, rule), rows, grads = of, [], []
+        self._check_steps()
         streams = [member.state[self.names.key(buffer)] for member in self.members]
         arrays, several = list(map(array, streams)), range(len(streams))
         step = bind_alone(self.module, rule, arrays, several)

@@ -4,6 +4,7 @@ loaded lies elsewhere or is of another dtype."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -190,7 +191,8 @@ def vectors(
     if names.steps is None:  # the first step is that without a buffer
         found = [np.array([float(not new) for new in fresh])]
     else:
-        found = [vector(rule, names.steps, members, [0.0] * len(members), own)]
+        key = names.steps
+        found = [vector(rule, key, members, [0.0] * len(members), own, key)]
     for name, of in (rule.carry if names.carry is None else names.carry).items():
         named = [
             dict(zip(rule.hyperparameters, values[member.group], strict=True))
@@ -208,9 +210,15 @@ def vector(
     members: Sequence[Member],
     first: list[float],
     dtype: torch.dtype,
+    steps: str | None = None,
 ) -> Array:
-    """One of these, from what there is in the state."""
+    """One of these, from what there is in the state; ``steps``: the key of the steps,
+    if it is these."""
     entries = [member.state.get(key) for member in members]
+    if key == steps:
+        for member, entry in zip(members, entries, strict=True):
+            if entry is not None:
+                check_steps(f"state[...][{key!r}] of parameter {member.place}", entry)
     there = [entry for entry in entries if entry is not None]
     if len(there) == len(entries) and in_a_row(there):
         return array_of(there)
@@ -227,6 +235,21 @@ def vector(
     for i, member in enumerate(members):
         member.state[key] = torch.from_numpy(found[i : i + 1]).reshape(())
     return found
+
+
+def check_steps(where: str, value: Any) -> None:
+    """That a parameter's steps are a number of them."""
+    if isinstance(value, Tensor) and (type(value) is not Tensor or value.is_meta):
+        return  # which cannot be read
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if number < 0 or not number.is_integer():
+        raise ValueError(
+            f"{where} is {value!r}; it must be the number of completed steps, a whole "
+            f"one from 0 on. Nothing was changed"
+        )
 
 
 def in_a_row(entries: Sequence[Any]) -> bool:
