@@ -228,7 +228,7 @@ def test_shares_of_the_parameters_are_warned_of_once(tmp_path, count):
     try:
         for process in running:
             told, _ = process.communicate(timeout=120)
-            assert told.splitlines()[-1] == "done", told
+            assert told.splitlines()[-1:] == ["done"], (process.returncode, told)
     finally:
         for process in running:
             process.kill()
