@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 FOLDER = os.path.dirname(__file__)
 HELD_UP: Any = "held up"  # in place of True: by a fork
@@ -37,6 +37,7 @@ class Flagged(Protocol):
 
 P = ParamSpec("P")
 R = TypeVar("R")
+V = TypeVar("V")
 F = TypeVar("F", bound=Flagged)
 
 living: weakref.WeakValueDictionary[int, Flagged] = weakref.WeakValueDictionary()
@@ -89,6 +90,21 @@ def exclusive(
                 busy[0] = False
 
     return alone
+
+
+class computed_once(Generic[V]):
+    """As ``functools.cached_property``, which until Python 3.12 takes a lock, and so
+    hangs in a child that was forked while another thread had it."""
+
+    def __init__(self, method: Callable[[Any], V]):
+        self.method, self.__doc__ = method, method.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> V:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        value = self.method(instance)
+        vars(instance)[self.method.__name__] = value  # which is looked up first
+        return value
 
 
 # Forks ------------------------------------------------------------------------------

@@ -17,15 +17,16 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+
+from fastopt.exclusive import computed_once
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
 
 Hyperparameter: TypeAlias = float | int | bool
-V = TypeVar("V")
 
 
 class Function(Protocol):
@@ -227,21 +228,6 @@ def check_hyperparameter(
         wanted = "at least 0" if below == math.inf else "in [0, 1)"
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return number
-
-
-class computed_once(Generic[V]):
-    """As ``functools.cached_property``, which until Python 3.12 takes a lock, and so
-    hangs in a child that was forked while another thread had it."""
-
-    def __init__(self, method: Callable[[Any], V]):
-        self.method, self.__doc__ = method, method.__doc__
-
-    def __get__(self, instance: Any, owner: Any = None) -> V:
-        if instance is None:
-            return self  # type: ignore[return-value]
-        value = self.method(instance)
-        vars(instance)[self.method.__name__] = value  # which is looked up first
-        return value
 
 
 @dataclass(frozen=True, eq=False)
