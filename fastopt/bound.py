@@ -282,6 +282,9 @@ def bind(
         if rule.measure is not None and not by_segment:  # it is of all arrays
             carry[:, len(carried) :] = carried[0]
     written = [*arrays, *(a for made in buffers.values() for a in made)]
+    step = module.bind(rule, segments, completed, carry)
+    if hasattr(step, "watch"):
+        step.watch(params.watch.ndarrays)
     bound = Bound(
         on=on,
         rule=rule,
@@ -291,7 +294,7 @@ def bind(
         averages=averages,
         carry=carry,
         completed=completed,
-        step=module.bind(rule, segments, completed, carry),
+        step=step,
         spans=checks.spans_of([*written, *(averages or ())]),
     )
     bound.start(values, since)

@@ -341,6 +341,7 @@ class Optimizer:
         if self._bound.rule.evaluate is None:
             params = self._params
             return params.trees if params.grouped else params.trees[0]
+        self._params.watch.check()
         values = self._values(self.steps)
         if not self.steps:
             self._start(values)
@@ -414,6 +415,7 @@ class Optimizer:
         ``on``, with its kernel and its state: what there was ``before`` or is
         ``saved``, and else new. Averages and groups are ours, or others."""
         params, groups = self._params, groups or self.groups
+        params.watch.check()
         averages = averages or self._averages
         rule, steps = self.rule, saved.get("steps", before.steps if before else 0)
         on = on | (before.on if before else frozenset())
@@ -485,7 +487,7 @@ class Optimizer:
             self._params.layout,
             None if schedules else self._values(self.steps),
             self.threads,
-            None if more else getattr(self._bound.step, "at", None),
+            None if more else self._params.watching(self._bound.step),
         )
         vars(self).update(_plan=plan, _planned=True)
 
@@ -656,6 +658,7 @@ class Optimizer:
         step, first = bound.step, bound.steps == 0
         several = weights is not None
         thawed = list(map(self._thawed, found)) if several else self._thawed(found)
+        self._params.check_unchanged(step, thawed if several else [thawed])
         grads = take(self._params, step, thawed, bound.spans, weights)
         tasks: list[list[Any]] = grads if several else [grads]
         if zero_grads:
@@ -768,6 +771,7 @@ class Optimizer:
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} works without estimates")
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
+        self._params.watch.check()
         found: list[Any] = []
         checks.collect(self._params.layout, grads, "", found)
         buffer, rule = self.rule.estimate
@@ -794,6 +798,7 @@ class Optimizer:
         Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
         a schedule is left out: give it to the optimizer that is to go on.
         """
+        self._params.watch.check()
         return saving.save(self)
 
     @exclusive
@@ -808,6 +813,7 @@ class Optimizer:
     def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
         """All of it checked and made ready; what then only has to be called, with more
         calls for the same instant."""
+        self._params.watch.check()
         saved = saving.check(saved, self)
         steps = operator.index(saved["steps"])
         given = [dict(group) for group in saved["groups"]]

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastopt import checks
 from fastopt.flat import Array, FlatBuffer, leaves, rebuild
+from fastopt.watching import Watch
 
 # What saved state is matched by: an array's path, after its group's number, and shape.
 Part: TypeAlias = tuple[str, tuple[int, ...]]
@@ -32,6 +33,8 @@ class Parameters:
         this list.
     layout
         For :func:`checks.collect`.
+    watch
+        Whether the arrays are still what they were.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Parameters:
         self._decays = list(decided)
         self._held: list[weakref.ref[Array]] = []
         self._placed: list[checks.Placed] = []
+        self.watch = Watch()
         layouts = self._extend(trees)
         if not self.arrays:
             raise ValueError("params is empty; pass at least one array")
@@ -81,6 +85,9 @@ class Parameters:
         self.arrays += arrays
         self.group_of += group_of
         self._held += map(weakref.ref, owners(*originals, *arrays))
+        for segment, name in enumerate(names, start):
+            i = segment - start
+            self.watch.add(segment, name, originals[i], arrays[i])
         decided = len(self._decays) - start  # of these
         self._decays += self._decaying(paths[decided:], start + decided)
         decays = self._decays[start:]
@@ -123,6 +130,7 @@ class Parameters:
         """These, and a group more at the end. What is known of these is copied, not
         worked out again, so that many groups may be added one by one."""
         if not self.grouped:  # names and layout are other ones with groups
+            self.watch.check()
             return Parameters(
                 self.module,
                 [*self.trees, tree],
@@ -136,8 +144,27 @@ class Parameters:
         for name, value in vars(self).items():
             if isinstance(value, list):
                 setattr(more, name, list(value))
+        more.watch = self.watch.copy()
         more.layout += more._extend([tree])
         return more
+
+    def check_unchanged(self, step: Any, tasks: Sequence[Sequence[Any]]) -> None:
+        """That a step may write where there are gradients of some task. What is
+        compiled looks at most arrays itself."""
+        watch, looks = self.watch, getattr(step, "unchanged", None)
+        if looks and looks() and not (watch.foreign and not watch.unchanged()):
+            return
+        watch.check(
+            [any(grad is not None for grad in of) for of in zip(*tasks, strict=False)]
+        )
+
+    def watching(self, step: Any) -> Callable[..., bool] | None:
+        """Its ``at``, if it has one; after a look at what it cannot look at itself."""
+        at: Callable[..., bool] | None = getattr(step, "at", None)
+        watch = self.watch
+        if at is None or not watch.foreign:
+            return at
+        return lambda *given: watch.unchanged() and at(*given)
 
     def _decaying(self, paths: Sequence[str], first: int) -> list[bool]:
         """For the arrays from the ``first`` on, which have these paths, whether weight

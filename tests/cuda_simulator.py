@@ -792,3 +792,17 @@ def test_an_average_that_stands_still_is_noticed(monkeypatch):
     monkeypatch.setattr(numba_cuda, "launcher", without)
     assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == ["ema[0]", "ema[1]"]
     monkeypatch.undo()
+
+
+@pytest.mark.skipif(not numba_cuda.SIMULATED, reason="arrays on a device are writeable")
+def test_a_parameter_that_was_made_read_only_is_not_written():
+    param, grad = cuda.to_device(np.ones(3)), cuda.to_device(np.ones(3))
+    opt = fastopt.sgd(param, lr=0.25, backend="cuda")
+    opt.step(grad)
+    param._ary.setflags(write=False)
+    with pytest.raises(ValueError, match="read-only now"):
+        opt.step(grad)
+    param._ary.setflags(write=True)
+    opt.step(grad)
+    np.testing.assert_array_equal(param.copy_to_host(), np.full(3, 0.5))
+    assert opt.steps == 2
