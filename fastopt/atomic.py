@@ -48,9 +48,9 @@ def uninterrupted(*calls: Call) -> None:
 
 
 def filling(array: Any, value: Any) -> Call:
-    """The call that writes a number, or an array of as many elements, into an array. Of
-    NumPy's arrays it is one for :func:`uninterrupted`; those on a device are written to
-    by Python code.
+    """Return a call that writes a number, or an array of as many elements, into an
+    array. For a NumPy array the call is compiled, as :func:`uninterrupted` needs; for a
+    device array it runs Python code.
 
     >>> import numpy as np
     >>> array = np.zeros(2)

@@ -1,8 +1,8 @@
 """One thing at a time: what steps, changes or saves an optimizer is refused while
 another thread, or an outer call of the same one, does any of it.
 
-The sign is a flag, ``[False]`` or ``[True]``, in a list that belongs to the optimizer.
-It is not a lock, for two reasons. A handler of signals that steps the optimizer it has
+Each optimizer has a busy flag, a list that holds False or True. It is not a lock, for
+two reasons. A handler of signals that steps the optimizer it has
 interrupted must get an error, where a lock would wait for ever. And an interrupt can
 come between the return of ``acquire`` and the ``try`` that would release the lock.
 
@@ -30,7 +30,7 @@ PATIENCE = 10.0  # seconds, after which a fork that holds steps up counts as ove
 
 
 class Flagged(Protocol):
-    """What has a flag."""
+    """An object that has a busy flag."""
 
     _busy: list[Any]
 

@@ -216,7 +216,7 @@ class Optimizer:
 
     @exclusive
     def _be_bound(self) -> None:
-        """For what is not exclusive itself."""
+        """Bind added groups, for readers that do not hold the busy flag."""
         if "_bound" not in vars(self):
             self._bind_added()
 
