@@ -37,6 +37,7 @@ class Group(MutableMapping[str, Any]):
         self._frozen = self._flag(frozen)
         self._scheduled: tuple[str, ...] = ()
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
+        self._following: list[str] = []  # hyperparameters, what others are
 
     @property
     def frozen(self) -> bool:
@@ -67,6 +68,11 @@ class Group(MutableMapping[str, Any]):
             scheduled = tuple(key for key in values if callable(values[key]))
         return tuple(self._checked(values, steps, scheduled).values())
 
+    def begin(self, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Our first values, with what follows from those that are given."""
+        self._following = [n for n in self._rule.follows if given.get(n) is None]
+        return self.checked(self._rule.complete(given), steps)
+
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Our values with these changes, if they are good after ``steps`` steps."""
         for key in changes:
@@ -77,6 +83,9 @@ class Group(MutableMapping[str, Any]):
                 )
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)
+        for key in self._following:
+            if key not in changes:
+                values[key] = now[key] = max(now[key], now[self._rule.follows[key]])
         # A rule's own conditions, such as nesterov's, stand in its scalars.
         carry = self._rule.first_carry(now)
         results = self._rule.scalars(steps + 1, *carry, *now.values())

@@ -126,6 +126,14 @@ def optimizer(
             f"{rule.name} has no hyperparameter {key!r}; it has "
             f"{', '.join(rule.hyperparameters)}"
         )
+    for key, other in rule.follows.items():
+        if key not in hyperparameters and isinstance(
+            hyperparameters.get(other), jax.core.Tracer
+        ):
+            raise TypeError(
+                f"{key} must be the largest {other}, which is not known while {other} "
+                f"is traced; give {key}, too"
+            )
     values, now = {**rule.hyperparameters, **rule.complete(hyperparameters)}, {}
     for key, value in values.items():
         name = key
@@ -143,7 +151,8 @@ def optimizer(
         now[key] = number(key, name, value, rule.hyperparameters[key])
         if values[key] is not None and not callable(values[key]):
             values[key] = now[key]
-    if values.get("lr", 1.0) is None and not scales(rule, now):
+    unscaled = values.get("lr", 1.0) is None
+    if unscaled and ("lr" in rule.follows.values() or not scales(rule, now)):
         raise TypeError(
             f"lr of {rule.name} does more than scale the update, so it cannot be None "
             f"and left to what follows; give a number or a schedule"

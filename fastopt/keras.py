@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
+from keras.optimizers.schedules import LearningRateSchedule
 
 import fastopt
 from fastopt.rule import Rule
@@ -120,6 +121,15 @@ class Optimizer(keras.optimizers.Optimizer):
             given["weight_decay"] = self.weight_decay
             given["weight_decay_mask"] = list(decays)
         self._lr = float(self.learning_rate)
+        if self.rule.follows:  # the configuration has it: a run that was loaded goes on
+            schedule = self._learning_rate
+            scheduled = isinstance(schedule, LearningRateSchedule)
+            first = self.rule.complete(
+                {**given, "lr": schedule if scheduled else self._lr}
+            )
+            follows = {name: float(first[name]) for name in self.rule.follows}
+            given |= follows
+            self.hyperparameters |= follows
         return self.rule(self._tensors, lr=lambda steps: self._lr, **given)
 
     # What Keras does before and after this is its own: clipping, accumulation of

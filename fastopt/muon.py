@@ -121,7 +121,8 @@ class Muon(Optimizer):
     match_rms_adamw
         Which adjustment of lr. False, "original" in torch: times the root of rows /
         columns, if that is above 1. True: times 0.2 roots of the larger one, so that
-        AdamW's lr serves.
+        AdamW's lr and weight decay serve; give them as ``adamw_lr`` and
+        ``adamw_weight_decay``, too, for neither follows the other.
     adamw_lr, adamw_beta1, adamw_beta2, adamw_eps, adamw_weight_decay
         For the rest.
     backend, threads, ema, weight_decay_mask

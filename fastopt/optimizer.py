@@ -153,7 +153,7 @@ class Optimizer:
             for number, changes in enumerate(given)
         )
         values = [
-            group.checked(rule.complete({**hyperparameters, **changes}), 0)
+            group.begin({**hyperparameters, **changes}, 0)
             for group, changes in zip(groups, given, strict=True)
         ]
         # From now on, assignment is to hyperparameters.
@@ -186,7 +186,7 @@ class Optimizer:
             params.arrays[0].dtype,
             group.get("frozen", False),
         )
-        values = new.checked(self.rule.complete(changes), self.steps)
+        values = new.begin(changes, self.steps)
         before = vars(self).get("_bound", self._bound_before)
         on = before.on | {name for name in self.rule.switches if values[name]}
         self._check_results([new], [values], on, params, self.steps)

@@ -286,8 +286,8 @@ class Rule:
         it needs. With the option off, the variant must do what the rule does without
         it: groups that differ in it share one kernel.
     follows
-        Hyperparameters that are, if not given, what another one is at first: name ->
-        the other's.
+        Hyperparameters that are, if not given, what another one is at first, and never
+        less than what is assigned to that one later: name -> the other's.
     name
         Used in messages and saved states; by default that of ``update`` or its module.
 
@@ -447,6 +447,8 @@ class Rule:
                             f"{name} must be the largest {other}, which is not the "
                             f"first of {schedule!r}; give {name}, too"
                         )
+                elif first == 0:
+                    raise ValueError(f"{other} is 0 at first; give {name}, too")
                 values[name] = first
         return values
 

@@ -483,7 +483,8 @@ def scale_hyperparameters(
     batch_ratio
         The new batch size over the old one.
     rule
-        "linear", for SGD with or without momentum: lr times the ratio. Goyal et al.
+        "linear", for SGD with or without momentum: lr times the ratio; so is AdamC's
+        max_lr times what lr is times. Goyal et al.
         2017, arXiv:1706.02677, who also warm up, for some epochs.
         "sqrt", for Adam and RMSprop: lr times its root; ``1 - beta`` (of beta1, beta2,
         and of RMSprop's alpha) times the ratio; eps over the root. Malladi et al. 2022,
@@ -543,7 +544,8 @@ def scale_hyperparameters(
 
     root = math.sqrt(ratio)
     scaled = dict(hyperparameters)
-    scaled["lr"] = number("lr") * (ratio if rule == "linear" else root)
+    for name in {"lr", "max_lr"} & scaled.keys():  # adamc has both
+        scaled[name] = number(name) * (ratio if rule == "linear" else root)
     if scaled.get("ema") is not None:
         scaled["ema"] = number("ema") ** ratio
     if rule == "linear":

@@ -1,7 +1,8 @@
 """AdamC: AdamW whose decay falls with the square of the learning rate, so that the
 weights' norms do not grow at the end of a schedule. Defazio 2025, arXiv:2506.02285.
 ``max_lr`` is the schedule's largest lr; by default the group's first, so give it where
-lr rises. Layers before no normalisation belong to a group of ``adamw``, says the paper.
+lr rises. A larger lr decays as in AdamW, never more. Layers before no normalisation
+belong to a group of ``adamw``, says the paper.
 """
 
 from fastopt.rule import Rule, sqrt
@@ -14,7 +15,7 @@ def scalars(
     if max_lr <= 0:
         raise ValueError(f"max_lr must be above 0, got {max_lr!r}")
     c = sqrt(1 - beta2**t)  # bias correction, folded into lr and eps
-    decay = lr * (lr / max_lr) * weight_decay
+    decay = lr * min(1.0, lr / max_lr) * weight_decay
     return lr * c / (1 - beta1**t), 1 - beta1, 1 - beta2, eps * c, decay
 
 

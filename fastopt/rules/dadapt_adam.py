@@ -1,7 +1,8 @@
 """D-Adapted Adam: Adam that finds its own learning rate; leave ``lr`` at 1. Defazio &
 Mishchenko 2023, arXiv:2301.07733. As the authors' code, with decoupled weight decay and
 no bound on how fast the estimate d may grow. The sums are over all parameters of the
-optimizer.
+optimizer. Groups should have the same lr: one with another lr, which the authors' code
+refuses, has an estimate of its own.
 """
 
 from fastopt.rule import Rule, sqrt, wide

@@ -1,7 +1,8 @@
 """Prodigy: Adam that finds its own learning rate; leave ``lr`` at 1. Mishchenko &
 Defazio 2023, arXiv:2306.06101. As the authors' code, with decoupled weight decay, with
 beta3 the root of beta2, and without a bound on how fast the estimate d may grow. The
-sums are over all parameters of the optimizer.
+sums are over all parameters of the optimizer. Groups should have the same lr: one
+with another lr, which the authors' code refuses, has an estimate of its own.
 """
 
 from fastopt.rule import Rule, sqrt, wide

@@ -8,7 +8,7 @@ from fastopt.rule import Rule, copysign, maximum, minimum, where
 
 
 def scalars(t, lr=1e-2, eta_minus=0.5, eta_plus=1.2, step_min=1e-6, step_max=50.0):
-    if not 0 < eta_minus < 1 < eta_plus:
+    if not 0 <= eta_minus <= 1 <= eta_plus:  # the limits are for schedules
         raise ValueError(
             f"eta_minus and eta_plus must be below and above 1, "
             f"got {eta_minus!r} and {eta_plus!r}"

@@ -9,7 +9,8 @@ from fastopt.rule import Rule
 
 
 def scalars(t, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
-    if nesterov and (momentum == 0 or dampening != 0):
+    # Only at first: a schedule may bring the momentum to 0 later.
+    if nesterov and ((momentum == 0 and t == 1) or dampening != 0):
         raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
     # With momentum off, as in one group of several, the buffer is the gradient itself.
     fresh = 1.0 if t == 1 or momentum == 0 else 1 - dampening

@@ -153,7 +153,9 @@ class Adafactor(Stepping, torch.optim.Adafactor):
 
     def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
         values = super()._values(group, rule)
-        return [1e-300 if value == 0 else value for value in values[:3]] + values[3:]
+        if values[2] == 0:  # eps1, which the rule divides by
+            values[2] = 1e-300
+        return values
 
 
 class Muon(Stepping, torch.optim.Muon):
