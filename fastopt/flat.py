@@ -193,9 +193,11 @@ def flatten(tree: Any) -> FlatBuffer:
         raise ValueError("nothing to flatten: pass at least one array")
     for path, leaf in arrays:
         if not isinstance(leaf, np.ndarray):
+            walked = isinstance(leaf, Iterator)
+            advice = "pass a list of arrays" if walked else "convert it with np.asarray"
             raise TypeError(
                 f"arrays{path} must be a NumPy array, got {type(leaf).__name__}; "
-                f"convert it with np.asarray"
+                f"{advice}"
             )
         if leaf.dtype not in (np.float32, np.float64):
             raise TypeError(

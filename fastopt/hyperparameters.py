@@ -119,6 +119,11 @@ class Group(MutableMapping[str, Any]):
         checked = dict(values)
         for key in keys:
             value, name = values[key], self._name(key)
+            if isinstance(value, (type, Rule)):  # which can be called, for objects
+                raise TypeError(
+                    f"{name} must be a number, or a schedule: a function of the number "
+                    f"of completed steps, got {value!r}"
+                )
             if callable(value):
                 value, name = value(steps), f"{name}({steps})"
             default = self._rule.hyperparameters[key]

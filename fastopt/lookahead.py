@@ -18,6 +18,7 @@ from fastopt.flat import Array
 from fastopt.numpy_ref import calls_of, written
 from fastopt.optimizer import Optimizer
 from fastopt.parameters import zeros
+from fastopt.refusals import no_optimizer
 from fastopt.rule import check_hyperparameter
 from fastopt.rules.lookahead import lookahead
 
@@ -67,7 +68,7 @@ class Lookahead:
 
     def __init__(self, opt: Optimizer, k: int = 5, alpha: float = 0.5):
         if not isinstance(opt, Optimizer):
-            raise TypeError(f"opt must be an optimizer of fastopt, got {opt!r}")
+            raise no_optimizer(opt, "wrap fastopt's own, as in fastopt.adam(params)")
         vars(self).update(opt=opt, **checked(k, alpha))
         self._slow: list[Array] = []
         # After how many steps the slow weights moved, which the kernel counts, and then

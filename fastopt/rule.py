@@ -440,7 +440,7 @@ class Rule:
         for name, other in self.follows.items():
             if values.get(name) is None and values.get(other) is not None:
                 first = values[other]
-                if callable(first):
+                if callable(first) and not isinstance(first, (type, Rule)):
                     schedule, first = first, first(0)
                     if not 0 < first >= schedule(1):
                         raise ValueError(

@@ -29,6 +29,7 @@ import numpy as np
 
 from fastopt.checks import check_count
 from fastopt.flat import Array
+from fastopt.refusals import is_function, items, named
 from fastopt.rule import check_hyperparameter
 
 
@@ -573,20 +574,23 @@ def _room(steps: int, needed: int, what: str) -> None:
 
 
 def _ascending(name: str, values: Any) -> tuple[int, ...]:
-    marks = tuple(check_count(f"{name}[{i}]", mark, 0) for i, mark in enumerate(values))
+    steps = items(name, values, "steps")
+    marks = tuple(check_count(f"{name}[{i}]", mark, 0) for i, mark in enumerate(steps))
     if any(a >= b for a, b in zip(marks, marks[1:], strict=False)):
         raise ValueError(f"{name} must ascend, got {marks}")
     return marks
 
 
 def _callables(schedules: Any) -> tuple[Callable[[Any], Any], ...]:
-    parts = tuple(schedules)
+    parts = tuple(items("schedules", schedules, "callables of the step"))
     if not parts:
         raise ValueError("schedules is empty; give at least one")
     for i, part in enumerate(parts):
-        if not callable(part):
+        if not is_function(part):
+            number = isinstance(part, (int, float))
+            advice = f"; for a number there is constant({part!r})" if number else ""
             raise TypeError(
-                f"schedules[{i}] must be a callable of the step, got {part!r}; for a "
-                f"number there is constant({part!r})"
+                f"schedules[{i}] must be a callable of the step, got "
+                f"{named(part)}{advice}"
             )
     return parts

@@ -18,6 +18,16 @@ from fastopt.atomic import filling, uninterrupted
 from fastopt.checks import as_array, check_count, check_layout, on_device, read_only
 from fastopt.flat import Array, FlatBuffer, flatten, leaves, rebuild
 from fastopt.parameters import expanded
+from fastopt.refusals import (
+    RETURNS,
+    check_arrays,
+    check_function,
+    check_made,
+    check_maker,
+    items,
+    named,
+    no_optimizer,
+)
 from fastopt.rule import check_hyperparameter
 from fastopt.saving import to_host
 
@@ -41,13 +51,21 @@ def improves(metric: Any, best: float | None, mode: str, margin: float) -> bool:
 
 
 def check_mode(name: str, mode: Any, modes: tuple[str, str]) -> str:
-    if mode not in modes:
+    if not isinstance(mode, str) or mode not in modes:
         raise ValueError(f'{name} must be "{modes[0]}" or "{modes[1]}", got {mode!r}')
     return str(mode)
 
 
 def check_at_least_zero(name: str, value: Any) -> float:
     return float(check_hyperparameter("lr", name, value, 1.0))
+
+
+def check_run(run: Any) -> None:
+    if not isinstance(run, Run):
+        raise TypeError(
+            f"as a callback it is called by minimize, with a Run, got {named(run)}; in "
+            f"a loop of your own use its step(metric, ...)"
+        )
 
 
 def take_over(watch: Any, saved: Any) -> None:
@@ -141,12 +159,9 @@ class ReduceLROnPlateau:
 
     def step(self, metric: float, opt: Any) -> bool:
         """Look at a metric; whether learning rates of the optimizer were reduced."""
-        if getattr(opt, "groups", None) is None:
-            raise TypeError(
-                f"opt must be an optimizer of fastopt, got {type(opt).__name__}; for "
-                f"one of torch's, those of fastopt.torch among them, use "
-                f"torch.optim.lr_scheduler.ReduceLROnPlateau"
-            )
+        if isinstance(opt, type) or getattr(opt, "groups", None) is None:
+            instead = "use torch.optim.lr_scheduler.ReduceLROnPlateau"
+            raise no_optimizer(opt, instead)
         rates = [
             (number, name)
             for number, group in enumerate(opt.groups)
@@ -186,6 +201,7 @@ class ReduceLROnPlateau:
     def __call__(self, run: Run) -> None:
         """As a callback of :func:`minimize`: the loss is the metric, and what was seen
         before, or loaded, is forgotten."""
+        check_run(run)
         if not run.steps:
             self.reset()
         self.step(run.loss, run.opt)
@@ -258,6 +274,8 @@ class EarlyStopping:
         changes: dict[str, Any] = {"looks": self.looks + 1, "wait": self.wait + 1}
         if improves(metric, self.best, self.mode, self.min_delta):
             changes |= {"best": float(metric), "best_look": self.looks, "wait": 0}
+            if params is not None:
+                check_arrays("params", params)
             changes["best_params"] = None if params is None else copied(params)
         vars(self).update(changes)
         return self.wait >= self.patience
@@ -274,6 +292,7 @@ class EarlyStopping:
     def __call__(self, run: Run) -> bool:
         """As a callback of :func:`minimize`: the loss is the metric, and what was seen
         before, or loaded, is forgotten."""
+        check_run(run)
         if not run.steps:
             self.reset()
         return self.step(run.loss)
@@ -302,6 +321,7 @@ def copied(tree: Any) -> Any:
 
 def write(tree: Any, values: Any) -> None:
     """Write :func:`copied` values into arrays of the same names."""
+    check_arrays("params", tree)
     arrays, values = arrays_of(tree), arrays_of(values)
     shapes = [{k: np.shape(a) for k, a in each.items()} for each in (arrays, values)]
     if shapes[0] != shapes[1]:
@@ -463,13 +483,15 @@ def minimize(
     'EarlyStopping said so'
     """
     steps = check_count("steps", steps, 0)
-    callbacks = tuple(callbacks)
-    if not callable(opt):
-        raise TypeError(
-            f"opt must be a rule, or make an optimizer of parameters, got {opt!r}"
-        )
+    callbacks = items("callbacks", callbacks, "functions")
+    for i, callback in enumerate(callbacks):
+        check_function(f"callbacks[{i}]", callback, "called with a Run")
+    check_function("value_and_grad", value_and_grad, RETURNS)
+    check_maker(opt)
+    check_arrays("x0", x0)
     params = copied(x0)
     made = opt(params, **hyperparameters)
+    check_made(made)
     run = Run(made, params, steps)
     # What a rule such as schedule_free_adamw trains is not what is to be used.
     elsewhere = getattr(getattr(made, "rule", None), "evaluate", None) is not None

@@ -17,6 +17,14 @@ from fastopt.checks import check_count
 from fastopt.flat import Array
 from fastopt.lookahead import Lookahead
 from fastopt.optimizer import Optimizer
+from fastopt.refusals import (
+    RETURNS,
+    check_arrays,
+    check_function,
+    items,
+    named,
+    no_optimizer,
+)
 from fastopt.rule import check_hyperparameter
 from fastopt.saving import to_host
 from fastopt.training import arrays_of, evaluated, is_number
@@ -206,7 +214,9 @@ def lr_range_test(
     True
     """
     if not isinstance(opt, (Optimizer, Lookahead)):
-        raise TypeError(f"opt must be an Optimizer, or a Lookahead of one, got {opt!r}")
+        instead = "give fastopt's own the arrays, as in fastopt.adam(params)"
+        raise no_optimizer(opt, instead, "an Optimizer, or a Lookahead of one,")
+    check_function("value_and_grad", value_and_grad, RETURNS)
     if any("lr" not in group for group in opt.groups):
         raise TypeError(f"{opt.rule.name} has no lr to test")
     lo, hi = (
@@ -390,7 +400,8 @@ class GradientNoiseScale:
     def update(self, grads: Sequence[Any]) -> None:
         """Count the gradients of two or more batches, at the same parameters: a list,
         of each the mean over its examples, in the structure of the parameters."""
-        trees = [vectors(tree) for tree in grads]
+        batches = items("grads", grads, "gradients, those of each batch")
+        trees = [vectors(f"grads[{i}]", tree) for i, tree in enumerate(batches)]
         sizes = [{name: part.size for name, part in tree.items()} for tree in trees]
         if any(each != sizes[0] for each in sizes):
             raise ValueError("the gradients differ in their structure")
@@ -408,6 +419,7 @@ class GradientNoiseScale:
         batches' gradients, and the square of that of the mean of these gradients. After
         ``opt.accumulate(grads, grad_scale=1/K)`` for each of K batches and
         ``opt.step(nonfinite="skip")``, the last is ``opt.grad_norm**2``."""
+        small = items("small", small, "squared norms, one of each batch")
         count = len(small)
         if count < 2:
             raise ValueError(f"two batches at least are to be compared, got {count}")
@@ -462,12 +474,13 @@ class GradientNoiseScale:
         return f"<gradient noise scale: {value:g} ± {error:g} examples>"
 
 
-def vectors(tree: Any) -> dict[str, Array]:
+def vectors(name: str, tree: Any) -> dict[str, Array]:
     """The arrays of a tree by their paths, each in one dimension and float64."""
     found = arrays_of(tree)
-    for name, array in found.items():
+    for path, array in found.items():
         if array is None:
-            raise ValueError(f"there is no gradient at {name or 'all'}, but None")
+            raise ValueError(f"there is no gradient at {path or 'all'}, but None")
+    check_arrays(name, tree)
     return {k: to_host(a).astype(np.float64).ravel() for k, a in found.items()}
 
 
@@ -522,7 +535,12 @@ def scale_hyperparameters(
     ratio = float(check_hyperparameter("", "batch_ratio", batch_ratio, 1.0))
     if ratio <= 0:
         raise ValueError(f"batch_ratio must be above 0, got {batch_ratio!r}")
-    if rule not in ("linear", "sqrt"):
+    if not isinstance(hyperparameters, Mapping):
+        raise TypeError(
+            f"hyperparameters must be a dict of them by name, such as opt.groups[0], "
+            f"got {named(hyperparameters)}"
+        )
+    if not isinstance(rule, str) or rule not in ("linear", "sqrt"):
         raise ValueError(f'rule must be "linear" or "sqrt", got {rule!r}')
     if "lr" not in hyperparameters:
         raise ValueError(f"there is no lr in {dict(hyperparameters)!r}")
