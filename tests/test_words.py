@@ -180,9 +180,7 @@ def test_other_arguments(what):
         if what != "a number":
             words = "metric must be a number, got "
             with pytest.raises(TypeError, match=words):
-                watch.step(
-                    make(), *([gd()] if watch.__class__ is not EarlyStopping else [])
-                )
+                watch.step(make(), *more)
     with pytest.raises(TypeError, match=f"must be a dict.*opt.groups.*got {named}"):
         fastopt.scale_hyperparameters(make(), 2, "sqrt")
     with pytest.raises(ValueError, match='rule must be "linear" or "sqrt"'):
