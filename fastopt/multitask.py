@@ -289,6 +289,7 @@ def _solution(matrix: Weights, linear: Weights, free: npt.NDArray[np.bool_]) -> 
 # The methods
 
 
+@standard
 def mean(gram: Any, preference: Any = None) -> Weights:
     """Equal weights, or the preference as it is: what a weighted sum of losses does.
 
@@ -318,6 +319,7 @@ def mean(gram: Any, preference: Any = None) -> Weights:
     return _preference(preference, len(_checked(gram)))
 
 
+@standard
 def mgda(gram: Any) -> Weights:
     """The shortest of all weighted means of the gradients. Désidéri 2012,
     doi:10.1016/j.crma.2012.03.014; Sener & Koltun 2018, arXiv:1810.04650.
@@ -341,6 +343,7 @@ def mgda(gram: Any) -> Weights:
     return _shares(_least(cosines + relative * relative[:, None], relative) * relative)
 
 
+@standard
 def dualproj(gram: Any, preference: Any = None) -> Weights:
     """The mean gradient, or the one of the preference, projected onto the directions
     that conflict with no task. Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (GEM), as in
@@ -364,6 +367,7 @@ def _projected(norms: Weights, cosines: Weights, weights: Weights) -> Weights:
     return weights + longest * more * _inverse(norms)
 
 
+@standard
 def upgrad(gram: Any, preference: Any = None) -> Weights:
     """Each gradient is projected onto the directions that conflict with no task, and
     then their mean is taken, or that of the preference. Quinton & Rey 2024,
@@ -382,6 +386,7 @@ def upgrad(gram: Any, preference: Any = None) -> Weights:
     return total
 
 
+@standard
 def pcgrad(gram: Any, rng: np.random.Generator) -> Weights:
     """From each gradient is taken, for every other one in a random order, what is in
     conflict with it; then they are added. Yu et al. 2020, arXiv:2001.06782.
@@ -463,6 +468,7 @@ class GradVac:
         self.beta = float(check_hyperparameter("beta", "beta", beta, 1.0))
         self.targets: Weights | None = None
 
+    @standard
     def __call__(self, gram: Any) -> Weights:
         """The weights for the next step."""
         matrix = _checked(gram)
@@ -496,6 +502,7 @@ class GradVac:
         return total
 
 
+@standard
 def cagrad(gram: Any, c: float = 0.5) -> Weights:
     """Of the directions within c times the mean gradient's length from it, the one that
     is best for the task that it is worst for. Liu et al. 2021, arXiv:2110.14048.
@@ -551,6 +558,7 @@ def cagrad(gram: Any, c: float = 0.5) -> Weights:
     return equal + more * inverse * (radius / length if length > 0 else 0.0)
 
 
+@standard
 def imtl_g(gram: Any) -> Weights:
     """The direction that is as long along each gradient as along every other. Liu et
     al. 2021 (IMTL-G), openreview.net/forum?id=IMPnRXEWpvr.
@@ -598,6 +606,7 @@ def imtl_g(gram: Any) -> Weights:
     return weights
 
 
+@standard
 def aligned_mtl(gram: Any, preference: Any = None) -> Weights:
     """The mean, or that of the preference, of gradients that are made orthogonal and of
     one length, the least singular value of J. Senushkin et al. 2023, arXiv:2305.19000.
@@ -636,6 +645,7 @@ def nash_mtl(gram: Any) -> Weights:
     return fairgrad(gram, 1.0)
 
 
+@standard
 def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
     """A direction that is alpha-fair in the tasks' gains. Ban & Ji 2024,
     arXiv:2402.15638: ``G @ w = w ** (-1 / alpha)``, for alpha above 0.

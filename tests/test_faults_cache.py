@@ -167,6 +167,19 @@ def test_damaged_entries(folder, campaign):
         campaign.attempt((kind, at), check_damage, folder, bytes(data))
 
 
+def test_each_byte_before_the_code_and_the_entry_of_another_kernel(folder, campaign):
+    sound = (folder / KEY).read_bytes()
+    for at in range(len(sound) - len(KERNEL.object)):
+        data = bytearray(sound)
+        data[at] ^= 1 << at % 8
+        campaign.attempt(at, check_damage, folder, bytes(data))
+    other = "cd" * 32
+    kernel_cache.save(other, KERNEL._replace(object=b"another's code"))
+    data = (folder / other).read_bytes()  # sound, under its own name
+    (folder / other).unlink()
+    campaign.attempt("another's", check_damage, folder, data)
+
+
 def check_refused(what, mode, word):
     before = stat.S_IMODE(what.stat().st_mode)
     what.chmod(mode)

@@ -1,4 +1,4 @@
-"""Two parameters whose gradients are one array: as with two copies of it, by every door;
+"""Two parameters whose gradients are one array: as with two copies of it, by each door;
 what sets gradients to zero refuses (test_watching.py, test_torch_memory.py)."""
 
 import os
