@@ -152,7 +152,9 @@ STACKS = """
 import sys, threading, numpy as np, fastopt
 sys.path.insert(0, {tests!r})
 from cases import CASES, label
-from fastopt import multitask
+from fastopt import multitask, numba_cpu
+from fastopt.flat import Segment
+from fastopt.numpy_ref import Extras
 rng = np.random.default_rng(0)
 
 def data(dtype, *shape):
@@ -189,6 +191,28 @@ for backend in ("cython", "numba"):
         add("adafactor of three", tall, 20, 30, 100)
         slow = fastopt.Lookahead(fastopt.adamw(params(dtype, N), **how), k=1)
         jobs.append(("lookahead", slow, params(dtype, N), {{}}))
+
+class Alone:
+    # Numba's own driver, as where the compiled one is missing; on its threads, too.
+    def __init__(self, rule, dtype):
+        self.p, self.g = data(dtype, N), data(dtype, N)
+        state = tuple(np.abs(data(dtype, N)) for _ in rule.state)
+        average = data(dtype, N)
+        parts = [Segment(self.p, state, 0, average)], np.zeros(1, np.int64)
+        self.next = numba_cpu.bind_alone(rule, *parts, np.zeros((2, 1, 0)))
+        self.scalars = (1.0, *rng.uniform(0.1, 0.2, rule.scalar_count).tolist())
+
+    def step(self, given, **asked):
+        for threads in (1, 2):
+            before = self.p.copy()
+            self.next.take([self.g])
+            extras = Extras(0.05, 0.1, True)
+            self.next([self.scalars], threads, extras)
+            self.g[:] = before
+            assert not np.array_equal(self.p, before)
+
+for rule in (fastopt.gd, fastopt.adamw, fastopt.adan, fastopt.schedule_free_adamw):
+    jobs += [("alone", Alone(rule, dtype), {{}}, {{}}) for dtype in ("f4", "f8")]
 
 def work():
     for name, opt, given, asked in jobs:
