@@ -88,7 +88,8 @@ def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]
 
 
 def branches(tree: Any, level: int) -> Iterable[tuple[Any, Any]] | None:
-    """The keys and children of a dict, list or tuple; None of what is a leaf."""
+    """The keys and children of a dict, list or tuple, those of a namedtuple its fields;
+    None of what is a leaf."""
     mapping = isinstance(tree, Mapping)
     if not mapping and not isinstance(tree, (list, tuple)):
         return None
@@ -97,7 +98,8 @@ def branches(tree: Any, level: int) -> Iterable[tuple[Any, Any]] | None:
             f"a {type(tree).__name__} is nested more than {DEEPEST} levels deep; "
             f"does it contain itself? Pass a flatter one"
         )
-    return tree.items() if mapping else enumerate(tree)
+    keys = getattr(tree, "_fields", range(len(tree)))
+    return tree.items() if mapping else zip(keys, tree, strict=True)
 
 
 def leaves(tree: Any, path: str = "", level: int = 0) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Saved state is matched to parameters by their names, and old saves by their order."""
 
 import copy
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ MAKERS = {
     "adafactor": lambda params, **given: fastopt.Adafactor(params, **given),
     "lookahead": lambda params, **given: fastopt.Lookahead(
         fastopt.adam(params, **given), k=2
+    ),
+    "lookahead of muon": lambda params, **given: fastopt.Lookahead(
+        fastopt.Muon(params, **given), k=2
+    ),
+    "lookahead of adafactor": lambda params, **given: fastopt.Lookahead(
+        fastopt.Adafactor(params, **given), k=3
     ),
 }
 ON = {"sgd": {"momentum": 0.9}}
@@ -253,3 +260,130 @@ def test_damaged_states_are_refused_in_words(rule):
 
 def eval_entry(before, key):
     return eval(before, {"array": np.array})[key]
+
+
+# Trees of other kinds, and groups -----------------------------------------------------
+
+
+class Pair(NamedTuple):
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+class Turned(NamedTuple):
+    bias: np.ndarray
+    weight: np.ndarray
+
+
+def nested(seed, kind=Pair, turned=False):
+    """All of one shape, so that a swap would fit; as parameters and by name."""
+    rng = np.random.default_rng(seed)
+    names = ("body.0", "body.1", "head.weight", "head.bias")
+    a, b, weight, bias = views = rng.normal(size=(4, 2, 3))
+    head = kind(weight=weight, bias=bias)
+    tree = {"body": {"x": a, "y": b}, "head": head}
+    if turned:
+        tree = {"head": head, "body": {"y": b, "x": a}}
+    return tree, dict(zip(names, views, strict=True))
+
+
+def in_groups(seed, turned=False):
+    """The same in three groups, of which the second is frozen: two to begin with."""
+    tree, views = nested(seed, turned=turned)
+    body = {"params": tree["body"], "lr": 0.05}
+    first = [body, {"params": [tree["head"].weight], "frozen": True}]
+    return first, {"params": {"b": tree["head"].bias}, "lr": 0.2}, views
+
+
+def group_grads(seed, turned):
+    first, last, _ = in_groups(seed, turned)
+    return [group["params"] for group in (*first, last)]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_nested_trees(name):
+    """In another order of keys at every level, in and out of a FlatBuffer."""
+    make, given, results = MAKERS[name], ON.get(name, {}), []
+    for turned, flat in ((False, False), (True, False), (True, True)):
+        params, views = nested(1)
+        opt = make(params, ema=0.5, **given)
+        for seed in range(3):
+            opt.step(nested(10 + seed)[0])
+        saved = copy.deepcopy(opt.state_dict())
+        there, now = nested(1, turned=turned)
+        for key, view in views.items():
+            now[key][...] = view
+        if flat:
+            there = fastopt.flatten(there)
+        opt = make(there, ema=0.5, **given)
+        opt.load_state_dict(saved)
+        for seed in range(3, 6):
+            grads = nested(10 + seed, turned=turned)[0]
+            opt.step(fastopt.flatten(grads) if flat else grads)
+        tree = there.views if flat else there
+        averages = opt.ema_params.views if flat else opt.ema_params
+        results.append(
+            [t["body"]["x"] for t in (tree, averages)]
+            + [t["body"]["y"] for t in (tree, averages)]
+            + [t["head"][i] for t in (tree, averages) for i in (0, 1)]
+        )
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_fields_of_namedtuples(name):
+    """They are names, whatever their order, and as the keys of a dict."""
+    make, given, results = MAKERS[name], ON.get(name, {}), []
+    kinds = (Pair, Turned, lambda weight, bias: {"bias": bias, "weight": weight})
+    for kind in kinds:
+        params, views = nested(1)
+        opt = make(params, ema=0.5, **given)
+        for seed in range(3):
+            opt.step(nested(10 + seed)[0])
+        there, now = nested(1, kind)
+        for key, view in views.items():
+            now[key][...] = view
+        other = make(there, ema=0.5, **given)
+        other.load_state_dict(opt.state_dict())
+        for seed in range(3, 6):
+            other.step(nested(10 + seed, kind)[0])
+        results.append(list(now.values()))
+    for turned in results[1:]:
+        for got, expected in zip(turned, results[0], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_frozen_group_and_one_that_is_added_later(name, later):
+    make, given, results = MAKERS[name], ON.get(name, {}), []
+    given = {**given, "eps": 1e-3} if name == "muon" else given
+    for saving in (False, True):
+        first, last, views = in_groups(1)
+        if name in ("muon", "lookahead of muon"):
+            last["adamw_lr"] = 0.1
+        opt = make(first, ema=0.5, **given)
+        for seed in range(2):
+            opt.step(group_grads(10 + seed, False)[:2])
+        opt.add_group(last)
+        for seed in range(2, 4):
+            opt.step(group_grads(10 + seed, False))
+        if saving:
+            saved = copy.deepcopy(opt.state_dict())
+            again, last, now = in_groups(1, turned=True)
+            for key, view in views.items():
+                now[key][...] = view
+            views = now
+            opt = make(again if later else [*again, last], ema=0.5, **given)
+            if later:
+                opt.add_group(last)
+            opt.load_state_dict(saved)
+            assert [group.frozen for group in opt.groups] == [False, True, False]
+        opt.groups[1].frozen = False
+        for seed in range(4, 7):
+            opt.step(group_grads(10 + seed, saving))
+        results.append({key: view.copy() for key, view in views.items()})
+    for key, expected in results[0].items():
+        np.testing.assert_allclose(results[1][key], expected, rtol=1e-12, atol=1e-15)
