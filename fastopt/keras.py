@@ -245,7 +245,8 @@ class Optimizer(keras.optimizers.Optimizer):
         for name in keys:
             saved["state"][name] = [store[key] for key in keys[name]]
         optimizer.load_state_dict(saved)
-        self._optimizer, self._decays = optimizer, decays
+        # Which are one change, whatever interrupts this.
+        self.__dict__.update(_optimizer=optimizer, _decays=decays)
         if "decays" in ours:
             self._missing = ()
         super().load_own_variables({key: store[key] for key in theirs})

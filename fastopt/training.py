@@ -129,6 +129,10 @@ class ReduceLROnPlateau:
     ([False, False, False, True], 0.1)
     """
 
+    best: float | None
+    bad: int
+    cooling: int
+
     def __init__(
         self,
         *,
@@ -154,8 +158,7 @@ class ReduceLROnPlateau:
 
     def reset(self) -> None:
         """Forget what was seen."""
-        self.best: float | None = None
-        self.bad = self.cooling = 0
+        vars(self).update(best=None, bad=0, cooling=0)  # at the same instant
 
     def step(self, metric: float, opt: Any) -> bool:
         """Look at a metric; whether learning rates of the optimizer were reduced."""
@@ -257,6 +260,12 @@ class EarlyStopping:
     (2.0, 1)
     """
 
+    best: float | None
+    best_look: int
+    best_params: Any
+    looks: int
+    wait: int
+
     def __init__(self, patience: int, *, min_delta: float = 0.0, mode: str = "min"):
         self.patience = check_count("patience", patience, 1)
         self.min_delta = check_at_least_zero("min_delta", min_delta)
@@ -265,9 +274,8 @@ class EarlyStopping:
 
     def reset(self) -> None:
         """Forget what was seen."""
-        self.best: float | None = None
-        self.best_look, self.best_params = -1, None
-        self.looks = self.wait = 0
+        nothing = {"best": None, "best_look": -1, "best_params": None}
+        vars(self).update(nothing, looks=0, wait=0)  # at the same instant
 
     def step(self, metric: float, params: Any = None) -> bool:
         """Look at a metric; whether to stop. If it is best, parameters are copied."""

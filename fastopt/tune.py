@@ -317,19 +317,26 @@ def going_back(rng: Any) -> Callable[[], None]:
 # The batch size ---------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Average:
     """A mean of numbers, older ones weighing less, and its standard error."""
 
-    def __init__(self, beta: float):
-        self.beta, self.count = beta, 0
-        self.weight = self.weight2 = self.total = self.total2 = 0.0
+    beta: float
+    count: int = 0
+    weight: float = 0.0
+    weight2: float = 0.0
+    total: float = 0.0
+    total2: float = 0.0
 
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.weight = self.beta * self.weight + 1
-        self.weight2 = self.beta**2 * self.weight2 + 1
-        self.total = self.beta * self.total + value
-        self.total2 = self.beta * self.total2 + value * value
+    def with_number(self, value: float) -> Average:
+        return Average(
+            self.beta,
+            self.count + 1,
+            self.beta * self.weight + 1,
+            self.beta**2 * self.weight2 + 1,
+            self.beta * self.total + value,
+            self.beta * self.total2 + value * value,
+        )
 
     @property
     def mean(self) -> float:
@@ -435,9 +442,11 @@ class GradientNoiseScale:
             )
         noise = self.batch_size * count / (count - 1) * max(mean - big, 0.0)
         signal = (count * big - mean) / (count - 1)
-        self._noise.add(noise)
-        self._signal.add(signal)
-        self._both.add(noise + signal)
+        vars(self).update(  # all at the same instant
+            _noise=self._noise.with_number(noise),
+            _signal=self._signal.with_number(signal),
+            _both=self._both.with_number(noise + signal),
+        )
 
     @property
     def noise(self) -> float:

@@ -60,3 +60,44 @@ def at_every_line(
         check(made)
         tried += 1
         line += stride
+
+
+def at_lines(
+    campaign: Any,
+    what: str,
+    make: Callable[[], Any],
+    action: Callable[[Any], Any],
+    state: Callable[[Any], Any],
+    go_on: Callable[[Any], Any],
+    *,
+    stride: int = 1,
+    changes: bool = True,
+) -> None:
+    """Interrupt ``action(make())`` at its lines, or at every ``stride``-th: its
+    ``state`` is that of before or of after, and ``go_on`` then does what it would have
+    done. ``changes``: whether the action is to change anything."""
+    made = make()
+    states = [state(made)]
+    action(made)
+    states.append(state(made))
+    assert (states[0] != states[1]) == changes
+    go_on(made)
+    ends = [None, state(made)]
+    made = make()
+    go_on(made)
+    ends[0] = state(made)
+    came = [True]
+
+    def check(line: int) -> None:
+        made = make()
+        came[0] = interrupted(lambda: action(made), line)
+        now = state(made)
+        assert now in states, "torn"
+        assert came[0] or now == states[1], "not done"
+        go_on(made)
+        assert state(made) == ends[states.index(now)], "another way on"
+
+    line = 0
+    while came[0]:
+        campaign.attempt(f"{what}, line {line}", check, line)
+        line += stride

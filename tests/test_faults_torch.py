@@ -25,8 +25,18 @@ class Trained:
     """Parameters and their optimizer, after some steps; ``settings`` of its last ones
     are arguments of step."""
 
-    def __init__(self, kind, steps=0, dtypes=(torch.float32,), groups=False, **options):
+    def __init__(
+        self,
+        kind,
+        steps=0,
+        dtypes=(torch.float32,),
+        groups=False,
+        channels_last=False,
+        **options,
+    ):
         drawn = [tensor for dtype in dtypes for tensor in draw(dtype=dtype)]
+        if channels_last:  # of a convolution, whose gradients lie so, too
+            drawn[0] = draw([(4, 3, 2, 2)])[0].to(memory_format=torch.channels_last)
         self.params = params_of(drawn)
         given = self.params
         if groups:
@@ -38,7 +48,10 @@ class Trained:
     def give(self, seed):
         for i, param in enumerate(self.params):
             (grad,) = draw((param.shape,), torch.float64, 100 * seed + i + 1)
-            param.grad = grad.to(param.dtype)
+            memory = torch.preserve_format
+            if not param.is_contiguous():
+                memory = torch.channels_last
+            param.grad = grad.to(param.dtype).contiguous(memory_format=memory)
 
     def step(self, seed, **settings):
         self.give(seed)
@@ -48,8 +61,11 @@ class Trained:
         """All that a step changes, as it is now."""
         kept = self.optimizer.state_dict()
         kept["attributes"] = self.optimizer.skipped, self.optimizer.grad_norm
+        kept["mode"] = getattr(self.optimizer, "_evaluating", None)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         kept["parameters"] = [(p.detach(), p.grad) for p in params]
+        # Whether they share a buffer.
+        kept["places"] = [p.untyped_storage().nbytes() for p in params]
         return copy.deepcopy(kept)
 
 
@@ -123,6 +139,14 @@ CASES = {
     "Prodigy, dtypes": {"kind": "Prodigy", "dtypes": (torch.float32, torch.float16)},
     "Adafactor, bfloat16": {"kind": "Adafactor", "dtypes": (torch.bfloat16,)},
     "AdamW, complex": {"kind": "AdamW", "dtypes": (torch.complex64,)},
+    "AdamW, channels_last": {"kind": "AdamW", "channels_last": True},
+    "LAMB, channels_last": {
+        "kind": "LAMB", "channels_last": True, "clip_norm": 0.5, "ema": 0.9,
+    },
+    "AdamW, numpy": {"kind": "AdamW", "backend": "numpy", "ema": 0.9},
+    "Prodigy, numpy": {"kind": "Prodigy", "backend": "numpy", "clip_norm": 0.5},
+    "NAdam, numba": {"kind": "NAdam", "backend": "numba", "ema": 0.9},
+    "LAMB, numba": {"kind": "LAMB", "backend": "numba", "clip_norm": 0.5},
 }  # fmt: skip
 
 
@@ -239,8 +263,38 @@ def other_makers():
         made.params = [p for g in made.optimizer.param_groups for p in g["params"]]
         made.step(7)
 
+    def averaged():
+        made = given("ScheduleFreeAdamW", **halves)
+        made.optimizer.eval()
+        return made
+
+    def as_trained(made):
+        """Steps are refused in eval mode, and right after it."""
+        if made.optimizer._evaluating:
+            with pytest.raises(RuntimeError, match="in eval mode"):
+                made.optimizer.step()
+            made.optimizer.train()
+        go_on(made)
+
+    def flatten(made):
+        ft.flatten_(made.params)
+
+    def unflatten(made):
+        ft.unflatten_(made.params)
+
     halves = {"dtypes": (torch.float32, torch.bfloat16)}
     return {
+        "eval": (
+            lambda: given("ScheduleFreeAdamW", **halves),
+            lambda made: made.optimizer.eval(),
+            as_trained,
+        ),
+        "train": (averaged, lambda made: made.optimizer.train(), as_trained),
+        "flatten_": (lambda: given("NAdam", **halves), flatten, go_on),
+        "unflatten_": (
+            lambda: flattened(Trained("AdamW"), 1), unflatten,
+            lambda made: flat_step(made, 7),
+        ),
         "flattened, first": (lambda: flattened(Trained("AdamW"), 0), step, flat_step),
         "flattened": (lambda: flattened(Trained("AdamW"), 1), step, flat_step),
         "skipped": (not_finite, step, go_on),
@@ -298,6 +352,26 @@ def stepped_at(action, inner, line):
     return came
 
 
+def lines_of(action):
+    """How many lines of fastopt's an action comes to."""
+    count = 0
+    before = sys.gettrace()
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 NESTED = [
     *("AdamW", "SGD, momentum", "NAdam, all", "LAMB", "Prodigy, dtypes"),
     *("Adafactor", "ScheduleFreeAdamW", "AdamW, dtypes", "Adafactor, bfloat16"),
@@ -313,20 +387,26 @@ def test_steps_of_torch_within_a_step(campaign, name):
         made = make()
         made.step(7)
         made.optimizer.step()
-        expected = made.all()
+        expected = [made.all()]
+        made.optimizer.step()
+        expected.append(made.all())
 
-        def check(line, came, make=make, expected=expected):
+        def check(line, make=make, expected=expected):
             made = make()
             made.give(7)
-            came[0] = stepped_at(made.optimizer.step, made.optimizer.step, line)
-            if not came[0]:
+            if not stepped_at(made.optimizer.step, made.optimizer.step, line):
                 made.optimizer.step()
-            assert equal(made.all(), expected)
+            assert equal(made.all(), expected[0])
+            made.optimizer.step()  # by what has been noted of those before
+            assert equal(made.all(), expected[1])
 
-        line, came = 0, [True]
-        while came[0]:
-            campaign.attempt(f"{name} after {steps}, line {line}", check, line, came)
-            line += 1 if campaign.long else 301 if not steps else 71
+        made = make()
+        made.give(7)
+        lines = lines_of(made.optimizer.step)
+        stride = 1 if campaign.long else 301 if not steps else 71
+        last = 0 if campaign.long or not steps else 12  # where steps are noted
+        for line in {*range(0, lines, stride), *range(lines - last, lines)}:
+            campaign.attempt(f"{name} after {steps}, line {line}", check, line)
 
 
 def test_loads_of_torch_within_a_step(campaign):

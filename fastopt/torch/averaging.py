@@ -3,15 +3,18 @@ schedule-free rules: ``train()`` and ``eval()``, as their authors' classes have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from operator import setitem
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastopt.atomic import uninterrupted
+from fastopt.atomic import Call
 from fastopt.torch.state import TRAINED, evaluated
 from fastopt.torch.step import Stepping
+from fastopt.torch.turns import Overtaken
 
 
 class Averaging(Stepping):
@@ -24,40 +27,55 @@ class Averaging(Stepping):
         save them, until :meth:`train`. What they are in training goes to the state,
         under "trained". Steps are refused meanwhile, since gradients of these
         parameters are not what the rule works with."""
-        with self._turns.lock, torch.no_grad():
-            mode = partial(self.__dict__.update, _evaluating=True)
-            uninterrupted(self._turns.overtake, mode)
-            self._renew()  # so that the next step asks for the mode
-            for param, group in self._all():
-                state = self.state.get(param)
-                if not state or TRAINED in state:
-                    continue
-                values = self._values(group, self._rule(group))
-                average = evaluated(
-                    param, state, self._rule(group), self._names, values
-                )
-                uninterrupted(
-                    partial(setitem, state, TRAINED, param.detach().clone()),
-                    partial(param.copy_, average),
-                )
+        self._switch(True, self._to_average)
 
     def train(self) -> None:
         """Put back what the parameters are in training, exactly. If they were changed
         since :meth:`eval`, the change is added."""
+        self._switch(False, self._to_trained)
+
+    def _switch(
+        self, evaluating: bool, change: Callable[[Tensor, dict[str, Any]], list[Call]]
+    ) -> None:
+        """Change the mode and all parameters, at the same instant."""
         with self._turns.lock, torch.no_grad():
-            for param, group in self._all():
-                state = self.state.get(param)
-                if not state or TRAINED not in state:
-                    continue
-                values = self._values(group, self._rule(group))
-                trained = state[TRAINED].to(param.device, param.dtype)
-                average = evaluated(
-                    trained, state, self._rule(group), self._names, values
-                )
-                same = torch.isclose(param, average, rtol=0, atol=0, equal_nan=True)
-                back = torch.where(same, trained, trained + (param - average))
-                uninterrupted(partial(param.copy_, back), partial(state.pop, TRAINED))
-            self._evaluating = False
+            done = False
+            while not done:
+                self._turns.begin()
+                calls = [call for of in self._all() for call in change(*of)]
+                # Without plans, so that the next step asks for the mode.
+                mode: dict[str, Any] = {
+                    "_evaluating": evaluating,
+                    "_plan": None,
+                    "_plans": {},
+                }
+                try:
+                    self._turns.commit([*calls, partial(self.__dict__.update, mode)])
+                    done = True
+                except Overtaken:  # by a step of a signal handler, say
+                    done = False
+
+    def _to_average(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
+        state = self.state.get(param)
+        if not state or TRAINED in state:
+            return []
+        values = self._values(group, self._rule(group))
+        average = evaluated(param, state, self._rule(group), self._names, values)
+        return [
+            partial(setitem, state, TRAINED, param.detach().clone()),
+            partial(param.copy_, average),
+        ]
+
+    def _to_trained(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
+        state = self.state.get(param)
+        if not state or TRAINED not in state:
+            return []
+        values = self._values(group, self._rule(group))
+        trained = state[TRAINED].to(param.device, param.dtype)
+        average = evaluated(trained, state, self._rule(group), self._names, values)
+        same = torch.isclose(param, average, rtol=0, atol=0, equal_nan=True)
+        back = torch.where(same, trained, trained + (param - average))
+        return [partial(param.copy_, back), partial(state.pop, TRAINED)]
 
     def _check_mode(self) -> None:
         if self._evaluating:

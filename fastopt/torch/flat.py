@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastopt.atomic import Call, uninterrupted
 from fastopt.flat import STAGGER, zeroed
 from fastopt.torch.memory import is_hollow
 
@@ -85,7 +87,9 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
                     f"memory of its own and cannot lie in a buffer; nothing was moved"
                 )
     with torch.no_grad():
-        return [flattened(alike) for alike in kinds.values()]
+        made = [flattened(alike) for alike in kinds.values()]
+        uninterrupted(*[move for _, moves in made for move in moves])
+    return [flat for flat, _ in made]
 
 
 def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
@@ -112,29 +116,34 @@ def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
     8
     """
     params = model.parameters() if isinstance(model, torch.nn.Module) else model
+    moves: list[Call] = []
     for param in dict.fromkeys(params):
         if param.grad is not None and in_flat_buffer(param.grad):
-            param.grad = param.grad.clone()
+            moves.append(partial(setattr, param, "grad", param.grad.clone()))
         if param.layout is torch.strided:
             own = param.numel() * param.element_size()
             if param.untyped_storage().nbytes() > own:
-                param.data = param.data.clone()
+                moves.append(partial(setattr, param, "data", param.data.clone()))
+    uninterrupted(*moves)
 
 
-def flattened(params: list[Tensor]) -> Flat:
-    """One dtype and device."""
+def flattened(params: list[Tensor]) -> tuple[Flat, list[Call]]:
+    """One dtype and device: the buffers, filled, and what moves parameters there."""
     sizes = [param.numel() for param in params]
     # Buffers that are equal modulo 4096 make a load wait for an unrelated store.
     flat = Flat(*(zeros(sum(sizes), params[0], at) for at in (0, STAGGER // 2)))
     setattr(flat.grad, FLAT, True)
-    datas, grads = flat.data.split(sizes), flat.grad.split(sizes)
+    datas, grads, moves = flat.data.split(sizes), flat.grad.split(sizes), list[Call]()
     for param, data, grad in zip(params, datas, grads, strict=True):
         data, grad = data.view(param.shape), grad.view(param.shape)
         data.copy_(param)
         if param.grad is not None:
             grad.copy_(param.grad)
-        param.data, param.grad = data, grad
-    return flat
+        moves += [
+            partial(setattr, param, "data", data),
+            partial(setattr, param, "grad", grad),
+        ]
+    return flat, moves
 
 
 def in_flat_buffer(grad: Tensor) -> bool:

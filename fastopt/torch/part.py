@@ -16,7 +16,7 @@ from torch import Tensor
 from fastopt import cython_cpu
 from fastopt.bound import bind_alone
 from fastopt.flat import Array, Segment
-from fastopt.numpy_ref import PLAIN, Extras
+from fastopt.numpy_ref import PLAIN, Extras, Step, calls_of
 from fastopt.rule import Rule
 from fastopt.torch import state
 from fastopt.torch.memory import array, numbers, same_layout
@@ -218,16 +218,16 @@ class Part:
 
     def end(self) -> None:
         """After a step: note what the next one needs to know, and forget the rest."""
-        # What was settled may differ from now on.
-        self._seen = [] if self.carried and self.rule.settle else self._bytes()
         self.usual = (
             self.all
             and self._placed
             and len(self.kinds) == 1
             and not (self.wave or self.carried or self.averaged or self.rule.settle)
+            and not isinstance(self.step, Step)  # NumPy's, which is several calls
         )
-        steps = self.vectors[0]
-        self._t, self._steps = int(steps.item(0)), steps.tobytes()
+        # In this order: a signal handler may step in between.
+        self._steps = self.vectors[0].tobytes()
+        self._t = int(self.vectors[0].item(0))
         self._taken = []
         if not self.plain:
             self._copies, self.step = [], None
@@ -299,6 +299,8 @@ class Part:
         if self.names.steps is not None:
             self._t += 1
             self._steps = self.vectors[0].tobytes()
+            # A signal handler may have stepped since.
+            self.usual = self.vectors[0].item(0) == self._t
 
     def _bytes(self) -> list[bytes]:
         return [vector.tobytes() for vector in self.vectors]
@@ -347,12 +349,12 @@ class Part:
             if self.carried:
                 for (*_, members), new in zip(self.kinds, self.new, strict=True):
                     carry(after, members, new)
-            calls = [self._run(threads, extras)]
+            calls = self._run(threads, extras)
         elif getattr(self.step, "batches", False):
             calls = self._batches(threads, extras, after)
         else:
             self._settle(threads, limit, total, after)
-            calls = [self._run(threads, extras)]
+            calls = self._run(threads, extras)
         steps = after[0]
         if self.all or self.over_all:
             steps += 1
@@ -360,6 +362,9 @@ class Part:
             steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
+        # Of the state as it will be, which the kinds fit; what is settled may differ.
+        settled = self.carried and self.rule.settle
+        self._seen = [] if settled else [vector.tobytes() for vector in after]
         calls += [
             partial(operator.setitem, vector, ..., new)
             for vector, new in zip(self.vectors, after, strict=True)
@@ -376,10 +381,8 @@ class Part:
             ]
         return calls
 
-    def _run(self, threads: int, extras: Extras | None) -> Call:
-        if extras is None:
-            return partial(self.step, self.rows, threads)
-        return partial(self.step, self.rows, threads, extras)
+    def _run(self, threads: int, extras: Extras | None) -> list[Call]:
+        return calls_of(self.step, self.rows, threads, *[extras] if extras else [])
 
     def _batches(
         self, threads: int, extras: Extras | None, after: list[Array]
@@ -424,8 +427,8 @@ class Part:
             if active or self.over_all:
                 carry(after, run, values)
 
-    def estimate(self, values: Sequence[Values], threads: int) -> Call:
-        """The call that puts an estimate into the state, from gradients of another
+    def estimate(self, values: Sequence[Values], threads: int) -> list[Call]:
+        """The calls that put an estimate into the state, from gradients of another
         kind."""
         of: Any = self.rule.estimate
         (buffer, rule), rows, grads = of, [], []
@@ -443,7 +446,7 @@ class Part:
             grads.append(None if grad is None else made.copy_(grad.detach()))
         step.take([None if grad is None else array(grad) for grad in grads])
         self._taken = grads
-        return partial(step, rows, threads)
+        return calls_of(step, rows, threads)
 
     # State that is kept of rows and columns alone -------------------------------------
 

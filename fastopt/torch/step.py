@@ -300,7 +300,7 @@ class Stepping(Optimizer):
         of = self._names, groups, self.state, self._read(groups)
         plan = Plan(*of, self.ema is not None, self.backend)
         calls = plan.entries(self.state)
-        calls += [part.estimate(plan.values, self._threads()) for part in plan.parts]
+        calls += chain(*[p.estimate(plan.values, self._threads()) for p in plan.parts])
         try:
             self._turns.commit(calls)
         except Overtaken:
