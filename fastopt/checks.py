@@ -201,6 +201,14 @@ def check_grad(
         )
 
 
+class Fields(list[Any]):
+    """The layouts of a namedtuple's fields."""
+
+    def __init__(self, layouts: Mapping[str, Any]):
+        super().__init__(layouts.values())
+        self.names = tuple(layouts)
+
+
 def layout(tree: Any, level: int = 0) -> Any:
     """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
     at the leaves None, or the layout of a FlatBuffer."""
@@ -208,6 +216,8 @@ def layout(tree: Any, level: int = 0) -> Any:
     if children is None:
         return tree.shapes if isinstance(tree, FlatBuffer) else None
     layouts = {key: layout(child, level + 1) for key, child in children}
+    if hasattr(tree, "_fields"):
+        return Fields(layouts)
     return layouts if isinstance(tree, Mapping) else list(layouts.values())
 
 
@@ -221,7 +231,7 @@ def collect(
 ) -> None:
     """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
     it must have; None stands for a whole branch of None."""
-    if type(grads) is FlatBuffer and type(tree) in (dict, list):
+    if type(grads) is FlatBuffer and type(tree) in (dict, list, Fields):
         grads = grads.views  # of one whose arrays are taken one by one
     if type(tree) is dict:
         if grads is None:
@@ -244,7 +254,7 @@ def collect(
                 + " (None leaves a parameter alone)"
             )
         children = [(key, child, grads[key]) for key, child in tree.items()]
-    elif type(tree) is list:
+    elif isinstance(tree, list):
         if grads is None:
             grads = [None] * len(tree)
         if not isinstance(grads, (list, tuple)):
@@ -257,6 +267,13 @@ def collect(
                 f"{name}{path} has {len(grads)} entries but {like}{path} has "
                 f"{len(tree)}; pass None for a parameter to leave alone"
             )
+        if isinstance(tree, Fields):
+            fields = getattr(grads, "_fields", tree.names)
+            if fields != tree.names:
+                raise ValueError(
+                    f"{name}{path} has the fields {', '.join(fields)}, but "
+                    f"{like}{path} has {', '.join(tree.names)}; pass them in that order"
+                )
         children = list(zip(range(len(tree)), tree, grads, strict=True))
     else:
         same_layout = type(grads) is FlatBuffer and grads.shapes == tree

@@ -387,3 +387,22 @@ def test_a_frozen_group_and_one_that_is_added_later(name, later):
         results.append({key: view.copy() for key, view in views.items()})
     for key, expected in results[0].items():
         np.testing.assert_allclose(results[1][key], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_gradients_whose_fields_are_in_another_order_are_refused():
+    params, views = nested(1)
+    opt = fastopt.adam(params)
+    with pytest.raises(
+        ValueError,
+        match=r"grads\['head'\] has the fields bias, weight, but params\['head'\] has "
+        "weight, bias",
+    ):
+        opt.step(nested(2, Turned)[0])
+    for key, before in nested(1)[1].items():
+        assert np.array_equal(views[key], before)
+    grads, _ = nested(2)
+    opt.step(grads | {"head": list(grads["head"])})  # a list has an order alone
+    other, now = nested(1)
+    fastopt.adam(other).step(grads)
+    for key in views:
+        assert np.array_equal(views[key], now[key])
