@@ -160,6 +160,7 @@ class Muon(Optimizer):
     """
 
     _separately = True
+    _in_one_call = False  # matrices are made orthogonal within a step
     _matrices: list[int]  # those of the segments that go through products
     _pass: tuple[list[Array], Step] | None  # before the step, if their updates are kept
 
@@ -262,11 +263,6 @@ class Muon(Optimizer):
         rows = [bound.params.set_of[i] for i in matrices]
         momentum = [bound.buffers["m"][i] for i in matrices]
         return room, bind_alone(self._module, direction, room, rows, [momentum])
-
-    def _plan_steps(self) -> None:
-        super()._plan_steps()
-        plan: tuple[Any, ...] = self._plan
-        self._plan = (*plan[:-1], None)  # there is something to do in between
 
     def _calls(
         self,

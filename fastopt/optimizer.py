@@ -101,6 +101,7 @@ class Optimizer:
     _plan: tuple[Any, list[Values] | None, int, Any]
     _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
+    _in_one_call = True  # whether the compiled step alone can do a plain step
     # More calls that belong to a step, whose own these are; such as a Lookahead's.
     _with_step: Callable[[Sequence[Call]], Sequence[Call]] | None = None
 
@@ -475,7 +476,8 @@ class Optimizer:
         rule = self._bound.rule
         # What the compiled step cannot do all by itself.
         more = (
-            rule.measure is not None
+            not self._in_one_call
+            or rule.measure is not None
             or self._averages is not None
             or self._pending is not None
             or any(group.frozen for group in self.groups)

@@ -40,6 +40,7 @@ class Case:
             patch.setattr(numba_cpu, "bind", numba_cpu.bind_alone)
             backend = "numba"
         self.params, self.grads = draw(0), draw(1)
+        self.lr_of_vectors = "adamw_lr" if name == "Muon" else "lr"
         w, *others = self.params.values()
         groups = [{"params": {"w": w}}, {"params": others}]
         if name == "lookahead":
@@ -96,7 +97,7 @@ DOORS = {
     "lr": lambda c: setattr(c.opt, "lr", 0.03),
     "update": lambda c: c.opt.groups[1].update(lr=0.2),
     "frozen": lambda c: setattr(c.opt.groups[0], "frozen", True),
-    "add": lambda c: c.opt.add_group({"params": np.ones(3), "lr": 0.5}),
+    "add": lambda c: c.opt.add_group({"params": np.ones(3), c.lr_of_vectors: 0.5}),
     "accumulate": accumulate,
     "accumulated": step_accumulated,
     "drop": drop,
@@ -159,6 +160,21 @@ def test_interrupts_at_the_lines_of_the_core(campaign, monkeypatch):
         offset = number % stride
         arguments = *case, stride, offset, monkeypatch
         campaign.attempt(f"{rule} {backend} {door} {given}", try_one, *arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matrices_of_muon_are_made_orthogonal_after_an_interrupt(backend, monkeypatch):
+    """While steps are planned anew, there is never a plan without the products."""
+
+    def check(case):
+        assert case.go_on() == following
+
+    following = Case("Muon", backend, monkeypatch).go_on()
+    at_every_line(
+        lambda: Case("Muon", backend, monkeypatch),
+        lambda case: setattr(case.opt, "threads", 3),
+        check,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
