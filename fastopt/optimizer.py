@@ -824,6 +824,7 @@ class Optimizer:
             group.checked(changes, steps)
             for group, changes in zip(self.groups, given, strict=True)
         ]
+        saving.check_switches(saved, values, self)
         # Exactly what was saved: a buffer of a switch that was off there is dropped.
         bound = self._bind(
             values,

@@ -77,7 +77,7 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
         return lambda what, items: items
     try:
         there = [
-            [(str(name), tuple(map(operator.index, shape))) for name, shape in part]
+            [(as_name(name), tuple(map(operator.index, shape))) for name, shape in part]
             for part in saved["params"]
         ]
     except (TypeError, ValueError) as error:
@@ -114,6 +114,12 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
         return [joined(what, part, pieces) for part in here]
 
     return arrange
+
+
+def as_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"the name of a parameter must be a string, got {shown(value)}")
+    return value
 
 
 def listed(names: Sequence[str]) -> str:
@@ -221,9 +227,24 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
             f'state["switched_on"] is {shown(on)}, of which {rule.name} '
             f"knows {sorted(rule.switches)}"
         )
+    if len(set(on)) < len(on):
+        raise ValueError(f'state["switched_on"] has a name twice: {shown(on)}')
     arranged = arrange(saved, opt)
     check_buffers(arranged, opt)
     return arranged
+
+
+def check_switches(
+    saved: Mapping[str, Any], values: Sequence[Mapping[str, Any]], opt: Optimizer
+) -> None:
+    """That there are the buffers that hyperparameters need, as they will be."""
+    for name in sorted(opt.rule.switches - set(saved["switched_on"])):
+        for i, group in enumerate(values):
+            if group[name]:
+                raise ValueError(
+                    f"groups[{i}] would have {name} {shown(group[name])}, but the state "
+                    f"lacks the buffers for it: {name} is not in its switched_on"
+                )
 
 
 def arrange(saved: Mapping[str, Any], opt: Optimizer) -> Mapping[str, Any]:

@@ -87,8 +87,9 @@ def variants_of(value):
         yield value.astype(value.dtype.newbyteorder())
         yield np.repeat(value.ravel(), 2)[::2].reshape(value.shape)
     elif isinstance(value, (int, float)):
-        yield from (value + 1, -value, float(value), str(value), [value])
-        yield np.float64(value)
+        yield from (value + 1, -value, str(value), [value])
+        if abs(value) < 1e300:  # larger integers are no floats
+            yield from (float(value), np.float64(value))
     elif isinstance(value, (list, tuple)):
         yield from (value[:-1], [*value, *value], value[::-1], tuple(value), dict())
         yield dict(enumerate(value))
@@ -150,7 +151,12 @@ def judge(opt, saved, snapshot):
         assert alike(before, snapshot(opt)), f"changed, with {error!r}"
         assert raised_by_us(error), f"not in our words: {error!r}"
     else:
-        assert taken(opt.state_dict(), saved), "taken as something else"
+        now = opt.state_dict()
+        for inner, old in (now, saved), (now.get("opt"), saved.get("opt")):
+            if inner and "format" in inner:
+                if old["format"] == 2 or old["params"] is None:  # names do not matter
+                    del inner["format"], inner["params"]
+        assert taken(now, saved), "taken as something else"
 
 
 # The core -----------------------------------------------------------------------------
