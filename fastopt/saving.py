@@ -242,8 +242,8 @@ def check_switches(
         for i, group in enumerate(values):
             if group[name]:
                 raise ValueError(
-                    f"groups[{i}] would have {name} {shown(group[name])}, but the state "
-                    f"lacks the buffers for it: {name} is not in its switched_on"
+                    f"groups[{i}] would have {name} {shown(group[name])}, but the "
+                    f"state lacks the buffers for it: {name} is not in its switched_on"
                 )
 
 
