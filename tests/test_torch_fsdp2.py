@@ -1,0 +1,73 @@
+"""FSDP2's parameters are DTensors: torch's own step takes them, other classes refuse."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("torch without torch.distributed", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+
+import fastopt.torch  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    store = Path(tmp_path_factory.mktemp("gloo")) / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh) -> torch.nn.Module:
+    torch.manual_seed(3)
+    layers = torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    model = torch.nn.Sequential(*layers)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def backward(model: torch.nn.Module, step: int) -> None:
+    torch.manual_seed(step)
+    model.zero_grad()
+    model(torch.randn(7, 5)).square().sum().backward()
+
+
+def values(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor().detach().clone() for p in model.parameters()]
+
+
+OURS = ["LAMB", "Lion", "LARS", "Prodigy", "ScheduleFreeAdamW"]
+TORCHS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_torch_steps_what_fsdp2_shards(mesh: DeviceMesh, name: str) -> None:
+    runs = []
+    for module in (torch.optim, fastopt.torch):
+        model = sharded(mesh)
+        opt = getattr(module, name)(model.parameters(), lr=0.03, weight_decay=0.1)
+        for step in range(3):
+            backward(model, step)
+            opt.step()
+        runs.append(values(model))
+    for theirs, ours in zip(*runs, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_other_classes_refuse_what_fsdp2_shards(mesh: DeviceMesh, name: str) -> None:
+    model = sharded(mesh)
+    before = values(model)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="DTensor"):
+        opt = getattr(fastopt.torch, name)(model.parameters(), lr=0.03)
+        backward(model, 0)
+        opt.step()
+    for was, now in zip(before, values(model), strict=True):
+        assert torch.equal(was, now)
