@@ -151,6 +151,15 @@ class FlatBuffer:
         ]
         self.views = rebuild(tree, iter(shaped))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An optimizer and the views would go on with the old array.
+        if vars(self).get(name, value) is not value and name == "data":
+            raise AttributeError(
+                "the array of a FlatBuffer cannot be replaced; write into it: "
+                "flat.data[:] = values"
+            )
+        super().__setattr__(name, value)
+
     def __getitem__(self, key: Any) -> Any:
         return self.views[key]
 

@@ -224,3 +224,37 @@ os._exit(0)
 @pytest.mark.parametrize("action", ["opt.step()", "opt.step_param(param)"])
 def test_a_fork_while_another_thread_steps(action):
     assert run(FORK.replace("ACTION", action)) == ["0"] * 10
+
+
+@needs_timers
+def test_a_fork_in_a_signal_handler_in_a_step():
+    """The child ends the interrupted step, and threads of its own can step."""
+    codes = run("""
+    param, opt = made()
+    opt.step()
+    parent, children = os.getpid(), []
+
+    def soon():
+        signal.setitimer(signal.ITIMER_REAL, 0.0003 + 0.00002 * len(children))
+
+    def handler(*_):
+        child = os.fork()
+        if child:
+            children.append(child)
+            soon()
+
+    signal.signal(signal.SIGALRM, handler)
+    soon()
+    while len(children) < 10 and os.getpid() == parent:
+        opt.step()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if os.getpid() != parent:
+        count = opt.state[param]["step"].item()
+        opt.step()
+        thread = threading.Thread(target=opt.step)
+        thread.start()
+        thread.join()
+        os._exit(0 if opt.state[param]["step"].item() == count + 2 else 1)
+    print(*(os.waitpid(child, 0)[1] for child in children))
+    """)
+    assert len(codes) >= 10 and set(codes) == {"0"}

@@ -163,6 +163,20 @@ def test_arrays_can_be_resized_when_the_optimizer_is_gone():
     assert own.shape == (4,)
 
 
+def test_the_array_of_a_flat_buffer_stays():
+    """Its views, and optimizers of it, would go on with the old one."""
+    flat = fastopt.flatten({"w": np.ones(3), "b": np.ones(2)})
+    opt = fastopt.gd(flat, lr=0.5)
+    with pytest.raises(AttributeError, match="cannot be replaced; write into it"):
+        flat.data = np.zeros(5)
+    flat.data *= 2
+    opt.step(flat.zeros_like())
+    grads = flat.zeros_like()
+    grads.data[:] = 1.0
+    opt.step(grads)
+    assert np.all(flat.data == 1.5) and np.all(flat["w"] == 1.5)
+
+
 def test_adding_a_group_costs_what_is_in_it():
     """Counted are the calls that Python makes, for few groups and for many."""
     counts = []

@@ -1,4 +1,4 @@
-"""FSDP2's parameters are DTensors: torch's own step takes them, other classes refuse."""
+"""FSDP2 makes DTensors: torch's own step takes them, and other classes refuse."""
 
 from collections.abc import Iterator
 from pathlib import Path

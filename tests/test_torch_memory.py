@@ -41,6 +41,16 @@ CHANGES = {
     "data transposed": set_data(lambda t: t.t()),
     "negated": set_data(negated),
     "other data": set_data(lambda t: t.flip(0)),
+    "other memory": lambda t: t.set_(t.clone().t() * 0.5),
+}
+RESIZED = {  # which torch itself refuses for parameters
+    "resized": lambda t: t.resize_(2, 8),
+    "smaller": lambda t: t.resize_as_(torch.empty(3, 4)),
+}
+SHAPES = {
+    "data of fewer rows": set_data(lambda t: t[:3]),
+    "data of another rank": set_data(lambda t: t.reshape(2, 2, 4)),
+    "memory of fewer": lambda t: t.set_(torch.ones(5, dtype=t.dtype)),
 }
 
 
@@ -81,6 +91,38 @@ def test_a_change_in_place_of_a_flat_model_is_noticed(name, what, change):
         finally:
             ft.AdamW = kind
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("look")
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        *((what, change) for what in ("param", "grad") for change in SHAPES.values()),
+        *(("grad", change) for change in RESIZED.values()),
+    ],
+)
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+@pytest.mark.parametrize("flattened", [False, True])
+def test_another_shape_is_refused_before_anything_is_written(
+    flattened, name, what, change
+):
+    params = params_of(draw(SQUARES, torch.float64))
+    give(params, draw(SQUARES, torch.float64, 1))
+    if flattened:
+        ft.flatten_(params)
+    opt = getattr(ft, name)(params, lr=0.05)
+    for _ in range(3):
+        opt.step()
+    second = params[1]
+    with torch.no_grad():
+        change({"param": second, "grad": second.grad}[what])
+    before = [param.detach().clone() for param in params]
+    counts = [opt.state[param]["step"].clone() for param in params]
+    with pytest.raises((RuntimeError, ValueError), match="shape|size"):
+        opt.step()
+    for param, was, count in zip(params, before, counts, strict=True):
+        assert torch.equal(param, was)
+        assert torch.equal(opt.state[param]["step"], count)
 
 
 @pytest.mark.usefixtures("look")
