@@ -128,11 +128,12 @@ def optimizer(
         )
     for key, other in rule.follows.items():
         if key not in hyperparameters and isinstance(
-            hyperparameters.get(other), jax.core.Tracer
+            hyperparameters.get(other), jax.Array
         ):
             raise TypeError(
-                f"{key} must be the largest {other}, which is not known while {other} "
-                f"is traced; give {key}, too"
+                f"{key} must be the largest {other}, which is not known where {other} "
+                f"is an array of JAX's, traced or of one step, as those that "
+                f"optax.inject_hyperparams gives; give {key}, too"
             )
     values, now = {**rule.hyperparameters, **rule.complete(hyperparameters)}, {}
     for key, value in values.items():

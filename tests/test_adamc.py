@@ -169,6 +169,10 @@ def test_jax_cannot_know_what_is_traced():
 
     with pytest.raises(TypeError, match="max_lr must be the largest lr.*give max_lr"):
         jax.jit(of)(0.5)
+    optax = pytest.importorskip("optax")
+    with pytest.raises(TypeError, match="max_lr must be the largest lr.*give max_lr"):
+        make = optax.inject_hyperparams(lambda lr: fastopt.jax.adamc(lr=lr).as_optax())
+        make(lr=optax.linear_schedule(0.1, 0.01, 3)).init({"w": jax.numpy.ones(3)})
     with pytest.raises(TypeError, match="lr of adamc does more than scale"):
         fastopt.jax.adamc(lr=None)
 

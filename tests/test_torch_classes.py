@@ -348,6 +348,8 @@ def assert_refused(opt, saved, match):
         ("AdaBelief", "LaProp"),
         ("ScheduleFreeAdamW", "ScheduleFreeRAdam"),
         ("LAMB", "AdamC"),
+        ("Lion", "AdamW"),
+        ("SGDW", "SGD"),
     ],
 )
 def test_the_state_of_another_rule_is_refused(theirs, name):
@@ -377,6 +379,21 @@ def test_keys_that_do_not_fit_are_refused(theirs, name):
     saved = saved_by(fresh(theirs))
     saved.pop("rule", None)
     assert_refused(fresh(name), saved, "another optimizer, and nothing was loaded")
+
+
+@pytest.mark.parametrize("theirs", ["Lion", "LAMB", "AdamW", "SGD", "SGDW"])
+def test_muon_refuses_the_state_of_another_rule(theirs):
+    made = []
+    for name in (theirs, "Muon", "Muon"):
+        param = torch.nn.Parameter(torch.ones(3, 3))
+        param.grad = torch.full_like(param, 0.5)
+        made.append(getattr(ft, name)([param], lr=0.1))
+        made[-1].step()
+    other, muon, same = made
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        muon.load_state_dict(other.state_dict())
+    muon.load_state_dict(same.state_dict())
+    muon.step()
 
 
 @pytest.mark.parametrize("name", CLASSES)

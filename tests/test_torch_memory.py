@@ -148,6 +148,26 @@ def test_state_of_a_flat_model_that_is_reset_in_place(rule):
     torch.testing.assert_close(*found, rtol=1e-13, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop"])
+@pytest.mark.parametrize("flattened", [False, True])
+def test_a_gradient_that_is_its_parameter(flattened, name):
+    """It is read before anything is written, and the others, whose gradients follow one
+    another, step as ever."""
+    found = []
+    for module in (torch.optim, ft):
+        params = params_of(draw([(3,), (5,), (4, 2)], torch.float64))
+        give(params, draw([(3,), (5,), (4, 2)], torch.float64, 1))
+        if flattened:
+            ft.flatten_(params)
+        opt = getattr(module, name)(params, lr=0.05)
+        for step in range(4):
+            if step == 1:
+                params[0].grad = params[0].data
+            opt.step()
+        found.append(flat(params))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
 HOLLOW = """
 import sys, torch, fastopt.torch as ft
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastopt.rule import Rule
-from fastopt.torch.arguments import PAIRS
+from fastopt.torch.arguments import EXTRAS, PAIRS
 from fastopt.torch.plan import Unsupported
 from fastopt.torch.state import EMA, TRAINED, check_steps
 
@@ -21,10 +21,10 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
     """That a state is one of this optimizer. ``own``: its rule, if torch has no class
     of it."""
     kind, there = type(opt).__name__, saved.get(RULE)
-    if own is not None and there not in (None, own.name):
+    if there not in (None, own and own.name):
+        here = f"of {own.name!r}" if own else "one of torch's classes"
         raise ValueError(
-            f"the state is of rule {there!r}, but {kind} is of {own.name!r}; nothing "
-            f"was loaded"
+            f"the state is of rule {there!r}, but {kind} is {here}; nothing was loaded"
         )
     pairs = zip(saved["param_groups"], opt.param_groups, strict=False)
     options = {
@@ -32,6 +32,8 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
         for rule in opt._rules
         for name in rule.hyperparameters
     }
+    if not opt._rules:  # its steps are torch's own, as Muon's
+        options = {*opt.defaults} - {*EXTRAS} - {"differentiable"}  # which torch adds
     for number, group in enumerate(completed(opt, [theirs for theirs, _ in pairs])):
         for name in sorted(options - group.keys()):
             raise ValueError(

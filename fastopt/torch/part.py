@@ -191,21 +191,23 @@ class Part:
         native = hasattr(self.step, "place")
         if native and self.step.place(self._here):
             return True
-        given = [grads[place] for place in self.places]
-        if native:  # some overlap what a step writes
-            given = [None if g is None else g.detach().clone() for g in given]
-        self._give(given)
+        # If native, some overlap what a step writes.
+        self._give([grads[place] for place in self.places], copied=native)
         return False
 
-    def _give(self, grads: list[Any]) -> None:
-        self._taken = grads  # whose memory arrays do not keep
+    def _give(self, grads: list[Any], copied: bool = False) -> None:
+        """Hand the step the gradients of each run, of which these are the first; or
+        copies of them."""
         shaped = self.rule.factored
-        self.step.take(
-            [
-                None if g is None else array(g, shape=g.shape if shaped else (-1,))
-                for g in grads
-            ]
-        )
+        arrays = [
+            None if g is None else array(g, size, g.shape if shaped else (-1,))
+            for g, size in zip(grads, self.sizes, strict=True)
+        ]
+        if copied:
+            arrays = [None if a is None else a.copy() for a in arrays]
+        self._taken = [grads, arrays]  # arrays do not keep a tensor's memory
+        if not self.step.take(arrays):
+            raise RuntimeError("the kernel refused gradients found to fit")
 
     def _take_copies(self, grads: Sequence[Any]) -> None:
         given = [grads[member.place] for member in self.members]
