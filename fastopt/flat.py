@@ -139,6 +139,8 @@ class FlatBuffer:
     structure of what was flattened. ``flat.data`` is the whole as one 1-D array.
     """
 
+    trained = False  # whether it was given to an optimizer as parameters
+
     def __init__(self, tree: Any, dtype: npt.DTypeLike, offset: int = 0) -> None:
         self.shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves(tree))
         sizes = [math.prod(shape) for _, shape in self.shapes]
@@ -152,11 +154,10 @@ class FlatBuffer:
         self.views = rebuild(tree, iter(shaped))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # An optimizer and the views would go on with the old array.
-        if vars(self).get(name, value) is not value and name == "data":
+        if name == "data" and self.trained and value is not self.data:
             raise AttributeError(
-                "the array of a FlatBuffer cannot be replaced; write into it: "
-                "flat.data[:] = values"
+                "an optimizer updates the array of this FlatBuffer, so it cannot be "
+                "replaced; write into it: flat.data[:] = values"
             )
         super().__setattr__(name, value)
 

@@ -88,6 +88,9 @@ class Parameters:
         for segment, name in enumerate(names, start):
             i = segment - start
             self.watch.add(segment, name, originals[i], arrays[i])
+        for _, leaf in leaves(trees):
+            if isinstance(leaf, FlatBuffer):
+                leaf.trained = True
         decided = len(self._decays) - start  # of these
         self._decays += self._decaying(paths[decided:], start + decided)
         decays = self._decays[start:]
