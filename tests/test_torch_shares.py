@@ -1,5 +1,7 @@
-"""FSDP2 makes DTensors: torch's own step takes them, and other classes refuse."""
+"""Shares of parameters: FSDP2 makes DTensors, which torch's own step takes and other
+classes refuse; of others' shares there is a warning."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: 
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 import fastopt.torch  # noqa: E402
+from fastopt.torch import sharding  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,32 @@ def test_other_classes_refuse_what_fsdp2_shards(mesh: DeviceMesh, name: str) -> 
         opt.step()
     for was, now in zip(before, values(model), strict=True):
         assert torch.equal(was, now)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("option", [{}, {"clip_norm": 1.0}, {"nonfinite": "skip"}])
+def test_shares_of_fsdp1_are_warned_of(mesh, monkeypatch, option):
+    """FSDP1 gives one process's share of all parameters as one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = torch.nn.Linear(5, 3)
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fastopt.torch.AdamW(model.parameters(), lr=0.1, **option)
+    said = [
+        str(w.message) for w in seen if "a share of the parameters" in str(w.message)
+    ]
+    assert len(said) == bool(option)
+    assert all("by FullyShardedDataParallel" in message for message in said)
+
+
+@pytest.mark.parametrize("module", sharding.WRAPPERS)
+def test_shares_of_other_wrappers_are_warned_of(mesh, monkeypatch, module):
+    """Whatever calls from their modules, as they do."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    caller = {"__name__": module, "make": fastopt.torch.LAMB}
+    exec("def inside(params): return make(params, clip_norm=1.0)", caller)
+    with pytest.warns(UserWarning, match="a share of the parameters by"):
+        caller["inside"]([torch.nn.Parameter(torch.ones(3))])
