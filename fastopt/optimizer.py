@@ -612,9 +612,10 @@ class Optimizer:
             finally:
                 if mine:
                     busy[0] = False
-        finally:
+        except BaseException:  # perhaps an interrupt at the first of these lines
             if mine:
                 busy[0] = False
+            raise
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:
         """The sums that a step with these gradients is to take."""
