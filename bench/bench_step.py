@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fastopt import RULES, backends
-from fastopt.floor import FLOORS
-from fastopt.naive import NAIVE, Naive
+from fastopt.bench.naive import NAIVE, Naive
+from fastopt.rules.floor import FLOORS
 
 SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}
 

@@ -37,8 +37,9 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo
-from fastopt.flat import Array, FlatBuffer
+from fastopt.cli import demo
+from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.segments import Array
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64

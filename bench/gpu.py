@@ -28,8 +28,8 @@ import numpy as np
 from numba import cuda
 
 import fastopt
-from fastopt.floor import FLOORS
 from fastopt.rule import Rule, sign
+from fastopt.rules.floor import FLOORS
 
 BURSTS, STEPS = 30, 10
 WARM_UP = 3

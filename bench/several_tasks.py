@@ -29,7 +29,7 @@ from torchjd.autojac import jac_to_grad
 import fastopt
 from fastopt import multitask
 from fastopt.bench.machine import caches, cpu, huge_pages
-from fastopt.threads import available
+from fastopt.runtime.threads import available
 
 CALLS = 3
 Contender = Callable[[], object]

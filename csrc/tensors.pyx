@@ -7,7 +7,9 @@ from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport (
+    int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t
+)
 from libc.stdlib cimport calloc, free
 
 from numpy import zeros
@@ -116,7 +118,7 @@ cdef class Tensors:
     cdef bytes planned
     cdef bint single
     cdef int64_t* words  # of each parameter, then of each buffer
-    cdef int64_t[::1] at
+    cdef int64_t* at  # of self.found
     cdef readonly object found
     cdef public bint moved
     cdef readonly bint same_options
@@ -141,7 +143,7 @@ cdef class Tensors:
             if type(param).grad is not self.grad_of:
                 raise AttributeError("parameters with gradients of different kinds")
         self.found = zeros(len(params), "int64")
-        self.at = self.found
+        self.at = <int64_t*> <intptr_t> self.found.ctypes.data
         self.words = <int64_t*> calloc(
             (len(params) + len(buffers) + 1) * WORDS, sizeof(int64_t)
         )

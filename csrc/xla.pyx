@@ -1,5 +1,5 @@
 # cython: language_level=3, cdivision=True
-"""A step as a custom call of XLA's, for fastopt/jax.py.
+"""A step as a custom call of XLA's, for fastopt/jax/__init__.py.
 
 XLA calls a handler of plain C with a frame of pointers. Its structures are declared here,
 as far as they are read, so that no jaxlib is needed to build: this is version 0.1 of

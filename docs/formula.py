@@ -15,7 +15,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from fastopt.rule import PRIMITIVES
+from fastopt.language import PRIMITIVES
 
 SHORT = 2  # names and numbers in a constant that is not worth a line of its own
 KNOWN = (*PRIMITIVES, abs, min, max, float, math.sqrt, math.log, math.exp)

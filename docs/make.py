@@ -23,12 +23,11 @@ import formula
 import fastopt
 from fastopt import backends
 from fastopt.muon import adjustment, orthogonalize
-from fastopt.rules.adafactor import adafactor
+from fastopt.rules import CLASS_RULES
 from fastopt.rules.lookahead import lookahead
 from fastopt.rules.muon import direction, muon
 
-# Not in RULES, for they are called as classes.
-CLASSES = {adafactor: "Adafactor", muon: "Muon", lookahead: "Lookahead"}
+CLASSES = {rule: rule.name.capitalize() for rule in CLASS_RULES}
 CATALOGUE = (*fastopt.RULES, *CLASSES)
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(
@@ -313,7 +312,7 @@ def state(rule, formulas, latex):
             f"over the mean of those of the rows, stands for it."
         )
     if rule.carry:
-        each = "array" if rule.settle and rule.over == "segment" else "group"
+        each = "array" if rule.by_segment else "group"
         yield f"Remembered from step to step in float64, one for each {each}:"
         rows = [
             (f"`{name}`", math(latex.symbol(name)), begins(first))

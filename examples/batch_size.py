@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo
+from fastopt.cli import demo
 
 TARGET, MOST = 0.35, 1200  # the loss at which runs end, and their most steps
 SIZES, RATES, SEEDS = (4, 16, 64, 256), (0.1, 0.2, 0.4, 0.8, 1.6), 3

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo, schedules
+from fastopt import schedules
+from fastopt.cli import demo
 
 FEW, MOST, PATIENCE, EVERY = 100, 1000, 10, 10
 LR, ENDS, SHARE = 0.1, (50, 100, 200, 400), 5  # a fifth of a run is its decay

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo
+from fastopt.cli import demo
 
 STEPS, SEEDS, BATCH = 150, 3, 64
 

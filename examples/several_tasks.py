@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo, multitask
+from fastopt import multitask
+from fastopt.cli import demo
 
 STEPS, HIDDEN = 250, 8
 

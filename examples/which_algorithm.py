@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo, schedules
+from fastopt import schedules
+from fastopt.cli import demo
 
 STEPS, SEEDS, BATCH = 100, 3, 32
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import demo
+from fastopt.cli import demo
 
 LOOKS = 200
 

@@ -15,13 +15,13 @@ from fastopt.rules import *  # noqa: F403  every rule, and RULES; named only the
 from fastopt import multitask as multitask
 from fastopt import schedules as schedules
 from fastopt.adafactor import Adafactor as Adafactor
-from fastopt.flat import FlatBuffer as FlatBuffer
-from fastopt.flat import flatten as flatten
 from fastopt.lookahead import Lookahead as Lookahead
+from fastopt.memory.flat import FlatBuffer as FlatBuffer
+from fastopt.memory.flat import flatten as flatten
 from fastopt.multitask import gram as gram
 from fastopt.muon import Muon as Muon
 from fastopt.native import get_include as get_include
-from fastopt.optimizer import Optimizer as Optimizer
+from fastopt.optimizer.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
 from fastopt.training import EarlyStopping as EarlyStopping
 from fastopt.training import ReduceLROnPlateau as ReduceLROnPlateau

@@ -57,14 +57,14 @@ def check_writable(path: Path) -> None:
 
 
 def run_info() -> None:
-    from fastopt.info import info
+    from fastopt.cli.info import info
 
     info()
 
 
 def run_demo(output: Path, epochs: int, seed: int) -> None:
     try:
-        from fastopt.demo import demo
+        from fastopt.cli.demo import demo
     except ImportError as error:
         sys.exit(f"fastopt demo: {error}; pip install '.[demo]' in fastopt's folder")
     try:

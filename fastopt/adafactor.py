@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import checks
-from fastopt.optimizer import Optimizer
+from fastopt.optimizer import checks
+from fastopt.optimizer.optimizer import Optimizer
 from fastopt.rules.adafactor import adafactor
 
 

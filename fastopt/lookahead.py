@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import saving
-from fastopt.arithmetic import standard
-from fastopt.atomic import Call, filling, uninterrupted
-from fastopt.bound import bind_alone, fill
-from fastopt.exclusive import exclusive
-from fastopt.flat import Array
-from fastopt.numpy_ref import calls_of, written
-from fastopt.optimizer import Optimizer
-from fastopt.parameters import zeros
-from fastopt.refusals import no_optimizer
+from fastopt.backends.numpy_ref import calls_of, written
+from fastopt.memory.arena import zeros
+from fastopt.memory.arrays import to_host
+from fastopt.memory.segments import Array
+from fastopt.optimizer import saving
+from fastopt.optimizer.optimizer import Optimizer
+from fastopt.optimizer.refusals import no_optimizer
+from fastopt.optimizer.state import bind_alone, fill
 from fastopt.rule import check_hyperparameter
 from fastopt.rules.lookahead import lookahead
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import Call, filling, uninterrupted
+from fastopt.runtime.exclusive import exclusive
 
 KEYS = ("opt", "slow", "k", "alpha")
 
@@ -163,7 +164,7 @@ class Lookahead:
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, the slow weights, ``k`` and ``alpha``."""
         self._synchronize()
-        slow = list(map(saving.to_host, self._slow))
+        slow = list(map(to_host, self._slow))
         values = saving.save(self.opt), slow, self.k, self.alpha
         return dict(zip(KEYS, values, strict=True))
 

@@ -37,11 +37,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastopt import backends, checks, passes
-from fastopt.arithmetic import standard
-from fastopt.flat import Array, leaves
+from fastopt import backends
+from fastopt.memory.arrays import on_device
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves
+from fastopt.optimizer import checks
 from fastopt.rule import check_hyperparameter
-from fastopt.threads import available, forked
+from fastopt.rules import passes
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.threads import available, forked
 
 __all__ = [
     "GradVac",
@@ -111,7 +115,7 @@ def gram(
     """
     given = checks.split_tasks("tasks", tasks)
     if backend is None:
-        device = any(checks.on_device(leaf) for _, leaf in leaves(given))
+        device = any(on_device(leaf) for _, leaf in leaves(given))
         backend = backends.choose(passes.inner, device)
     module = backends.load(backend)
     layout = checks.layout(given[0])

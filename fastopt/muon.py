@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import checks
-from fastopt.atomic import Call, filling
-from fastopt.bound import Bound, bind_alone, fill
-from fastopt.flat import Array, leaves
-from fastopt.hyperparameters import Values
-from fastopt.numpy_ref import Extras, Step
-from fastopt.optimizer import Optimizer
-from fastopt.parameters import expanded
+from fastopt.backends.numpy_ref import Extras, Step
+from fastopt.memory.arrays import on_device
+from fastopt.memory.flat import expanded
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves
+from fastopt.optimizer import checks
+from fastopt.optimizer.groups import Values
+from fastopt.optimizer.optimizer import Optimizer
+from fastopt.optimizer.state import Bound, bind_alone, fill
 from fastopt.rules.muon import direction, muon
+from fastopt.runtime.atomic import Call, filling
 
 # Jordan et al. 2024: chosen to push small singular values up fast.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -70,7 +72,7 @@ def adjustment(rows: float, columns: float, match_rms_adamw: bool) -> float:
 
 def on_its_device(array: Any) -> Any:
     """A numba device array as one of a library that has products there."""
-    if not checks.on_device(array):
+    if not on_device(array):
         return array
     if not hasattr(array, "__cuda_array_interface__"):  # numba's simulator
         return array.copy_to_host()
@@ -258,7 +260,7 @@ class Muon(Optimizer):
         be made orthogonal. It is copied into the state when all of it is ready; on a
         device, where no step is made at one instant, it is the state."""
         room = [bound.buffers["v"][i] for i in matrices]
-        if not any(map(checks.on_device, room)):
+        if not any(map(on_device, room)):
             room = list(map(np.empty_like, room))
         rows = [bound.params.set_of[i] for i in matrices]
         momentum = [bound.buffers["m"][i] for i in matrices]
@@ -317,7 +319,7 @@ class Muon(Optimizer):
             with np.errstate(all="ignore"):
                 orthogonalize(there, int(given["ns_steps"]), given["eps"])
                 there *= adjustment(rows, columns, given["match_rms_adamw"])
-            if checks.on_device(update):
+            if on_device(update):
                 if isinstance(there, np.ndarray):  # the simulator
                     fill(update, there)
             else:

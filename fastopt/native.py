@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import threads
-from fastopt.flat import Array
+from fastopt.memory.segments import Array
 from fastopt.rule import Rule, check_hyperparameter, limits
+from fastopt.runtime import threads
 
 
 def get_include() -> str:
@@ -67,14 +67,14 @@ def called(rule: Rule, on: Collection[str]) -> str:
 
 
 def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
-    from fastopt.cython_cpu import KERNELS, MEASURES, SCALARS, SETTLES
+    from fastopt.backends.cython_cpu import KERNELS, MEASURES, SCALARS, SETTLES
 
     return Entry(
         name=name,
         state=rule.state,
         hyperparameters=rule.hyperparameters,
         carry=tuple(rule.carry),
-        by_segment=rule.measure is not None and rule.over == "segment",
+        by_segment=rule.by_segment,
         starts=[*(rule.starts.get(s, 0.0) for s in rule.state), *rule.carry.values()],
         limits={key: limits(key) for key in rule.hyperparameters},
         off=off,
@@ -94,7 +94,7 @@ def table() -> Any:
     from fastopt import backends
 
     backends.load("cython")
-    from fastopt import cython_cpu
+    from fastopt.backends import cython_cpu
 
     forked = threads.forked[0]
     return cython_cpu.kernels().native_table(

@@ -21,7 +21,8 @@ from numba.core import types as nt
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
-from fastopt import cython_cpu, native
+from fastopt import native
+from fastopt.backends import cython_cpu
 
 __all__ = ["start", "step"]
 

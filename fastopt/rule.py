@@ -8,175 +8,33 @@ compiles the same ``update``; nothing else in the package knows a formula.
 
 from __future__ import annotations
 
-import dis
 import inspect
 import math
 import re
 import reprlib
 import sys
 import types
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastopt.exclusive import computed_once
+from fastopt.language import Function, constants, reached
+from fastopt.language import cbrt as cbrt
+from fastopt.language import copysign as copysign
+from fastopt.language import maximum as maximum
+from fastopt.language import minimum as minimum
+from fastopt.language import sign as sign
+from fastopt.language import sqrt as sqrt
+from fastopt.language import where as where
+from fastopt.language import wide as wide
+from fastopt.runtime.exclusive import computed_once
 
 if TYPE_CHECKING:
-    from fastopt.optimizer import Optimizer
+    from fastopt.optimizer.optimizer import Optimizer
 
 Hyperparameter: TypeAlias = float | int | bool
-
-
-class Function(Protocol):
-    """A plain Python function: backends compile its code."""
-
-    __name__: str
-    __module__: str
-    __code__: types.CodeType
-
-    __defaults__: tuple[Any, ...] | None
-
-    @property
-    def __globals__(self) -> dict[str, Any]: ...
-    @property
-    def __closure__(self) -> tuple[types.CellType, ...] | None: ...
-
-    def __hash__(self) -> int: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-# The primitives. A rule may use + - * /, comparisons, & | on comparisons, abs(), and
-# these, because each of them is correctly rounded (or exact) on every backend; that is
-# what makes the bits agree. These bodies serve NumPy and the host; the other backends
-# put their own in place of them (`concrete`).
-
-
-def sqrt(x: Any) -> Any:
-    """The square root, correctly rounded."""
-    return math.sqrt(x) if type(x) is float else np.sqrt(x)
-
-
-def where(condition: Any, a: Any, b: Any) -> Any:
-    """``a`` where the condition holds, else ``b``."""
-    return np.where(condition, a, b)
-
-
-def maximum(a: Any, b: Any) -> Any:
-    """The larger of two; NaN if either is NaN."""
-    return np.where((a > b) | (a != a), a, b)
-
-
-def minimum(a: Any, b: Any) -> Any:
-    """The smaller of two; NaN if either is NaN."""
-    return np.where((a < b) | (a != a), a, b)
-
-
-def copysign(a: Any, b: Any) -> Any:
-    """The magnitude of ``a`` with the sign of ``b``."""
-    return np.copysign(a, b)
-
-
-def sign(x: Any) -> Any:
-    """-1, 0 or 1 with the sign of ``x``; zeros and NaN are returned as they came."""
-    return np.where((x > 0) | (x < 0), np.copysign(np.ones_like(x), x), x)
-
-
-def wide(x: Any) -> Any:
-    """``x`` in float64, for sums whose terms would overflow; in ``measure`` only."""
-    return np.asarray(x, np.float64)
-
-
-# The bits of x**(-1/3) are about these less a third of the bits of x, within 3.5%. Each
-# round of Newton's method doubles the digits: measured 3.6 and 4.0 units of eps.
-CBRT = {
-    np.dtype(np.float32): (0x54A21D2A, 3),
-    np.dtype(np.float64): (0x553EF0FF289DD796, 4),
-}
-
-
-def cbrt(x: Any) -> Any:
-    """The cube root of a number from 0 on: to a few units in the last place, not
-    rounded correctly, but by operations that are, and so the same everywhere."""
-    x = np.asarray(x)
-    magic, rounds = CBRT[x.dtype]
-    third, four_thirds = x.dtype.type(1 / 3), x.dtype.type(4 / 3)
-    bits = np.atleast_1d(x).view(x.dtype.str.replace("f", "i"))
-    bits = (bits >> 2) + (bits >> 4)  # no processor divides vectors of integers
-    bits = bits + (bits >> 4)
-    bits = bits + (bits >> 8)
-    bits = bits + (bits >> 16)
-    y = (bits.dtype.type(magic) - bits).view(x.dtype).reshape(x.shape)
-    for _ in range(rounds):
-        y = y * (four_thirds - third * (x * y * y * y))
-    return x * y * y
-
-
-PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign, wide, cbrt)
-
-
-def concrete(
-    function: Function,
-    dtype: np.dtype[Any],
-    primitives: Mapping[str, Callable[..., Any]],
-    compiled: Callable[[Function], Any],
-) -> Function:
-    """A copy of an update for one backend and dtype, with what it reaches by name:
-
-    the primitives become the backend's own (by identity, so a rule may import them
-    under any name), its helper functions are made concrete likewise and ``compiled``,
-    and plain numbers take the dtype, as they do in NumPy when they meet an array.
-    """
-
-    def fit(value: Any) -> Any:
-        if any(value is primitive for primitive in PRIMITIVES):
-            return primitives[value.__name__]
-        if isinstance(value, types.FunctionType):
-            return compiled(concrete(value, dtype, primitives, compiled))
-        return dtype.type(value) if type(value) in (int, float) else value
-
-    reached = function.__globals__
-    used = [name for name in function.__code__.co_names if name in reached]
-    copy = types.FunctionType(
-        function.__code__,
-        reached | {name: fit(reached[name]) for name in used},
-        function.__name__,
-        function.__defaults__,
-        closure=tuple(
-            types.CellType(fit(cell.cell_contents))
-            for cell in function.__closure__ or ()
-        ),
-    )
-    copy.__module__ = function.__module__
-    return copy
-
-
-def _reached(function: Function, found: list[Function]) -> list[Function]:
-    """A function and the helper functions that it calls, directly or not."""
-    if function not in found:
-        found.append(function)
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        names = function.__code__.co_names
-        for value in (*map(function.__globals__.get, names), *cells):
-            ours = any(value is primitive for primitive in PRIMITIVES)
-            if isinstance(value, types.FunctionType) and not ours:
-                _reached(value, found)
-    return found
-
-
-def _constants(code: types.CodeType) -> list[Any]:
-    """The numbers, and functions, written in a function's code."""
-    found: list[Any] = []
-    for folded in code.co_consts:
-        found += folded if isinstance(folded, tuple) else [folded]
-    # From Python 3.14 on, small integers stand in the instruction.
-    found += [
-        instruction.argval
-        for instruction in dis.get_instructions(code)
-        if instruction.opname == "LOAD_SMALL_INT"
-    ]
-    return found
 
 
 # By name, or by how one ends, as adamw_lr does.
@@ -311,6 +169,10 @@ class Rule:
     array([0.5, 0.5, 0.5])
     """
 
+    # What a call makes, set by the module of optimizers: it knows rules, and this one
+    # knows nothing of it.
+    optimizer: ClassVar[type[Optimizer]]
+
     update: Function
     scalars: Function
     _: KW_ONLY  # setup.py reads the rules as text, and looks for state=
@@ -332,8 +194,7 @@ class Rule:
             raise TypeError("measure and settle belong together: give both or neither")
         if self.over not in ("segment", "all"):
             raise ValueError(f"over must be 'segment' or 'all', got {self.over!r}")
-        by_segment = self.measure is not None and self.over == "segment"
-        if self.factored and not (by_segment and len(self.state) == 1):
+        if self.factored and not (self.by_segment and len(self.state) == 1):
             raise TypeError(
                 "a factored rule needs measure over segments, and one state"
             )
@@ -414,8 +275,8 @@ class Rule:
                 f"{'' if element is self.evaluate else 'g, '}*state, *scalars), which "
                 f"is at least {taken} arguments here; it takes {code.co_argcount}"
             )
-        for function in _reached(element, []):
-            for constant in _constants(function.__code__):
+        for function in reached(element, []):
+            for constant in constants(function.__code__):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(
                         f"{function.__name__} of {self.name!r} defines a function "
@@ -427,6 +288,11 @@ class Rule:
                         f"{constant!r}, which some backends would compute in float64; "
                         f"let scalars supply it"
                     )
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether sums, and so scalars, are taken for each array by itself."""
+        return self.measure is not None and self.over == "segment"
 
     @computed_once
     def hyperparameters(self) -> dict[str, Any]:
@@ -573,26 +439,13 @@ class Rule:
     def __call__(
         self,
         params: Any,
-        *,
-        backend: str | None = None,
-        threads: int | None = None,
-        ema: float | None = None,
-        weight_decay_mask: Any = None,
-        **hyperparameters: Any,
+        **options: Any,
     ) -> Optimizer:
-        """An :class:`~fastopt.Optimizer` that applies this rule to ``params``."""
-        # Imported here because the arrow runs the other way: optimizers know rules.
-        from fastopt.optimizer import Optimizer
+        """Return an :class:`~fastopt.Optimizer` that applies this rule to ``params``.
 
-        return Optimizer(
-            self,
-            params,
-            backend=backend,
-            threads=threads,
-            ema=ema,
-            weight_decay_mask=weight_decay_mask,
-            **hyperparameters,
-        )
+        The options are those of :class:`~fastopt.Optimizer`.
+        """
+        return self.optimizer(self, params, **options)
 
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())

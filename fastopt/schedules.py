@@ -27,9 +27,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from fastopt.checks import check_count
-from fastopt.flat import Array
-from fastopt.refusals import is_function, items, named
+from fastopt.memory.segments import Array
+from fastopt.optimizer.checks import check_count
+from fastopt.optimizer.refusals import is_function, items, named
 from fastopt.rule import check_hyperparameter
 
 
@@ -68,7 +68,7 @@ class Schedule:
         if type(t) is int:  # as an optimizer asks, once in a step
             return self.at(t if t > 0 else 0)
         if "jax" in sys.modules:
-            from fastopt import jax_schedules
+            from fastopt.jax import schedules as jax_schedules
 
             if jax_schedules.is_traced(t):
                 return jax_schedules.value(self, t)

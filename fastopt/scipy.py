@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import OptimizeResult, OptimizeWarning, approx_fprime
 
-from fastopt.checks import DTYPES
-from fastopt.flat import Array
+from fastopt.memory.segments import Array
+from fastopt.optimizer.checks import DTYPES
 from fastopt.rule import Rule
 from fastopt.rules import RULES
 

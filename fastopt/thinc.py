@@ -22,12 +22,13 @@ import numpy as np
 from thinc.api import NumpyOps, registry
 from thinc.optimizers import Optimizer
 
-from fastopt import backends, checks
-from fastopt.arithmetic import standard
-from fastopt.flat import Array, Segment
-from fastopt.numpy_ref import Extras
+from fastopt import backends
+from fastopt.backends.numpy_ref import Extras
+from fastopt.memory.segments import Array, Segment
+from fastopt.optimizer import checks
 from fastopt.rules import adam as rule
-from fastopt.threads import available, forked
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.threads import available, forked
 
 ZEROING = Extras(zero_grads=True)
 

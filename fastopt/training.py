@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from fastopt import backends
-from fastopt.atomic import filling, uninterrupted
-from fastopt.checks import as_array, check_count, check_layout, on_device, read_only
-from fastopt.flat import Array, FlatBuffer, flatten, leaves, rebuild
-from fastopt.parameters import expanded
-from fastopt.refusals import (
+from fastopt.memory.arrays import as_array, on_device, read_only, to_host
+from fastopt.memory.flat import FlatBuffer, expanded, flatten
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves, rebuild
+from fastopt.optimizer.checks import check_count, check_layout
+from fastopt.optimizer.refusals import (
     RETURNS,
     check_arrays,
     check_function,
@@ -29,7 +30,7 @@ from fastopt.refusals import (
     no_optimizer,
 )
 from fastopt.rule import check_hyperparameter
-from fastopt.saving import to_host
+from fastopt.runtime.atomic import filling, uninterrupted
 
 # Watching a metric ------------------------------------------------------------------
 

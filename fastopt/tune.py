@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.bound import fill
-from fastopt.checks import check_count
-from fastopt.flat import Array
 from fastopt.lookahead import Lookahead
-from fastopt.optimizer import Optimizer
-from fastopt.refusals import (
+from fastopt.memory.arrays import to_host
+from fastopt.memory.segments import Array
+from fastopt.optimizer.checks import check_count
+from fastopt.optimizer.optimizer import Optimizer
+from fastopt.optimizer.refusals import (
     RETURNS,
     check_arrays,
     check_function,
@@ -25,8 +25,8 @@ from fastopt.refusals import (
     named,
     no_optimizer,
 )
+from fastopt.optimizer.state import fill
 from fastopt.rule import check_hyperparameter
-from fastopt.saving import to_host
 from fastopt.training import arrays_of, evaluated, is_number
 
 # The learning rate ------------------------------------------------------------------

@@ -18,18 +18,20 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
-from fastopt import factored, numba_cuda, numpy_ref, passes
-from fastopt.flat import leaves
-from fastopt.numpy_ref import CHUNK
+from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
+from fastopt.backends.numpy_ref import CHUNK
+from fastopt.memory import factored
+from fastopt.memory.arrays import to_host
+from fastopt.memory.trees import leaves
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
-from fastopt.saving import to_host
+from fastopt.rules import passes
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
 OFFSETS = (0, 1)  # elements from a 16-byte boundary
 HALF, TWO = 0.5, 2
 
 in_simulator = pytest.mark.skipif(
-    not numba_cuda.SIMULATED, reason="the mutant is of the simulator's part"
+    not cuda_kernels.SIMULATED, reason="the mutant is of the simulator's part"
 )
 
 
@@ -80,13 +82,13 @@ class AtOnce(BlockThread):
 
 @pytest.fixture(autouse=True)
 def quick_simulator(monkeypatch):
-    if numba_cuda.SIMULATED:
-        monkeypatch.setattr(numba_cuda, "BLOCK", 32)  # few idle threads
+    if cuda_kernels.SIMULATED:
+        monkeypatch.setattr(cuda_driver, "BLOCK", 32)  # few idle threads
         monkeypatch.setattr(simulator, "BlockThread", AtOnce)
         monkeypatch.setattr(kernelapi, "threading", threading)  # and put it back
-    numba_cuda.launcher.cache_clear()
+    cuda_driver.launcher.cache_clear()
     yield
-    numba_cuda.launcher.cache_clear()
+    cuda_driver.launcher.cache_clear()
 
 
 def on_device(values, offset):
@@ -94,7 +96,7 @@ def on_device(values, offset):
     room = np.full(values.size + offset + 1, 7, values.dtype)
     room[offset : offset + values.size] = values.reshape(-1)
     whole = cuda.to_device(room)
-    assert numba_cuda.address(whole) % 16 == 0
+    assert cuda_driver.address(whole) % 16 == 0
     return whole[offset : offset + values.size].reshape(values.shape), whole
 
 
@@ -161,11 +163,11 @@ def test_special_values(rule, values, dtype):
 @pytest.mark.parametrize("clip_value", [None, 0.3])
 def test_same_bits_where_state_is_factored(monkeypatch, dtype, clip_value):
     """Tiles and stretches so small that some matrices have several of them."""
-    if numba_cuda.SIMULATED:
-        for module in (factored, numba_cuda):
+    if cuda_kernels.SIMULATED:
+        for module in (factored, cuda_kernels, cuda_driver):
             monkeypatch.setattr(module, "TILE_ROWS", 16)
             monkeypatch.setattr(module, "TILE_COLUMNS", 64)
-        monkeypatch.setattr(numba_cuda, "ROOM", numba_cuda.CHUNK)
+        monkeypatch.setattr(cuda_driver, "ROOM", cuda_driver.CHUNK)
     shapes = [(7,), (), (3, 5), (2, 3, 4), (1, 9), (70, 80), (0, 3), (4, 4)]
     rng = np.random.default_rng(0)
     host = [nonzero(rng, int(np.prod(s)), dtype).reshape(s) for s in shapes]
@@ -197,12 +199,12 @@ def test_state_is_aligned():
     """Of arrays of odd sizes, whose state shares one allocation."""
     params = [cuda.to_device(a) for a in drawn(0, (5, 0, 130, 3))]
     for arrays in fastopt.adamw(params).state.values():
-        assert all(numba_cuda.address(a) % 16 == 0 for a in arrays)
+        assert all(cuda_driver.address(a) % 16 == 0 for a in arrays)
 
 
 def test_state_starts_at_zero():
     params = [cuda.to_device(np.ones(size, np.float32)) for size in (3, 0, 70)]
-    for streams in numba_cuda.state_arena(params, 2):
+    for streams in cuda_driver.state_arena(params, 2):
         assert len(streams) == 2
         assert not any(np.any(s.copy_to_host()) for s in streams)
 
@@ -215,8 +217,8 @@ def test_an_error_leaves_the_parameters_alone(monkeypatch):
             raise RuntimeError("no kernel")
         return launcher(blocks, make, update, states, dtype, width, beside)
 
-    launcher = numba_cuda.launcher
-    monkeypatch.setattr(numba_cuda, "launcher", only_aligned)
+    launcher = cuda_driver.launcher
+    monkeypatch.setattr(cuda_driver, "launcher", only_aligned)
     ones = np.ones(9, np.float32)
     params = [on_device(ones, 0)[0], on_device(ones, 1)[0]]
     opt = fastopt.sgd(params, lr=0.5)
@@ -298,9 +300,9 @@ def test_beside_the_rule(rule, values, dtype):
 @pytest.fixture
 def small_chunks(quick_simulator, monkeypatch):
     """For many of them in little time; a GPU's kernels were compiled for large ones."""
-    if numba_cuda.SIMULATED:
-        monkeypatch.setattr(numba_cuda, "CHUNK", 128)
-        monkeypatch.setattr(numpy_ref, "CHUNK", 128)
+    if cuda_kernels.SIMULATED:
+        for module in (cuda_kernels, cuda_driver, numpy_ref):
+            monkeypatch.setattr(module, "CHUNK", 128)
 
 
 def chunks(*sizes):
@@ -346,7 +348,7 @@ def test_sums(rule, values, dtype, small_chunks):
 
 @cases("lamb", "prodigy")
 def test_sums_over_whole_chunks(rule, values):
-    assert CHUNK == numba_cuda.CHUNK == numpy_ref.CHUNK
+    assert CHUNK == cuda_driver.CHUNK == numpy_ref.CHUNK
     assert not unlike(run_beside(rule, values, sizes=(2 * CHUNK + 33, 31), steps=1))
 
 
@@ -648,25 +650,25 @@ def test_swapped_scalars_are_noticed():
 @in_simulator
 @pytest.mark.parametrize("size", [size for size in SIZES if size % 4])
 def test_a_skipped_tail_is_noticed(monkeypatch, size):
-    vector_update = numba_cuda.vector_update
+    vector_update = cuda_kernels.vector_update
 
     def without_tail(of, beside, dtype, width):
         if width == 1:
             return lambda i, grad, buffers, scalars: None
         return vector_update(of, beside, dtype, width)
 
-    monkeypatch.setattr(numba_cuda, "vector_update", without_tail)
+    monkeypatch.setattr(cuda_kernels, "vector_update", without_tail)
     assert differing(*CASES[0], size, np.float32, 0, steps=1) == [0]
 
 
 @in_simulator
 def test_a_step_too_far_is_noticed(monkeypatch):
-    vector_update = numba_cuda.vector_update
+    vector_update = cuda_kernels.vector_update
 
     def one_further(of, beside, dtype, width):
         return vector_update(of, beside, dtype, width + 1)
 
-    monkeypatch.setattr(numba_cuda, "vector_update", one_further)
+    monkeypatch.setattr(cuda_kernels, "vector_update", one_further)
     with pytest.raises(IndexError):
         differing(*CASES[0], 64, np.float32, 0, steps=1)
 
@@ -674,7 +676,7 @@ def test_a_step_too_far_is_noticed(monkeypatch):
 @in_simulator
 def test_unequal_precision_is_noticed(monkeypatch):
     """As if a float32 kernel computed in float64."""
-    vector_update = numba_cuda.vector_update
+    vector_update = cuda_kernels.vector_update
 
     def in_double(of, beside, dtype, width):
         def wide(*args):
@@ -682,7 +684,7 @@ def test_unequal_precision_is_noticed(monkeypatch):
 
         return vector_update(of._replace(update=wide), beside, dtype, width)
 
-    monkeypatch.setattr(numba_cuda, "vector_update", in_double)
+    monkeypatch.setattr(cuda_kernels, "vector_update", in_double)
     rule, values = next(case for case in CASES if case[0].name == "adamw")
     assert differing(rule, values, 64, np.float32, 0)
 
@@ -711,14 +713,14 @@ MUTANTS = {
 @in_simulator
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_what_is_wrong_beside_the_rule_is_noticed(monkeypatch, mutant):
-    vector_update = numba_cuda.vector_update
+    vector_update = cuda_kernels.vector_update
 
     def wrong(of, beside, dtype, width):
         return vector_update(*MUTANTS[mutant](of, beside), dtype, width)
 
     assert not unlike(run_beside(*BY_ID["adamw"]))
-    monkeypatch.setattr(numba_cuda, "vector_update", wrong)
-    numba_cuda.launcher.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "vector_update", wrong)
+    cuda_driver.launcher.cache_clear()
     assert unlike(run_beside(*BY_ID["adamw"]))
 
 
@@ -740,7 +742,7 @@ SUMS_MUTANTS = {
         of._replace(update=lambda *x: map(np.float32, of.update(*x))), *more
     ),
 }
-LANE_SUM = numba_cuda.lane_sum
+LANE_SUM = cuda_kernels.lane_sum
 
 
 @in_simulator
@@ -748,19 +750,21 @@ LANE_SUM = numba_cuda.lane_sum
 @pytest.mark.parametrize("name", ["lamb", "prodigy"])
 def test_another_order_of_sums_is_noticed(monkeypatch, name, mutant):
     """And other lanes, other chunks, and terms in float32."""
-    monkeypatch.setattr(numba_cuda, mutant, SUMS_MUTANTS[mutant])
+    for module in (cuda_kernels, cuda_driver):
+        if hasattr(module, mutant):
+            monkeypatch.setattr(module, mutant, SUMS_MUTANTS[mutant])
     wrong = unlike(run_sums(*BY_ID[name], np.float64, (2500, 2800, 3000, 7)))
     assert {f"params['{of}, inf']" for of in ("rule", "gradients")} <= {*wrong}
 
 
 @in_simulator
 def test_rows_of_another_group_are_noticed(monkeypatch):
-    bind = numba_cuda.bind
+    bind = cuda_driver.bind
 
     def first_row(rule, segments, count, carry):
         return bind(rule, [s._replace(row=0) for s in segments], count, carry)
 
-    monkeypatch.setattr(numba_cuda, "bind", first_row)
+    monkeypatch.setattr(cuda_driver, "bind", first_row)
     for rule in (fastopt.adamw, fastopt.lamb):
         assert unlike(run_groups(rule))
 
@@ -768,20 +772,20 @@ def test_rows_of_another_group_are_noticed(monkeypatch):
 @in_simulator
 def test_sums_of_misplaced_arrays_are_noticed(monkeypatch):
     """As if a None gradient's array kept its place among the sums."""
-    sums = numba_cuda.OnDevice.sums
+    sums = cuda_driver.OnDevice.sums
 
     def shifted(self, *asked):
         found = sums(self, *asked)
         return [found[-1], *found[:-1]] if None in found else found
 
-    monkeypatch.setattr(numba_cuda.OnDevice, "sums", shifted)
+    monkeypatch.setattr(cuda_driver.OnDevice, "sums", shifted)
     assert unlike(run_beside(*BY_ID["lamb"]))
 
 
 @in_simulator
 def test_an_average_that_stands_still_is_noticed(monkeypatch):
     """Where there is no gradient."""
-    launcher = numba_cuda.launcher
+    launcher = cuda_driver.launcher
 
     def without(blocks, make, *of):
         if passes.average.update in of:
@@ -789,12 +793,14 @@ def test_an_average_that_stands_still_is_noticed(monkeypatch):
         return launcher(blocks, make, *of)
 
     assert not unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5)))
-    monkeypatch.setattr(numba_cuda, "launcher", without)
+    monkeypatch.setattr(cuda_driver, "launcher", without)
     assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == ["ema[0]", "ema[1]"]
     monkeypatch.undo()
 
 
-@pytest.mark.skipif(not numba_cuda.SIMULATED, reason="arrays on a device are writeable")
+@pytest.mark.skipif(
+    not cuda_kernels.SIMULATED, reason="arrays on a device are writeable"
+)
 def test_a_parameter_that_was_made_read_only_is_not_written():
     param, grad = cuda.to_device(np.ones(3)), cuda.to_device(np.ones(3))
     opt = fastopt.sgd(param, lr=0.25, backend="cuda")

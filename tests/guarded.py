@@ -79,7 +79,7 @@ class Memory:
         return array
 
     def arena(self, params: list[np.ndarray], streams: int) -> list[Any]:
-        """In place of ``fastopt.flat.state_arena``."""
+        """In place of ``fastopt.memory.arena.state_arena``."""
         return [
             tuple(self.array(np.zeros(p.size, p.dtype)) for _ in range(streams))
             for p in params

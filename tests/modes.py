@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import fastopt
-from fastopt import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu, numba_cpu
 from fastopt.rule import Rule, sqrt
 
 SIZE = 40_001  # more than the least for which a second thread is used
@@ -45,21 +45,21 @@ def word(mode):
 
 @contextmanager
 def modes(mode):
-    from fastopt import _arithmetic
+    from fastopt import _process
 
-    before = _arithmetic.control()
-    _arithmetic.set_control(word(mode))
+    before = _process.control()
+    _process.set_control(word(mode))
     try:
         yield
     finally:
-        _arithmetic.set_control(before)
+        _process.set_control(before)
 
 
 def in_force():
     """The modes of this thread, without the flags of exceptions."""
-    from fastopt import _arithmetic
+    from fastopt import _process
 
-    now = _arithmetic.control()
+    now = _process.control()
     return now & 0xFFC0 if X86 else now
 
 
@@ -185,7 +185,7 @@ def steps(
 
 def alone(dtype, threads):
     """The same of Numba's own driver, which works where the compiled one is missing."""
-    from fastopt.flat import Segment
+    from fastopt.memory.segments import Segment
 
     p, g, v = (values(seed, dtype) for seed in range(3))
     v = np.abs(v)

@@ -85,7 +85,7 @@ def build(tree: Path) -> None:
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=tree,
         check=True,
-        env={**os.environ, "CC": f"gcc {FLAGS}"},
+        env={**os.environ, "CC": f"gcc {FLAGS}", "CFLAGS": "-g1"},
     )
     for name in extensions(tree):
         linked = subprocess.run(["ldd", name], capture_output=True, text=True).stdout

@@ -8,8 +8,9 @@ import pytest
 from cases import DTYPES, nonzero, odd_view, same_bits
 
 import fastopt
-from fastopt import cython_cpu, factored, numba_cpu
-from fastopt.bound import Bound
+from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.memory import factored
+from fastopt.optimizer.state import Bound
 from fastopt.rules.adafactor import adafactor, measure, scalars, settle, update
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]

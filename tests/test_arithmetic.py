@@ -14,8 +14,10 @@ import pytest
 from numba import config
 
 import fastopt
-from fastopt import arithmetic, cython_cpu, llvm_ir, multitask
+from fastopt import multitask
+from fastopt.backends import cython_cpu, llvm_ir
 from fastopt.rule import Rule
+from fastopt.runtime import arithmetic
 
 pytestmark = [
     pytest.mark.skipif(
@@ -200,14 +202,14 @@ def test_traps_are_not_sprung():
         [
             sys.executable,
             "-c",
-            "import numpy as np, fastopt\nfrom fastopt import _arithmetic\n"
+            "import numpy as np, fastopt\nfrom fastopt import _process\n"
             "p = np.full(40_001, 1e300)\ng = np.full(40_001, 1e300)\n"
             "opt = fastopt.adamw(p, threads=2)\n"
-            "_arithmetic.set_control(0x1900)\n"
+            "_process.set_control(0x1900)\n"
             "opt.step(g)\n"
             "opt.step(g, clip_norm=1.0)\n"
-            "trap = _arithmetic.control()\n"
-            "_arithmetic.set_control(0x1F80)\n"
+            "trap = _process.control()\n"
+            "_process.set_control(0x1F80)\n"
             "print(hex(trap & 0xFFC0))",
         ],
         capture_output=True,

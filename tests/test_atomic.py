@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from interrupts import at_every_line
 
-from fastopt.atomic import uninterrupted
+from fastopt.runtime.atomic import uninterrupted
 
 
 def pair():

@@ -10,7 +10,8 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits, special_values
 
 import fastopt
-from fastopt import backends, cython_cpu, numpy_ref
+from fastopt import backends
+from fastopt.backends import cython_cpu, numpy_ref
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097, 40_003)  # from 32 Ki elements on, threads share
 LARGE = 1_000_003

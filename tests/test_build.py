@@ -1,15 +1,15 @@
 """Building from source: with a compiler, without, and with one that lacks OpenMP."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("Cython", reason="Cython is needed to build")
@@ -77,7 +77,8 @@ def test_a_compiler_without_openmp_makes_serial_kernels(sources, tmp_path):
     (baseline,) = [str(path) for path in built if "baseline" in path.name]
     code = f"""
 import importlib.util, numpy
-from fastopt import adamw, cython_cpu
+from fastopt import adamw
+from fastopt.backends import cython_cpu
 spec = importlib.util.spec_from_file_location("fastopt._kernels_baseline", {baseline!r})
 serial = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(serial)
@@ -126,20 +127,19 @@ rule = Rule(update, scalars, state=("m",), measure=measure, settle=settle)
 
 @pytest.fixture(scope="module")
 def kernels_of(tmp_path_factory):
-    """The names of what setup.py would compile for the text of a rule."""
-    source = (ROOT / "setup.py").read_text(encoding="utf-8").partition("\nsetup(")[0]
-    script = ModuleType("setup_script")
-    script.__file__ = str(ROOT / "setup.py")
-    sys.modules[script.__name__] = script  # where its dataclasses look for it
-    exec(compile(source, script.__file__, "exec"), script.__dict__)
+    """The names of what csrc/render.py makes of the text of a rule."""
+    spec = importlib.util.spec_from_file_location("render", ROOT / "csrc" / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = render  # where its dataclasses look for it
+    spec.loader.exec_module(render)
 
     def names(text):
         path = tmp_path_factory.mktemp("rule") / "mine.py"
         path.write_text(text, encoding="utf-8")
-        return {function.name for function in script.functions_of(path)}
+        return {function.name for function in render.functions_of(path)}
 
     yield names
-    del sys.modules[script.__name__]
+    del sys.modules[spec.name]
 
 
 def test_a_rule_whose_sums_begin_the_update_has_two_passes(kernels_of):

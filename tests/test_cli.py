@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import backends, demo
+from fastopt import backends
 from fastopt.__main__ import main
-from fastopt.naive import NAIVE, Naive
+from fastopt.bench.naive import NAIVE, Naive
+from fastopt.cli import demo
 
 # Makes the named modules, and those whose names they begin, fail to import.
 BLOCKED = """

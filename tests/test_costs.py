@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu, numba_cpu
 
 RULES = [rule.name for rule in fastopt.RULES]
 MODULES = {"cython": cython_cpu, "numba": numba_cpu}

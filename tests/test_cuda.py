@@ -18,20 +18,23 @@ import pytest
 from cases import closure_rule
 
 import fastopt
-from fastopt import RULES, Rule, numba_cuda, passes
-from fastopt.flat import Segment
-from fastopt.numba_cuda import Beside
-from fastopt.rule import _reached, cbrt, copysign, maximum, minimum, sign, sqrt, where
+from fastopt import RULES, Rule
+from fastopt.backends import cuda_driver, cuda_kernels
+from fastopt.backends.cuda_kernels import Beside
+from fastopt.language import reached
+from fastopt.memory.segments import Segment
+from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where
+from fastopt.rules import passes
 
 HERE = Path(__file__).parent
 EVERYTHING = [rule for public in RULES for rule in public.all]
 WIDTH = {"float32": 4, "float64": 2}
 
 needs_compiler = pytest.mark.skipif(
-    bool(numba_cuda.not_installed)
-    or numba_cuda.SIMULATED
-    or not numba_cuda.nvvm.is_available(),
-    reason=f"the CUDA compiler is not installed: {numba_cuda.HOW_TO_GET}",
+    bool(cuda_kernels.not_installed)
+    or cuda_kernels.SIMULATED
+    or not cuda_kernels.nvvm.is_available(),
+    reason=f"the CUDA compiler is not installed: {cuda_driver.HOW_TO_GET}",
 )
 
 
@@ -52,13 +55,13 @@ def report(simulated: bool) -> str:
 
 
 @pytest.mark.skipif(
-    bool(numba_cuda.not_installed), reason="numba-cuda is not installed"
+    bool(cuda_kernels.not_installed), reason="numba-cuda is not installed"
 )
 def test_bits_in_the_simulator():
     assert not report(simulated=True)
 
 
-@pytest.mark.skipif(bool(numba_cuda.missing()), reason=f"{numba_cuda.missing()}")
+@pytest.mark.skipif(bool(cuda_driver.missing()), reason=f"{cuda_driver.missing()}")
 def test_bits_on_the_gpu():
     assert not report(simulated=False)
 
@@ -225,9 +228,9 @@ def of_each(rules):
 @of_each([*EVERYTHING, USERS, CLOSURE, EIGHT, ROOT])
 def test_machine_code(rule, dtype, disassemble):
     streams = 1 + len(rule.state)
-    ptx = numba_cuda.compile_ptx(rule, dtype)
+    ptx = cuda_kernels.compile_ptx(rule, dtype)
     assert not flaws(ptx, dtype, streams)
-    names = {name for f in _reached(rule.update, []) for name in f.__code__.co_names}
+    names = {name for f in reached(rule.update, []) for name in f.__code__.co_names}
     assert ("sqrt.rn" in ptx) == ("sqrt" in names)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions)
@@ -249,7 +252,7 @@ DIVIDING = [
 @pytest.mark.parametrize("dtype", WIDTH)
 @of_each(DIVIDING)
 def test_nothing_is_fused_beside_a_division(rule, dtype, disassemble):
-    ptx = without_division(numba_cuda.compile_ptx(rule, dtype))
+    ptx = without_division(cuda_kernels.compile_ptx(rule, dtype))
     assert not divides(ptx) and not inexact(ptx)
     assert not fuses(disassemble(assemble(ptx))[1])
 
@@ -269,7 +272,7 @@ ROOM = {fastopt.prodigy: 72, EIGHT: 80}  # registers, where it is not 64
 def test_machine_code_with_all_beside_the_rule(rule, dtype, disassemble):
     """Measured: from 26 registers (sgd) to 56 (adamw, lamb) and 70 (prodigy)."""
     streams = 2 + len(rule.state)
-    ptx = numba_cuda.compile_ptx(rule, dtype, beside=ALL)
+    ptx = cuda_kernels.compile_ptx(rule, dtype, beside=ALL)
     assert not flaws(ptx, dtype, streams, zeroing=True)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions)
@@ -285,7 +288,7 @@ def test_machine_code_with_all_beside_the_rule(rule, dtype, disassemble):
 @pytest.mark.parametrize("field", Beside._fields)
 def test_machine_code_with_one_thing_beside_the_rule(field, aligned):
     beside = Beside()._replace(**{field: True})
-    ptx = numba_cuda.compile_ptx(
+    ptx = cuda_kernels.compile_ptx(
         fastopt.adamw, "float32", aligned=aligned, beside=beside
     )
     if aligned:
@@ -301,7 +304,7 @@ def test_machine_code_with_one_thing_beside_the_rule(field, aligned):
 def test_machine_code_of_sums(rule, dtype, disassemble):
     """Measured: from 24 registers (novograd) to 48 (dadapt_adam), and all threads of an
     SM have room with 32."""
-    ptx = numba_cuda.compile_sums_ptx(rule, dtype, clip=True)
+    ptx = cuda_kernels.compile_sums_ptx(rule, dtype, clip=True)
     assert not sums_flaws(ptx, dtype, rule.terms)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions)
@@ -315,15 +318,15 @@ def test_machine_code_of_sums(rule, dtype, disassemble):
 @pytest.mark.parametrize("dtype", WIDTH)
 def test_no_sum_is_fused_beside_a_division(dtype, disassemble):
     for clip in (True, False):
-        ptx = numba_cuda.compile_sums_ptx(fastopt.lamb, dtype, clip=clip)
+        ptx = cuda_kernels.compile_sums_ptx(fastopt.lamb, dtype, clip=clip)
         assert divides(ptx) and not sums_flaws(ptx, dtype, 2)
         assert not fuses(disassemble(assemble(without_division(ptx)))[1])
 
 
 @needs_compiler
 def test_machine_code_that_adds_up(disassemble):
-    function, signature = numba_cuda.lanes_kernel()
-    ptx, _ = numba_cuda.cuda.compile_ptx(function, signature, cc=(9, 0))
+    function, signature = cuda_kernels.lanes_kernel()
+    ptx, _ = cuda_kernels.cuda.compile_ptx(function, signature, cc=(9, 0))
     arithmetic = r"(?:add|sub|mul|fma|div)\.[\w.]*f\d+"
     assert set(re.findall(arithmetic, ptx)) == {"add.f64"}  # with nothing to fuse
     usage, instructions = disassemble(assemble(ptx))
@@ -334,8 +337,8 @@ def test_machine_code_that_adds_up(disassemble):
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
 def test_machine_code_that_multiplies(dtype, disassemble):
-    function, signature = numba_cuda.product_kernel(np.dtype(dtype))
-    ptx, _ = numba_cuda.cuda.compile_ptx(function, signature, cc=(9, 0))
+    function, signature = cuda_kernels.product_kernel(np.dtype(dtype))
+    ptx, _ = cuda_kernels.cuda.compile_ptx(function, signature, cc=(9, 0))
     arithmetic = r"(?:add|sub|mul|fma|div)\.[\w.]*f\d+"
     kind = f"mul.f{dtype[-2:]}"
     assert set(re.findall(arithmetic, ptx)) == {kind}  # with nothing to fuse
@@ -346,7 +349,7 @@ def test_machine_code_that_multiplies(dtype, disassemble):
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
 def test_machine_code_for_unaligned_buffers(dtype, disassemble):
-    ptx = numba_cuda.compile_ptx(fastopt.adamw, dtype, aligned=False)
+    ptx = cuda_kernels.compile_ptx(fastopt.adamw, dtype, aligned=False)
     assert not re.search(r"(?:ld|st)\.global\.v", ptx)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions)
@@ -358,7 +361,7 @@ def test_machine_code_for_unaligned_buffers(dtype, disassemble):
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
 def test_machine_code_of_squares(by_column, dtype, clip, disassemble):
-    ptx = numba_cuda.compile_tiles_ptx(by_column, dtype, clip)
+    ptx = cuda_kernels.compile_tiles_ptx(by_column, dtype, clip)
     exact = re.findall(r"\b(?:add|mul|fma)\.\S*f\d\d", ptx)
     assert set(exact) == {"add.rn.f64", "mul.rn.f64", f"mul.rn.f{dtype[-2:]}"}
     assert not spills(*disassemble(assemble(ptx)))
@@ -367,7 +370,7 @@ def test_machine_code_of_squares(by_column, dtype, clip, disassemble):
 @needs_compiler
 @pytest.mark.parametrize("cc", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus(cc, disassemble):
-    ptx = numba_cuda.compile_ptx(fastopt.amsgradw, "float32", cc=cc)
+    ptx = cuda_kernels.compile_ptx(fastopt.amsgradw, "float32", cc=cc)
     assert not flaws(ptx, "float32", 4)
     assert not spills(*disassemble(assemble(ptx, f"sm_{cc[0]}{cc[1]}")))
 
@@ -378,25 +381,25 @@ def test_other_gpus(cc, disassemble):
 @pytest.fixture
 def contracting(monkeypatch):
     """The compiler as if it did not know the option against contraction."""
-    original = numba_cuda.nvvm.compile_ir
+    original = cuda_kernels.nvvm.compile_ir
 
     def compile_ir(code, **options):
         assert options.pop("fma") is False
         return original(code, **options)
 
-    monkeypatch.setattr(numba_cuda.nvvm, "compile_ir", compile_ir)
+    monkeypatch.setattr(cuda_kernels.nvvm, "compile_ir", compile_ir)
 
 
 @needs_compiler
 def test_contraction_is_refused(contracting, monkeypatch):
     with pytest.raises(RuntimeError, match="fuses"):
-        numba_cuda.compile_ptx(fastopt.adamw, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, single: ptx)
-    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32")
+        cuda_kernels.compile_ptx(fastopt.adamw, "float32")
+    monkeypatch.setattr(cuda_kernels, "check", lambda ptx, single: ptx)
+    ptx = cuda_kernels.compile_ptx(fastopt.adamw, "float32")
     assert "fma.rn.f32" in flaws(ptx, "float32", 3)
-    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32", beside=ALL)
+    ptx = cuda_kernels.compile_ptx(fastopt.adamw, "float32", beside=ALL)
     assert "fma.rn.f32" in flaws(ptx, "float32", 4, zeroing=True)
-    ptx = numba_cuda.compile_sums_ptx(fastopt.lamb, "float32")
+    ptx = cuda_kernels.compile_sums_ptx(fastopt.lamb, "float32")
     assert "fma.rn.f64" in sums_flaws(ptx, "float32", 2)
 
 
@@ -404,7 +407,7 @@ def test_contraction_is_refused(contracting, monkeypatch):
 @pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.gd])
 def test_fusing_by_the_assembler_is_noticed(rule, disassemble):
     """It may, where an addition does not say how to round."""
-    ptx = numba_cuda.compile_ptx(rule, "float32")
+    ptx = cuda_kernels.compile_ptx(rule, "float32")
     loose = re.sub(r"\b(add|sub|mul)\.rn\.", r"\1.", without_division(ptx))
     assert inexact(loose)
     assert fuses(disassemble(assemble(loose))[1])
@@ -412,7 +415,7 @@ def test_fusing_by_the_assembler_is_noticed(rule, disassemble):
 
 @needs_compiler
 def test_scalar_accesses_are_noticed():
-    ptx = numba_cuda.compile_ptx(fastopt.adamw, "float32", aligned=False)
+    ptx = cuda_kernels.compile_ptx(fastopt.adamw, "float32", aligned=False)
     assert "0 times ld.global.v4.f32, not 4" in flaws(ptx, "float32", 3)
 
 
@@ -433,18 +436,18 @@ def test_float64_in_a_float32_kernel_is_refused(monkeypatch):
         return (lr,)
 
     assert not flaws(
-        numba_cuda.compile_ptx(Rule(with_global, scalars), "float32"), "float32", 1
+        cuda_kernels.compile_ptx(Rule(with_global, scalars), "float32"), "float32", 1
     )
     rule = Rule(with_attribute, scalars)
     with pytest.raises(TypeError, match="return its constants from scalars"):
-        numba_cuda.compile_ptx(rule, "float32")
-    monkeypatch.setattr(numba_cuda, "check", lambda ptx, single: ptx)
-    assert "float64" in flaws(numba_cuda.compile_ptx(rule, "float32"), "float32", 1)
+        cuda_kernels.compile_ptx(rule, "float32")
+    monkeypatch.setattr(cuda_kernels, "check", lambda ptx, single: ptx)
+    assert "float64" in flaws(cuda_kernels.compile_ptx(rule, "float32"), "float32", 1)
 
 
 @needs_compiler
 def test_spills_are_noticed(disassemble):
-    ptx = numba_cuda.compile_ptx(EIGHT, "float64")
+    ptx = cuda_kernels.compile_ptx(EIGHT, "float64")
     tight = re.sub(r"^\)\n\{", ")\n.maxnreg 24\n{", ptx, count=1, flags=re.M)
     assert tight != ptx
     assert spills(*disassemble(assemble(tight)))
@@ -479,10 +482,10 @@ def launches(monkeypatch):
     )
     monkeypatch.setattr(dispatcher._Kernel, "bind", lambda self: None)
     monkeypatch.setattr(dispatcher, "launch", lambda stream, *call: found.append(call))
-    for cached in (numba_cuda.compiled, numba_cuda.launcher):
+    for cached in (cuda_driver.compiled, cuda_driver.launcher):
         cached.cache_clear()
     yield found
-    for cached in (numba_cuda.compiled, numba_cuda.launcher):
+    for cached in (cuda_driver.compiled, cuda_driver.launcher):
         cached.cache_clear()
 
 
@@ -510,7 +513,7 @@ def test_launch(launches, disassemble):
         for (p, *state), group in zip(places, (0, 1, 1, 0), strict=True)
     ]
     count = np.zeros(1, np.int64)
-    step = numba_cuda.bind(fastopt.adamw, segments, count, np.zeros((2, 2, 0)))
+    step = cuda_driver.bind(fastopt.adamw, segments, count, np.zeros((2, 2, 0)))
     grads = [OnDevice(16384, s.param.size) for s in segments[:3]] + [None]
     scalars = [(0.5, 0.1, 0.2, 0.3, 0.4, 0.6), (1.0, 0.6, 0.5, 0.4, 0.3, 0.2)]
     assert step.take(grads) and step(scalars, 1)
@@ -549,7 +552,7 @@ def test_launches_for_sums(launches, monkeypatch):
         made.append((size, dtype))
         return Room(1 << 40 + len(made), size)
 
-    monkeypatch.setattr(numba_cuda.cuda, "device_array", allocated)
+    monkeypatch.setattr(cuda_kernels.cuda, "device_array", allocated)
     sizes = (4097, 0, 33, 5)
     segments = [
         Segment(OnDevice(4096 + i, n), (OnDevice(4096, n), OnDevice(8192, n)), i % 2)
@@ -557,7 +560,7 @@ def test_launches_for_sums(launches, monkeypatch):
     ]
     count, carry = np.zeros(1, np.int64), np.zeros((2, 2, 0))
     rows = [(0.5, *[0.25] * fastopt.lamb.measure_count, 9.0), (1.0, *[2.0] * 9)]
-    step = numba_cuda.bind(fastopt.lamb, segments, count, carry)
+    step = cuda_driver.bind(fastopt.lamb, segments, count, carry)
     step.take([*(OnDevice(16384, n) for n in sizes[:3]), None])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -577,7 +580,7 @@ def test_launches_for_sums(launches, monkeypatch):
     assert values[2] == [6, 1 << 41, 1 << 42]
     assert [each.grid for each in (first, second, last)] == [(1, 1, 1)] * 3
     many = [Segment(OnDevice(4096, 4096 * 1000), (), 0)]
-    step = numba_cuda.bind(fastopt.gd, many, count, carry)
+    step = cuda_driver.bind(fastopt.gd, many, count, carry)
     step.take([OnDevice(1 << 30, 4096 * 1000)])
     step.sums("gradients", [(1.0,)], 1)
     *_, (config, again, *_) = launches
@@ -591,8 +594,8 @@ def test_launches_for_sums(launches, monkeypatch):
 def test_linking_does_not_fuse(launches, disassemble, dtype):
     """Nor does numba's own way from PTX to machine code."""
     update = fastopt.gd.update
-    of = update, 0, np.dtype(dtype), WIDTH[dtype], numba_cuda.NOTHING
-    kernel = numba_cuda.compiled(numba_cuda.kernel, *of)
+    of = update, 0, np.dtype(dtype), WIDTH[dtype], cuda_kernels.NOTHING
+    kernel = cuda_driver.compiled(cuda_kernels.kernel, *of)
     (overload,) = kernel.overloads.values()
     _, instructions = disassemble(overload.library.get_cubin().code)
     assert re.search(r"\b[DF]MUL\b", instructions)
@@ -603,7 +606,7 @@ def test_linking_does_not_fuse(launches, disassemble, dtype):
 def test_contraction_is_refused_before_a_launch(launches, contracting):
     segment = Segment(OnDevice(4096, 8), (), 0)
     count = np.zeros(1, np.int64)
-    step = numba_cuda.bind(fastopt.gd, [segment], count, np.zeros((2, 1, 0)))
+    step = cuda_driver.bind(fastopt.gd, [segment], count, np.zeros((2, 1, 0)))
     step.take([OnDevice(8192, 8)])
     with pytest.raises(RuntimeError, match="fuses"):
         step([(1.0, 0.1)], 1)
@@ -611,15 +614,15 @@ def test_contraction_is_refused_before_a_launch(launches, contracting):
 
 
 def test_missing_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(numba_cuda, "not_installed", "No module named 'numba_cuda'")
-    assert "pip install '.[cuda13]'" in numba_cuda.missing()
+    monkeypatch.setattr(cuda_driver, "not_installed", "No module named 'numba_cuda'")
+    assert "pip install '.[cuda13]'" in cuda_driver.missing()
 
 
 def test_missing_without_numba_cuda():
     """In a process that cannot import it, the module can still be asked."""
     code = (
         "import sys; sys.modules['numba_cuda'] = None; "
-        "from fastopt import numba_cuda; print(numba_cuda.missing())"
+        "from fastopt.backends import cuda_driver; print(cuda_driver.missing())"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True

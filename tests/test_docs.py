@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fastopt import Rule, adam
-from fastopt import rule as primitives
+from fastopt import language as primitives
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where, wide
 
 ROOT = Path(__file__).resolve().parent.parent

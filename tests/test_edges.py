@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from cases import CASES, IDS, nonzero, same_bits
 
-from fastopt import RULES, cython_cpu
+from fastopt import RULES
+from fastopt.backends import cython_cpu
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from fastopt import kernel_cache
-from fastopt.kernel_cache import Kernel
+from fastopt.backends import kernel_cache
+from fastopt.backends.kernel_cache import Kernel
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "mkfifo") or not hasattr(os, "getuid"), reason="not POSIX"
@@ -259,7 +259,7 @@ def test_what_is_open_is_looked_at(folder, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from fastopt import kernel_cache
+from fastopt.backends import kernel_cache
 kernel = kernel_cache.Kernel("entry", ("memset",), bytes(range(256)) * 8)
 place = int(sys.argv[1])  # a line; 0: when all is written, but under another name
 seen = 0
@@ -351,7 +351,7 @@ def test_without_posix(folder, monkeypatch):
 
 WRITERS = """
 import sys
-from fastopt import kernel_cache
+from fastopt.backends import kernel_cache
 kernel = kernel_cache.Kernel("entry", ("memset",), bytes(range(256)) * 8)
 for _ in range(int(sys.argv[1])):
     kernel_cache.save("ab" * 32, kernel)

@@ -14,7 +14,7 @@ from interrupts import at_lines
 from test_faults_interrupts import BACKENDS, plain
 
 import fastopt
-from fastopt import numba_cpu
+from fastopt.backends import numba_cpu
 
 SHAPES = {"w": (3, 4), "b": (5,), "none": (0,), "k": (2, 2)}
 SCHEDULE = fastopt.schedules.cosine(0.3, steps=20)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 

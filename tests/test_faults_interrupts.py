@@ -9,7 +9,7 @@ import pytest
 from interrupts import at_every_line, interrupted
 
 import fastopt
-from fastopt import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu, numba_cpu
 
 BACKENDS = ["numpy", "numba", "alone", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = {"w": (3, 4), "b": (5,), "none": (0,), "k": (2, 2)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 pytest.importorskip("jax", reason="JAX is not installed")
 if cython_cpu.missing():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from campaign import Campaign
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 WORKER = Path(__file__).parent / "guarded.py"
 ISAS = [] if cython_cpu.missing() else cython_cpu.kernels().cpu_supports()

@@ -10,7 +10,7 @@ import pytest
 from cases import CASES, DTYPES, alike, label, nonzero, same_bits
 
 import fastopt
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 

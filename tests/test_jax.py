@@ -11,7 +11,7 @@ import pytest
 from cases import CASES, IDS
 
 import fastopt
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 if cython_cpu.missing():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import cython_cpu, schedules
+from fastopt import schedules
+from fastopt.backends import cython_cpu
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 optax = pytest.importorskip("optax", reason="optax is not installed")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 if cython_cpu.missing():

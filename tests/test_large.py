@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu, numba_cpu
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="maps one file many times, by Linux's memfd"

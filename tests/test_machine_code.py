@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 pytestmark = [
     pytest.mark.skipif(

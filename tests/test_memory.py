@@ -8,7 +8,7 @@ import pytest
 from cases import odd_view
 
 import fastopt
-from fastopt.flat import CACHE_LINE, HUGE_PAGE, PAGE, state_arena, zeroed
+from fastopt.memory.arena import CACHE_LINE, HUGE_PAGE, PAGE, state_arena, zeroed
 
 
 def begin(array):

@@ -14,7 +14,8 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
 
 import fastopt
-from fastopt import cython_cpu, multitask, numba_cpu, numpy_ref
+from fastopt import multitask
+from fastopt.backends import cython_cpu, numba_cpu, numpy_ref
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]

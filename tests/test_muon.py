@@ -11,8 +11,8 @@ import pytest
 from cases import same_bits
 
 import fastopt
-from fastopt import cython_cpu
 from fastopt import muon as module
+from fastopt.backends import cython_cpu
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = {"wide": (5, 9), "tall": (9, 4), "row": (1, 6), "b": (7,), "k": (2, 3, 2)}

@@ -15,7 +15,8 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits
 
 import fastopt
-from fastopt import cython_cpu, native
+from fastopt import native
+from fastopt.backends import cython_cpu
 
 if cython_cpu.missing():
     pytest.skip("the compiled kernels are not installed", allow_module_level=True)

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from cases import DTYPES, same_bits
 
-from fastopt import kernel_cache, numba_cpu, numpy_ref
-from fastopt.flat import Segment
+from fastopt.backends import kernel_cache, numba_cpu, numpy_ref
+from fastopt.memory.segments import Segment
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, where
 from fastopt.rule import sqrt as root
 from fastopt.rules import RULES, adamw, prodigy, sophia_g
@@ -286,8 +286,8 @@ def test_vectorised_without_contraction_or_float64(rule, dtype):
 
 PROGRAM = """
 import sys, numpy as np
-from fastopt import numba_cpu
-from fastopt.flat import Segment
+from fastopt.backends import numba_cpu
+from fastopt.memory.segments import Segment
 from fastopt.rules import adamw
 made = []
 original = numba_cpu.compile_kernel
@@ -570,8 +570,8 @@ def test_concurrent_python_threads(cache, layer):
     """Without the lock, workqueue ends the process here."""
     program = """
     import hashlib, threading, numpy as np
-    from fastopt import numba_cpu
-    from fastopt.flat import Segment
+    from fastopt.backends import numba_cpu
+    from fastopt.memory.segments import Segment
     from fastopt.rules import adamw, amsgrad, sgd
     import numba
     numba.set_num_threads(1)

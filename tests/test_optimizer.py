@@ -13,7 +13,7 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, same_bits
 
 import fastopt
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 
 def three(dtype=np.float64):
@@ -526,7 +526,7 @@ def test_FASTOPT_ISA(isa):
     if isa.lower() == "sse2" and platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("a name of x86")
     done = python(
-        "import numpy, fastopt\nfrom fastopt import cython_cpu\n"
+        "import numpy, fastopt\nfrom fastopt.backends import cython_cpu\n"
         "fastopt.adamw(numpy.ones(3), backend='cython')\n"
         "print(cython_cpu.kernels().ISA)",
         FASTOPT_ISA=isa,
@@ -571,7 +571,7 @@ def test_an_import_after_a_fork_is_noticed():
     done = python("""
 import os, sys
 child = os.fork()
-from fastopt import threads
+from fastopt.runtime import threads
 if child == 0:
     os._exit(0 if threads.forked[0] else 1)
 assert not threads.forked[0]
@@ -617,7 +617,7 @@ step(opt, p, g)
 
 
 def test_omp_num_threads_and_affinity_limit_the_threads():
-    code = "from fastopt import threads; print(threads.available())"
+    code = "from fastopt.runtime import threads; print(threads.available())"
     assert python(code, OMP_NUM_THREADS="1").stdout == "1\n"
     if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"

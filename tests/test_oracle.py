@@ -31,7 +31,8 @@ from fastopt import (
     schedule_free_sgd,
     sgd,
 )
-from fastopt.rule import _reached, sqrt
+from fastopt.language import reached
+from fastopt.rule import sqrt
 
 # The largest error of any element at any of the steps, relative to the largest value
 # that this element has had so far. Measured worst in float64: 2e-14, but for Prodigy,
@@ -279,10 +280,10 @@ OTHER |= {ast.Gt: ast.Lt, ast.Lt: ast.Gt}
 def mutants(function):
     """Copies of a rule's function with one operation for another, each with its line;
     of the functions that it calls, too."""
-    for reached in _reached(function, []):
+    for element in reached(function, []):
         count = itertools.count()
         while True:
-            tree, place = ast.parse(inspect.getsource(reached)), next(count)
+            tree, place = ast.parse(inspect.getsource(element)), next(count)
             found = [
                 (node, node.op if isinstance(node, ast.BinOp) else node.ops[0])
                 for node in ast.walk(tree)
@@ -296,11 +297,11 @@ def mutants(function):
                 node.op = OTHER[type(op)]()
             else:
                 node.ops = [OTHER[type(op)]()]
-            names = dict(reached.__globals__)
+            names = dict(element.__globals__)
             exec(compile(tree, "mutant", "exec"), names)
-            changed = names[reached.__name__]
-            if reached is not function:
-                names = function.__globals__ | {reached.__name__: changed}
+            changed = names[element.__name__]
+            if element is not function:
+                names = function.__globals__ | {element.__name__: changed}
                 changed = types.FunctionType(function.__code__, names)
             yield ast.unparse(node), changed
 

@@ -53,7 +53,7 @@ def test_ci_runs_the_command():
 @pytest.mark.parametrize(
     "module",
     [
-        *["", "flat", "rule", "optimizer", "adafactor", "muon", "lookahead"],
+        *["", "memory.flat", "rule", "adafactor", "muon", "lookahead"],
         *["schedules", "training", "tune", "multitask"],
     ],
 )
@@ -70,7 +70,7 @@ def test_docstring_examples(module):
 def test_docstring_examples_of_the_optimizer():
     import doctest
 
-    from fastopt import optimizer
+    from fastopt.optimizer import optimizer
 
     result = doctest.testmod(optimizer)
     assert result.attempted >= 5 and not result.failed

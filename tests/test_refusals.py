@@ -9,7 +9,9 @@ import pytest
 from cases import CASES
 
 import fastopt
-from fastopt import backends, checks, gradients
+from fastopt import backends
+from fastopt.memory.arrays import on_device
+from fastopt.optimizer import checks, gradients
 
 CPU_BACKENDS = ("numpy", "cython", "numba")
 
@@ -376,7 +378,7 @@ def test_backends():
 
 
 def test_missing_backend_names_the_command(monkeypatch):
-    from fastopt import cython_cpu
+    from fastopt.backends import cython_cpu
 
     monkeypatch.setattr(cython_cpu, "missing", lambda: "nothing here; pip install it")
     with pytest.raises(RuntimeError, match="'cython' is not available.*pip install"):
@@ -513,4 +515,4 @@ def test_refused_flat_buffers():
         opt.step(fastopt.flatten({"a": np.ones(5)}))
     with pytest.raises(ValueError, match="overlaps the parameters"):
         opt.step(flat)
-    assert checks.on_device(flat.data) is False
+    assert on_device(flat.data) is False

@@ -15,8 +15,9 @@ import pytest
 from cases import CASES, DTYPES, IDS, nonzero, same_bits
 
 import fastopt
-from fastopt import RULES, Rule, cython_cpu, numba_cpu
-from fastopt.numpy_ref import sum_in_order
+from fastopt import RULES, Rule
+from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.backends.numpy_ref import sum_in_order
 from fastopt.rule import wide
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastopt import cython_cpu
+from fastopt.backends import cython_cpu
 
 pytestmark = [
     pytest.mark.skipif(
@@ -28,7 +28,7 @@ IMPORTS = {
     "no torch": "import fastopt\n",
 }
 PROGRAM = """
-from fastopt import threads
+from fastopt.runtime import threads
 print(threads.available())
 before = len(os.listdir("/proc/self/task"))
 p = np.ones(200_000, np.float32)
@@ -152,9 +152,10 @@ STACKS = """
 import sys, threading, numpy as np, fastopt
 sys.path.insert(0, {tests!r})
 from cases import CASES, label
-from fastopt import multitask, numba_cpu
-from fastopt.flat import Segment
-from fastopt.numpy_ref import Extras
+from fastopt import multitask
+from fastopt.backends import numba_cpu
+from fastopt.memory.segments import Segment
+from fastopt.backends.numpy_ref import Extras
 rng = np.random.default_rng(0)
 
 def data(dtype, *shape):

@@ -705,7 +705,7 @@ def test_every_backend_has_the_same_bits(name, backend):
 SIMULATED = """
 import torch, fastopt.torch as ft
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-from fastopt import numba_cuda
+from fastopt.backends import cuda_driver
 from fastopt.torch import part, plan
 host, chosen = part.array, plan.module_for
 for name in ("SGD", "AdamW", "Adafactor", "LAMB", "DoG"):
@@ -713,7 +713,7 @@ for name in ("SGD", "AdamW", "Adafactor", "LAMB", "DoG"):
     for simulated in (False, True):
         device = lambda *a, **k: FakeCUDAArray(host(*a, **k))
         part.array = device if simulated else host
-        plan.module_for = (lambda *a: numba_cuda) if simulated else chosen
+        plan.module_for = (lambda *a: cuda_driver) if simulated else chosen
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 5), (7,))]
         opt = getattr(ft, name)(params, lr=0.1, clip_norm=0.7)

@@ -685,14 +685,14 @@ def test_processes(code):
 
 ORDER = """
 import {0}, {1}
-import numpy as np, torch, fastopt, fastopt.torch, fastopt.info
+import numpy as np, torch, fastopt, fastopt.torch
 w = np.ones(100_000, np.float32)
 fastopt.adamw(w).step(w.copy())
 param = torch.nn.Parameter(torch.ones(100_000))
 param.grad = torch.ones_like(param)
 fastopt.torch.AdamW([param]).step()
 torch.optim.AdamW([param], fused=True).step()
-loaded = fastopt.info.openmp_runtimes().splitlines()
+loaded = fastopt.runtime.threads.openmp_runtimes().splitlines()
 print(len([line for line in loaded if line.startswith("/")]))
 """
 

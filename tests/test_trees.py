@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.flat import leaves, rebuild
+from fastopt.memory.trees import leaves, rebuild
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,8 @@ from sklearn.datasets import load_diabetes
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import GradientNoiseScale, demo, lr_range_test, scale_hyperparameters
+from fastopt import GradientNoiseScale, lr_range_test, scale_hyperparameters
+from fastopt.cli import demo
 from fastopt.schedules import constant, cosine, linear
 from fastopt.tune import LRRangeTest, both_ways
 

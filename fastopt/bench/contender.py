@@ -20,6 +20,7 @@ apex is no contender: its optimizers need a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -138,7 +139,7 @@ def alone(case: Case) -> None:
 
 
 def floor(case: Case) -> Contender:
-    from fastopt.floor import FLOORS
+    from fastopt.rules.floor import FLOORS
 
     alone(case)
     count = state_count(case)
@@ -166,13 +167,13 @@ def keep_freed_memory() -> None:
 
 
 def naive_numpy(case: Case) -> Contender:
-    from fastopt.naive import NAIVE, Naive
+    from fastopt.bench.naive import NAIVE, Naive
 
     alone(case)
     by_hand = NAIVE.get(case.rule)
     known = inspect.signature(by_hand).parameters if by_hand else {}
     if not by_hand or not case.hyperparameters.keys() <= known.keys():
-        raise Unavailable("nobody wrote this by hand in fastopt/naive.py")
+        raise Unavailable("nobody wrote this by hand in fastopt/bench/naive.py")
     params, grads = list(normal(case, PARAMS)), list(normal(case, GRADS))
     opt = Naive(case.rule, params, **case.hyperparameters)
     return Contender(partial(opt.step, grads), lambda: params, grads)
@@ -206,13 +207,24 @@ def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def module_of(*names: str) -> Any:
+    """The first of fastopt's modules of these names that there is: in the revision that
+    is measured, which may be an older one, it may be elsewhere."""
+    for name in names[:-1]:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    return importlib.import_module(names[-1])
+
+
+def available_threads() -> int:
+    return int(module_of("fastopt.runtime.threads", "fastopt.threads").available())
+
+
 def torch_tensors(case: Case) -> list[Any]:
     """Parameters with gradients, both in memory from torch's own allocator."""
     import torch
 
-    from fastopt import threads
-
-    torch.set_num_threads(threads.available())
+    torch.set_num_threads(available_threads())
     params = []
     for values, grad in zip(normal(case, PARAMS), normal(case, GRADS), strict=True):
         tensor = torch.from_numpy(values).clone().requires_grad_()
@@ -458,11 +470,9 @@ def fastopt_jax(case: Case) -> Contender:
 
 
 def jax_on_our_threads() -> Any:
-    from fastopt import threads
-
     if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each CPU it may use
         allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, allowed[: threads.available()])
+        os.sched_setaffinity(0, allowed[: available_threads()])
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -537,9 +547,9 @@ def import_packages(name: str) -> None:
 def about(name: str) -> dict[str, Any]:
     """Versions and, by their file names only, the OpenMP runtimes loaded so far."""
     from fastopt import __version__
-    from fastopt.info import openmp_runtimes
 
-    paths = [line for line in openmp_runtimes().split("\n") if line.startswith("/")]
+    loaded = module_of("fastopt.runtime.threads", "fastopt.info").openmp_runtimes()
+    paths = [line for line in loaded.split("\n") if line.startswith("/")]
     packages = ("numpy", *PACKAGES.get(name, ()))
     return {
         "versions": {"fastopt": __version__}
@@ -617,11 +627,9 @@ def main() -> None:
     # Libraries print; stdout is for the replies alone, so theirs goes to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    from fastopt import threads
-
     keep_freed_memory()
     # For all OpenMP runtimes, which read it when they are loaded.
-    os.environ["OMP_NUM_THREADS"] = str(threads.available())
+    os.environ["OMP_NUM_THREADS"] = str(available_threads())
     try:
         serve(sys.argv[1], sys.stdin, replies)
     except KeyboardInterrupt:  # Ctrl-C goes to parent and children; the parent reports

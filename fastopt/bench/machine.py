@@ -7,8 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fastopt import cython_cpu, threads
+from fastopt.backends import cython_cpu
 from fastopt.bench.measure import Worker
+from fastopt.runtime import threads
 
 CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

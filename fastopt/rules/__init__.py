@@ -1,9 +1,13 @@
-"""The optimizers, one file each. ``RULES`` is the only list of them: kernels, tests,
-benchmarks and tables follow from it."""
+"""The optimizers, one file each.
+
+``RULES``, and ``CLASS_RULES`` for those that have a class of their own, are the only
+lists of them: kernels, tests, benchmarks and tables follow from these.
+"""
 
 from fastopt.rule import Rule as _Rule
 from fastopt.rules.adabelief import adabelief as adabelief
 from fastopt.rules.adadelta import adadelta as adadelta
+from fastopt.rules.adafactor import adafactor as _adafactor
 from fastopt.rules.adagrad import adagrad as adagrad
 from fastopt.rules.adam import adam as adam
 from fastopt.rules.adamax import adamax as adamax
@@ -29,8 +33,10 @@ from fastopt.rules.lamb import lamb as lamb
 from fastopt.rules.laprop import laprop as laprop
 from fastopt.rules.lars import lars as lars
 from fastopt.rules.lion import lion as lion
+from fastopt.rules.lookahead import lookahead as _lookahead
 from fastopt.rules.madgrad import madgrad as madgrad
 from fastopt.rules.mars import mars as mars
+from fastopt.rules.muon import muon as _muon
 from fastopt.rules.nadam import nadam as nadam
 from fastopt.rules.nadamw import nadamw as nadamw
 from fastopt.rules.novograd import novograd as novograd
@@ -100,3 +106,6 @@ RULES: tuple[_Rule, ...] = (
     dadapt_adam,
     prodigy,
 )
+
+# Each has a class that applies it: fastopt.Adafactor, fastopt.Muon, fastopt.Lookahead.
+CLASS_RULES: tuple[_Rule, ...] = (_adafactor, _muon, _lookahead)

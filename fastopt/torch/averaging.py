@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.atomic import Call
+from fastopt.runtime.atomic import Call
 from fastopt.torch.state import TRAINED, evaluated
 from fastopt.torch.step import Stepping
 from fastopt.torch.turns import Overtaken

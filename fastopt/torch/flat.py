@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.atomic import Call, uninterrupted
-from fastopt.flat import STAGGER, zeroed
+from fastopt.memory.arena import STAGGER, zeroed
+from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.torch.memory import is_hollow
 
 FLAT = "flattened_by_fastopt"  # an attribute of the buffers of gradients

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastopt.flat import Array, state_arena
+from fastopt.memory.arena import state_arena
+from fastopt.memory.segments import Array
 
 native: Any
 try:
@@ -133,9 +134,11 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
         return np.frombuffer(at, NUMPY[dtype]).reshape(shape)
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
-    from fastopt import numba_cuda
+    from fastopt.backends import cuda_driver
 
-    return numba_cuda.as_array("params", real.as_strided((count,), (1,)).reshape(shape))
+    return cuda_driver.as_array(
+        "params", real.as_strided((count,), (1,)).reshape(shape)
+    )
 
 
 def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt import cython_cpu
-from fastopt.bound import bind_alone
-from fastopt.flat import Array, Segment
-from fastopt.numpy_ref import PLAIN, Extras, Step, calls_of
+from fastopt.backends import cython_cpu
+from fastopt.backends.numpy_ref import PLAIN, Extras, Step, calls_of
+from fastopt.memory.segments import Array, Segment
+from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
 from fastopt.torch import state
 from fastopt.torch.memory import array, numbers, same_layout

@@ -17,11 +17,11 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from fastopt import backends
-from fastopt.arithmetic import standard
-from fastopt.atomic import uninterrupted
-from fastopt.bound import shrinking
-from fastopt.numpy_ref import Extras
+from fastopt.backends.numpy_ref import Extras
+from fastopt.optimizer.state import shrinking
 from fastopt.rule import Rule
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import uninterrupted
 from fastopt.torch.memory import COMPUTED, is_cut_off, is_hollow, is_plain, watched
 from fastopt.torch.part import Part, Sums
 from fastopt.torch.state import Member, Names, Values, shapes_of

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.factored import Factors
-from fastopt.flat import Array
-from fastopt.numpy_ref import NUMPY as PRIMITIVES
-from fastopt.rule import Rule, concrete
+from fastopt.backends.numpy_ref import NUMPY as PRIMITIVES
+from fastopt.language import concrete
+from fastopt.memory.factored import Factors
+from fastopt.memory.segments import Array
+from fastopt.rule import Rule
 from fastopt.torch.memory import (
     C_TYPES,
     COMPUTED,

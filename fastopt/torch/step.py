@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torchs
 
-from fastopt import checks
-from fastopt.arithmetic import standard
-from fastopt.atomic import uninterrupted
+from fastopt.optimizer import checks
 from fastopt.rule import Rule
-from fastopt.threads import available, forked
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import uninterrupted
+from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading, sharding
 from fastopt.torch.arguments import (
     EXTRAS,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from fastopt.atomic import uninterrupted
+from fastopt.runtime.atomic import uninterrupted
 
 Call = Callable[[], Any]
 CLAIM = object()

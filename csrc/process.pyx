@@ -1,0 +1,82 @@
+# cython: language_level=3
+"""What a step needs of its process, compiled: arithmetic modes (arithmetic.h), and the
+CPUs that OpenMP uses.
+
+NumPy and Python's floats obey the thread's modes, too. The wrapper for them is compiled, so
+no interrupt comes between the change of the modes and the call, or between its end and
+their restoration.
+"""
+from libc.stdint cimport uint64_t
+
+from functools import wraps
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef _OPENMP
+    #include <omp.h>
+    #endif
+
+    /* Marks in `used` the CPUs that OpenMP binds its threads to, below `most`; returns
+       how many marks were made, 0 if it binds none. A runtime binds the first thread as
+       soon as it is loaded, so that thread's affinity no longer tells. */
+    static int fastopt_places(char *used, int most) {
+        int marked = 0;
+    #if defined(_OPENMP) && _OPENMP >= 201511
+        for (int place = 0; place < omp_get_num_places(); place++) {
+            int count = omp_get_place_num_procs(place);
+            int *cpus = (int *) malloc((count + 1) * sizeof(int));
+            if (!cpus)
+                return 0;
+            omp_get_place_proc_ids(place, cpus);
+            for (int k = 0; k < count; k++)
+                if (cpus[k] >= 0 && cpus[k] < most && !used[cpus[k]]) {
+                    used[cpus[k]] = 1;
+                    marked++;
+                }
+            free(cpus);
+        }
+    #else
+        (void) used, (void) most;
+    #endif
+        return marked;
+    }
+    """
+    int fastopt_places(char* used, int most) noexcept nogil
+
+cdef extern from "arithmetic.h":
+    uint64_t fastopt_control() noexcept nogil
+    void fastopt_set_control(uint64_t word) noexcept nogil
+    uint64_t fastopt_enter() noexcept nogil
+    void fastopt_leave(uint64_t word) noexcept nogil
+
+
+def standard(function):
+    """The function, run in standard arithmetic."""
+
+    @wraps(function)
+    def standardized(*args, **kwargs):
+        cdef uint64_t before = fastopt_enter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            fastopt_leave(before)
+
+    return standardized
+
+
+def control():
+    """The control word of this thread; 0 where we do not know it."""
+    return fastopt_control()
+
+
+def set_control(uint64_t word):
+    fastopt_set_control(word)
+
+
+def bound_to():
+    """The CPUs that OpenMP binds its threads to; none if it binds none."""
+    used = bytearray(1 << 16)
+    cdef char* marks = used
+    fastopt_places(marks, 1 << 16)
+    return [cpu for cpu, mark in enumerate(used) if mark]

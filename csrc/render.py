@@ -1,0 +1,302 @@
+"""Renders kernels.pyx.in: what the rules say, in Cython.
+
+The rules are read as text, because an isolated build has no NumPy or Numba to import
+them with.
+"""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import Cython
+from Cython import Tempita
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+RULES = ROOT / "fastopt" / "rules"
+
+# What a rule's text may call by name, and the template has in C.
+PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
+PRIMITIVES |= {"wide", "cbrt"}
+
+
+@dataclass
+class Function:
+    """What the template needs to know of a rule's function."""
+
+    path: Path  # the file that defines it
+    tree: ast.FunctionDef
+
+    @property
+    def name(self):
+        return f"{self.path.stem}_{self.tree.name}"
+
+    @property
+    def arguments(self):
+        return [argument.arg for argument in self.tree.args.args]
+
+    @property
+    def locals(self):
+        stored = [
+            node.id
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
+        return [name for name in dict.fromkeys(stored) if name not in self.arguments]
+
+    @property
+    def returned(self):
+        """How many values it returns; 0: one, and not in a tuple."""
+        (value,) = [
+            node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)
+        ]
+        return len(value.elts) if isinstance(value, ast.Tuple) else 0
+
+    @property
+    def helpers(self):
+        """The functions that it calls, by the name it calls them by."""
+        called = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
+        found = {name: defined(self.path, name) for name in sorted(called - PRIMITIVES)}
+        return {name: function for name, function in found.items() if function}
+
+    def result(self, c_type):
+        return f"({f'{c_type}, ' * self.returned})" if self.returned else c_type
+
+    def body(self, dtype):
+        """The statements, with every function's name made that of its C version."""
+        helpers = self.helpers
+
+        class Concrete(ast.NodeTransformer):
+            def visit_Name(self, node):
+                name = helpers[node.id].name if node.id in helpers else node.id
+                known = node.id in PRIMITIVES or node.id in helpers
+                return ast.Name(f"{name}_{dtype}" if known else name, node.ctx)
+
+        tree = ast.parse(ast.unparse(self.tree)).body[0]
+        text = "\n".join(ast.unparse(Concrete().visit(line)) for line in tree.body)
+        return text.split("\n")
+
+
+@dataclass
+class Kernel(Function):
+    """An ``update`` or a ``measure``: something that a loop runs over the buffers."""
+
+    state_count: int
+
+    @property
+    def states(self):
+        return [f"s{k}" for k in range(self.state_count)]
+
+    @property
+    def outputs(self):
+        return ["p", *self.states]
+
+    @property
+    def constants(self):
+        return [f"c{k}" for k in range(len(self.arguments) - 2 - self.state_count)]
+
+
+class Measure(Kernel):
+    """Its loop only reads, but that of a ``Begin``."""
+
+    way = "in"
+    outputs = kept = ()
+
+    @property
+    def terms(self):
+        return self.returned
+
+
+@dataclass
+class Begin(Measure):
+    """A ``measure`` that puts the new state in its place, and keeps the rest that the
+    update needs: a step with sums then reads most of its buffers once."""
+
+    of: tuple[Function, ...]  # the update, the measure and the settle
+
+    way = "out"
+    kept = ("kept",)
+
+    @property
+    def terms(self):
+        return self.returned - len(self.outputs)
+
+    @property
+    def outputs(self):
+        return [*self.states, *self.kept]
+
+
+class Scalars(Function):
+    """A ``scalars`` or a ``settle``, with the C types of what it takes: flags and
+    numbers."""
+
+    @property
+    def typed(self):
+        defaults = map(ast.literal_eval, self.tree.args.defaults)
+        types = ["bint" if isinstance(value, bool) else "double" for value in defaults]
+        names = self.arguments[1:]
+        carried = ["double"] * (len(names) - len(types))
+        return [f"{t} {name}" for t, name in zip(carried + types, names, strict=True)]
+
+    @property
+    def native_body(self):
+        """The lines of a C function with the same bits, which takes what follows t from
+        an array, puts the results into another, and returns how many they
+        are; -1 where this one raises an error, its own or that of a division by zero.
+        """
+        ways = {"bint": "_given[{}] != 0", "double": "_given[{}]"}
+        taken = [
+            f"cdef {typed} = {ways[typed.split()[0]].format(k)}"
+            for k, typed in enumerate(self.typed)
+        ]
+        tree = ast.parse("\n".join(self.body("f64")))
+        text = ast.unparse(ast.fix_missing_locations(Native().visit(tree)))
+        declared = [f"cdef double {name}" for name in self.locals]
+        # Rules have a variable called zero, too.
+        zero = ["cdef bint _zero[1]", "_zero[0] = False"]
+        return [*taken, *declared, *zero, *text.split("\n")]
+
+
+class Native(ast.NodeTransformer):
+    """Makes of the statements of a ``Scalars`` those of a C function."""
+
+    def visit_Raise(self, node):
+        return ast.Return(ast.Constant(-1))
+
+    def visit_BinOp(self, node):
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Div) and not isinstance(node.right, ast.Constant):
+            node.right = ast.Call(
+                ast.Name("checked"), [node.right, ast.Name("_zero")], []
+            )
+        return node
+
+    def visit_Assign(self, node):
+        """Of tuples to choose from, C has none: a choice of assignments."""
+        self.generic_visit(node)
+        value = node.value
+        if isinstance(value, ast.IfExp) and isinstance(value.body, ast.Tuple):
+            a, b = (
+                ast.Assign(node.targets, part) for part in (value.body, value.orelse)
+            )
+            return ast.If(value.test, [a], [b])
+        return node
+
+    def visit_Return(self, node):
+        self.generic_visit(node)
+        values = node.value.elts
+        places = [ast.parse(f"_results[{k}]").body[0].value for k in range(len(values))]
+        stores = [ast.Assign([p], v) for p, v in zip(places, values, strict=True)]
+        return [*stores, ast.parse(f"return -1 if _zero[0] else {len(values)}").body[0]]
+
+
+def defined(path, name, kind=Function, *more):
+    """The function that a file means by a name, its own or another rule's, or None."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return kind(path, node, *more)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    other = RULES / f"{node.module.rpartition('.')[2]}.py"
+                    if node.module.startswith("fastopt.rules.") and other.exists():
+                        return defined(other, alias.name, kind, *more)
+    return None
+
+
+def used(node, context=ast.Load):
+    """The names that are read in it, or stored."""
+    found = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    return {name.id for name in found if isinstance(name.ctx, context)}
+
+
+def halves(update, measure, settle):
+    """Of a rule with sums a ``begin`` and a ``finish``, where its update and measure
+    start alike, with what settle hands on as it is, and the update has nothing left to
+    do but to move p by the one value that it computed so."""
+    *alike, (new, *left) = *update.tree.body[:-1], update.tree.body[-1].value.elts
+    buffers = 2 + update.state_count
+    states = update.arguments[2:buffers]
+    given, later = (f.arguments[buffers:] for f in (measure, update))
+    stored = set().union(*(used(line, ast.Store) for line in alike))
+    kept = (used(new) & stored) - set(states)
+    taken = settle.arguments[2 + measure.returned :][: len(given)]
+    returned = dict(zip(later, settle.tree.body[-1].value.elts, strict=False))
+    handed = [name in returned and ast.unparse(returned[name]) for name in given]
+    if (
+        len({update.path, measure.path, settle.path}) > 1
+        or update.arguments[:buffers] != measure.arguments[:buffers]
+        or list(map(ast.unparse, alike))
+        != list(map(ast.unparse, measure.tree.body[:-1]))
+        or list(map(ast.unparse, left)) != states
+        or len(kept) != 1
+        or kept & {"p", *later}
+        or used(new) - kept - {"p", *later}
+        or handed != taken
+        or used(settle.tree, ast.Store) & set(taken)
+    ):
+        return []
+    (kept,) = kept
+    results = [*measure.tree.body[-1].value.elts, *left, ast.Name(kept, ast.Load())]
+    begin, finish = (ast.parse(ast.unparse(f.tree)).body[0] for f in (measure, update))
+    begin.name, finish.name = f"{update.tree.name}_begin", f"{update.tree.name}_finish"
+    begin.body[-1] = ast.Return(ast.Tuple(results, ast.Load()))
+    finish.body = [ast.Return(ast.Tuple([new], ast.Load()))]
+    finish.args.args = [ast.arg(name) for name in ("p", kept, *later)]
+    return [
+        Begin(update.path, begin, update.state_count, (update, measure, settle)),
+        Kernel(update.path, finish, 0),
+    ]
+
+
+def functions_of(path):
+    """Those of every ``Rule(update, scalars, state=..., measure=...)`` in a file."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
+            update, scalars = (argument.id for argument in call.args)
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            count = len(ast.literal_eval(given["state"])) if "state" in given else 0
+            of_rule = [defined(path, update, Kernel, count)]
+            if "measure" in given:
+                of_rule.append(defined(path, given["measure"].id, Measure, count))
+                of_rule.append(defined(path, given["settle"].id, Scalars))
+                of_rule += halves(*of_rule)
+            yield from of_rule
+            yield defined(path, scalars, Scalars)
+
+
+def functions():
+    """Those of the rules, which rules/__init__.py imports; of the floor and of what a
+    step does beside; and the helper functions that they call."""
+    tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
+    modules = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    rules = [name.rpartition(".")[2] for name in modules if ".rules." in name]
+    files = [RULES / f"{name}.py" for name in (*rules, "floor", "passes")]
+    found = {}
+    waiting = [function for file in files for function in functions_of(file)]
+    for function in waiting:
+        if function.name not in found:
+            found[function.name] = function
+            if not isinstance(function, Scalars):
+                waiting += function.helpers.values()
+    return list(found.values())
+
+
+def each(before, names, after=""):
+    """A comma-separated part of an argument list."""
+    return "".join(f"{before}{name}{after}, " for name in names)
+
+
+def rendered():
+    """The source of the kernels for an instruction set, as a function of its name."""
+    template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
+    found = functions()
+    namespace = {
+        "updates": [f for f in found if type(f) is Kernel],
+        "measures": [f for f in found if isinstance(f, Measure)],
+        "helpers": [f for f in found if type(f) is Function],
+        "scalars": [f for f in found if type(f) is Scalars],
+        "each": each,
+        "cython": Cython.__version__,
+    }
+    return lambda isa: template.substitute(isa=isa, **namespace)

@@ -1,0 +1,50 @@
+"""Which backend serves an optimizer. They are modules, imported on first use: Numba
+alone takes longer to import than everything else together."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+
+from fastopt.rule import Rule
+
+MODULES = {
+    "numpy": "fastopt.backends.numpy_ref",
+    "cython": "fastopt.backends.cython_cpu",
+    "numba": "fastopt.backends.numba_cpu",
+    "cuda": "fastopt.backends.cuda_driver",
+}
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module, or the error that says how to get it."""
+    if name not in MODULES:
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, MODULES))}, got {name!r}"
+        )
+    module = importlib.import_module(MODULES[name])
+    reason = module.missing()
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return module
+
+
+def choose(rule: Rule, on_device: bool) -> str:
+    """The default: the device's for device arrays, else the compiled kernels for our
+    own rules and Numba for a user's."""
+    if on_device:
+        return "cuda"
+    from fastopt.backends import cython_cpu
+
+    if rule.update not in cython_cpu.KERNELS:
+        return "numba"
+    reason = cython_cpu.missing()
+    if reason is None:
+        return "cython"
+    warnings.warn(
+        f"using backend 'numba', which compiles on first use, because {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "numba"

@@ -1,0 +1,369 @@
+"""The CUDA backend: memory on a GPU, and a kernel launch for each segment.
+
+The kernels are those of ``cuda_kernels``. Sums of chunks are added up on the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt.backends.cuda_kernels import (
+    NOTHING,
+    SIMULATED,
+    VECTOR_BYTES,
+    Beside,
+    NumbaPerformanceWarning,
+    check,
+    cuda,
+    is_cuda_ndarray,
+    kernel,
+    lanes_kernel,
+    not_installed,
+    nvvm,
+    product_kernel,
+    sums_kernel,
+    tiles_kernel,
+)
+from fastopt.backends.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step, pairs_of
+from fastopt.memory.arrays import on_device
+from fastopt.memory.factored import TILE_COLUMNS, TILE_ROWS, in_order
+from fastopt.memory.segments import Array, Product, Segment
+from fastopt.rule import Rule
+from fastopt.rules import passes
+from fastopt.runtime.atomic import Call
+
+BLOCK = 256
+ROOM = 1 << 22  # elements, of what is factored, that are there at a time
+ALIGNMENT = 256  # of each segment's state, as of what cudaMalloc returns
+
+HOW_TO_GET = (
+    "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older driver)"
+)
+
+
+def missing() -> str | None:
+    """Why this backend cannot be used and how to get it, or None."""
+    if not_installed:
+        return f"numba-cuda cannot be imported ({not_installed}); {HOW_TO_GET}"
+    if cuda.is_available():
+        return None
+    if not nvvm.is_available():
+        return f"CUDA's compiler library libNVVM was not found; {HOW_TO_GET}"
+    return "no NVIDIA GPU with a working driver was found; nvidia-smi should list one"
+
+
+def as_array(name: str, value: Any) -> Any:
+    """``value`` itself or a view of its memory, as a device array."""
+    if not on_device(value):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} in host memory, but backend 'cuda' "
+            f"needs device arrays; copy it with numba.cuda.to_device"
+        )
+    return value if is_cuda_ndarray(value) else cuda.as_cuda_array(value)
+
+
+def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
+    """Zeroed state for these parameters: for each, ``streams`` flat arrays.
+
+    Each stream is one allocation for all parameters, in which all of them are aligned.
+    """
+    dtype, sizes = params[0].dtype, [param.size for param in params]
+    unit = ALIGNMENT // dtype.itemsize
+    ends = np.cumsum([-(-size // unit) * unit for size in sizes]).tolist()
+    starts = [0, *ends]
+    arenas = [cuda.device_array(max(starts[-1], unit), dtype) for _ in range(streams)]
+    for arena in arenas:
+        arena[:] = 0
+    return [
+        tuple(arena[start : start + size] for arena in arenas)
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+
+
+def gram(tasks: Sequence[Sequence[Any]], threads: int) -> Array:
+    """As :func:`numpy_ref.gram`, pair by pair."""
+    products = np.zeros((len(tasks), len(tasks)))
+    for i, j in pairs_of(len(tasks)):
+        pairs = [
+            (a, b)
+            for a, b in zip(tasks[i], tasks[j], strict=True)
+            if a is not None and b is not None
+        ]
+        if pairs:
+            segments = [Segment(a, (), 0) for a, _ in pairs]
+            step = OnDevice(passes.inner, segments, np.zeros(1, np.int64))
+            step.take([b for _, b in pairs])
+            for found in step.sums("rule", [(1.0,)], threads):
+                products[i, j] += found[0] if found else 0.0
+        products[j, i] = products[i, j]
+    return products
+
+
+@functools.cache
+def compiled(make: Callable[..., Any], *of: Any) -> Any:
+    """The kernel that ``kernel``, or one like it, makes, for this GPU."""
+    function, signature = make(*of)
+    dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
+    if make not in (lanes_kernel, product_kernel):  # those only add, or multiply
+        single = make is kernel and of[2] == np.float32
+        check(dispatcher.inspect_asm(signature.args), single)
+    return dispatcher
+
+
+@functools.cache
+def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
+    """A kernel with its grid, to be called with its arguments."""
+    if SIMULATED:  # where one kernel has only one grid at a time
+        return cuda.jit(make(*of)[0])[blocks, BLOCK]
+    with warnings.catch_warnings():  # numba says that a small grid leaves the GPU idle
+        warnings.simplefilter("ignore", NumbaPerformanceWarning)
+        return compiled(make, *of)[blocks, BLOCK]
+
+
+def address(array: Any) -> int:
+    """Where a device array begins."""
+    if SIMULATED:
+        return int(array.ctypes.data)
+    return int(array.__cuda_array_interface__["data"][0])
+
+
+def operand(array: Any) -> Any:
+    """What a kernel takes for an array: its address, which numba passes on fastest."""
+    return array.reshape(-1) if SIMULATED else address(array)
+
+
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
+    """As :func:`numpy_ref.bind`, with device arrays. The kernels are enqueued
+    on numba's default stream, and ``threads`` means nothing here."""
+    return OnDevice(rule, segments, count)
+
+
+class OnDevice(Step):
+    def __init__(self, rule: Rule, segments: Sequence[Segment], count: Array):
+        self.rule, self.segments, self.count = rule, segments, count
+        self.dtype = segments[0].param.dtype
+        self.buffers = []  # what the kernels take, and all the addresses' bits
+        for segment in segments:
+            average = () if segment.average is None else (segment.average,)
+            arrays = (segment.param, *segment.state, *average)
+            bits = functools.reduce(operator.or_, map(address, arrays))
+            self.buffers.append((tuple(map(operand, arrays)), bits))
+        most = max((s.param.size for s in segments if s.product), default=0)
+        self.room: Any = cuda.device_array(min(most, ROOM), self.dtype) if most else ()
+        self.made: list[Any] = []  # where the gradients of several tasks are combined
+
+    def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
+        self.tasks = [grads] if weights is None else grads
+        self.grads = grads if weights is None else self.combined(grads, weights)
+        return True
+
+    def combined(self, tasks: list[list[Any]], weights: Sequence[float]) -> list[Any]:
+        """As of :mod:`numpy_ref`, for every segment, in memory of our own."""
+        params = [segment.param for segment in self.segments]
+        if not self.made:
+            self.made = [made for (made,) in state_arena(params, 1)]
+        for made in self.made:
+            made[:] = 0
+        segments = [Segment(made, (), 0) for made in self.made]
+        step = OnDevice(passes.accumulate, segments, np.zeros(1, np.int64))
+        for task, weight in zip(tasks, weights, strict=True):
+            if self.dtype.type(weight) != 0:
+                step.take([None if g is None else g.reshape(-1) for g in task])
+                step([(weight,)], 1)
+        given = [any(g is not None for g in of) for of in zip(*tasks, strict=True)]
+        return [
+            made.reshape(param.shape) if there else None
+            for made, param, there in zip(self.made, params, given, strict=True)
+        ]
+
+    def stretches(
+        self, product: Product, *arrays: Any
+    ) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+        """Of a segment whose state is factored: parts of its arrays, the second of them
+        the state, with the launch that has to come before."""
+        shape = [factor.shape[1] for factor in product]
+        factors = [operand(factor) for factor in product]
+        first, *rest = (array.reshape(-1) for array in arrays)
+        for start in range(0, first.size, ROOM):
+            size = min(ROOM, first.size - start)
+            launch = launcher(-(-size // BLOCK), product_kernel, self.dtype)
+            part, *parts = (array[start : start + size] for array in (first, *rest))
+            made = (launch, size, start, *shape, *factors, operand(self.room))
+            yield made, [part, self.room[:size], *parts]
+
+    def squares(
+        self,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[Array, Array] | None]:
+        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+        return [
+            None
+            if segment.product is None or grad is None or not grad.size
+            else square_sums(grad, (rows[segment.row][0], *limits), self.dtype)
+            for segment, grad in zip(self.segments, self.grads, strict=True)
+        ]
+
+    def sums(
+        self,
+        what: str,
+        rows: list[tuple[float, ...]],
+        threads: int,
+        clip_value: float = math.inf,
+    ) -> list[tuple[float, ...] | None]:
+        rule = self.rule if what == "rule" else passes.accumulate
+        sizes = [
+            0 if grad is None else segment.param.size
+            for segment, grad in zip(self.segments, self.grads, strict=True)
+        ]
+        chunks = [-(-size // CHUNK) for size in sizes]
+        terms, total = rule.terms, sum(chunks)
+        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+        if not total:
+            found: Array = np.zeros(0)
+        else:
+            lanes = cuda.device_array(total * terms * LANES, np.float64)
+            begin = 0
+
+            def launch(segment: Segment, arrays: Sequence[Any], grad: Any) -> None:
+                nonlocal begin
+                here = -(-grad.size // CHUNK) * LANES
+                scalars = (*rows[segment.row][: 1 + rule.measure_count], *limits)
+                of = rule.measure, len(arrays) - 1, self.dtype, terms, bool(limits)
+                launcher(-(-here // BLOCK), sums_kernel, *of)(
+                    grad.size,
+                    operand(grad),
+                    tuple(map(operand, arrays)),
+                    scalars,
+                    operand(lanes[begin:]),
+                )
+                begin += here * terms
+
+            for segment, grad, size in zip(
+                self.segments, self.grads, sizes, strict=True
+            ):
+                if size and what == "rule" and segment.product is not None:
+                    for before, (p, v, g) in self.stretches(
+                        segment.product, segment.param, grad
+                    ):
+                        before[0](*before[1:])
+                        launch(segment, (p, v), g)
+                elif size:
+                    state = segment.state if what == "rule" else ()
+                    launch(segment, (segment.param, *state), grad)
+            sums = cuda.device_array(total * terms, np.float64)
+            launch_lanes(lanes, sums)
+            found = sums.copy_to_host()
+        by_chunk = iter(found.reshape(-1, terms).tolist())
+        results: list[tuple[float, ...] | None] = []
+        for grad, here in zip(self.grads, chunks, strict=True):
+            totals = [0.0] * terms
+            for _ in range(here):
+                totals = [a + b for a, b in zip(totals, next(by_chunk), strict=True)]
+            results.append(None if grad is None else tuple(totals))
+        return results
+
+    def calls(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+    ) -> list[Call]:
+        # Launches are Python code of Numba's, so an interrupt may come between them.
+        return [functools.partial(self, rows, threads, extras)]
+
+    def __call__(
+        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
+    ) -> bool:
+        clip = extras.clip_value < math.inf
+        limits = (-extras.clip_value, extras.clip_value) if clip else ()
+        launches: list[tuple[Any, ...]] = []
+        # Complete before the first, so that no error leaves half a step.
+
+        def add(
+            rule: Rule, beside: Beside, grad: Any, buffers: Any, bits: int, scalars: Any
+        ) -> None:
+            size = grad.size
+            aligned = (bits | address(grad)) % VECTOR_BYTES == 0
+            width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
+            blocks = -(-(size // width + size % width) // BLOCK)
+            of = rule.update, len(rule.state), self.dtype, width, beside
+            launch = launcher(blocks, kernel, *of)
+            launches.append((launch, size, operand(grad), buffers, scalars))
+
+        for segment, grad, (buffers, bits) in zip(
+            self.segments, self.grads, self.buffers, strict=True
+        ):
+            averaged = segment.average is not None
+            weight = (extras.ema_weight,) if averaged else ()
+            beside = Beside(clip, averaged, extras.zero_grads)
+            scalars = (*rows[segment.row], *limits, *weight)
+            if not segment.param.size:
+                continue
+            if grad is None:
+                if averaged:  # then only the average moves
+                    of = passes.average, NOTHING, segment.param, buffers[-1:], bits
+                    add(*of, (1.0, *weight))
+            elif segment.product is None:
+                add(self.rule, beside, grad, buffers, bits, scalars)
+            else:
+                average = (segment.average,) if averaged else ()
+                for before, (p, v, g, *rest) in self.stretches(
+                    segment.product, segment.param, grad, *average
+                ):
+                    launches.append(before)
+                    arrays = (p, v, *rest)
+                    bits = functools.reduce(operator.or_, map(address, arrays))
+                    given = tuple(map(operand, arrays))
+                    add(self.rule, beside, g, given, bits, scalars)
+        for launch, *arguments in launches:
+            launch(*arguments)
+        if extras.zero_grads and self.tasks[0] is not self.grads:
+            for task in self.tasks:
+                for grad in task:
+                    if grad is not None:
+                        grad.reshape(-1)[:] = 0
+        self.count[0] += 1
+        return True
+
+
+def launch_lanes(lanes: Any, sums: Any) -> None:
+    """Add up the lanes of each sum."""
+    launch = launcher(-(-sums.size // BLOCK), lanes_kernel)
+    launch(sums.size, operand(lanes), operand(sums))
+
+
+def square_sums(
+    grad: Any, scalars: tuple[float, ...], dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
+    """As of :mod:`fastopt.memory.factored`, of a device array."""
+    *_, height, width = grad.shape
+    flat = grad.reshape(-1)
+    matrices, clip = flat.size // (height * width), len(scalars) > 1
+    across, down = -(-width // TILE_COLUMNS), -(-height // TILE_ROWS)
+
+    def launch(
+        by_column: bool, matrices: int, height: int, given: Any, to: Any
+    ) -> None:
+        call = launcher(-(-to.size // BLOCK), tiles_kernel, by_column, clip, dtype)
+        start = operand(given)
+        call(matrices, height, width, start, (start,), scalars, operand(to))
+
+    columns = cuda.device_array(down * matrices * width, np.float64)
+    launch(True, matrices, height, flat, columns)
+    count = matrices * height
+    rows = cuda.device_array(count * across, np.float64)
+    most = max(1, ROOM // (across * LANES))  # rows at a time
+    for row in range(0, count, most):
+        sums = rows[row * across : (row + most) * across]
+        lanes = cuda.device_array(sums.size * LANES, np.float64)
+        launch(False, 1, sums.size // across, flat[row * width :], lanes)
+        launch_lanes(lanes, sums)
+    by_row = rows.copy_to_host().reshape(matrices, height, across)
+    by_column = columns.copy_to_host().reshape(down, matrices, width)
+    return in_order(np.moveaxis(by_row, 2, 0)), in_order(by_column)

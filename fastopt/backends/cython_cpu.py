@@ -1,0 +1,202 @@
+"""The compiled backend: ahead-of-time kernels, one extension per instruction set.
+
+Which extension serves is decided once, by the CPU, when the first optimizer is made;
+``FASTOPT_ISA=baseline | avx2 | avx512`` overrides; on x86-64, ``sse2`` is the baseline.
+Only fastopt's own rules have such kernels; a user's rule goes to Numba.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from fastopt.backends.numpy_ref import Step
+from fastopt.language import Function
+from fastopt.memory.arena import state_arena
+from fastopt.memory.arrays import as_array
+from fastopt.memory.segments import Array, Segment
+from fastopt.rule import Rule
+from fastopt.rules import CLASS_RULES, RULES
+from fastopt.rules.floor import FLOORS
+from fastopt.rules.muon import direction
+from fastopt.rules.passes import PASSES
+
+__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
+
+HOW_TO_GET = (
+    "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
+    "pip install --force-reinstall --no-deps . in its folder"
+)
+HIDDEN = (
+    "this Python was started in the source folder, which hides the installed package; "
+    "start it elsewhere, or install with pip install -e ."
+)
+
+
+def compiled_name(function: Function) -> str:
+    """What setup.py calls a function of ours: after its file and itself."""
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
+
+
+# Looked up by the function itself, so a user's of the same name never meets ours.
+PUBLIC = (*RULES, *CLASS_RULES, direction, *FLOORS, *PASSES)
+OURS = [rule for public in PUBLIC for rule in public.all]
+KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
+MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
+SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
+SETTLES = {r.settle: compiled_name(r.settle) for r in OURS if r.settle is not None}
+
+
+def extension(isa: str) -> ModuleType:
+    """The compiled module for one instruction set; ImportError if it was not built."""
+    return importlib.import_module(f"fastopt._kernels_{isa}")
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The extension for this CPU, or what ``FASTOPT_ISA`` says."""
+    baseline = extension("baseline")
+    supported: list[str] = baseline.cpu_supports()
+    asked = os.environ.get("FASTOPT_ISA")
+    if asked:
+        names = {name: name for name in supported}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            names["sse2"] = "baseline"
+        wanted = asked.strip().lower().replace("-", "")
+        if wanted not in names:
+            raise ValueError(
+                f"FASTOPT_ISA={asked!r} is not among the instruction sets of this CPU "
+                f"that fastopt has kernels for: {', '.join(names)}"
+            )
+        return extension(names[wanted])
+    for isa in supported:
+        with contextlib.suppress(ImportError):  # a compiler may lack a set's flags
+            return extension(isa)
+    return baseline
+
+
+def missing() -> str | None:
+    """Why this backend cannot be used and how to get it, or None."""
+    try:
+        kernels()
+    except ImportError as error:
+        in_sources = (Path(__file__).parents[2] / "setup.py").exists()
+        return (
+            f"the compiled kernels are not installed ({error}); "
+            f"{HIDDEN + '; or ' if in_sources else ''}{HOW_TO_GET}"
+        )
+    return None
+
+
+def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
+    """As :func:`numpy_ref.bind`. This step also checks its gradients; it returns
+    False, and has done nothing, if one of them needs a closer look. Its method
+    ``at`` takes hyperparameters and computes the scalars itself; ``settled`` does a
+    measured step in batches, if ``batches``."""
+    measure = MEASURES.get(rule.measure) if rule.measure else None
+    if rule.update not in KERNELS or (rule.measure and not measure):
+        raise ValueError(
+            f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
+            f"for {rule.name!r}; use backend='numba'"
+        )
+    return driver(KERNELS[rule.update], measure, rule, segments, count, carry)
+
+
+@functools.cache
+def last_cache() -> int:
+    """Bytes of a CPU's last cache, or 0 where Linux does not say. (sysconf adds those
+    of all CPUs up: 64 MB on an EPYC where a core reaches 8.)"""
+    for level in (3, 2):
+        size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
+        with contextlib.suppress(OSError):
+            return int(size.read_text().strip().removesuffix("K")) * 1024
+    return 0
+
+
+def driver(
+    kernel: str | int,
+    measure: str | int | None,
+    rule: Rule,
+    segments: Sequence[Segment],
+    count: Array,
+    carry: Array,
+) -> Step:
+    """The step over these segments with two kernels: ours by name, or Numba's by
+    address."""
+    compiled = kernels()
+    ours, nothing = SCALARS.get(rule.scalars), (0,) * len(rule.state)
+    settle = SETTLES.get(rule.settle) if rule.settle and rule.by_segment else None
+    addresses = [
+        (
+            address(segment.param),
+            0,
+            *(nothing if segment.product else map(address, segment.state)),
+            segment.param.size,
+            segment.row,
+        )
+        for segment in segments
+    ]
+    step: Step = compiled.Step(
+        kernel,
+        getattr(compiled, ours) if ours else rule.scalars,
+        addresses,
+        shapes=[segment.param.shape for segment in segments],
+        averages=addresses_of([segment.average for segment in segments]),
+        products=products_of(segments) if rule.factored else None,
+        double=segments[0].param.dtype == np.float64,
+        sets=carry.shape[1],
+        scalar_count=1 + rule.scalar_count,
+        measure=measure,
+        terms=rule.terms,
+        measured=1 + rule.measure_count,
+        settle=settle and getattr(compiled, settle),
+        count_address=count.ctypes.data,
+        carry_address=carry.ctypes.data,
+        carried=carry.shape[2],
+        last_cache=last_cache(),
+        keep=(segments, count, carry),
+    )
+    return step
+
+
+def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
+    """As :func:`fastopt.backends.numpy_ref.gram`, in one pass over each segment."""
+    products = np.zeros((len(tasks), len(tasks)))
+    for arrays in zip(*tasks, strict=True):
+        given = [(k, array) for k, array in enumerate(arrays) if array is not None]
+        if given:
+            here = [k for k, _ in given]
+            addresses = [address(array) for _, array in given]
+            size, double = given[0][1].size, given[0][1].dtype == np.float64
+            found = kernels().gram(addresses, size, double, threads)
+            products[np.ix_(here, here)] += found
+    return products
+
+
+def address(array: Array) -> int:
+    return int(array.ctypes.data)
+
+
+def products_of(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
+    """Of what stands for state: the addresses of rows and columns, and how many there
+    are of each; zeros where nothing does."""
+    return [
+        (*map(address, factors), *(factor.shape[1] for factor in factors))
+        if (factors := segment.product)
+        else (0,) * 4
+        for segment in segments
+    ]
+
+
+def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:
+    """Of the moving averages; None if there are none."""
+    found = [average.ctypes.data for average in averages if average is not None]
+    return found or None

@@ -1,0 +1,110 @@
+"""``fastopt info``: what is installed here, what a step will use, and why."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import platform
+import shutil
+import textwrap
+from collections.abc import Iterator
+from importlib import metadata
+
+import fastopt
+from fastopt import backends
+from fastopt.backends import cython_cpu, kernel_cache
+from fastopt.runtime import threads
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def availability(backend: str) -> str:
+    """Whether a backend can be used or, in its own words, why not."""
+    try:
+        module = importlib.import_module(backends.MODULES[backend])
+        reason = module.missing()
+    # A half-installed GPU stack fails in any way, and to say so is what we are for.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    return f"missing: {reason}" if reason else "available"
+
+
+def kernels() -> Iterator[tuple[str, str]]:
+    """The compiled kernels: which are used, which could be, which are there."""
+    found = [module.name for module in pkgutil.iter_modules(fastopt.__path__)]
+    prefix = "_kernels_"
+    built = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    try:
+        used = cython_cpu.kernels()
+    except (ImportError, ValueError):  # above, under backends, it says why
+        yield "in use", "none"
+    else:
+        override = os.environ.get("FASTOPT_ISA")
+        why = "FASTOPT_ISA" if override else "the best of them; FASTOPT_ISA overrides"
+        yield "in use", f"{used.ISA} ({why})"
+        yield "this CPU", ", ".join(used.cpu_supports())
+        yield "built by", f"Cython {used.CYTHON}"
+        without = "no: the compiler lacked it, so steps are serial"
+        yield "OpenMP", "yes" if used.OPENMP else without
+    yield "built", ", ".join(built) or "none"
+
+
+def threading() -> Iterator[tuple[str, str]]:
+    """How many threads a step uses, and the limits that number follows from."""
+    yield "a step uses", f"at most {threads.available()}, the least of these"
+    if threads.places():
+        places = ", ".join(map(str, threads.places()))
+        why = "OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY"
+        yield "CPU affinity", f"OpenMP binds a step to CPUs {places}, as {why} says"
+    elif hasattr(os, "sched_getaffinity"):
+        yield "CPU affinity", f"{threads.affinity()} of {os.cpu_count()} CPUs"
+    else:
+        yield "CPUs", str(os.cpu_count())
+    quota = threads.cgroup_quota()
+    yield "cgroup quota", "none" if quota == float("inf") else f"{quota:g} CPUs"
+    yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or "not set"
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """The report: titles, and under each the names and what is to say of them."""
+    return {
+        f"fastopt {fastopt.__version__}": {
+            "Python": f"{platform.python_version()} ({platform.platform()})",
+            "NumPy": version("numpy"),
+            "Numba": version("numba"),
+            "numba-cuda": version("numba-cuda"),
+        },
+        "backends": {name: availability(name) for name in backends.MODULES},
+        "compiled kernels (cython)": dict(kernels()),
+        "threads": dict(threading()),
+        "OpenMP runtimes loaded": {"paths": threads.openmp_runtimes()},
+        "kernel cache (numba)": {
+            "directory": str(kernel_cache.directory() or "off"),
+        },
+    }
+
+
+def info() -> None:
+    """Print the report, wrapped to the terminal."""
+    width = shutil.get_terminal_size().columns
+    for title, entries in sections().items():
+        print(title)
+        for name, text in entries.items():
+            for line in text.split("\n"):
+                print(
+                    textwrap.fill(
+                        line,
+                        width,
+                        initial_indent=f"  {name:<16}",
+                        subsequent_indent=" " * 18,
+                        break_long_words=False,
+                        break_on_hyphens=False,
+                    )
+                )
+                name = ""

@@ -1,0 +1,518 @@
+"""Steps inside ``jax.jit``, on the CPU: one custom call, in place where donated.
+
+    opt = fastopt.jax.adamw(lr=1e-3)
+    state = opt.init(params)
+    step = jax.jit(opt.step, donate_argnums=(0, 2))
+    params, state = step(params, grads, state)
+
+A function for each rule, by its name; ``optimizer`` takes the rule itself. The bits are
+those of ``fastopt.adamw(params).step(grads)``. ``as_optax()`` makes what optax
+composes. See docs/jax.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastopt import native
+from fastopt.backends.cython_cpu import HOW_TO_GET
+from fastopt.backends.numpy_ref import NUMPY
+from fastopt.jax import schedules as jax_schedules
+from fastopt.jax.arrays import (
+    DTYPES,
+    as_dtype,
+    as_float,
+    as_words,
+    carried,
+    completed,
+    fitting,
+    named,
+    number,
+    taken,
+    words,
+)
+from fastopt.language import Function, concrete
+from fastopt.memory.segments import Array
+from fastopt.optimizer import checks
+from fastopt.rule import Rule, check_hyperparameter
+from fastopt.rules import RULES
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.threads import available
+from fastopt.schedules import Schedule
+
+__all__ = ["Optimizer", "State", "exact", "optimizer"]
+
+TARGET = "fastopt_step"
+
+
+def register() -> None:
+    """Tell XLA of the call."""
+    native.table()  # or the error that says how to get it
+    try:
+        xla = importlib.import_module("fastopt._xla")
+    except ImportError as error:
+        raise RuntimeError(
+            f"fastopt was built without its call for XLA ({error}); {HOW_TO_GET}"
+        ) from error
+    jax.ffi.register_ffi_target(TARGET, xla.target(), platform="cpu")
+
+
+register()
+
+
+class State(NamedTuple):
+    """What an optimizer remembers: a pytree."""
+
+    count: Any  # completed steps, int32
+    carry: Any  # numbers of the rule's: float64 in words, a row for each set of them
+    buffers: dict[str, Any]  # by name, each in the structure of the parameters
+
+
+def exact(value: float) -> Any:
+    """A hyperparameter for :meth:`Optimizer.step` that keeps all of its float64, which
+    JAX by default rounds to float32 when it is an argument of a compiled function.
+
+    >>> import fastopt.jax
+    >>> fastopt.jax.exact(1e-3).shape
+    (2,)
+    """
+    return as_words(float(value))
+
+
+def optimizer(
+    rule: Rule, *, threads: int | None = None, **hyperparameters: Any
+) -> Optimizer:
+    """An optimizer for use inside ``jax.jit``.
+
+    Parameters
+    ----------
+    rule
+        One of fastopt's own, such as ``fastopt.adamw``.
+    threads
+        At most so many CPU threads; by default what Python would use.
+    **hyperparameters
+        Of the rule. Each may be a schedule, one of fastopt's or another function of the
+        number of completed steps, which inside ``jit`` is traced; or itself traced, as
+        ``optax.inject_hyperparams`` has them. ``lr=None`` is for :meth:`as_optax`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a rule without compiled kernels, and hyperparameters that do not fit.
+    RuntimeError
+        If the kernels are not installed.
+
+    Example
+    -------
+    >>> import fastopt, fastopt.jax, jax.numpy as jnp
+    >>> opt = fastopt.jax.sgd(lr=0.5)
+    >>> params = {"w": jnp.array([1.0, -2.0])}
+    >>> params, state = opt.step(params, {"w": 2 * params["w"]}, opt.init(params))
+    >>> params["w"].tolist()
+    [0.0, 0.0]
+    """
+    if not any(rule is ours for ours in RULES):
+        raise TypeError(
+            f"{rule.name} has no compiled kernels, which fastopt.jax needs; there are "
+            f"some for {', '.join(ours.name for ours in RULES)}"
+        )
+    for key in hyperparameters.keys() - rule.hyperparameters.keys():
+        raise TypeError(
+            f"{rule.name} has no hyperparameter {key!r}; it has "
+            f"{', '.join(rule.hyperparameters)}"
+        )
+    for key, other in rule.follows.items():
+        if key not in hyperparameters and isinstance(
+            hyperparameters.get(other), jax.Array
+        ):
+            raise TypeError(
+                f"{key} must be the largest {other}, which is not known where {other} "
+                f"is an array of JAX's, traced or of one step, as those that "
+                f"optax.inject_hyperparams gives; give {key}, too"
+            )
+    values, now = {**rule.hyperparameters, **rule.complete(hyperparameters)}, {}
+    for key, value in values.items():
+        name = key
+        if key == "lr" and value is None:
+            value = 1.0
+        if key in selecting(rule) and (
+            callable(value) or isinstance(value, jax.core.Tracer)
+        ):
+            raise TypeError(
+                f"{key} selects what is compiled, so it cannot be a schedule or "
+                f"traced; for optax.inject_hyperparams, name it in static_args"
+            )
+        if callable(value):
+            value, name = value(0), f"{key}(0)"
+        now[key] = number(key, name, value, rule.hyperparameters[key])
+        if values[key] is not None and not callable(values[key]):
+            values[key] = now[key]
+    unscaled = values.get("lr", 1.0) is None
+    if unscaled and ("lr" in rule.follows.values() or not scales(rule, now)):
+        raise TypeError(
+            f"lr of {rule.name} does more than scale the update, so it cannot be None "
+            f"and left to what follows; give a number or a schedule"
+        )
+    on = {name for name in rule.switches if now[name]}
+    if not any(isinstance(value, jax.core.Tracer) for value in now.values()):
+        rule.scalars(1, *rule.first_carry(now), *now.values())
+    return Optimizer(
+        rule,
+        rule.variant(on),
+        native.called(rule, on),
+        values,
+        available() if threads is None else checks.check_threads(threads),
+    )
+
+
+def selecting(rule: Rule) -> Set[str]:
+    """The hyperparameters that cannot change in what is compiled: options and flags."""
+    defaults = rule.hyperparameters.items()
+    return rule.switches | {k for k, value in defaults if isinstance(value, bool)}
+
+
+def scales(rule: Rule, values: Mapping[str, Any]) -> bool:
+    """Whether lr does no more than to scale the update: what steps with it, and with
+    half of it, tell."""
+    plain = {
+        key: rule.hyperparameters[key] if isinstance(value, jax.core.Tracer) else value
+        for key, value in values.items()
+    }
+    seen: list[Array] = []
+    for lr in (1.0, 0.5):
+        start = np.array([0.75, -1.5, 2.0])
+        params, moved = start.copy(), []
+        python = rule(params, backend="numpy", **{**plain, "lr": lr})
+        for k in range(8):  # RAdam begins at its sixth
+            python.step(np.cos(np.arange(3.0) + k))
+            moved.append((params - start) / lr)
+            params[:] = start
+        state = [np.asarray(arrays[0]) for arrays in python.state.values()]
+        seen.append(np.stack([*moved, *state]))
+    whole, half = seen
+    return bool(np.allclose(whole, half, rtol=1e-9, atol=1e-12))
+
+
+def __getattr__(name: str) -> Any:
+    for rule in RULES:
+        if rule.name == name:
+            return functools.partial(optimizer, rule)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """A rule under hyperparameters; made by :func:`optimizer`. Its methods are pure."""
+
+    rule: Rule
+    variant: Rule  # what the options that are on make of it
+    name: str  # and what that is called among the native rules
+    hyperparameters: Mapping[str, Any]
+    threads: int
+
+    def init(self, params: Any) -> State:
+        """The state before the first step. Of float32 and float64 arrays, in any
+        structure; what starts as the parameters starts as these."""
+        leaves, _ = taken("params", params)
+        self._check_mixed(leaves)
+        now = {
+            key: 1.0 if value is None else value(0) if callable(value) else value
+            for key, value in self.hyperparameters.items()
+        }
+
+        def first(name: str, leaf: Any) -> Any:
+            of = self.variant.starts.get(name, 0.0)
+            if of == "p":
+                return jnp.array(leaf, copy=True)  # to be donated apart from it
+            value = as_dtype(now[of] if isinstance(of, str) else of, leaf.dtype)
+            return jnp.full_like(leaf, value)
+
+        carry = [
+            as_words(now[of] if isinstance(of, str) else of)
+            for of in self.variant.carry.values()
+        ]
+        shape = self._carry_shape(leaves)
+        return State(
+            jnp.zeros((), jnp.int32),
+            jnp.broadcast_to(jnp.asarray(carry, jnp.uint32).reshape(shape[1:]), shape),
+            {
+                name: jax.tree.map(functools.partial(first, name), params)
+                for name in self.variant.state
+            },
+        )
+
+    def step(
+        self,
+        params: Any,
+        grads: Any,
+        state: State,
+        *,
+        grad_scale: Any = 1.0,
+        **hyperparameters: Any,
+    ) -> tuple[Any, State]:
+        """The new parameters and state.
+
+        Parameters
+        ----------
+        params, grads
+            Arrays in the same structure, shapes and dtypes.
+        state
+            From ``init`` or the step before. Its leaves may be NumPy's, and its count
+            any integer, as checkpoints bring them.
+        grad_scale
+            A factor for the gradients, in the same pass; -1 maximizes.
+        **hyperparameters
+            In place of the optimizer's own, for this step. Numbers or traced scalars:
+            another value does not trace or compile again. JAX rounds an argument of a
+            compiled function to float32, unless it is ``exact`` or x64 is on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When it is traced, for what does not fit.
+        jax.errors.JaxRuntimeError
+            When it runs, for a traced hyperparameter out of its range.
+
+        Notes
+        -----
+        For a step in place, donate ``params`` and ``state``:
+        ``jax.jit(opt.step, donate_argnums=(0, 2))``. It cannot be differentiated; under
+        ``vmap`` the steps are done one after the other.
+        """
+        given = {**hyperparameters, "grad_scale": grad_scale}
+        leaves, tree = taken("params", params)
+        self._check_mixed(leaves)
+        found = fitting("grads", grads, params)
+        state, buffers = self._fitting(state, params)
+        numbers = self._numbers(given, state.count)
+        new, carry = self._call(
+            self.name, state.count + 1, numbers, state.carry, leaves, found, buffers
+        )
+        rebuilt = [jax.tree.unflatten(tree, array) for array in new]
+        named = dict(zip(self.variant.state, rebuilt[1:], strict=True))
+        return rebuilt[0], State(state.count + 1, carry, named)
+
+    def as_optax(self) -> Any:
+        """An ``optax.GradientTransformationExtraArgs``, to be composed in
+        ``optax.chain``. It ignores extra arguments.
+
+        Its updates are the new parameters less the old, so added to the old they may
+        miss the new by a rounding, and a step is not in place: ``step`` is faster.
+        With ``lr=None`` they are neither scaled nor negated, as those of optax' own
+        with ``learning_rate=None``: ``optax.scale_by_learning_rate`` may follow.
+        """
+        import optax
+
+        def update(
+            grads: Any, state: State, params: Any = None, **extra_args: Any
+        ) -> Any:
+            if params is None:
+                raise ValueError(
+                    f"{self.rule.name} needs the parameters: update(grads, state, "
+                    f"params)"
+                )
+            new, state = self.step(params, grads, state, **self._unit_lr)
+            before, after = (new, params) if self._unit_lr else (params, new)
+            return jax.tree.map(lambda a, b: b - a, before, after), state
+
+        return optax.GradientTransformationExtraArgs(self.init, update)
+
+    def eval_params(self, params: Any, state: State) -> Any:
+        """The parameters to use, such as for a validation: for most rules ``params``;
+        for those that take their gradients elsewhere (``schedule_free_*``), others."""
+        evaluate = self.variant.evaluate
+        if evaluate is None:
+            return params
+        leaves, tree = taken("params", params)
+        state, buffers = self._fitting(state, params)
+        static, traced = self._numbers({}, state.count)
+        new = jax.pure_callback(
+            functools.partial(self._evaluate, evaluate, static),
+            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
+            *(state.count, state.carry, traced, leaves, buffers),
+            vmap_method="sequential",
+        )
+        return jax.tree.unflatten(tree, new)
+
+    def estimate(self, grads: Any, state: State, *, grad_scale: Any = 1.0) -> State:
+        """The state with an estimate in it, for a rule that works with one; the page of
+        ``sophia_g`` says of what ``grads`` are to be the gradients."""
+        if self.rule.estimate is None:
+            raise TypeError(f"{self.rule.name} works without estimates")
+        buffer, _ = self.rule.estimate
+        found, tree = taken("grads", grads)
+        state, _ = self._fitting(state, grads, "grads")
+        leaves = jax.tree.leaves(state.buffers[buffer])
+        changes = {"grad_scale": grad_scale, **self._unit_lr}
+        numbers = self._numbers(changes, state.count)
+        (new,), _ = self._call(
+            *(f"{self.name}.estimate", state.count + 1, numbers, state.carry),
+            *(leaves, found, []),
+        )
+        made = {**state.buffers, buffer: jax.tree.unflatten(tree, new)}
+        return state._replace(buffers=made)
+
+    # How ------------------------------------------------------------------------------
+
+    @property
+    def _by_segment(self) -> bool:
+        return self.variant.by_segment
+
+    @property
+    def _unit_lr(self) -> dict[str, float]:
+        """In place of an lr that is left to what follows."""
+        return {"lr": 1.0} if self.hyperparameters.get("lr", 1.0) is None else {}
+
+    def _check_mixed(self, leaves: Sequence[Any]) -> None:
+        dtypes = {str(leaf.dtype) for leaf in leaves}
+        if self.variant.over == "all" and len(dtypes) > 1:
+            raise TypeError(
+                f"{self.rule.name} takes sums over all parameters, which must have one "
+                f"dtype, but there are {' and '.join(sorted(dtypes))}"
+            )
+
+    def _carry_shape(self, leaves: Sequence[Any]) -> tuple[int, int, int]:
+        return len(leaves) if self._by_segment else 1, len(self.variant.carry), 2
+
+    def _known(self, state: Any) -> State:
+        if not isinstance(state, State):
+            raise TypeError(
+                f"state must be a fastopt.jax.State, got {type(state).__name__}; of a "
+                f"dict that was restored, State(**it) makes one"
+            )
+        buffers = named(state.buffers, self.name, self.variant.state)
+        return state._replace(buffers=buffers)
+
+    def _fitting(
+        self, state: Any, params: Any, theirs: str = "params"
+    ) -> tuple[State, list[list[Any]]]:
+        """The state, if it is one for these parameters, and the leaves of its buffers,
+        in order."""
+        state = self._known(state)
+        shape = self._carry_shape(jax.tree.leaves(params))
+        count, carry = completed(state.count), carried(state.carry, shape)
+        buffers = [
+            fitting(f"state.buffers[{name!r}]", state.buffers[name], params, theirs)
+            for name in self.variant.state
+        ]
+        return State(count, carry, state.buffers), buffers
+
+    def _numbers(
+        self, changes: Mapping[str, Any], count: Any
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The hyperparameters and what else is in ``changes``: those that are numbers
+        now, checked, and those that will be when it runs."""
+        defaults = {**self.rule.hyperparameters, "grad_scale": 1.0}
+        static, traced = {}, {}
+        for key, value in {**self.hyperparameters, **changes}.items():
+            if key not in defaults:
+                raise TypeError(
+                    f"{self.rule.name} has no hyperparameter {key!r}; it has "
+                    f"{', '.join(self.rule.hyperparameters)}"
+                )
+            if key in changes and key in selecting(self.rule):
+                raise TypeError(
+                    f"{key} selects what is compiled; give it to the optimizer"
+                )
+            if value is None and key not in changes:
+                raise TypeError(
+                    f"lr is None, which leaves it to what follows in a chain of optax: "
+                    f"use as_optax(), or give {self.rule.name} an lr"
+                )
+            if isinstance(value, Schedule) and isinstance(count, jax.core.Tracer):
+                value = jax_schedules.words(value, count)
+            elif callable(value):
+                value = value(count)
+            value = number(key, key, value, defaults[key])
+            if isinstance(value, jax.Array):
+                traced[key] = value
+            else:
+                static[key] = float(value)
+        return static, traced
+
+    def _call(
+        self,
+        name: str,
+        t: Any,
+        numbers: tuple[dict[str, float], dict[str, Any]],
+        carry: Any,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        buffers: Sequence[Sequence[Any]],
+    ) -> tuple[list[list[Any]], Any]:
+        """Parameters and state, each as a list of arrays, after a step, and the carry.
+        One custom call for the arrays of each dtype."""
+        static, traced = numbers
+        order = [*self.rule.hyperparameters, "grad_scale"]
+        places = np.array([order.index(key) for key in traced], np.int64)
+        given = [t, words([static.get(key, 0.0) for key in order])]
+        streams, old = [list(params), *map(list, buffers)], carry
+        for dtype in DTYPES:
+            which = [k for k, param in enumerate(params) if param.dtype == dtype]
+            if not which:
+                continue
+            # Of a rule over segments, each array has its own row.
+            rows = np.array(which) if self._by_segment else np.arange(len(old))
+            aliased = [stream[k] for stream in streams for k in which]
+            operands = [
+                *(*given, old[rows] if len(rows) < len(old) else old),
+                *traced.values(),
+                *aliased[: len(which)],
+                *(grads[k] for k in which),
+                *aliased[len(which) :],
+            ]
+            first = len(given) + 1 + len(traced)
+            skipped = len(which)  # the gradients
+            aliases = {len(given): 0} | {
+                first + k + (skipped if k >= len(which) else 0): 1 + k
+                for k in range(len(aliased))
+            }
+            like = [operands[at] for at in aliases]
+            part, *new = jax.ffi.ffi_call(
+                TARGET,
+                [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like],
+                input_output_aliases=aliases,
+                vmap_method="sequential",
+            )(*operands, rule=name, traced=places, threads=np.int32(self.threads))
+            carry = carry.at[rows].set(part) if len(rows) < len(old) else part
+            for k, array in enumerate(new):
+                streams[k // len(which)][which[k % len(which)]] = array
+        return streams, carry
+
+    @standard
+    def _evaluate(
+        self,
+        function: Function,
+        static: Mapping[str, float],
+        count: Any,
+        carry: Any,
+        traced: Mapping[str, Any],
+        leaves: Sequence[Any],
+        buffers: Sequence[Sequence[Any]],
+    ) -> list[Any]:
+        """In NumPy: XLA may contract a product and a sum, to other bits."""
+        rule, found = self.variant, []
+        now = dict(static)
+        for key, value in traced.items():
+            default = rule.hyperparameters[key]
+            now[key] = check_hyperparameter(key, key, as_float(value), default)
+        before = np.asarray(carry).view(np.float64).reshape(-1).tolist()
+        values = [now[key] for key in rule.hyperparameters]
+        scalars = rule.scalars(max(int(count), 1), *before, *values)
+        used = function.__code__.co_argcount - 1 - len(rule.state)
+        for arrays in zip(leaves, *buffers, strict=True):
+            arrays = tuple(map(np.asarray, arrays))
+            dtype = arrays[0].dtype
+            evaluate = concrete(function, dtype, NUMPY, lambda helper: helper)
+            with np.errstate(all="ignore"):
+                numbers = map(dtype.type, scalars[:used])
+                found.append(np.asarray(evaluate(*arrays, *numbers)))
+        return found

@@ -1,0 +1,82 @@
+"""Arrays of NumPy and of other libraries, as NumPy arrays that share their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.segments import Array
+
+
+def on_device(leaf: Any) -> bool:
+    """Whether an array lives on a GPU (or is numba's simulation of one)."""
+    return hasattr(leaf, "__cuda_array_interface__") or getattr(
+        leaf, "__cuda_ndarray__", False
+    )
+
+
+def as_array(name: str, value: Any) -> Array:
+    """``value`` itself or a view of its memory, as an array in host memory."""
+    if type(value) is np.ndarray:
+        return value
+    if on_device(value):
+        raise TypeError(
+            f"{name} is on a GPU, where this backend cannot reach it; use "
+            f"backend='cuda' or copy it to the host"
+        )
+    if isinstance(value, FlatBuffer):
+        return value.data
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its .data, or fill the masked")
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        if getattr(value, "is_neg", bool)():
+            # torch negates such a view when it is read; its memory has the other sign.
+            raise TypeError(f"{name} is a lazily negated view; pass its resolve_neg()")
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(f"{name} does not share its memory: {error}") from error
+        if array.flags.owndata and array.size:
+            # NumPy allocates an array where it is given a null address.
+            raise TypeError(
+                f"{name} is a {type(value).__name__} without memory of its own (a "
+                f"wrapper of tensors, a fake one, or one whose storage was freed); "
+                f"pass the tensors that it is made of"
+            )
+        return array
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
+        return np.asarray(value)
+    advice = "; pass a list of arrays" if isinstance(value, Iterator) else ""
+    raise TypeError(
+        f"{name} must be an array (NumPy's, or one that speaks DLPack, "
+        f"__array_interface__ or __cuda_array_interface__), "
+        f"got {type(value).__name__}{advice}"
+    )
+
+
+def read_only(leaf: Any) -> bool:
+    if on_device(leaf):
+        interface = getattr(leaf, "__cuda_array_interface__", {"data": (0, False)})
+        return bool(interface["data"][1])
+    return isinstance(leaf, np.ndarray) and not leaf.flags.writeable
+
+
+def span(array: Array) -> tuple[int, int]:
+    """The addresses at which a dense array begins and ends."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    begin = interface["data"][0] if interface else array.ctypes.data
+    return begin, begin + array.size * array.dtype.itemsize
+
+
+def to_host(array: Any) -> Array:
+    """A C-contiguous copy in host memory."""
+    if hasattr(array, "copy_to_host"):
+        array = array.copy_to_host()
+    elif hasattr(array, "detach"):  # torch's, which may have a history to leave behind
+        array = array.detach().cpu().numpy()
+    return np.array(array, order="C")

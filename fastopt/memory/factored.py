@@ -1,0 +1,122 @@
+"""Averages of squares that are kept of rows and columns alone: for a matrix, as many
+numbers as it has rows and columns. Shazeer & Stern 2018, arXiv:1804.04235.
+
+``v[i, j] = rows[i] * columns[j] / mean(rows)`` stands for the average of the squares of
+the gradients, where ``rows`` and ``columns`` are the averages of their means. These
+means are of float64 sums in one order: tiles of the matrix; in a tile, a row by lanes
+and the lanes by halves, a column from above; the tiles one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterable
+from types import ModuleType
+
+import numpy as np
+
+from fastopt.memory.arena import zeros
+from fastopt.memory.segments import Array, Product
+from fastopt.rule import Rule
+
+LANES = 32
+# High enough that partial sums of columns are few, wide enough that those of rows are,
+# and small enough that a matrix has work for many threads.
+TILE_ROWS, TILE_COLUMNS = 512, 2048
+
+
+def is_factored(rule: Rule, array: Array) -> bool:
+    """Whether the state of an array is kept of its rows and columns alone."""
+    return rule.factored and array.ndim > 1
+
+
+def kept_shape(rule: Rule, array: Array) -> tuple[int, ...]:
+    """The shape of its state: that of the array, or rows and then columns."""
+    if not is_factored(rule, array):
+        return tuple(array.shape)
+    *matrices, rows, columns = array.shape
+    return (*matrices, rows + columns)
+
+
+class Factors:
+    """The averages of one array, on the host, and what kernels see of them.
+
+    There are two sets in turn, of which one holds at even counts of steps, so that they
+    change at the instant when a step is counted.
+    """
+
+    def __init__(self, module: ModuleType, array: Array, kept: Array | None):
+        *matrices, self.height, self.width = array.shape
+        self.count = math.prod(matrices)
+        self.sets = np.zeros((2, *matrices, self.height + self.width), array.dtype)
+        if kept is not None:
+            self.sets[:] = kept
+        sizes = self.height, self.width
+        seen = [np.empty((self.count, size), array.dtype) for size in sizes]
+        self.product = Product(*zeros(module.state_arena, seen, 1)[0])
+
+    def keep(self, t: int) -> None:
+        """Make the next set, that of step ``t``, as it was."""
+        self.sets[t % 2] = self.sets[(t + 1) % 2]
+
+    def advance(
+        self, t: int, sums: tuple[Array, Array], weight: float, least: float
+    ) -> None:
+        """Make the next set from the sums of the squares by row and by column."""
+        old = self.sets[(t + 1) % 2].reshape(self.count, -1)
+        new = self.sets[t % 2].reshape(self.count, -1)
+        sizes = self.width, self.height
+        means = [total / n for total, n in zip(sums, sizes, strict=True)]
+        with np.errstate(all="ignore"):
+            both = np.concatenate(means, axis=1)
+            new[:] = old + weight * (both - old.astype(np.float64))
+            rows, columns = np.split(new, [self.height], axis=1)
+            mean = in_tiles(rows) / self.height
+            rows = rows / np.where(mean < least, least, mean)[:, None]
+            for seen, value in zip(self.product, (rows, columns), strict=True):
+                seen.reshape(-1)[:] = value.astype(seen.dtype).reshape(-1)
+
+
+def in_lanes(numbers: Array) -> Array:
+    """The sums over the last axis, in float64: by lanes, and the lanes by halves."""
+    size = numbers.shape[-1]
+    count = min(LANES, 1 << max(size - 1, 0).bit_length())  # more would be zeros
+    lanes = np.zeros((*numbers.shape[:-1], count))
+    for first in range(0, size, count):
+        some = numbers[..., first : first + count]
+        lanes[..., : some.shape[-1]] += some
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def in_tiles(numbers: Array) -> Array:
+    """The sums over the last axis: of tiles by lanes, and of their sums likewise."""
+    while (size := numbers.shape[-1]) > TILE_COLUMNS:
+        tiles = -(-size // TILE_COLUMNS)
+        padded = np.zeros((*numbers.shape[:-1], tiles * TILE_COLUMNS))
+        padded[..., :size] = numbers
+        numbers = in_lanes(padded.reshape(*numbers.shape[:-1], tiles, TILE_COLUMNS))
+    return in_lanes(numbers)
+
+
+def in_order(parts: Iterable[Array]) -> Array:
+    """The sum of arrays, one after the other."""
+    return functools.reduce(operator.add, parts)
+
+
+def square_sums(grad: Array) -> tuple[Array, Array]:
+    """The sums of squares by row and by column, of matrices: how a backend is to do
+    it."""
+    _, height, width = grad.shape
+    by_row, by_column = [], []
+    for j in range(0, width, TILE_COLUMNS):
+        squares = np.square(grad[:, :, j : j + TILE_COLUMNS].astype(np.float64))
+        by_row.append(in_lanes(squares))
+        tiles = [squares[:, i : i + TILE_ROWS] for i in range(0, height, TILE_ROWS)]
+        down = [in_order(np.moveaxis(tile, 1, 0)) for tile in tiles]
+        by_column.append(in_order(down))
+    return in_order(by_row), np.concatenate(by_column, axis=1)

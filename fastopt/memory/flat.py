@@ -1,0 +1,115 @@
+"""Where parameters and state live: segments, the state's arena, flat buffers, trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastopt.memory.arena import STAGGER, zeroed
+from fastopt.memory.trees import leaves, rebuild
+
+
+class FlatBuffer:
+    """Many named arrays in one aligned allocation; made by :func:`flatten`.
+
+    ``flat["w"]`` is a view into it, as is everything in ``flat.views``, which has the
+    structure of what was flattened. ``flat.data`` is the whole as one 1-D array.
+    """
+
+    trained = False  # whether it was given to an optimizer as parameters
+
+    def __init__(self, tree: Any, dtype: npt.DTypeLike, offset: int = 0) -> None:
+        self.shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves(tree))
+        sizes = [math.prod(shape) for _, shape in self.shapes]
+        nbytes = sum(sizes) * np.dtype(dtype).itemsize
+        self.data = zeroed(offset + nbytes)[offset:].view(dtype)
+        parts = np.split(self.data, np.cumsum(sizes, dtype=np.int64)[:-1])
+        shaped = [
+            part.reshape(shape)
+            for part, (_, shape) in zip(parts, self.shapes, strict=True)
+        ]
+        self.views = rebuild(tree, iter(shaped))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data" and self.trained and value is not self.data:
+            raise AttributeError(
+                "an optimizer updates the array of this FlatBuffer, so it cannot be "
+                "replaced; write into it: flat.data[:] = values"
+            )
+        super().__setattr__(name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.views[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.views
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.views)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy's views must lie in the copy's own data.
+        return flatten, (self.views,)
+
+    def zeros_like(self) -> FlatBuffer:
+        """A zeroed buffer of the same layout and dtype, such as for the gradients."""
+        same = FlatBuffer(self.views, self.data.dtype, offset=STAGGER // 2)
+        same.shapes = self.shapes  # one object, so that comparing them takes no time
+        return same
+
+    def __repr__(self) -> str:
+        return (
+            f"<FlatBuffer of {len(self.shapes)} arrays, "
+            f"{self.data.size} elements, {self.data.dtype}>"
+        )
+
+
+def flatten(tree: Any) -> FlatBuffer:
+    """Copy the arrays of a dict or list, nested too, into one :class:`FlatBuffer`.
+
+    A step over one buffer is the fastest there is. All arrays must have one dtype,
+    float32 or float64.
+
+    Example
+    -------
+    >>> import numpy as np, fastopt
+    >>> flat = fastopt.flatten({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> flat["w"].shape, flat.data.shape
+    ((2, 3), (9,))
+    """
+    arrays = [(path, leaf) for path, leaf in leaves(tree)]
+    if not arrays:
+        raise ValueError("nothing to flatten: pass at least one array")
+    for path, leaf in arrays:
+        if not isinstance(leaf, np.ndarray):
+            walked = isinstance(leaf, Iterator)
+            advice = "pass a list of arrays" if walked else "convert it with np.asarray"
+            raise TypeError(
+                f"arrays{path} must be a NumPy array, got {type(leaf).__name__}; "
+                f"{advice}"
+            )
+        if leaf.dtype not in (np.float32, np.float64):
+            raise TypeError(
+                f"arrays{path} has dtype {leaf.dtype}; float32 or float64 is needed"
+            )
+        if leaf.dtype != arrays[0][1].dtype:
+            raise TypeError(
+                f"arrays{path} has dtype {leaf.dtype} but arrays{arrays[0][0]} has "
+                f"{arrays[0][1].dtype}; flatten them in two buffers"
+            )
+    flat = FlatBuffer(tree, arrays[0][1].dtype)
+    for (_, view), (_, leaf) in zip(leaves(flat.views), arrays, strict=True):
+        view[...] = leaf
+    return flat
+
+
+def expanded(tree: Any) -> Any:
+    """A tree in which each array is a leaf, those of a FlatBuffer too."""
+    flats = (
+        leaf.views if isinstance(leaf, FlatBuffer) else leaf for _, leaf in leaves(tree)
+    )
+    return rebuild(tree, flats)

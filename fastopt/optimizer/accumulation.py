@@ -1,0 +1,60 @@
+"""Gradients that come in parts: their sums, until a step takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from fastopt.backends.numpy_ref import Step, calls_of
+from fastopt.memory.arena import zeros
+from fastopt.memory.segments import Array
+from fastopt.optimizer import checks
+from fastopt.optimizer.state import bind_alone
+from fastopt.rules import passes
+from fastopt.runtime.atomic import Call, filling
+
+
+class Pending(NamedTuple):
+    """Sums of gradients, until a step takes them."""
+
+    sums: list[Array]
+    given: list[bool]  # whether any gradient came, by parameter
+    step: Step
+    spans: list[tuple[int, int]]
+
+    @property
+    def found(self) -> list[Array | None]:
+        """The sums as the gradients of a step."""
+        pairs = zip(self.sums, self.given, strict=True)
+        return [array if given else None for array, given in pairs]
+
+    @property
+    def emptied(self) -> Pending:
+        """The same memory, to be used again when it is zeros."""
+        return self._replace(given=[False] * len(self.given))
+
+    def added(
+        self, grads: Sequence[Any], grad_scale: float, threads: int
+    ) -> tuple[Pending, list[Call]]:
+        """What this will be with more gradients, which our step has taken, and the
+        calls that add them."""
+        given = [
+            was or grad is not None for was, grad in zip(self.given, grads, strict=True)
+        ]
+        calls = calls_of(self.step, [(grad_scale,)], threads)
+        return self._replace(given=given), calls
+
+    def restored(self, saved: Sequence[Array | None]) -> Pending:
+        """New sums, as they were saved."""
+        for to, array in zip(self.sums, saved, strict=True):
+            if array is not None:
+                filling(to, array)()
+        return self._replace(given=[array is not None for array in saved])
+
+
+def new_pending(module: ModuleType, arrays: Sequence[Array]) -> Pending:
+    """Sums of nothing, for these parameters."""
+    (sums,) = zeros(module.state_arena, arrays, 1)
+    step = bind_alone(module, passes.accumulate, sums)
+    return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))

@@ -1,0 +1,352 @@
+"""What is accepted as parameters and gradients, and how a refusal reads: what was
+wanted, what came, what to do. Everything here runs before anything is written."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastopt.memory.arrays import as_array, read_only, span
+from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import branches
+from fastopt.rule import check_hyperparameter, shown
+
+Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
+
+MOST_THREADS = 1024
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
+    """The parameters of each group and the hyperparameters each sets for itself.
+
+    Without groups: all parameters as one part, and None.
+    """
+    is_groups = (
+        isinstance(params, (list, tuple))
+        and len(params) > 0
+        and all(isinstance(g, Mapping) and "params" in g for g in params)
+    )
+    if not is_groups:
+        return [params], None
+    own = [{k: v for k, v in group.items() if k != "params"} for group in params]
+    return [group["params"] for group in params], own
+
+
+def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
+    """What a backend's module makes of an array that is only read; or of a scalar, for
+    a parameter without dimensions: arithmetic of NumPy's makes scalars of such."""
+    without = param is None or param.ndim == 0
+    if isinstance(value, np.generic) and without and module.as_array is as_array:
+        array = np.asarray(value)
+        array.flags.writeable = False  # zero_grads=True would not reach the scalar
+        return array
+    found: Array = module.as_array(name, value)
+    return found
+
+
+def check_layout(name: str, array: Array, updated: bool = False) -> None:
+    """Kernels walk memory element by element, so it must be dense and in order. A copy
+    helps with what is only read; ``updated``: this is not, so a copy is of no use."""
+    flags = array.flags
+    if not flags["C_CONTIGUOUS"]:
+        advice = f"pass np.ascontiguousarray({name})"
+        if updated:
+            advice = "make the array that you use itself so, and pass it"
+            if flags["F_CONTIGUOUS"]:
+                advice += f", or pass its transpose, and that of its gradient: {name}.T"
+            advice += " (a copy would be updated in place of yours)"
+        raise ValueError(f"{name} is not C-contiguous; {advice}")
+    if isinstance(array, np.ndarray) and not array.flags.aligned:
+        advice = "allocate it anew" if updated else "pass a copy"
+        raise ValueError(
+            f"{name} is not aligned to its {array.dtype.itemsize}-byte elements; "
+            f"{advice}"
+        )
+
+
+def check_params(
+    names: Sequence[str],
+    arrays: Sequence[Array],
+    originals: Sequence[Any],
+    like: tuple[str, Array] | None = None,
+    placed: list[Placed] | None = None,
+) -> None:
+    """Dtype, layout and writeability of every parameter, and that none overlap; nor
+    those ``placed`` before, to which they are added. ``like`` is the name and the array
+    of one whose dtype they must have, if it is not the first of these."""
+    placed = [] if placed is None else placed
+    for name, array, original in zip(names, arrays, originals, strict=True):
+        if array.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; float32 or float64 is needed"
+            )
+        first, model = like = like or (name, array)
+        if array.dtype != model.dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype} but {first} has {model.dtype}; use "
+                f"one optimizer for each dtype"
+            )
+        check_layout(name, array, updated=True)
+        if read_only(original) or read_only(array):
+            raise ValueError(
+                f"{name} is read-only, but parameters are updated in place; pass a "
+                f"writeable NumPy array of the same memory (a tensor's .numpy()), or a "
+                f"copy"
+            )
+    for name, array in zip(names, arrays, strict=True):
+        begin, end = span(array)
+        if begin == end:
+            continue
+        place = bisect_left(placed, (begin, end, name))
+        placed.insert(place, (begin, end, name))
+        around = placed[max(place - 1, 0) : place + 2]
+        for (_, end, first), (begin, _, second) in zip(
+            around, around[1:], strict=False
+        ):
+            if begin < end:
+                raise ValueError(
+                    f"{first} and {second} overlap in memory, so one would be updated "
+                    f"twice; pass each parameter once"
+                )
+
+
+def spans_of(arrays: Iterable[Array]) -> list[tuple[int, int]]:
+    """What they cover, by address; arrays of no elements are in nobody's way."""
+    return sorted((begin, end) for begin, end in map(span, arrays) if begin < end)
+
+
+def check_grad(
+    name: str, grad: Array, of: str, param: Array, spans: Sequence[tuple[int, int]]
+) -> None:
+    """A gradient against its parameter, and against all that a step writes: arrays
+    that do not overlap each other, in order."""
+    if grad.dtype != param.dtype:
+        raise TypeError(
+            f"{name} has dtype {grad.dtype} but {of} has {param.dtype}; "
+            f"convert it with .astype"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{name} has shape {grad.shape} but {of} has {param.shape}")
+    check_layout(name, grad)
+    begin, end = span(grad)
+    last = bisect_left(spans, (end,)) - 1  # of those that begin before our end
+    if begin < end and last >= 0 and spans[last][1] > begin:
+        raise ValueError(
+            f"{name} overlaps the parameters or their state in memory; pass a copy"
+        )
+
+
+class Fields(list[Any]):
+    """The layouts of a namedtuple's fields."""
+
+    def __init__(self, layouts: Mapping[str, Any]):
+        super().__init__(layouts.values())
+        self.names = tuple(layouts)
+
+
+def layout(tree: Any, level: int = 0) -> Any:
+    """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
+    at the leaves None, or the layout of a FlatBuffer."""
+    children = branches(tree, level)
+    if children is None:
+        return tree.shapes if isinstance(tree, FlatBuffer) else None
+    layouts = {key: layout(child, level + 1) for key, child in children}
+    if hasattr(tree, "_fields"):
+        return Fields(layouts)
+    return layouts if isinstance(tree, Mapping) else list(layouts.values())
+
+
+def collect(
+    tree: Any,
+    grads: Any,
+    path: str,
+    found: list[Any],
+    name: str = "grads",
+    like: str = "params",
+) -> None:
+    """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
+    it must have; None stands for a whole branch of None."""
+    if type(grads) is FlatBuffer and type(tree) in (dict, list, Fields):
+        grads = grads.views  # of one whose arrays are taken one by one
+    if type(tree) is dict:
+        if grads is None:
+            grads = dict.fromkeys(tree)
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                f"{name}{path} must be a dict like {like}{path}, "
+                f"got {type(grads).__name__}"
+            )
+        if grads.keys() != tree.keys():
+            lacking = [k for k in tree if k not in grads]
+            extra = [k for k in grads if k not in tree]
+            raise ValueError(
+                f"{name}{path} must have the keys of {like}{path}: "
+                + "; ".join(
+                    f"{what} {', '.join(map(repr, keys))}"
+                    for what, keys in (("it lacks", lacking), ("it has extra", extra))
+                    if keys
+                )
+                + " (None leaves a parameter alone)"
+            )
+        children = [(key, child, grads[key]) for key, child in tree.items()]
+    elif isinstance(tree, list):
+        if grads is None:
+            grads = [None] * len(tree)
+        if not isinstance(grads, (list, tuple)):
+            raise TypeError(
+                f"{name}{path} must be a list like {like}{path}, "
+                f"got {type(grads).__name__}"
+            )
+        if len(grads) != len(tree):
+            raise ValueError(
+                f"{name}{path} has {len(grads)} entries but {like}{path} has "
+                f"{len(tree)}; pass None for a parameter to leave alone"
+            )
+        if isinstance(tree, Fields):
+            fields = getattr(grads, "_fields", tree.names)
+            if fields != tree.names:
+                raise ValueError(
+                    f"{name}{path} has the fields {', '.join(fields)}, but "
+                    f"{like}{path} has {', '.join(tree.names)}; pass them in that order"
+                )
+        children = list(zip(range(len(tree)), tree, grads, strict=True))
+    else:
+        same_layout = type(grads) is FlatBuffer and grads.shapes == tree
+        found.append(grads.data if same_layout else grads)
+        return
+    for key, child, grad in children:
+        if child is None:  # most are; a call for each would be most of the time
+            found.append(grad)
+        else:
+            collect(child, grad, f"{path}[{key!r}]", found, name, like)
+
+
+def split_tasks(name: str, tasks: Any) -> list[Any]:
+    """The gradients of each of several tasks."""
+    if isinstance(tasks, (list, tuple)):
+        found = list(tasks)
+    elif getattr(tasks, "shape", ()):
+        found = [tasks[k] for k in range(tasks.shape[0])]
+    else:
+        raise TypeError(
+            f"{name} must be a list with the gradients of each task, or an array with "
+            f"a row for each, got {type(tasks).__name__}"
+        )
+    if not found:
+        raise ValueError(f"{name} is empty; pass the gradients of at least one task")
+    return found
+
+
+def check_weights(
+    value: Any, count: int, dtype: np.dtype[Any], name: str = "weights"
+) -> list[float]:
+    """A weight for each of so many tasks, as plain numbers."""
+    try:
+        weights = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers: {error}") from error
+    if weights.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got {shown(value)}")
+    if weights.shape != (count,):
+        raise ValueError(
+            f"{name} has shape {weights.shape}, but there are {count} tasks; pass one "
+            f"number for each"
+        )
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(weights.astype(dtype))
+    for k in np.flatnonzero(~finite).tolist():
+        raise ValueError(f"{name}[{k}] must be finite in {dtype}, got {weights[k]}")
+    found: list[float] = weights.astype(np.float64).tolist()
+    return found
+
+
+def check_threads(threads: Any) -> int:
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+        raise TypeError(f"threads must be an integer or None, got {threads!r}")
+    # No machine has more, and OpenMP ends a process whose threads it cannot start.
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {threads}")
+    return int(threads)
+
+
+def check_factor(value: Any, dtype: np.dtype[Any]) -> float:
+    """A factor for gradients of this dtype."""
+    number = float(check_hyperparameter("", "grad_scale", value, 1.0))
+    if abs(number) > float(np.finfo(dtype).max):
+        raise ValueError(f"grad_scale is {number!r}, too large for {dtype}")
+    return number
+
+
+def check_decay(name: str, value: Any) -> float | None:
+    """The decay of a moving average."""
+    if value is None:
+        return None
+    number = float(check_hyperparameter("", name, value, 1.0))
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), or None, got {shown(value)}")
+    return number
+
+
+def check_same_kind(name: str, value: Any, now: Any) -> None:
+    """What decides about memory is decided when an optimizer is made."""
+    if (value is None) != (now is None):
+        raise ValueError(
+            f"{name} is {shown(now)} and cannot become {shown(value)}: whether there "
+            f"is one is decided when the optimizer is made"
+        )
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """Return it as an int, or raise if it is none or too small."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    return int(value)
+
+
+def check_limit(name: str, value: Any) -> float:
+    """A bound for gradients; None is no bound."""
+    if value is None:
+        return math.inf
+    number = float(check_hyperparameter("", name, value, 1.0))
+    if number <= 0:
+        raise ValueError(f"{name} must be above 0, got {shown(value)}")
+    return number
+
+
+def check_nonfinite(value: Any) -> str:
+    if value not in ("propagate", "skip", "raise"):
+        raise ValueError(
+            f'nonfinite must be "propagate", "skip" or "raise", got {shown(value)}'
+        )
+    return str(value)
+
+
+def check_writeable(names: Sequence[str], grads: Sequence[Array | None]) -> None:
+    """Gradients that are to be set to zero: writeable, and apart from each other."""
+    placed = []
+    for name, grad in zip(names, grads, strict=True):
+        if grad is None:
+            continue
+        if read_only(grad):
+            raise ValueError(
+                f"{name} is read-only, but zero_grads=True writes to it; pass a "
+                f"writeable array, or leave zero_grads out"
+            )
+        begin, end = span(grad)
+        if begin < end:
+            placed.append((begin, end, name))
+    placed.sort()
+    for (_, end, first), (begin, _, second) in zip(placed, placed[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{first} and {second} overlap in memory, and zero_grads=True would "
+                f"set one to zero before it is read; pass copies"
+            )

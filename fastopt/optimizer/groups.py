@@ -1,0 +1,154 @@
+"""The hyperparameters of one group of parameters, checked at every assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
+from fastopt.runtime.atomic import Call
+
+Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
+
+
+class Group(MutableMapping[str, Any]):
+    """Like a dict with the rule's hyperparameters as its fixed keys.
+
+    A value may be a schedule: a callable of the number of completed steps.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        prefix: str,
+        number: int,
+        assign: Callable[..., None],
+        dtype: np.dtype[Any],
+        frozen: Any = False,
+    ):
+        self.number = number
+        self._dtype, self._most = dtype, float(np.finfo(dtype).max)
+        self._rule = rule
+        self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
+        self._assign = assign  # the optimizer's: an assignment may need new state
+        self._frozen = self._flag(frozen)
+        self._scheduled: tuple[str, ...] = ()
+        self._values: Mapping[str, Any] = dict(rule.hyperparameters)
+        self._following: list[str] = []  # hyperparameters, what others are
+
+    @property
+    def frozen(self) -> bool:
+        """Whether steps leave this group alone, as if its gradients were None."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self._assign(self.number, {}, self._flag(value))
+
+    def _flag(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            name = self._name("frozen")
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        return value
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The names of those that are schedules."""
+        return self._scheduled
+
+    def at(self, steps: int, values: Mapping[str, Any] | None = None) -> Values:
+        """What holds when ``steps`` steps are completed, of our values or of these, in
+        the order in which ``scalars`` takes them."""
+        if values is None:
+            values, scheduled = self._values, self._scheduled
+        else:
+            scheduled = tuple(key for key in values if callable(values[key]))
+        return tuple(self._checked(values, steps, scheduled).values())
+
+    def begin(self, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Our first values, with what follows from those that are given."""
+        self._following = [n for n in self._rule.follows if given.get(n) is None]
+        return self.checked(self._rule.complete(given), steps)
+
+    def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Our values with these changes, if they are good after ``steps`` steps."""
+        for key in changes:
+            if key not in self._values:
+                raise TypeError(
+                    f"{self._rule.name} has no hyperparameter {self._name(key)!r}; "
+                    f"it has {', '.join(self._values)}"
+                )
+        values = {**self._values, **changes}
+        now = self._checked(values, steps, values)
+        for key in self._following:
+            if key not in changes:
+                values[key] = now[key] = max(now[key], now[self._rule.follows[key]])
+        # A rule's own conditions, such as nesterov's, stand in its scalars.
+        carry = self._rule.first_carry(now)
+        results = self._rule.scalars(steps + 1, *carry, *now.values())
+        self._rule.check_numbers("scalars", results, self._dtype)
+        return {k: v if callable(v) else now[k] for k, v in values.items()}
+
+    def committing(
+        self,
+        values: Mapping[str, Any],
+        frozen: bool | None = None,
+        prefix: str | None = None,
+    ) -> Call:
+        """The call that takes over what :meth:`checked` returned; and whether steps
+        leave this group alone, and what messages call it from now on."""
+        return partial(
+            vars(self).update,
+            _values=values,
+            _scheduled=tuple(key for key in values if callable(values[key])),
+            _frozen=self._frozen if frozen is None else self._flag(frozen),
+            _prefix=self._prefix if prefix is None else prefix,
+        )
+
+    def update(self, *args: Any, **changes: Any) -> None:
+        """Change several at once: all or, with an error, none."""
+        self._assign(self.number, dict(*args, **changes))
+
+    def _checked(
+        self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
+    ) -> dict[str, Hyperparameter]:
+        """The values, of which those under ``keys`` are checked and schedules asked."""
+        checked = dict(values)
+        for key in keys:
+            value, name = values[key], self._name(key)
+            if isinstance(value, (type, Rule)):  # which can be called, for objects
+                raise TypeError(
+                    f"{name} must be a number, or a schedule: a function of the number "
+                    f"of completed steps, got {value!r}"
+                )
+            if callable(value):
+                value, name = value(steps), f"{name}({steps})"
+            default = self._rule.hyperparameters[key]
+            checked[key] = number = check_hyperparameter(key, name, value, default)
+            if abs(number) > self._most:
+                raise ValueError(f"{name} is {number!r}, too large for {self._dtype}")
+        return checked
+
+    def _name(self, key: str) -> str:
+        return f'{self._prefix}["{key}"]' if self._prefix else key
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._assign(self.number, {key: value})
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{self._name(key)} can be changed but not removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)

@@ -1,0 +1,236 @@
+"""The arrays that an optimizer works on, and the structure that they were given in."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastopt.memory.arena import zeros
+from fastopt.memory.flat import FlatBuffer, expanded
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves, rebuild
+from fastopt.optimizer import checks
+from fastopt.optimizer.watching import Watch
+
+# What saved state is matched by: an array's path, after its group's number, and shape.
+Part: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+class Parameters:
+    """Some trees of arrays, one for each group, as a list of segments to be.
+
+    Attributes
+    ----------
+    module
+        The backend's.
+    names, arrays, group_of
+        Of each segment: what messages call it, its memory, its group's number.
+    sets, set_of
+        What needs hyperparameters of its own: a group, and which of them are 0, such as
+        its weight decay, where that does not apply. And for each segment its place in
+        this list.
+    layout
+        For :func:`checks.collect`.
+    watch
+        Whether the arrays are still what they were.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        trees: Sequence[Any],
+        grouped: bool,
+        separate: bool,
+        off: Callable[[Array, bool], tuple[str, ...]],
+        weight_decay_mask: Any = None,
+        decided: Sequence[bool] = (),  # for the first of the arrays
+    ):
+        self.module, self.grouped = module, grouped
+        self._separate, self._off, self._mask = separate, off, weight_decay_mask
+        self.trees: list[Any] = []
+        self.names: list[str] = []
+        self.arrays: list[Array] = []
+        self.group_of: list[int] = []
+        self.sets: list[tuple[int, tuple[str, ...]]] = []
+        self.set_of: list[int] = []
+        self._decays = list(decided)
+        self._held: list[weakref.ref[Array]] = []
+        self._placed: list[checks.Placed] = []
+        self.watch = Watch()
+        layouts = self._extend(trees)
+        if not self.arrays:
+            raise ValueError("params is empty; pass at least one array")
+        self.layout: Any = layouts if grouped else layouts[0]
+
+    def _extend(self, trees: Sequence[Any]) -> list[Any]:
+        """Append groups, at the cost of what is in them. Their layouts."""
+        first, start = len(self.trees), len(self.arrays)
+        plain = list(map(expanded, trees)) if self._separate else list(trees)
+        entries = [
+            (path, leaf, number)
+            for number, tree in enumerate(plain, first)
+            for path, leaf in leaves(tree, f"[{number}]" if self.grouped else "")
+        ]
+        paths = [path for path, _, _ in entries]
+        originals = [leaf for _, leaf, _ in entries]
+        group_of = [number for _, _, number in entries]
+        names = [f"params{path}" for path in paths]
+        arrays = list(map(self.module.as_array, names, originals))
+        like = (self.names[0], self.arrays[0]) if start else None
+        checks.check_params(names, arrays, originals, like, self._placed)
+        self.trees += trees
+        self.names += names
+        self.arrays += arrays
+        self.group_of += group_of
+        self._held += map(weakref.ref, owners(*originals, *arrays))
+        for segment, name in enumerate(names, start):
+            i = segment - start
+            self.watch.add(segment, name, originals[i], arrays[i])
+        for _, leaf in leaves(trees):
+            if isinstance(leaf, FlatBuffer):
+                leaf.trained = True
+        decided = len(self._decays) - start  # of these
+        self._decays += self._decaying(paths[decided:], start + decided)
+        decays = self._decays[start:]
+        rows = list(zip(group_of, map(self._off, arrays, decays), strict=True))
+        groups: list[tuple[int, tuple[str, ...]]] = [
+            (number, ()) for number in range(first, len(self.trees))
+        ]
+        sets = sorted(dict.fromkeys([*groups, *rows]), key=lambda of: of[0])
+        places = {of: place for place, of in enumerate(sets, len(self.sets))}
+        self.sets += sets
+        self.set_of += [places[row] for row in rows]
+        return list(map(checks.layout, plain))
+
+    @property
+    def masked(self) -> bool:
+        return not all(self._decays)
+
+    @property
+    def differ(self) -> bool:
+        """Whether there are other sets than the groups."""
+        return any(off for _, off in self.sets)
+
+    @property
+    def parts(self) -> list[list[Part]]:
+        """Of each segment the arrays in it: one, or those of a FlatBuffer."""
+        trees = list(map(expanded, self.trees)) if self._separate else self.trees
+        given = [
+            (f"[{number}]{path}", leaf)
+            for number, tree in enumerate(trees)
+            for path, leaf in leaves(tree)
+        ]
+        return [
+            [(path + within, shape) for within, shape in leaf.shapes]
+            if isinstance(leaf, FlatBuffer)
+            else [(path, tuple(array.shape))]
+            for (path, leaf), array in zip(given, self.arrays, strict=True)
+        ]
+
+    def with_group(self, tree: Any) -> Parameters:
+        """These, and a group more at the end. What is known of these is copied, not
+        worked out again, so that many groups may be added one by one."""
+        if not self.grouped:  # names and layout are other ones with groups
+            self.watch.check()
+            return Parameters(
+                self.module,
+                [*self.trees, tree],
+                True,
+                self._separate,
+                self._off,
+                self._mask,
+                self._decays,
+            )
+        more = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(more, name, list(value))
+        more.watch = self.watch.copy()
+        more.layout += more._extend([tree])
+        return more
+
+    def check_unchanged(self, step: Any, tasks: Sequence[Sequence[Any]]) -> None:
+        """That a step may write where there are gradients of some task. What is
+        compiled looks at most arrays itself."""
+        watch, looks = self.watch, getattr(step, "unchanged", None)
+        if looks and looks() and not (watch.foreign and not watch.unchanged()):
+            return
+        watch.check(
+            [any(grad is not None for grad in of) for of in zip(*tasks, strict=False)]
+        )
+
+    def watching(self, step: Any) -> Callable[..., bool] | None:
+        """Its ``at``, if it has one; after a look at what it cannot look at itself."""
+        at: Callable[..., bool] | None = getattr(step, "at", None)
+        watch = self.watch
+        if at is None or not watch.foreign:
+            return at
+        return lambda *given: watch.unchanged() and at(*given)
+
+    def _decaying(self, paths: Sequence[str], first: int) -> list[bool]:
+        """For the arrays from the ``first`` on, which have these paths, whether weight
+        decay applies to them."""
+        mask, names = self._mask, self.names[first:]
+        if mask is None:
+            return [True] * len(names)
+        if callable(mask):
+            told = list(map(mask, paths, self.arrays[first:]))
+        elif first:
+            raise ValueError(
+                "weight_decay_mask was a tree, which says nothing of a group that is "
+                "added; make the optimizer with a callable"
+            )
+        else:
+            flags = dict(leaves(mask))
+            if flags.keys() != set(paths):
+                raise ValueError(
+                    f"weight_decay_mask must have the structure of params, with the "
+                    f"leaves {', '.join(paths)}; it has {', '.join(flags)}"
+                )
+            told = [flags[path] for path in paths]
+        for name, flag in zip(names, told, strict=True):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise TypeError(
+                    f"weight_decay_mask must say True or False for {name}, got {flag!r}"
+                )
+        return list(map(bool, told))
+
+    def like(self) -> tuple[Any, list[Array]]:
+        """New arrays like these: in the structure of the parameters, in which a
+        FlatBuffer stands for one; and one for each segment."""
+        segments: list[Array | None] = []  # None: not in a FlatBuffer
+        given = [leaf for _, leaf in leaves(self.trees)]
+        trees: list[FlatBuffer | None] = []
+        for leaf in given:
+            if isinstance(leaf, FlatBuffer):
+                flat = leaf.zeros_like()
+                trees.append(flat)
+                views = [view for _, view in leaves(flat.views)]
+                segments += views if self._separate else [flat.data]
+            else:
+                trees.append(None)
+                segments.append(None)
+        alone = [a for a, s in zip(self.arrays, segments, strict=True) if s is None]
+        fresh = zeros(self.module.state_arena, alone, 1)[0] if alone else []
+        of_segments, of_leaves = iter(fresh), iter(fresh)
+        arrays = [next(of_segments) if s is None else s for s in segments]
+        values = (next(of_leaves) if tree is None else tree for tree in trees)
+        whole = rebuild(self.trees, values)
+        return whole if self.grouped else whole[0], arrays
+
+
+def owners(*leaves: Any) -> list[Array]:
+    """NumPy's arrays among these, and those whose memory they are in. NumPy resizes
+    none that there is a weak reference to, not even with ``refcheck=False``."""
+    found: dict[int, Array] = {}
+    for leaf in leaves:
+        array = leaf.data if isinstance(leaf, FlatBuffer) else leaf
+        while isinstance(array, np.ndarray) and id(array) not in found:
+            found[id(array)] = array
+            array = array.base
+    return list(found.values())

@@ -1,0 +1,99 @@
+"""What the tools around an optimizer do not take, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.trees import leaves
+from fastopt.rule import Rule, shown
+
+RETURNS = "value_and_grad(params) -> (loss, grads)"
+
+
+def of_torch(value: Any) -> bool:
+    """Whether this is an optimizer of torch's, or a class of them."""
+    kind = value if isinstance(value, type) else type(value)
+    return any(base.__module__.startswith("torch.optim") for base in kind.__mro__)
+
+
+def named(value: Any) -> str:
+    """What an argument is, in a few words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if of_torch(value):  # whose representation has many lines
+        return type(value).__name__
+    return shown(value)
+
+
+def no_optimizer(opt: Any, instead: str, wanted: str = "an optimizer") -> TypeError:
+    """The error for what is none of the core's. ``instead``: of torch's optimizers."""
+    if of_torch(opt):
+        advice = f"; for one of torch's, those of fastopt.torch among them, {instead}"
+    elif isinstance(opt, (type, Rule)) or callable(opt):
+        advice = "; call it with parameters first, as in fastopt.adam(params)"
+    else:
+        advice = "; make one of parameters, as in fastopt.adam(params)"
+    return TypeError(f"opt must be {wanted} of fastopt, got {named(opt)}{advice}")
+
+
+def is_function(value: Any) -> bool:
+    """Whether it can be called for what it computes. Rules and classes make objects."""
+    return callable(value) and not isinstance(value, (type, Rule))
+
+
+def check_function(name: str, value: Any, call: str) -> None:
+    if not is_function(value):
+        raise TypeError(f"{name} must be a function, {call}, got {named(value)}")
+
+
+def check_maker(opt: Any) -> None:
+    """That it can be called for an optimizer of arrays."""
+    if not callable(opt) or of_torch(opt):
+        raise _no_maker(
+            f"got {named(opt)}" + "; torch's take no arrays" * of_torch(opt)
+        )
+
+
+def check_made(opt: Any) -> None:
+    if not callable(getattr(opt, "step", None)):
+        raise _no_maker(f"but made {named(opt)}")
+
+
+def _no_maker(got: str) -> TypeError:
+    return TypeError(
+        f"opt must be a rule, or make an optimizer of parameters, {got}; pass a rule, "
+        f"such as fastopt.adam"
+    )
+
+
+def items(name: str, value: Any, what: str) -> list[Any]:
+    """The elements of a list, or of what else can be walked through."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of {what}, got {named(value)}")
+    try:
+        return list(value)
+    except TypeError as error:  # an array without dimensions
+        raise TypeError(
+            f"{name} must be a list of {what}, got {named(value)}"
+        ) from error
+
+
+def is_array(leaf: Any) -> bool:
+    if isinstance(leaf, (FlatBuffer, int, float)):
+        return True
+    kind = getattr(getattr(leaf, "dtype", None), "kind", "f")  # torch's have none
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and kind not in "OSU"
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """That the leaves of a tree are arrays or numbers."""
+    for path, leaf in leaves(tree):
+        if not is_array(leaf):
+            # Such as model.parameters().
+            advice = f"; pass list({name})" if isinstance(leaf, Iterator) else ""
+            raise TypeError(
+                f"{name}{path} must be an array, or a list or dict of arrays, got "
+                f"{named(leaf)}{advice}"
+            )

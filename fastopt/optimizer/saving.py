@@ -1,0 +1,337 @@
+"""What a run needs to go on exactly: saved as plain data, and checked on its return."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from fastopt.memory.arrays import to_host
+from fastopt.memory.factored import kept_shape
+from fastopt.optimizer.checks import check_decay, check_same_kind
+from fastopt.rule import check_hyperparameter, shown
+
+if TYPE_CHECKING:
+    from fastopt.optimizer.optimizer import Optimizer
+    from fastopt.optimizer.parameters import Part
+
+FORMAT = 3
+WITHOUT_NAMES = 2  # an older one, which was of format 3 but for the parameters' names
+KEYS = (
+    "format rule steps skipped switched_on params groups state carry ema_decay ema "
+    "accumulated".split()
+)
+
+
+def save(opt: Optimizer) -> dict[str, Any]:
+    """A copy of everything but the parameters, and the schedules."""
+    bound, pending = opt._bound, opt._pending
+    return {
+        "format": FORMAT,
+        "rule": opt.rule.name,
+        "steps": opt.steps,
+        "skipped": opt.skipped,
+        "switched_on": sorted(bound.on),
+        "params": [
+            [[name, list(shape)] for name, shape in part] for part in bound.params.parts
+        ],
+        "groups": [
+            {k: v for k, v in group.items() if not callable(v)}
+            | {"frozen": group.frozen}
+            for group in opt.groups
+        ],
+        "state": {
+            name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
+        },
+        "carry": bound.carried.tolist(),
+        "ema_decay": opt.ema,
+        "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
+        "accumulated": pending
+        and [
+            to_host(array) if given else None
+            for array, given in zip(pending.sums, pending.given, strict=True)
+        ],
+    }
+
+
+Arrange: TypeAlias = Callable[[str, Sequence[Any]], Sequence[Any]]
+
+
+def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
+    """What puts saved things, one for each parameter, into the order of an optimizer's
+    own parameters: those of the same names, whether in a FlatBuffer or not."""
+    here = opt._bound.params.parts
+    if saved["format"] == WITHOUT_NAMES or saved["params"] is None:
+        return lambda what, items: items
+    try:
+        there = [
+            [(as_name(name), tuple(map(operator.index, shape))) for name, shape in part]
+            for part in saved["params"]
+        ]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            'state["params"] must have for each array the names and shapes of its '
+            "parts, as they were saved, or be None"
+        ) from error
+    if there == here:
+        return lambda what, items: items
+    ours, theirs = ([name for part in p for name, _ in part] for p in (here, there))
+    if sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
+        raise ValueError(
+            f"the state is of the parameters {listed(theirs)}, but this optimizer has "
+            f"{listed(ours)} (each after the number of its group). If they are the "
+            f'same in this order, set state["params"] = None before you load it'
+        )
+
+    shapes = dict(one for part in here for one in part)
+    for name, shape in (one for part in there for one in part):
+        if shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {shape} in the state, but {shapes[name]} here"
+            )
+
+    def arrange(what: str, items: Sequence[Any]) -> list[Any]:
+        check_sequence(what, items)
+        if len(items) != len(there):
+            raise ValueError(
+                f"{what} has {len(items)} arrays for {len(there)} parameters"
+            )
+        pieces: dict[str, Any] = {}
+        for part, item in zip(there, items, strict=True):
+            pieces |= split(what, part, item)
+        return [joined(what, part, pieces) for part in here]
+
+    return arrange
+
+
+def as_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"the name of a parameter must be a string, got {shown(value)}")
+    return value
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def split(what: str, part: Sequence[Part], item: Any) -> dict[str, Any]:
+    """A saved array of a segment as those of the arrays that were in it."""
+    if len(part) == 1 or item is None:
+        return {name: item for name, _ in part}
+    sizes = [math.prod(shape) for _, shape in part]
+    if not isinstance(item, np.ndarray) or item.shape != (sum(sizes),):
+        raise ValueError(
+            f"{what} must have an array of {sum(sizes)} elements for a FlatBuffer, got "
+            f"{getattr(item, 'shape', type(item).__name__)}"
+        )
+    ends = np.cumsum(sizes, dtype=np.int64)[:-1]
+    return {
+        name: piece.reshape(shape)
+        for piece, (name, shape) in zip(np.split(item, ends), part, strict=True)
+    }
+
+
+def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
+    """The saved array for a segment, of those for the arrays that are in it."""
+    found = [pieces[name] for name, _ in part]
+    if len(part) == 1 or all(piece is None for piece in found):
+        return found[0]
+    for piece, (name, shape) in zip(found, part, strict=True):
+        if piece is None:
+            raise ValueError(
+                f"{what} has nothing for {name}, but something for others that are in "
+                f"one FlatBuffer with it here; load it where they are apart"
+            )
+        got = getattr(piece, "shape", type(piece).__name__)
+        if got != shape or piece.dtype != found[0].dtype:
+            raise ValueError(
+                f"{what} of {name} has shape {got}, but the parameter has {shape}"
+                if got != shape
+                else f"{what} has dtype {piece.dtype} for {name}, {found[0].dtype} "
+                f"for {part[0][0]}"
+            )
+    return np.concatenate([piece.reshape(-1) for piece in found])
+
+
+def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
+    """A saved state against the optimizer that is to load it; in the order of its
+    parameters."""
+    rule, groups = opt.rule, opt.groups
+    if not isinstance(saved, Mapping) or any(key not in saved for key in KEYS[:1]):
+        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise TypeError(
+            f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
+        )
+    number = saved["format"]
+    formats = (FORMAT, WITHOUT_NAMES)
+    if not isinstance(number, (int, float, np.number)) or number not in formats:
+        raise ValueError(
+            f"the state has format {shown(number)}, this version of fastopt reads "
+            f"{FORMAT} and {WITHOUT_NAMES}; load it with the version that saved it"
+        )
+    unnamed = {"params"} if saved["format"] == WITHOUT_NAMES else set()
+    if any(key not in saved for key in {*KEYS} - unnamed):
+        raise TypeError(
+            f"expected a state_dict() with the keys {', '.join(KEYS)}; "
+            f"got {list(saved)}"
+        )
+    if not isinstance(saved["rule"], str) or saved["rule"] != rule.name:
+        raise ValueError(
+            f"the state is of rule {shown(saved['rule'])}, this optimizer's is "
+            f"{rule.name!r}"
+        )
+    for key in ("steps", "skipped"):
+        try:
+            valid = 0 <= operator.index(saved[key]) < 2**62
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f'state["{key}"] must be an integer >= 0, got {shown(saved[key])}'
+            )
+    check_sequence('state["groups"]', saved["groups"])
+    if len(saved["groups"]) != len(groups):
+        raise ValueError(
+            f"the state has {len(saved['groups'])} groups, this optimizer has "
+            f"{len(groups)}"
+        )
+    for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
+        if not isinstance(values, Mapping):
+            raise TypeError(f'state["groups"][{i}] must be a dict, got {shown(values)}')
+        if not isinstance(values.get("frozen"), bool):
+            raise TypeError(f'state["groups"][{i}]["frozen"] must be True or False')
+        for key in group:
+            if key not in values and not callable(group[key]):
+                raise ValueError(
+                    f"the state has no {key} for groups[{i}], where it was a schedule; "
+                    f"set one here too before loading"
+                )
+    on = saved["switched_on"]
+    if not isinstance(on, Set):
+        check_sequence('state["switched_on"]', on)
+    if not all(isinstance(name, str) and name in rule.switches for name in on):
+        raise ValueError(
+            f'state["switched_on"] is {shown(on)}, of which {rule.name} '
+            f"knows {sorted(rule.switches)}"
+        )
+    if len(set(on)) < len(on):
+        raise ValueError(f'state["switched_on"] has a name twice: {shown(on)}')
+    arranged = arrange(saved, opt)
+    check_buffers(arranged, opt)
+    return arranged
+
+
+def check_switches(
+    saved: Mapping[str, Any], values: Sequence[Mapping[str, Any]], opt: Optimizer
+) -> None:
+    """That there are the buffers that hyperparameters need, as they will be."""
+    for name in sorted(opt.rule.switches - set(saved["switched_on"])):
+        for i, group in enumerate(values):
+            if group[name]:
+                raise ValueError(
+                    f"groups[{i}] would have {name} {shown(group[name])}, but the "
+                    f"state lacks the buffers for it: {name} is not in its switched_on"
+                )
+
+
+def arrange(saved: Mapping[str, Any], opt: Optimizer) -> Mapping[str, Any]:
+    """A saved state in the order of an optimizer's parameters."""
+    if not isinstance(saved["state"], Mapping):
+        raise TypeError(f'state["state"] must be a dict, got {shown(saved["state"])}')
+    order, carry = by_name(saved, opt), saved["carry"]
+    if opt._bound.sets is opt._bound.params.set_of:  # a row for each segment
+        carry = order('state["carry"]', carry)
+    optional = {
+        key: None if saved[key] is None else order(f'state["{key}"]', saved[key])
+        for key in ("ema", "accumulated")
+    }
+    state = {
+        name: order(f'state["{name}"]', arrays)
+        for name, arrays in saved["state"].items()
+    }
+    return {**saved, **optional, "state": state, "carry": carry}
+
+
+def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
+    """The arrays and numbers of a saved state against the parameters."""
+    rule, on = opt.rule, set(saved["switched_on"])
+    buffers = rule.variant(on).state
+    if set(saved["state"]) != set(buffers):
+        raise ValueError(
+            f"the state has buffers {list(saved['state'])}, but {rule.name} with "
+            f"{sorted(on)} on keeps {list(buffers)}"
+        )
+    for buffer, arrays in saved["state"].items():
+        shapes = [kept_shape(rule, param) for param in opt._bound.params.arrays]
+        check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes)
+    if (saved["ema"] is None) != (opt.ema is None):
+        here, there = ("none", "one") if opt.ema is None else ("one", "none")
+        raise ValueError(
+            f"the state has {there} of the parameters' moving averages, this "
+            f"optimizer {here}; make it with the ema that it was saved with"
+        )
+    check_same_kind("ema_decay", saved["ema_decay"], opt.ema)
+    check_decay("ema_decay", saved["ema_decay"])
+    if saved["ema"] is not None:
+        check_arrays('state["ema"]', saved["ema"], opt)
+    if saved["accumulated"] is not None:
+        check_arrays('state["accumulated"]', saved["accumulated"], opt, optional=True)
+    rows, numbers = len(opt._bound.sets), len(rule.carry)
+    carry = saved["carry"]
+    check_sequence('state["carry"]', carry)
+    for i, row in enumerate(carry):
+        check_sequence(f'state["carry"][{i}]', row)
+    if len(carry) != rows or any(len(row) != numbers for row in carry):
+        raise ValueError(
+            f'state["carry"] must have {rows} rows of {numbers} numbers, '
+            f"got {shown(carry)}"
+        )
+    for row in carry:
+        for number in row:
+            if not isinstance(number, float):
+                check_hyperparameter("", 'state["carry"]', number, 1.0)
+
+
+def check_arrays(
+    name: str,
+    arrays: Sequence[Any],
+    opt: Optimizer,
+    optional: bool = False,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+) -> None:
+    """Saved arrays, one for each parameter, in its shape if no other is given."""
+    params = opt._bound.params
+    check_sequence(name, arrays)
+    if len(arrays) != len(params.arrays):
+        raise ValueError(
+            f"{name} has {len(arrays)} arrays for {len(params.arrays)} parameters"
+        )
+    shapes = shapes or [param.shape for param in params.arrays]
+    for i, (array, of, param, shape) in enumerate(
+        zip(arrays, params.names, params.arrays, shapes, strict=True)
+    ):
+        if array is None and optional:
+            continue
+        if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
+            raise TypeError(
+                f"{name}[{i}] must be a NumPy array of {param.dtype}, as it was saved, "
+                f"got {getattr(array, 'dtype', type(array).__name__)}"
+            )
+        if array.shape != shape:
+            kept = "has" if shape == param.shape else "needs"
+            raise ValueError(
+                f"{name}[{i}] has shape {array.shape} but {of} {kept} {shape}"
+            )
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """That something is a list, or what some formats make of one."""
+    listed = isinstance(value, (list, tuple)) or (
+        isinstance(value, np.ndarray) and value.ndim
+    )
+    if not listed:
+        raise TypeError(f"{name} must be a list, got {shown(value)}")

@@ -1,0 +1,140 @@
+"""Whether parameters are still what they were when an optimizer was made for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves
+
+UNDO = "change it back, or make a new optimizer; nothing was written"
+
+
+class Look(NamedTuple):
+    """What kernels rely on."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    address: int
+    writeable: bool
+
+
+def look_at(leaf: Any) -> Look:
+    """What an array is like now; for what has no strides or address, without them."""
+    if isinstance(leaf, np.ndarray):
+        address, _ = leaf.__array_interface__["data"]
+        strides = leaf.strides if leaf.size and not leaf.flags.c_contiguous else ()
+        return Look(leaf.dtype, leaf.shape, strides, address, leaf.flags.writeable)
+    for name in ("__cuda_array_interface__", "__array_interface__"):
+        facts = getattr(leaf, name, None)
+        if facts is not None:
+            data: Any = facts.get("data")
+            address, fixed = data if isinstance(data, tuple) else (0, False)
+            strides, shape = tuple(facts.get("strides") or ()), tuple(facts["shape"])
+            return Look(facts["typestr"], shape, strides, address, not fixed)
+    stride: Any = getattr(leaf, "stride", None)  # of a tensor
+    pointer: Any = getattr(leaf, "data_ptr", None)
+    return Look(
+        getattr(leaf, "dtype", None),
+        tuple(leaf.shape),
+        tuple(stride()) if callable(stride) else (),
+        pointer() if callable(pointer) else 0,
+        True,
+    )
+
+
+class Watch:
+    """Arrays that steps write to, or that show the same memory, by name."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._segments: list[int] = []  # the number of each one's
+        self._leaves: list[Any] = []
+        self._looks: list[Look] = []
+        self.foreign = False  # whether some are not NumPy's
+
+    def add(self, segment: int, name: str, original: Any, array: Array) -> None:
+        """Watch a parameter as it was given, and as kernels take it."""
+        for path, leaf in parts(original, array):
+            self._segments.append(segment)
+            self._names.append(name + path)
+            self._leaves.append(leaf)
+            self._looks.append(look_at(leaf))
+            self.foreign |= not isinstance(leaf, np.ndarray)
+
+    def copy(self) -> Watch:
+        more = Watch()
+        for name, value in vars(self).items():
+            setattr(more, name, list(value) if isinstance(value, list) else value)
+        return more
+
+    @property
+    def ndarrays(self) -> list[tuple[Array, bool]]:
+        """Those that the compiled step can look at itself, and whether they were
+        writeable."""
+        return [
+            (leaf, look.writeable)
+            for leaf, look in zip(self._leaves, self._looks, strict=True)
+            if isinstance(leaf, np.ndarray)
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether what is not NumPy's is as it was."""
+        return all(
+            look_at(leaf) == look
+            for leaf, look in zip(self._leaves, self._looks, strict=True)
+            if not isinstance(leaf, np.ndarray)
+        )
+
+    def check(self, written: Sequence[bool] | None = None) -> None:
+        """That all are as they were; of segments that are ``written``, that they still
+        can be."""
+        for segment, name, leaf, then in zip(
+            self._segments, self._names, self._leaves, self._looks, strict=True
+        ):
+            now = look_at(leaf)
+            if now != then:
+                refuse(name, then, now, written is not None and written[segment])
+
+
+def parts(original: Any, array: Array) -> Iterator[tuple[str, Any]]:
+    """What shows a segment's memory, with paths within it."""
+    yield "", original.data if isinstance(original, FlatBuffer) else original
+    if isinstance(original, FlatBuffer):
+        yield from leaves(original.views)
+    elif isinstance(original, np.ndarray) and original is not array:
+        yield "", array
+
+
+def refuse(name: str, then: Look, now: Look, writing: bool) -> None:
+    """Say what was changed."""
+    if now.dtype != then.dtype:
+        raise TypeError(
+            f"{name} had dtype {then.dtype} when the optimizer was made, and has "
+            f"{now.dtype} now; {UNDO}"
+        )
+    if now.shape != then.shape:
+        raise ValueError(
+            f"{name} had shape {then.shape} when the optimizer was made, and has "
+            f"{now.shape} now; {UNDO}"
+        )
+    if now.strides != then.strides:
+        raise ValueError(
+            f"{name} had other strides when the optimizer was made than now, "
+            f"{now.strides or 'those of C order'}; {UNDO}"
+        )
+    if now.address != then.address:
+        raise ValueError(
+            f"{name} has been moved to other memory since the optimizer was made; "
+            f"{UNDO}"
+        )
+    if writing and not now.writeable:
+        raise ValueError(
+            f"{name} was writeable when the optimizer was made, and is read-only now, "
+            f"but parameters are updated in place; {UNDO}"
+        )

@@ -1,0 +1,1 @@
+"""What a step needs of its process: threads, forks, interrupts, arithmetic modes."""

@@ -1,0 +1,173 @@
+"""One thing at a time: what steps, changes or saves an optimizer is refused while
+another thread, or an outer call of the same one, does any of it.
+
+Each optimizer has a busy flag, a list that holds False or True. It is not a lock, for
+two reasons. A handler of signals that steps the optimizer it has
+interrupted must get an error, where a lock would wait for ever. And an interrupt can
+come between the return of ``acquire`` and the ``try`` that would release the lock.
+
+A fork copies the memory of a step that another thread is in the middle of, but not the
+thread. So a fork first waits until the steps of all other threads have written all or
+nothing, and holds new ones up meanwhile; then the child has whole steps, and new flags.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from types import FrameType
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+FOLDER = os.path.dirname(os.path.dirname(__file__))  # of the package
+HELD_UP: Any = "held up"  # in place of True: by a fork
+PAUSE = 1e-4  # seconds between looks
+PATIENCE = 10.0  # seconds, after which a fork that holds steps up counts as over
+
+
+class Flagged(Protocol):
+    """An object that has a busy flag."""
+
+    _busy: list[Any]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+V = TypeVar("V")
+F = TypeVar("F", bound=Flagged)
+
+living: weakref.WeakValueDictionary[int, Flagged] = weakref.WeakValueDictionary()
+put_aside: dict[int, list[Any]] = {}  # while a fork holds steps up: by its owner's id
+
+
+def new_flag(owner: Flagged) -> list[Any]:
+    """A flag for an object, which forks take care of from now on."""
+    living[id(owner)] = owner
+    return [False]
+
+
+def free_flag(owner: Flagged) -> list[Any]:
+    """The flag of an object, when no fork holds it up; an error if it is not free."""
+    deadline = time.monotonic() + PATIENCE
+    while (busy := owner._busy)[0] is HELD_UP:
+        if in_hold_up(sys._getframe()):
+            raise RuntimeError("this thread is about to fork; step before or after it")
+        if time.monotonic() > deadline or id(owner) not in put_aside:
+            go_on()
+        time.sleep(PAUSE)
+    if busy[0]:
+        raise RuntimeError(
+            "this optimizer is in a step, in another thread or in one of its "
+            "schedules, or is changed or saved there; wait for its end"
+        )
+    return busy
+
+
+def exclusive(
+    method: Callable[Concatenate[F, P], R],
+) -> Callable[Concatenate[F, P], R]:
+    """A method that is refused while another of its kind, or a step, is under way."""
+
+    @functools.wraps(method)
+    def alone(self: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        busy, mine = self._busy, False
+        # Set back twice, as a tracer may interrupt us at the first of these lines.
+        try:
+            try:
+                if busy[0]:
+                    busy = free_flag(self)
+                mine = busy[0] = True
+                return method(self, *args, **kwargs)
+            finally:
+                if mine:
+                    busy[0] = False
+        finally:
+            if mine:
+                busy[0] = False
+
+    return alone
+
+
+class computed_once(Generic[V]):
+    """As ``functools.cached_property``, which until Python 3.12 takes a lock, and so
+    hangs in a child that was forked while another thread had it."""
+
+    def __init__(self, method: Callable[[Any], V]):
+        self.method, self.__doc__ = method, method.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> V:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        value = self.method(instance)
+        vars(instance)[self.method.__name__] = value  # which is looked up first
+        return value
+
+
+# Forks ------------------------------------------------------------------------------
+
+
+def in_hold_up(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is hold_up.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def set_flags() -> Iterator[tuple[list[Any], int, FrameType]]:
+    """Each flag that is set, by which thread, and where that is now."""
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(FOLDER):
+                here = frame.f_locals
+                if here.get("mine") is True:
+                    yield here["busy"], thread, top
+            frame = frame.f_back
+
+
+def may_be_writing(flags: Collection[list[Any]]) -> bool:
+    """Whether another thread that has set one of these flags is in code of ours. Where
+    it is in a schedule or in a gradient's code, its step has not begun to write."""
+    identities = set(map(id, flags))
+    return any(
+        id(busy) in identities
+        and thread != threading.get_ident()
+        and top.f_code.co_filename.startswith(FOLDER)
+        for busy, thread, top in set_flags()
+    )
+
+
+def hold_up() -> None:
+    """Let no step begin, and wait until all others are where they do not write."""
+    here = threading.get_ident()
+    mine = {id(busy) for busy, thread, _ in set_flags() if thread == here}
+    for reference in living.valuerefs():
+        owner = reference()
+        if owner is None or id(owner._busy) in mine or owner._busy[0] is HELD_UP:
+            continue
+        put_aside[id(owner)] = owner._busy
+        vars(owner)["_busy"] = [HELD_UP]
+    while may_be_writing([*put_aside.values()]):
+        time.sleep(PAUSE)
+
+
+def go_on(in_child: bool = False) -> None:
+    """Let steps begin again. In a child, those of other threads are gone."""
+    for identity, busy in [*put_aside.items()]:
+        owner = living.get(identity)
+        if owner is not None:
+            vars(owner)["_busy"] = [False] if in_child else busy
+        put_aside.pop(identity, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=hold_up,
+        after_in_parent=go_on,
+        after_in_child=functools.partial(go_on, in_child=True),
+    )
