@@ -91,7 +91,7 @@ def check_arrays(name: str, tree: Any) -> None:
     """Check that the leaves of a tree are arrays or numbers."""
     for path, leaf in leaves(tree):
         if not is_array(leaf):
-            # Such as model.parameters().
+            # People pass generators such as model.parameters().
             advice = f"; pass list({name})" if isinstance(leaf, Iterator) else ""
             raise TypeError(
                 f"{name}{path} must be an array, or a list or dict of arrays, got "

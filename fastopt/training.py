@@ -31,8 +31,6 @@ from fastopt.refusals import (
 from fastopt.rule import check_hyperparameter
 from fastopt.saving import to_host
 
-# Watching a metric ------------------------------------------------------------------
-
 
 def is_number(value: Any) -> bool:
     real = not np.iscomplexobj(value)  # NumPy's drop what is imaginary
@@ -360,9 +358,6 @@ def writeable(name: str, leaf: Any) -> Any:
 def arrays_of(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by their paths, those of a flat buffer, too."""
     return dict(leaves(expanded(tree)))
-
-
-# Minimizing -------------------------------------------------------------------------
 
 
 @dataclass

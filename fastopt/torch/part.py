@@ -364,7 +364,7 @@ class Part:
             steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
-        # Of the state as it will be, which the kinds fit; what is settled may differ.
+        # The kinds fit the new state, unless settle changes what each run carries.
         settled = self.carried and self.rule.settle
         self._seen = [] if settled else [vector.tobytes() for vector in after]
         calls += [
