@@ -245,7 +245,7 @@ class Optimizer(keras.optimizers.Optimizer):
         for name in keys:
             saved["state"][name] = [store[key] for key in keys[name]]
         optimizer.load_state_dict(saved)
-        # Which are one change, whatever interrupts this.
+        # Both attributes change at once, or, with an interrupt, neither does.
         self.__dict__.update(_optimizer=optimizer, _decays=decays)
         if "decays" in ours:
             self._missing = ()

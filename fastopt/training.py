@@ -32,8 +32,6 @@ from fastopt.optimizer.refusals import (
 from fastopt.rule import check_hyperparameter
 from fastopt.runtime.atomic import filling, uninterrupted
 
-# Watching a metric ------------------------------------------------------------------
-
 
 def is_number(value: Any) -> bool:
     real = not np.iscomplexobj(value)  # NumPy's drop what is imaginary
@@ -361,9 +359,6 @@ def writeable(name: str, leaf: Any) -> Any:
 def arrays_of(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by their paths, those of a flat buffer, too."""
     return dict(leaves(expanded(tree)))
-
-
-# Minimizing -------------------------------------------------------------------------
 
 
 @dataclass

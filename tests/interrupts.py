@@ -3,9 +3,11 @@ can arrive in Python code."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastopt
@@ -101,3 +103,15 @@ def at_lines(
     while came[0]:
         campaign.attempt(f"{what}, line {line}", check, line)
         line += stride
+
+
+@contextlib.contextmanager
+def alarm(handler: Callable[..., None], seconds: float) -> Iterator[None]:
+    """Call a handler so many seconds later, wherever the program is by then."""
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

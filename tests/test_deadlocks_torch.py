@@ -241,7 +241,9 @@ def test_a_fork_in_a_signal_handler_in_a_step():
         child = os.fork()
         if child:
             children.append(child)
-            soon()
+            # A machine under load may get no further than to the next alarm.
+            if len(children) < 10:
+                soon()
 
     signal.signal(signal.SIGALRM, handler)
     soon()

@@ -2,7 +2,6 @@
 line, and by real signals. What belongs together has changed as a whole or not at all,
 and goes on as if there had been no interrupt."""
 
-import contextlib
 import os
 import random
 import signal
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from interrupts import at_lines
+from interrupts import alarm, at_lines
 from test_faults_interrupts import BACKENDS, plain
 
 import fastopt
@@ -435,20 +434,8 @@ class Stop(Exception):
     """What a handler raises."""
 
 
-@contextlib.contextmanager
-def alarm(seconds):
-    """Stop comes so many seconds later, wherever the program is by then."""
-
-    def stop(*_):
-        raise Stop
-
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def stop(*_):
+    raise Stop
 
 
 SIGNALLED = {
@@ -494,7 +481,7 @@ def test_signals_that_raise_in_a_step_of_the_core(campaign, backend, monkeypatch
         expected.step()
         before, done = made.state(), False
         try:
-            with alarm(chance.uniform(1e-6, 4e-4)):
+            with alarm(stop, chance.uniform(1e-6, 4e-4)):
                 made.step()
                 done = True
         except Stop:

@@ -2,7 +2,6 @@
 leaves the optimizer as before or after, and one that goes on as if there had been none.
 """
 
-import contextlib
 import copy
 import random
 import signal
@@ -10,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from interrupts import PACKAGE, interrupted
+from interrupts import PACKAGE, alarm, interrupted
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -440,17 +439,6 @@ def test_loads_of_torch_within_a_step(campaign):
 needs_timers = pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="needs POSIX timers"
 )
-
-
-@contextlib.contextmanager
-def alarm(handler, seconds):
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 class Stop(Exception):

@@ -69,7 +69,7 @@ class Group(MutableMapping[str, Any]):
         return tuple(self._checked(values, steps, scheduled).values())
 
     def begin(self, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
-        """Our first values, with what follows from those that are given."""
+        """Return the first values: those given, and the defaults that follow them."""
         self._following = [n for n in self._rule.follows if given.get(n) is None]
         return self.checked(self._rule.complete(given), steps)
 

@@ -559,13 +559,12 @@ class Optimizer:
         """
         if grad_scale is not AS_GIVEN:
             grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
-        busy, mine = self._busy, False
+        busy = self._busy
+        while busy[0]:
+            busy = free_flag(self)
         try:
             try:
-                # As in exclusive(), at half the cost.
-                if busy[0]:
-                    busy = free_flag(self)
-                mine = busy[0] = True
+                busy[0] = True  # as in exclusive(), at half the cost
                 # Only now: the gradients' own code, a mapping's or a schedule's, is
                 # refused to change the optimizer, and another thread is, too.
                 layout, values, threads, compiled = self._plan
@@ -613,11 +612,9 @@ class Optimizer:
                         weights,
                     )
             finally:
-                if mine:
-                    busy[0] = False
-        except BaseException:  # perhaps an interrupt at the first of these lines
-            if mine:
                 busy[0] = False
+        except BaseException:  # perhaps an interrupt at the first of these lines
+            busy[0] = False
             raise
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:

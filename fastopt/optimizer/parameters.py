@@ -155,8 +155,8 @@ class Parameters:
         return more
 
     def check_unchanged(self, step: Any, tasks: Sequence[Sequence[Any]]) -> None:
-        """That a step may write where there are gradients of some task. What is
-        compiled looks at most arrays itself."""
+        """Check that a step may write to each parameter that has a gradient. The
+        compiled step checks most arrays itself."""
         watch, looks = self.watch, getattr(step, "unchanged", None)
         if looks and looks() and not (watch.foreign and not watch.unchanged()):
             return
@@ -165,7 +165,8 @@ class Parameters:
         )
 
     def watching(self, step: Any) -> Callable[..., bool] | None:
-        """Its ``at``, if it has one; after a look at what it cannot look at itself."""
+        """Return the step's ``at``, if it has one, after a check of the arrays that it
+        cannot check itself."""
         at: Callable[..., bool] | None = getattr(step, "at", None)
         watch = self.watch
         if at is None or not watch.foreign:

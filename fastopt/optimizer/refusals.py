@@ -1,4 +1,4 @@
-"""What the tools around an optimizer do not take, in words."""
+"""Error messages of the tools around an optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def of_torch(value: Any) -> bool:
 
 
 def named(value: Any) -> str:
-    """What an argument is, in a few words."""
+    """Describe an argument in a few words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if of_torch(value):  # whose representation has many lines
@@ -28,7 +28,8 @@ def named(value: Any) -> str:
 
 
 def no_optimizer(opt: Any, instead: str, wanted: str = "an optimizer") -> TypeError:
-    """The error for what is none of the core's. ``instead``: of torch's optimizers."""
+    """Return the error for what is not an optimizer of the core. ``instead`` is the
+    advice for one of torch."""
     if of_torch(opt):
         advice = f"; for one of torch's, those of fastopt.torch among them, {instead}"
     elif isinstance(opt, (type, Rule)) or callable(opt):
@@ -39,7 +40,7 @@ def no_optimizer(opt: Any, instead: str, wanted: str = "an optimizer") -> TypeEr
 
 
 def is_function(value: Any) -> bool:
-    """Whether it can be called for what it computes. Rules and classes make objects."""
+    """Whether this is a function of numbers. Rules and classes make objects instead."""
     return callable(value) and not isinstance(value, (type, Rule))
 
 
@@ -49,7 +50,7 @@ def check_function(name: str, value: Any, call: str) -> None:
 
 
 def check_maker(opt: Any) -> None:
-    """That it can be called for an optimizer of arrays."""
+    """Check that a call with arrays can make an optimizer."""
     if not callable(opt) or of_torch(opt):
         raise _no_maker(
             f"got {named(opt)}" + "; torch's take no arrays" * of_torch(opt)
@@ -88,10 +89,10 @@ def is_array(leaf: Any) -> bool:
 
 
 def check_arrays(name: str, tree: Any) -> None:
-    """That the leaves of a tree are arrays or numbers."""
+    """Check that the leaves of a tree are arrays or numbers."""
     for path, leaf in leaves(tree):
         if not is_array(leaf):
-            # Such as model.parameters().
+            # People pass generators such as model.parameters().
             advice = f"; pass list({name})" if isinstance(leaf, Iterator) else ""
             raise TypeError(
                 f"{name}{path} must be an array, or a list or dict of arrays, got "

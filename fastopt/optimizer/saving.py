@@ -228,7 +228,7 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
 def check_switches(
     saved: Mapping[str, Any], values: Sequence[Mapping[str, Any]], opt: Optimizer
 ) -> None:
-    """That there are the buffers that hyperparameters need, as they will be."""
+    """Check that the state has the buffers that its hyperparameters need."""
     for name in sorted(opt.rule.switches - set(saved["switched_on"])):
         for i, group in enumerate(values):
             if group[name]:

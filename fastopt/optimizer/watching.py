@@ -75,7 +75,7 @@ class Watch:
 
     @property
     def ndarrays(self) -> list[tuple[Array, bool]]:
-        """Those that the compiled step can look at itself, and whether they were
+        """The arrays that the compiled step can check itself, and whether they were
         writeable."""
         return [
             (leaf, look.writeable)
@@ -84,7 +84,7 @@ class Watch:
         ]
 
     def unchanged(self) -> bool:
-        """Whether what is not NumPy's is as it was."""
+        """Whether the arrays that are not NumPy's are as they were."""
         return all(
             look_at(leaf) == look
             for leaf, look in zip(self._leaves, self._looks, strict=True)
@@ -92,8 +92,8 @@ class Watch:
         )
 
     def check(self, written: Sequence[bool] | None = None) -> None:
-        """That all are as they were; of segments that are ``written``, that they still
-        can be."""
+        """Check that no array has changed, and that those of segments that are
+        ``written`` are still writeable."""
         for segment, name, leaf, then in zip(
             self._segments, self._names, self._leaves, self._looks, strict=True
         ):
@@ -103,7 +103,7 @@ class Watch:
 
 
 def parts(original: Any, array: Array) -> Iterator[tuple[str, Any]]:
-    """What shows a segment's memory, with paths within it."""
+    """The arrays that share a segment's memory, with their paths within it."""
     yield "", original.data if isinstance(original, FlatBuffer) else original
     if isinstance(original, FlatBuffer):
         yield from leaves(original.views)
@@ -112,17 +112,13 @@ def parts(original: Any, array: Array) -> Iterator[tuple[str, Any]]:
 
 
 def refuse(name: str, then: Look, now: Look, writing: bool) -> None:
-    """Say what was changed."""
-    if now.dtype != then.dtype:
-        raise TypeError(
-            f"{name} had dtype {then.dtype} when the optimizer was made, and has "
-            f"{now.dtype} now; {UNDO}"
-        )
-    if now.shape != then.shape:
-        raise ValueError(
-            f"{name} had shape {then.shape} when the optimizer was made, and has "
-            f"{now.shape} now; {UNDO}"
-        )
+    """Raise the error that says what was changed."""
+    for what, error in (("dtype", TypeError), ("shape", ValueError)):
+        if getattr(now, what) != getattr(then, what):
+            raise error(
+                f"{name} had {what} {getattr(then, what)} when the optimizer was made, "
+                f"and has {getattr(now, what)} now; {UNDO}"
+            )
     if now.strides != then.strides:
         raise ValueError(
             f"{name} had other strides when the optimizer was made than now, "

@@ -53,18 +53,18 @@ def new_flag(owner: Flagged) -> list[Any]:
 def free_flag(owner: Flagged) -> list[Any]:
     """The flag of an object, when no fork holds it up; an error if it is not free."""
     deadline = time.monotonic() + PATIENCE
-    while (busy := owner._busy)[0] is HELD_UP:
+    while (flag := owner._busy)[0] is HELD_UP:
         if in_hold_up(sys._getframe()):
             raise RuntimeError("this thread is about to fork; step before or after it")
         if time.monotonic() > deadline or id(owner) not in put_aside:
             go_on()
         time.sleep(PAUSE)
-    if busy[0]:
+    if flag[0]:
         raise RuntimeError(
             "this optimizer is in a step, in another thread or in one of its "
             "schedules, or is changed or saved there; wait for its end"
         )
-    return busy
+    return flag
 
 
 def exclusive(
@@ -74,20 +74,18 @@ def exclusive(
 
     @functools.wraps(method)
     def alone(self: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        busy, mine = self._busy, False
+        busy = self._busy
+        while busy[0]:
+            busy = free_flag(self)
         # Set back twice, as a tracer may interrupt us at the first of these lines.
         try:
             try:
-                if busy[0]:
-                    busy = free_flag(self)
-                mine = busy[0] = True
+                busy[0] = True
                 return method(self, *args, **kwargs)
             finally:
-                if mine:
-                    busy[0] = False
-        finally:
-            if mine:
                 busy[0] = False
+        finally:
+            busy[0] = False
 
     return alone
 
@@ -119,15 +117,18 @@ def in_hold_up(frame: FrameType | None) -> bool:
 
 
 def set_flags() -> Iterator[tuple[list[Any], int, FrameType]]:
-    """Each flag that is set, by which thread, and where that is now."""
+    """Each flag that is set, by which thread, and where that is now. The call that has
+    set it is the one whose variable ``busy`` it is."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = top
         while frame is not None:
-            if frame.f_code.co_filename.startswith(FOLDER):
-                here = frame.f_locals
-                if here.get("mine") is True:
-                    yield here["busy"], thread, top
-            frame = frame.f_back
+            if frame.f_code is free_flag.__code__:  # its caller has yet to set one
+                frame = frame.f_back
+            elif frame.f_code.co_filename.startswith(FOLDER):
+                busy = frame.f_locals.get("busy")
+                if busy and busy[0] is True:
+                    yield busy, thread, top
+            frame = frame and frame.f_back
 
 
 def may_be_writing(flags: Collection[list[Any]]) -> bool:
@@ -135,17 +136,17 @@ def may_be_writing(flags: Collection[list[Any]]) -> bool:
     it is in a schedule or in a gradient's code, its step has not begun to write."""
     identities = set(map(id, flags))
     return any(
-        id(busy) in identities
+        id(flag) in identities
         and thread != threading.get_ident()
         and top.f_code.co_filename.startswith(FOLDER)
-        for busy, thread, top in set_flags()
+        for flag, thread, top in set_flags()
     )
 
 
 def hold_up() -> None:
     """Let no step begin, and wait until all others are where they do not write."""
     here = threading.get_ident()
-    mine = {id(busy) for busy, thread, _ in set_flags() if thread == here}
+    mine = {id(flag) for flag, thread, _ in set_flags() if thread == here}
     for reference in living.valuerefs():
         owner = reference()
         if owner is None or id(owner._busy) in mine or owner._busy[0] is HELD_UP:
@@ -158,10 +159,10 @@ def hold_up() -> None:
 
 def go_on(in_child: bool = False) -> None:
     """Let steps begin again. In a child, those of other threads are gone."""
-    for identity, busy in [*put_aside.items()]:
+    for identity, flag in [*put_aside.items()]:
         owner = living.get(identity)
         if owner is not None:
-            vars(owner)["_busy"] = [False] if in_child else busy
+            vars(owner)["_busy"] = [False] if in_child else flag
         put_aside.pop(identity, None)
 
 

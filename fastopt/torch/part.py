@@ -191,13 +191,13 @@ class Part:
         native = hasattr(self.step, "place")
         if native and self.step.place(self._here):
             return True
-        # If native, some overlap what a step writes.
+        # A native step does not take gradients that overlap what it writes.
         self._give([grads[place] for place in self.places], copied=native)
         return False
 
     def _give(self, grads: list[Any], copied: bool = False) -> None:
-        """Hand the step the gradients of each run, of which these are the first; or
-        copies of them."""
+        """Give the step the gradient of each run, which begins with one of these, or a
+        copy of it."""
         shaped = self.rule.factored
         arrays = [
             None if g is None else array(g, size, g.shape if shaped else (-1,))
@@ -364,7 +364,7 @@ class Part:
             steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
-        # Of the state as it will be, which the kinds fit; what is settled may differ.
+        # The kinds fit the new state, unless settle changes what each run carries.
         settled = self.carried and self.rule.settle
         self._seen = [] if settled else [vector.tobytes() for vector in after]
         calls += [
