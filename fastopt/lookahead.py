@@ -51,7 +51,8 @@ class Lookahead:
     The slow weights begin with the parameters as the first step finds them, those of a
     group that is added as the next one does. A step that was skipped does not count. A
     synchronization belongs to the step before it: an interrupt comes before both or
-    after both.
+    after both. It leaves the parameters of frozen groups alone, but moves those that
+    got no gradient.
 
     Example
     -------
@@ -129,18 +130,28 @@ class Lookahead:
         """Calls that move the slow weights, if these have not been moved after so many
         steps, and then the parameters. These will have such values by then, by their
         identities; the others will be what is in their memory."""
-        arrays = self.opt._params.arrays
+        opt, arrays = self.opt, self.opt._params.arrays
+        moving = [not opt.groups[number].frozen for number in opt._params.group_of]
         calls: list[Call] = []
         if self._moved[0] != steps:
-            self._pull.take([values.get(id(array), array) for array in arrays])
+            self._pull.take(
+                [
+                    values.get(id(array), array) if moves else None
+                    for array, moves in zip(arrays, moving, strict=True)
+                ]
+            )
             calls = [
                 partial(setitem, self._moved, 0, steps - 1),
-                *calls_of(self._pull, [(1.0, self.alpha)], self.opt._threads_now),
+                *calls_of(self._pull, [(1.0, self.alpha)], opt._threads_now),
                 partial(setitem, self._moved, 0, steps),
             ]
         return [
             *calls,
-            *[filling(param, slow) for slow, param in self._pairs()],
+            *[
+                filling(param, slow)
+                for (slow, param), moves in zip(self._pairs(), moving, strict=True)
+                if moves
+            ],
             partial(vars(self).update, _synchronized=steps),
         ]
 

@@ -222,6 +222,18 @@ class Rule:
         for element in (self.update, self.measure, self.evaluate):
             if element is not None:
                 self._check_element(element)
+        if self.estimate is not None:
+            self._check_estimate(*self.estimate)
+
+    def _check_estimate(self, buffer: str, rule: Rule) -> None:
+        if buffer not in self.state:
+            raise ValueError(f"estimate of {self.name!r}: {buffer!r} is not in state")
+        if list(rule.hyperparameters) != list(self.hyperparameters):
+            raise TypeError(
+                f"estimate of {self.name!r} must take the same hyperparameters, "
+                f"{', '.join(self.hyperparameters)}, in the same order, but takes "
+                f"{', '.join(rule.hyperparameters)}"
+            )
 
     def _check_scalars(self) -> None:
         parameters = list(inspect.signature(self.scalars).parameters.values())[1:]

@@ -253,6 +253,40 @@ def test_torch_in_other_modes(mode):
                 assert found == expected, (dtype, how, asked)
 
 
+@pytest.mark.parametrize("mode", modes.MODES)
+@pytest.mark.parametrize("rule", ["ScheduleFreeSGD", "ScheduleFreeAdamW"])
+def test_eval_and_train_in_other_modes(mode, rule):
+    torch = pytest.importorskip("torch")
+    from fastopt import torch as fastopt_torch
+
+    for dtype, size in (
+        (torch.float32, 1.0),
+        (torch.float32, 2e-38),
+        (torch.bfloat16, 1.0),
+    ):
+        p, *grads = (torch.from_numpy(modes.values(k, np.float32)) for k in range(4))
+        param = torch.nn.Parameter((p * size).to(dtype))
+        opt = getattr(fastopt_torch, rule)([param], lr=0.013 * size)
+        for grad in grads:
+            param.grad = grad.to(dtype)
+            opt.step()
+        trained, average = param.detach().clone(), opt.eval_params()[0]
+        assert not same(average, trained)
+        with modes.modes(mode):
+            opt.eval()
+        assert same(param.detach(), average)
+        with modes.modes(mode):
+            opt.train()
+        assert same(param.detach(), trained)
+
+
+def same(one, other):
+    """Whether tensors have the same bits."""
+    import torch
+
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
 def test_jax_keeps_denormal_numbers():
     """XLA flushes them on its threads."""
     jax = pytest.importorskip("jax")

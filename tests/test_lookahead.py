@@ -241,3 +241,21 @@ def test_an_interrupt_does_not_split_a_synchronization(backend, at, then, monkey
         one.step(fourth)
     assert all(map(same_bits, params, expected))
     assert all(map(same_bits, opt._slow, other._slow))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_groups_stay_where_they_are(backend):
+    a, b = np.zeros(5), np.full(3, 0.5)
+    params = [{"params": a}, {"params": b}]
+    opt = fastopt.Lookahead(fastopt.sgd(params, lr=1.0, backend=backend), k=3)
+    grads = [np.ones(5), np.full(3, 0.25)]
+    opt.step(grads)
+    opt.groups[1].frozen = True
+    for _ in range(5):  # two synchronizations
+        opt.step(grads)
+    # 0, -1, -2, -3: half of the way; and once more.
+    assert (a == -3.0).all() and (b == 0.25).all()
+    opt.groups[1].frozen = False
+    for _ in range(3):
+        opt.step(grads)
+    assert (a == -4.5).all() and (b == (0.5 - 0.5) / 2).all()

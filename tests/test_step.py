@@ -652,6 +652,51 @@ def test_evaluate_with_norms_of_each_array():
     assert np.all(first == 1.5) and np.all(second == 0.5)
 
 
+def of_estimates():
+    """A rule whose estimate adds to a buffer that starts at a hyperparameter."""
+    added = fastopt.Rule(
+        lambda p, g, lr: (p + g,), lambda t, lr=0.1, first=2.0: (lr,), name="added"
+    )
+    return fastopt.Rule(
+        lambda p, g, h, z, lr: (z - lr * g * h, h, z),
+        lambda t, lr=0.1, first=2.0: (lr,),
+        state=("h", "z"),
+        starts={"h": "first", "z": "p"},
+        name="estimated",
+        estimate=("h", added),
+    )
+
+
+def test_an_estimate_takes_the_hyperparameters_of_its_rule():
+    estimate = of_estimates().estimate[1]
+    given = {"update": lambda p, g, h, lr: (p - lr * g * h, h), "state": ("h",)}
+    with pytest.raises(TypeError, match=r"same hyperparameters, lr, .* lr, first"):
+        fastopt.Rule(scalars=lambda t, lr=0.1: (lr,), estimate=("h", estimate), **given)
+    with pytest.raises(ValueError, match="'v' is not in state"):
+        fastopt.Rule(
+            scalars=lambda t, lr=0.1, first=1.0: (lr,),
+            estimate=("v", estimate),
+            **given,
+        )
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_estimate_before_the_first_step_stays(backend, saved):
+    w = np.zeros(3)
+    opt = of_estimates()(w, backend=backend)
+    opt.first = 1.0
+    opt.estimate(np.full(3, 5.0))
+    opt.estimate(np.full(3, 2.0))
+    if saved:
+        state = opt.state_dict()
+        opt = of_estimates()(w, backend=backend)
+        opt.load_state_dict(state)
+    w[:] = 4.0  # the parameters may get their values later than that
+    opt.step(np.ones(3))
+    assert (opt.state["h"][0] == 8.0).all() and (w == 4.0 - 0.1 * 8.0).all()
+
+
 @every_backend
 def test_an_estimate_is_refused_and_frozen_as_a_step_is(backend):
     params = [np.ones(3), np.ones(3)]

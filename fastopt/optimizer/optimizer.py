@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fastopt import backends
 from fastopt.backends.numpy_ref import Extras, calls_of
-from fastopt.memory.arrays import on_device
+from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
@@ -105,6 +107,7 @@ class Optimizer:
     _plan: tuple[Any, list[Values] | None, int, Any]
     _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
+    _estimated = False  # whether there was an estimate before the first step
     _in_one_call = True  # whether the compiled step alone can do a plain step
     # More calls that belong to a step, whose own these are; such as a Lookahead's.
     _with_step: Callable[[Sequence[Call]], Sequence[Call]] | None = None
@@ -725,9 +728,12 @@ class Optimizer:
 
     def _start(self, values: list[Values]) -> None:
         """Before the first step: the parameters may have got their values by now."""
-        names = list(self.groups[0])
+        names, rule = list(self.groups[0]), self._bound.rule
         sets = [dict(zip(names, given, strict=True)) for given in values]
-        self._bound.start(sets, dict.fromkeys(self._bound.rule.state, 0))
+        since = dict.fromkeys(rule.state, 0)
+        if self._estimated and rule.estimate is not None:
+            del since[rule.estimate[0]]  # which has got its value since
+        self._bound.start(sets, since)
 
     def _thawed(self, found: list[Any]) -> list[Any]:
         """Gradients, without those of frozen groups."""
@@ -779,6 +785,8 @@ class Optimizer:
         checks.collect(self._params.layout, grads, "", found)
         buffer, rule = self.rule.estimate
         arrays, values = self._bound.state[buffer], self._values(self.steps)
+        if not self.steps:
+            self._start(values)
         step = bind_alone(self._module, rule, arrays, self._params.set_of)
         # They must not be the parameters either, to which this step writes nothing.
         taken = [
@@ -790,7 +798,7 @@ class Optimizer:
             (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
             for given in values
         ]
-        self._finish(calls_of(step, rows, self._threads_now), {})
+        self._finish(calls_of(step, rows, self._threads_now), {"_estimated": True})
 
     # Saving and resuming --------------------------------------------------------------
 
@@ -837,8 +845,11 @@ class Optimizer:
         if saved["accumulated"] is not None:
             pending = new_pending(self._module, self._params.arrays)
             pending = pending.restored(saved["accumulated"])
+        estimated = False
         for name, buffers in bound.state.items():
             for new, old in zip(buffers, saved["state"][name], strict=True):
+                if self.rule.estimate is not None and name == self.rule.estimate[0]:
+                    estimated |= not np.array_equal(to_host(new), old)
                 fill(new, old)
         averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
         calls = [filling(average, old) for average, old in averages]
@@ -851,6 +862,7 @@ class Optimizer:
                 also=[*calls, *also],
                 ema=saved["ema_decay"],
                 _pending=pending,
+                _estimated=estimated,
                 _skipped=operator.index(saved["skipped"]),
             )
 

@@ -22,6 +22,7 @@ class Look(NamedTuple):
     strides: tuple[int, ...]
     address: int
     writeable: bool
+    negative: bool = False  # torch's tensors may show their memory with another sign
 
 
 def look_at(leaf: Any) -> Look:
@@ -39,12 +40,14 @@ def look_at(leaf: Any) -> Look:
             return Look(facts["typestr"], shape, strides, address, not fixed)
     stride: Any = getattr(leaf, "stride", None)  # of a tensor
     pointer: Any = getattr(leaf, "data_ptr", None)
+    negative: Any = getattr(leaf, "is_neg", None)
     return Look(
         getattr(leaf, "dtype", None),
         tuple(leaf.shape),
         tuple(stride()) if callable(stride) else (),
         pointer() if callable(pointer) else 0,
         True,
+        bool(negative()) if callable(negative) else False,
     )
 
 
@@ -128,6 +131,11 @@ def refuse(name: str, then: Look, now: Look, writing: bool) -> None:
         raise ValueError(
             f"{name} has been moved to other memory since the optimizer was made; "
             f"{UNDO}"
+        )
+    if now.negative != then.negative:
+        raise ValueError(
+            f"{name} shows its memory with another sign than when the optimizer was "
+            f"made (torch's negative bit); {UNDO}"
         )
     if writing and not now.writeable:
         raise ValueError(

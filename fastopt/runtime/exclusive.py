@@ -125,9 +125,9 @@ def set_flags() -> Iterator[tuple[list[Any], int, FrameType]]:
             if frame.f_code is free_flag.__code__:  # its caller has yet to set one
                 frame = frame.f_back
             elif frame.f_code.co_filename.startswith(FOLDER):
-                busy = frame.f_locals.get("busy")
-                if busy and busy[0] is True:
-                    yield busy, thread, top
+                flag = frame.f_locals.get("busy")
+                if flag and flag[0] is True:
+                    yield flag, thread, top
             frame = frame and frame.f_back
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
 from fastopt.torch.state import TRAINED, evaluated
 from fastopt.torch.step import Stepping
@@ -34,6 +35,7 @@ class Averaging(Stepping):
         since :meth:`eval`, the change is added."""
         self._switch(False, self._to_trained)
 
+    @standard
     def _switch(
         self, evaluating: bool, change: Callable[[Tensor, dict[str, Any]], list[Call]]
     ) -> None:
