@@ -1,9 +1,9 @@
 """The tests under AddressSanitizer and UndefinedBehaviorSanitizer, with GCC on Linux.
 
-    python tests/sanitize.py                     the long campaigns: pytest -m faults
-    python tests/sanitize.py tests/test_edges.py any other tests, or options of pytest's
-    python tests/sanitize.py --self-test         shows that it catches an overflow in
-                                                 each kind of extension, and no other
+    python tests/sanitize.py                 the long campaigns: pytest -m faults
+    python tests/sanitize.py tests/kernels   any other tests, or options of pytest's
+    python tests/sanitize.py --self-test     shows that it catches an overflow in
+                                             each kind of extension, and no other
 
 All extensions (kernels, ``_tensors``, ``_xla``) are built once more, from a copy of the
 working tree in ``build/sanitized``; those of the working tree stay. The first error of

@@ -1,0 +1,167 @@
+"""Building from source: with a compiler, without, and with one that lacks OpenMP."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastopt.backends import cython_cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("Cython", reason="Cython is needed to build")
+pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is needed")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy, in which what Cython makes of them is kept from one test to the next."""
+    copied = tmp_path_factory.mktemp("sources")
+    for name in ("fastopt", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+        shutil.copytree(ROOT / name, copied / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copied)
+    return copied
+
+
+def build(sources, out, **env):
+    """Build the extensions; their paths and the messages."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "setup.py", "build_py", "--build-lib", out),
+            *("build_ext", "--build-lib", out, "--build-temp", out / "temp"),
+        ],
+        cwd=sources,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted((out / "fastopt").glob("_kernels_*")), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CC is not how Windows compiles")
+def test_without_a_compiler_the_build_goes_on(sources, tmp_path):
+    nothing = str(tmp_path / "no-such-compiler")
+    built, messages = build(sources, tmp_path, CC=nothing, CXX=nothing)
+    assert built == []
+    assert "no-such-compiler" in messages
+    # Yet everything up to the compiler was done: a kernel for every rule was rendered.
+    source = (sources / "build/kernels/_kernels_baseline.pyx").read_text()
+    for kernel in cython_cpu.KERNELS.values():
+        for dtype in ("f32", "f64"):
+            assert f"cdef void {kernel}_{dtype}_kernel(" in source
+    # And what native code needs is part of the package.
+    for name in ("py.typed", "__init__.pxd", "include/fastopt.h"):
+        assert (tmp_path / "fastopt" / name).exists()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
+def test_a_compiler_without_openmp_makes_serial_kernels(sources, tmp_path):
+    """Such as Apple's. The wrapper refuses the flag, as it does; and does not optimize,
+    which would take minutes."""
+    wrapper = tmp_path / "cc"
+    wrapper.write_text(
+        '#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@" -O0\n'
+    )
+    wrapper.chmod(0o755)
+    built, messages = build(
+        sources, tmp_path, CC=str(wrapper), LDSHARED=f"{wrapper} -shared"
+    )
+    assert len(built) >= 1
+    assert "building without OpenMP" in messages
+    (baseline,) = [str(path) for path in built if "baseline" in path.name]
+    code = f"""
+import importlib.util, numpy
+from fastopt import adamw
+from fastopt.backends import cython_cpu
+spec = importlib.util.spec_from_file_location("fastopt._kernels_baseline", {baseline!r})
+serial = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(serial)
+assert not serial.OPENMP
+def run():
+    p = numpy.linspace(-1, 1, 100_000)
+    opt = adamw(p, backend="cython", threads=3)
+    for _ in range(3):
+        opt.step(numpy.cos(p))
+    return p
+expected = run()
+cython_cpu.kernels = lambda: serial
+assert numpy.array_equal(expected, run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+RULE = """
+def scalars(t, lr=0.1, mu=0.9):
+    return mu, lr
+
+
+def direction(p, g, m, mu):
+    m = mu * m + g
+    return m + p, m
+
+
+def measure(p, g, m, mu):
+    u, m = direction(p, g, m, mu)
+    return (wide(u) * wide(u),)
+
+
+def settle(t, n, uu, mu, lr):
+    return mu, lr / uu
+
+
+def update(p, g, m, mu, lr):
+    u, m = direction(p, g, m, mu)
+    return p - lr * u, m
+
+
+rule = Rule(update, scalars, state=("m",), measure=measure, settle=settle)
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels_of(tmp_path_factory):
+    """The names of what csrc/render.py makes of the text of a rule."""
+    spec = importlib.util.spec_from_file_location("render", ROOT / "csrc" / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = render  # where its dataclasses look for it
+    spec.loader.exec_module(render)
+
+    def names(text):
+        path = tmp_path_factory.mktemp("rule") / "mine.py"
+        path.write_text(text, encoding="utf-8")
+        return {function.name for function in render.functions_of(path)}
+
+    yield names
+    del sys.modules[spec.name]
+
+
+def test_a_rule_whose_sums_begin_the_update_has_two_passes(kernels_of):
+    assert {"mine_update_begin", "mine_update_finish"} <= kernels_of(RULE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return mu, lr / uu", "return mu / 2, lr / uu"),
+        ("return mu, lr / uu", "mu = uu\n    return mu, lr / uu"),
+        ("def settle(t, n, uu, mu, lr)", "def settle(t, n, uu, lr, mu)"),
+        ("return p - lr * u, m", "return p - lr * u * g, m"),
+        ("return p - lr * u, m", "return p - lr * (u + m), m"),
+        ("return p - lr * u, m", "return p - lr * u, lr * m"),
+        (
+            "def measure(p, g, m, mu):\n    u, m =",
+            "def measure(p, g, m, mu):\n    m, u =",
+        ),
+        ("def measure(p, g, m, mu)", "def measure(g, p, m, mu)"),
+    ],
+)
+def test_any_other_rule_has_one(kernels_of, old, new):
+    assert RULE.count(old) == 1
+    assert not any("begin" in name for name in kernels_of(RULE.replace(old, new)))

@@ -1,0 +1,265 @@
+"""How many threads a step uses where OpenMP binds them to CPUs, in processes whose
+first thread is bound by the time that we look; and steps on threads with small stacks.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastopt.backends import cython_cpu
+
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(os, "sched_setaffinity"), reason="no affinity on this system"
+    ),
+    pytest.mark.skipif(
+        cython_cpu.missing() is not None or not cython_cpu.kernels().OPENMP,
+        reason="there are no kernels with OpenMP",
+    ),
+]
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+needs_two = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
+
+IMPORTS = {
+    "fastopt first": "import fastopt\nfastopt.adamw(np.ones(3))\nimport torch\n",
+    "torch first": "import torch\nimport fastopt\n",
+    "no torch": "import fastopt\n",
+}
+PROGRAM = """
+from fastopt.runtime import threads
+print(threads.available())
+before = len(os.listdir("/proc/self/task"))
+p = np.ones(200_000, np.float32)
+opt = fastopt.adamw(p)
+opt.step(p.copy())
+print(opt.threads)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+UNSET = dict.fromkeys(["OMP_NUM_THREADS"], "")
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **UNSET, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def counted(imports, first="", **environment):
+    """What is available, what an optimizer takes, what threads a step has started."""
+    if "torch" in imports:
+        pytest.importorskip("torch")
+    start = f"import os\n{first}\nimport numpy as np\n"
+    out = run(start + IMPORTS[imports] + PROGRAM, **environment)
+    return list(map(int, out.split()))
+
+
+def two_places():
+    return f"{{{CPUS[0]}}},{{{CPUS[1]}}}"
+
+
+BINDINGS = {
+    "proc_bind": lambda: {"OMP_PROC_BIND": "true"},
+    "spread": lambda: {"OMP_PROC_BIND": "spread", "OMP_PLACES": "threads"},
+    "places": lambda: {"OMP_PLACES": two_places()},
+    "cores": lambda: {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"},
+    "gomp": lambda: {"GOMP_CPU_AFFINITY": f"{CPUS[0]} {CPUS[1]}"},
+}
+
+
+@needs_two
+@pytest.mark.parametrize("imports", IMPORTS)
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_a_bound_process_uses_all_its_cpus(imports, binding):
+    most = 2 if binding in ("places", "gomp") else len(CPUS)
+    available, taken, started = counted(imports, **BINDINGS[binding]())
+    assert available == taken == most
+    assert started == most - 1
+
+
+@needs_two
+@pytest.mark.parametrize("imports", IMPORTS)
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}],
+)
+def test_restrictions_hold(imports, environment):
+    """As of taskset, before OpenMP's runtime is loaded."""
+    pinned = f"os.sched_setaffinity(0, {{{CPUS[1]}}})"
+    assert counted(imports, pinned, **environment) == [1, 1, 0]
+
+
+@needs_two
+@pytest.mark.parametrize("imports", ["torch first", "no torch"])
+def test_one_place_is_one_thread(imports):
+    place = {"OMP_PLACES": f"{{{CPUS[0]}}}"}
+    assert counted(imports, **place) == [1, 1, 0]
+    assert counted(imports, GOMP_CPU_AFFINITY=str(CPUS[1])) == [1, 1, 0]
+
+
+@needs_two
+def test_restrictions_hold_later():
+    """Without a binding the affinity is read whenever an optimizer is made."""
+    code = (
+        "import os, numpy as np, fastopt\np = np.ones(9)\n"
+        "print(fastopt.adamw(p).threads)\n"
+        f"os.sched_setaffinity(0, {{{CPUS[0]}}})\n"
+        "print(fastopt.adamw(p).threads)\n"
+    )
+    assert run(code).split() == [str(len(CPUS)), "1"]
+
+
+@needs_two
+def test_limits_hold_beside_a_binding():
+    bound = {"OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "1"}
+    assert counted("no torch", **bound) == [1, 1, 0]
+
+
+@needs_two
+def test_torch_classes_use_as_many_as_torch():
+    pytest.importorskip("torch")
+    code = (
+        "import torch, fastopt.torch\n"
+        "opt = fastopt.torch.AdamW([torch.nn.Parameter(torch.ones(9))])\n"
+        "print(opt._threads(), torch.get_num_threads())"
+    )
+    ours, torchs = run(code, OMP_PROC_BIND="true").split()
+    assert ours == torchs == str(len(CPUS))
+
+
+@needs_two
+def test_info_says_so():
+    code = "import fastopt.__main__ as m\nm.main(['info'])"
+    text = " ".join(run(code, OMP_PLACES=two_places()).split())
+    assert "a step uses at most 2" in text
+    assert f"OpenMP binds a step to CPUs {CPUS[0]}, {CPUS[1]}, as OMP_PROC_BIND" in text
+    text = " ".join(run(code).split())
+    assert f"CPU affinity {len(CPUS)} of {os.cpu_count()} CPUs" in text
+
+
+# Small stacks -------------------------------------------------------------------------
+
+# Optimizers are made on the first thread; the steps are on one with so small a stack
+# that 64 KiB of scratch overrun it, and on OpenMP's threads that it starts.
+STACKS = """
+import sys, threading, numpy as np, fastopt
+sys.path.insert(0, {support!r})
+from cases import CASES, label
+from fastopt import multitask
+from fastopt.backends import numba_cpu
+from fastopt.memory.segments import Segment
+from fastopt.backends.numpy_ref import Extras
+rng = np.random.default_rng(0)
+
+def data(dtype, *shape):
+    return rng.standard_normal(shape).astype(dtype)
+
+jobs = []
+
+def add(name, opt, *shape, **asked):
+    dtype = opt._params.arrays[0].dtype
+    given = {{"a": data(dtype, *shape), "b": data(dtype, 1000)}}
+    jobs.append((name, opt, given, asked))
+
+def params(dtype, *shape):
+    return {{"a": data(dtype, *shape), "b": data(dtype, 1000)}}
+
+options = [{{}}, {{"clip_value": 0.1}}, {{"clip_norm": 0.1}}, {{"zero_grads": True}},
+           {{"nonfinite": "skip", "grad_scale": 0.5}}]
+N = 50_001
+for backend in ("cython", "numba"):
+    for dtype in ("f4", "f8"):
+        how = dict(threads=2, backend=backend)
+        several = CASES if backend == "cython" and dtype == "f4" else CASES[::40]
+        for rule, values in several:
+            add(label(rule, values), rule(params(dtype, N), **values, **how), N)
+        for asked in options:
+            add("adamw", fastopt.adamw(params(dtype, N), ema=0.9, **how), N, **asked)
+            add("lamb", fastopt.lamb(params(dtype, N), ema=0.9, **how), N, **asked)
+            of = fastopt.Adafactor(params(dtype, 300, 200), **how)
+            add("adafactor", of, 300, 200, **asked)
+        many = [data(dtype, N) for _ in range(20)]
+        batches = fastopt.lamb([data(dtype, N) for _ in many], **how)
+        jobs.append(("batches", batches, many, {{"clip_value": 0.1}}))
+        tall = fastopt.Adafactor(params(dtype, 20, 30, 100), **how)
+        add("adafactor of three", tall, 20, 30, 100)
+        slow = fastopt.Lookahead(fastopt.adamw(params(dtype, N), **how), k=1)
+        jobs.append(("lookahead", slow, params(dtype, N), {{}}))
+
+class Alone:
+    # Numba's own driver, as where the compiled one is missing; on its threads, too.
+    def __init__(self, rule, dtype):
+        self.p, self.g = data(dtype, N), data(dtype, N)
+        state = tuple(np.abs(data(dtype, N)) for _ in rule.state)
+        average = data(dtype, N)
+        parts = [Segment(self.p, state, 0, average)], np.zeros(1, np.int64)
+        self.next = numba_cpu.bind_alone(rule, *parts, np.zeros((2, 1, 0)))
+        self.scalars = (1.0, *rng.uniform(0.1, 0.2, rule.scalar_count).tolist())
+
+    def step(self, given, **asked):
+        for threads in (1, 2):
+            before = self.p.copy()
+            self.next.take([self.g])
+            extras = Extras(0.05, 0.1, True)
+            self.next([self.scalars], threads, extras)
+            self.g[:] = before
+            assert not np.array_equal(self.p, before)
+
+for rule in (fastopt.gd, fastopt.adamw, fastopt.adan, fastopt.schedule_free_adamw):
+    jobs += [("alone", Alone(rule, dtype), {{}}, {{}}) for dtype in ("f4", "f8")]
+
+def work():
+    for name, opt, given, asked in jobs:
+        opt.step(given, **asked)
+        if name in ("adamw", "lamb", "adafactor"):
+            again = {{key: array.copy() for key, array in given.items()}}
+            opt.step([given, again], weights=[0.5, 0.5], **asked)
+            opt.accumulate(given)
+            opt.step(**asked)
+    multitask.gram([data("f4", N), data("f4", N)], threads=2)
+    done.append(True)
+
+done = []
+work()  # what Python and NumPy do once, they have done
+threading.stack_size({size})
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert len(done) == 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "environment"),
+    [
+        (64 << 10, {"OMP_STACKSIZE": "64k"}),
+        (64 << 10, {}),
+        (0, {"OMP_STACKSIZE": "64k"}),
+        (0, {"OMP_STACKSIZE": "64k", "FASTOPT_ISA": "baseline"}),
+    ],
+)
+def test_small_stacks(size, environment):
+    support = str(Path(__file__).parents[1] / "support")
+    run(STACKS.format(support=support, size=size), **environment)
+
+
+def test_small_stacks_in_jax():
+    """XLA's threads have large ones, but they call us as any thread could."""
+    pytest.importorskip("jax")
+    code = (
+        "import jax.numpy as jnp, fastopt.jax\n"
+        "opt = fastopt.jax.lamb(threads=2)\n"
+        "p = jnp.ones(50_000)\n"
+        "s = opt.init(p)\n"
+        "p, s = opt.step(p, p, s)\n"
+        "assert p.shape == (50_000,)\n"
+    )
+    run(code, OMP_STACKSIZE="64k")

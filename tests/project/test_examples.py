@@ -1,0 +1,84 @@
+"""Every example runs, and every piece of code in docs/frameworks.md: each in a process
+of its own, as people would start it, where its framework is installed."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGE = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+# The last is a table of tests.
+SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:-1])
+PIECES = [
+    pytest.param(code, id=name)
+    for name, text in SECTIONS.items()
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+]
+EXCERPTS = [
+    pytest.param(ROOT / "examples" / file, code, id=name)
+    for name, text in SECTIONS.items()
+    for file, code in re.findall(
+        r"\(\.\./examples/(\w+\.py)\):\n\n```text\n(.*?)^```", text, re.S | re.M
+    )
+]
+
+
+def output(*command):
+    """What Python prints; a skip if what fails is that a module is not installed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        # Small networks only wait for more threads, on a machine that is busy.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        *_, last = done.stderr.strip().splitlines() or [""]
+        missing = re.match(r"ModuleNotFoundError: No module named '(\w+)", last)
+        if missing and importlib.util.find_spec(missing[1]) is None:
+            pytest.skip(f"{missing[1]} is not installed")
+        pytest.fail(done.stdout + done.stderr)
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path):
+    """It also learns, and says so; or it prints a table and saves a picture."""
+    printed = output(path)
+    found = re.findall(r"test accuracy: ([\d.]+)", printed)
+    picture = Path(f"{path.stem}.png")
+    if f"saves {picture}" in path.read_text(encoding="utf-8"):
+        assert picture.stat().st_size > 10_000 and re.search(r"\d\.\d", printed)
+        assert "nan" not in printed or path.stem == "textbook_mistakes", printed
+    else:
+        assert found and float(found[-1]) > 0.85, printed
+
+
+@pytest.mark.parametrize("code", PIECES)
+def test_piece_of_the_page(code):
+    output("-c", code)
+
+
+@pytest.mark.parametrize("path, excerpt", EXCERPTS)
+def test_excerpt_on_the_page(path, excerpt):
+    there = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    assert {line.strip() for line in excerpt.splitlines()} <= there
+
+
+def test_each_section_shows_something():
+    assert len(PIECES) + len(EXCERPTS) == len(SECTIONS) >= 6
+
+
+def test_what_is_missing_is_told_from_what_fails():
+    with pytest.raises(pytest.skip.Exception, match="no_such_module is not installed"):
+        output("-c", "import no_such_module.part")
+    for wrong in ("import fastopt.no_such_module", "import pytest.no_such", "1 / 0"):
+        with pytest.raises(pytest.fail.Exception):
+            output("-c", wrong)

@@ -1,0 +1,76 @@
+"""The README says what is so: its code runs, its figures are the committed ones."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_it_is_short():
+    """But for the tables that are made from measurements and rules."""
+    written = re.sub(r"<!-- (\w+): made by .*?<!-- /\1 -->", "", README, flags=re.S)
+    assert len(written.splitlines()) <= 145
+
+
+def test_the_examples_run():
+    names = {}
+    exec("import numpy as np, fastopt", names)
+    for block in BLOCKS[:2]:
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["opt"].steps == 1
+
+
+def test_the_rule_is_the_file():
+    assert (ROOT / "fastopt" / "rules" / "adamw.py").read_text("utf-8") == BLOCKS[2]
+
+
+def test_the_table_is_the_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import readme
+
+    from fastopt.bench import report
+
+    assert readme.filled(README) == README
+    assert report.read(readme.measurement(README)).machine["cpu"] in README
+    with pytest.raises(ValueError, match="has no <!-- speed"):
+        readme.filled("")
+
+
+def test_ci_runs_the_command():
+    """.ci/run takes the test command from here, so it must be there to find."""
+    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert [c.split("/")[-1] for c in commands] == ["fastopt demo", "pytest"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert 'grep -oE "python3 -m venv .*pytest" README.md' in ci
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *["", "memory.flat", "rule", "adafactor", "muon", "lookahead"],
+        *["schedules", "training", "tune", "multitask"],
+    ],
+)
+def test_docstring_examples(module):
+    module = f"fastopt.{module}".removesuffix(".")
+    code = (
+        f"import doctest, importlib; m = importlib.import_module({module!r})\n"
+        "result = doctest.testmod(m); print(result); assert not result.failed"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_docstring_examples_of_the_optimizer():
+    import doctest
+
+    from fastopt.optimizer import optimizer
+
+    result = doctest.testmod(optimizer)
+    assert result.attempted >= 5 and not result.failed
