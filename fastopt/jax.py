@@ -40,6 +40,7 @@ from fastopt.jax_arrays import (
     words,
 )
 from fastopt.numpy_ref import NUMPY
+from fastopt.refusals import check_rule
 from fastopt.rule import Function, Rule, check_hyperparameter, concrete
 from fastopt.rules import RULES
 from fastopt.schedules import Schedule
@@ -116,6 +117,7 @@ def optimizer(
     >>> params["w"].tolist()
     [0.0, 0.0]
     """
+    check_rule("rule", rule)
     if not any(rule is ours for ours in RULES):
         raise TypeError(
             f"{rule.name} has no compiled kernels, which fastopt.jax needs; there are "

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastopt import threads
 from fastopt.flat import Array
+from fastopt.refusals import check_rule
 from fastopt.rule import Rule, check_hyperparameter, limits
 
 
@@ -117,6 +118,7 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
     >>> fastopt.native.hyperparameters(fastopt.adamw, lr=0.5).tolist()
     [0.5, 0.9, 0.999, 1e-08, 0.01]
     """
+    check_rule("rule", rule)
     for key in changes.keys() - rule.hyperparameters.keys():
         raise TypeError(
             f"{rule.name} has no hyperparameter {key!r}; it has "

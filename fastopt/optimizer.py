@@ -21,6 +21,7 @@ from fastopt.gradients import fit, grad_name, of_tasks, take
 from fastopt.hyperparameters import Group, Values
 from fastopt.numpy_ref import Extras, calls_of
 from fastopt.parameters import Parameters
+from fastopt.refusals import check_rule
 from fastopt.rule import Rule
 from fastopt.saving import to_host
 from fastopt.threads import available, forked
@@ -120,6 +121,7 @@ class Optimizer:
         weight_decay_mask: Any = None,
         **hyperparameters: Any,
     ):
+        check_rule("rule", rule)
         trees, own = checks.split_groups(params)
         if backend is None:
             device = any(checks.on_device(leaf) for _, leaf in leaves(trees))

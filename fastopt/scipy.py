@@ -25,6 +25,7 @@ from scipy.optimize import OptimizeResult, OptimizeWarning, approx_fprime
 
 from fastopt.checks import DTYPES
 from fastopt.flat import Array
+from fastopt.refusals import check_rule
 from fastopt.rule import Rule
 from fastopt.rules import RULES
 
@@ -163,6 +164,21 @@ class Method:
     """
 
     rule: Rule
+
+    def __post_init__(self) -> None:
+        check_rule("rule", self.rule)
+        own = {
+            name
+            for name, parameter in inspect.signature(Method.__call__).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        }
+        taken = [name for name in self.rule.hyperparameters if name in own]
+        if taken:
+            raise ValueError(
+                f"{self.rule.name} has hyperparameters with the names of arguments or "
+                f"options of every method, which would take their values: "
+                f"{', '.join(taken)}; rename them"
+            )
 
     def __call__(
         self,

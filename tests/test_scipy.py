@@ -1,6 +1,7 @@
 """Rules as methods of scipy.optimize.minimize: what is found, why it ended, and what
 was counted on the way."""
 
+import inspect
 import pickle
 import warnings
 
@@ -127,6 +128,24 @@ def test_a_rule_of_your_own():
     mine = fastopt.Rule(update, lambda t, lr=0.1: (lr,), name="mine")
     got = run(methods.Method(mine), backend="numpy", maxiter=5)
     assert same_bits(got.x, run(methods.gd, maxiter=5).x)
+
+
+def test_a_rule_whose_hyperparameters_are_named_as_options():
+    """Their values would go to the method alone."""
+    options = [*inspect.signature(methods.sgd.__call__).parameters]
+    assert {"clip_norm", "maxiter", "gtol", "tol", "args", "x0"} < {*options}
+    rules_own = {"backend", "threads", "options"}  # which no rule, or every, may have
+    for name in {*options, "self"} - rules_own:
+        names = {}
+        exec(f"def scalars(t, lr=0.1, {name}=2.0): return (lr * {name},)", names)
+        mine = fastopt.Rule(fastopt.gd.update, names["scalars"], name="mine")
+        with pytest.raises(ValueError, match=f"mine has hyper.*options.*: {name}; ren"):
+            methods.Method(mine)
+    mine = fastopt.Rule(fastopt.gd.update, lambda t, lr=0.1, options=2.0: (lr,))
+    assert run(methods.Method(mine), options=3.0, maxiter=2).nit == 2
+    for wrong in ("adam", fastopt.Muon, None):
+        with pytest.raises(TypeError, match="rule must be a rule, got .*fastopt.adamw"):
+            methods.Method(wrong)
 
 
 def test_methods_go_to_other_processes():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torchs
 
-from fastopt import checks
+from fastopt import checks, refusals
 from fastopt.arithmetic import standard
 from fastopt.atomic import uninterrupted
 from fastopt.rule import Rule
@@ -265,7 +265,7 @@ class Stepping(Optimizer):
                 for group in self.param_groups
                 for i, p in enumerate(group["params"])
             }
-            group, _ = self._places[param]
+            group, _ = self._places.get(param) or refusals.no_parameter(param)
         return group
 
     def check_single_steps(self) -> None:
