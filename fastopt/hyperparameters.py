@@ -49,10 +49,10 @@ class Group(MutableMapping[str, Any]):
         self._assign(self.number, {}, self._flag(value))
 
     def _flag(self, value: Any) -> bool:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             name = self._name("frozen")
             raise TypeError(f"{name} must be True or False, got {value!r}")
-        return value
+        return bool(value)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -77,6 +77,11 @@ class Group(MutableMapping[str, Any]):
         """Our values with these changes, if they are good after ``steps`` steps."""
         for key in changes:
             if key not in self._values:
+                if key == "frozen":
+                    raise TypeError(
+                        "frozen is no hyperparameter but an attribute of a group; set "
+                        f"opt.groups[{self.number}].frozen"
+                    )
                 raise TypeError(
                     f"{self._rule.name} has no hyperparameter {self._name(key)!r}; "
                     f"it has {', '.join(self._values)}"

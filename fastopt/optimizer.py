@@ -122,6 +122,7 @@ class Optimizer:
         **hyperparameters: Any,
     ):
         check_rule("rule", rule)
+        checks.check_meant(params, rule.hyperparameters)
         trees, own = checks.split_groups(params)
         if backend is None:
             device = any(checks.on_device(leaf) for _, leaf in leaves(trees))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+from fastopt.checks import check_count
 from fastopt.flat import FlatBuffer, leaves
 from fastopt.rule import Rule, shown
 
@@ -116,3 +117,12 @@ def check_arrays(name: str, tree: Any) -> None:
                 f"{name}{path} must be an array, or a list or dict of arrays, got "
                 f"{named(leaf)}{advice}"
             )
+
+
+def check_seen(saved: Mapping[str, Any]) -> None:
+    """Check what a ``state_dict`` has beside its best metric: counts and arrays."""
+    for key, value in saved.items():
+        if key == "best_params" and value is not None:
+            check_arrays(key, value)
+        elif key not in ("best", "best_params"):
+            check_count(key, value, -1 if key == "best_look" else 0)

@@ -57,12 +57,17 @@ def save(opt: Optimizer) -> dict[str, Any]:
     }
 
 
-def to_host(array: Any) -> Array:
+def to_host(array: Any, name: str = "an array") -> Array:
     """A C-contiguous copy in host memory."""
     if hasattr(array, "copy_to_host"):
         array = array.copy_to_host()
     elif hasattr(array, "detach"):  # torch's, which may have a history to leave behind
-        array = array.detach().cpu().numpy()
+        try:
+            array = array.detach().cpu().numpy()
+        except (RuntimeError, TypeError) as error:  # of bfloat16, fake ones, wrappers
+            raise TypeError(
+                f"{name} cannot be copied into a NumPy array: {error}"
+            ) from error
     return np.array(array, order="C")
 
 
@@ -211,7 +216,7 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
     for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
         if not isinstance(values, Mapping):
             raise TypeError(f'state["groups"][{i}] must be a dict, got {shown(values)}')
-        if not isinstance(values.get("frozen"), bool):
+        if not isinstance(values.get("frozen"), (bool, np.bool_)):
             raise TypeError(f'state["groups"][{i}]["frozen"] must be True or False')
         for key in group:
             if key not in values and not callable(group[key]):

@@ -490,7 +490,9 @@ def vectors(name: str, tree: Any) -> dict[str, Array]:
         if array is None:
             raise ValueError(f"there is no gradient at {path or 'all'}, but None")
     check_arrays(name, tree)
-    return {k: to_host(a).astype(np.float64).ravel() for k, a in found.items()}
+    return {
+        k: to_host(a, name + k).astype(np.float64).ravel() for k, a in found.items()
+    }
 
 
 def scale_hyperparameters(

@@ -493,6 +493,33 @@ def test_the_name_of_a_rule():
     assert fastopt.Rule(update, scalars).name == "update"
 
 
+def test_frozen_is_no_hyperparameter():
+    opt = fastopt.adamw([{"params": np.ones(2)}, {"params": np.ones(3)}])
+    words = r"attribute of a group; set opt.groups\[1\].frozen"
+    with pytest.raises(TypeError, match=words):
+        opt.groups[1]["frozen"] = True
+    with pytest.raises(TypeError, match=words):
+        opt.groups[1].update(frozen=True)
+    with pytest.raises(TypeError, match=r"set opt.groups\[0\].frozen"):
+        fastopt.adamw(np.ones(2), frozen=True)
+
+
+def test_a_group_without_params():
+    p, own = np.ones(2), {"params": np.ones(3)}
+    words = r'params\[{}\] sets lr as a group does, but has no "params"; it has'
+    for groups, at in (
+        ([{"param": p, "lr": 0.1}], 0),
+        ([{"lr": 1, "weights": p}], 0),
+        ([own, {"parameters": [p], "lr": 0.1}], 1),
+    ):
+        for make in (fastopt.adamw, fastopt.Muon, fastopt.Adafactor):
+            with pytest.raises(TypeError, match=words.format(at)):
+                make(groups)
+    opt = fastopt.gd([{"w": p, "lr": np.ones(2)}], lr=0.5)  # a parameter named so
+    opt.step([{"w": p * 1.0, "lr": p * 1.0}])
+    assert np.all(p == 0.5)
+
+
 def test_generators_are_not_lists():
     with pytest.raises(TypeError, match="got generator; pass a list of arrays"):
         fastopt.gd(np.ones(3) for _ in range(2))

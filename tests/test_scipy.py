@@ -21,10 +21,13 @@ from scipy.optimize import (  # noqa: E402
     rosen,
     rosen_der,
 )
+from scipy.sparse import coo_array, csr_array  # noqa: E402
 
 import fastopt.scipy as methods  # noqa: E402
 
 X0 = np.array([-1.2, 1.0])
+NUMBER = "the objective must return a number, got "
+DENSE = "the gradient must be a dense array of numbers, got "
 
 
 def bowl(x):
@@ -285,6 +288,27 @@ def test_sizes():
         ({"fun": lambda x: (x, x)}, ValueError, r"must return a number, got .* \(3,\)"),
         ({"fun": lambda x: (1.0, x[:2])}, ValueError, r"of x, \(3,\), got \(2,\)"),
         ({"options": {"clip_norm": -1.0}}, ValueError, "clip_norm"),
+        ({"options": {"maxiter": "5"}}, TypeError, "maxiter must be a number, got '5'"),
+        ({"options": {"gtol": "a"}}, TypeError, "gtol must be a number, got 'a'"),
+        ({"options": {"xtol": [1]}}, TypeError, r"xtol must be a number, got \[1\]"),
+        ({"options": {"ftol": 1j}}, TypeError, "ftol must be a number, got 1j"),
+        ({"tol": "1"}, TypeError, "tol must be a number, got '1'"),
+        *(
+            ({"fun": lambda x, f=f: f, "jac": rosen_der}, TypeError, f"{NUMBER}{words}")
+            for f, words in ((None, "None"), (1j, "1j"), ("1.5", "'1.5'"), ({}, "{}"))
+        ),
+        *(
+            ({"fun": rosen, "jac": lambda x, g=g: g}, TypeError, f"{DENSE}{words}")
+            for g, words in (
+                (None, "None"),
+                (1j * np.ones(3), "array"),
+                (["1", "2", "3"], r"\['1'"),
+                ([1.0, None, 2.0], r"\[1.0, None"),
+                ([[1.0], [1.0, 2.0]], r"\[\[1.0\]"),
+                (csr_array(np.ones((1, 3))), "a sparse csr_array; return"),
+                (coo_array(np.ones(3)), "a sparse coo_array; return"),
+            )
+        ),
     ],
 )
 def test_refusals(wrong, error, message):

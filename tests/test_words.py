@@ -272,3 +272,62 @@ def test_parameters_of_another_optimizer():
     assert torch.equal(mine.data, torch.ones(3)) and not opt.state
     opt.step_param(mine)
     assert not torch.equal(mine.data, torch.ones(3))
+
+
+def hollow():
+    """Tensors that NumPy cannot copy, and why."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    ones = torch.ones(3)
+    return [
+        (ones.bfloat16(), "BFloat16"),
+        (torch._neg_view(ones), "negative bit"),
+        (ones.to_sparse(), "Sparse"),
+        (ones.to("meta"), "meta"),
+        (TwoTensor(ones, ones.clone()), "subclasses"),
+        (FakeTensorMode().from_tensor(ones), "subclasses"),
+    ]
+
+
+COPIES = {  # where arrays are copied
+    "step": ("params", lambda stop, x: stop.step(1.0, {"w": [x]})),
+    "minimize": ("x0", lambda stop, x: run(x0={"w": [x]})),
+    "update": (r"grads\[0\]", lambda stop, x: noise([{"w": [x]}] * 2)),
+}
+
+
+@pytest.mark.parametrize("door", COPIES)
+def test_where_arrays_are_copied(door):
+    name, call = COPIES[door]
+    for tensor, reason in hollow():
+        stop = EarlyStopping(2)
+        words = rf"^{name}\['?w'?\]\[0\] cannot be copied into a NumPy.*{reason}"
+        with pytest.raises(TypeError, match=words):
+            call(stop, tensor)
+        assert stop.state_dict() == EarlyStopping(2).state_dict()
+
+
+WATCHES = {
+    "EarlyStopping": (
+        lambda: EarlyStopping(2),
+        {"best_look": -2, "looks": -1, "wait": -1, "best_params": "abc"},
+    ),
+    "ReduceLROnPlateau": (ReduceLROnPlateau, {"bad": -1, "cooling": -1}),
+}
+
+
+@pytest.mark.parametrize("door", WATCHES)
+def test_saved_looks_are_checked(door):
+    make, fields = WATCHES[door]
+    watch, more = make(), [gd()] if door == "ReduceLROnPlateau" else [np.ones(3)]
+    watch.step(2.0, *more)
+    saved = watch.state_dict()
+    for key, less in fields.items():
+        wrong = ["abc", object()] if key == "best_params" else ["abc", None, 1.5, less]
+        for value in wrong:
+            with pytest.raises((TypeError, ValueError), match=f"^{key} must be"):
+                watch.load_state_dict(saved | {key: value})
+    again = make()
+    again.load_state_dict(saved)
+    assert str(again.state_dict()) == str(saved)
