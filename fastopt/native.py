@@ -122,7 +122,7 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
     for key in changes.keys() - rule.hyperparameters.keys():
         raise TypeError(
             f"{rule.name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(rule.hyperparameters)}"
+            f"{', '.join(rule.hyperparameters) or 'none'}"
         )
     changes = rule.complete(changes)
     values = {

@@ -264,7 +264,7 @@ class Optimizer:
         else:
             raise AttributeError(
                 f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
-                f"{', '.join(groups[0])}"
+                f"{', '.join(groups[0]) or 'none'}"
             )
 
     def _assign(
@@ -625,8 +625,8 @@ class Optimizer:
         """The sums that a step with these gradients is to take."""
         if grads is not ACCUMULATED and self._pending is not None:
             raise RuntimeError(
-                "there are accumulated gradients; step() without any takes them, "
-                "drop_accumulated() forgets them"
+                "there are accumulated gradients; call step() without gradients to "
+                "apply them, or drop_accumulated() to discard them"
             )
         if grads is ACCUMULATED and self._pending is None:
             raise TypeError("step needs gradients: none have been accumulated")
@@ -688,7 +688,7 @@ class Optimizer:
                     grad_name(self._params, i, "[...]" if several else "") for i in bad
                 ]
                 raise FloatingPointError(
-                    f"not all is finite in {', '.join(where)}; nothing was updated"
+                    f"infinity or NaN in {', '.join(where)}; nothing was updated"
                 )
             if bad and nonfinite == "skip":
                 calls += [
@@ -779,7 +779,7 @@ class Optimizer:
         its page says of what ``grads`` are to be the gradients). Like a step otherwise,
         but parameters and the count stay."""
         if self.rule.estimate is None:
-            raise TypeError(f"{self.rule.name} works without estimates")
+            raise TypeError(f"{self.rule.name} does not use estimates")
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         self._params.watch.check()
         found: list[Any] = []

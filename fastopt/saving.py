@@ -104,7 +104,8 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
     for name, shape in (one for part in there for one in part):
         if shape != shapes[name]:
             raise ValueError(
-                f"{name} has shape {shape} in the state, but {shapes[name]} here"
+                f"parameter {name} has shape {shape} in the state, but shape "
+                f"{shapes[name]} in this optimizer"
             )
 
     def arrange(what: str, items: Sequence[Any]) -> list[Any]:
