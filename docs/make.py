@@ -160,7 +160,7 @@ def catalogue(rules, folder):
     head = ("rule", "paper", "bytes ", "backends", "options beside `lr`")
     return (
         f"{table(head, rows)}\n\n"
-        f"Bytes are those of the state, for each float32 parameter. All backends: "
+        f"Bytes: optimizer state per float32 parameter. All backends: "
         f"{names}.\n"
     )
 

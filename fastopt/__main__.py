@@ -93,7 +93,7 @@ def run_bench(
     for name in against or ():
         if name not in known:
             names = ", ".join(map(repr, known))
-            sys.exit(f"fastopt bench: nobody is called {name!r}; there are {names}")
+            sys.exit(f"fastopt bench: unknown contender {name!r}; there are {names}")
     # fastopt is what ratios refer to, and the floor what they are judged by.
     chosen = {"fastopt", "floor", *(known if against is None else against)}
     try:

@@ -87,6 +87,12 @@ class Adafactor(Optimizer):
         ema: float | None = None,
         weight_decay_mask: Any = None,
     ):
+        _, own = checks.split_groups(params)
+        if own:  # whose eps1 may be None, too
+            params = [
+                {k: v for k, v in group.items() if k != "eps1" or v is not None}
+                for group in params
+            ]
         super().__init__(
             adafactor,
             params,
@@ -101,9 +107,8 @@ class Adafactor(Optimizer):
             weight_decay=weight_decay,
             **({} if eps1 is None else {"eps1": eps1}),
         )
-        _, own = checks.split_groups(params)
         for group, given in zip(self.groups, own or [{}], strict=True):
-            if eps1 is None and "eps1" not in given:
+            if given.get("eps1", eps1) is None:
                 group["eps1"] = self._epsilon
 
     @property
@@ -112,5 +117,6 @@ class Adafactor(Optimizer):
 
     def add_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters: ``{"params": ..., "lr": ...}``, as in the beginning."""
-        mapping = isinstance(group, Mapping)
-        super().add_group({"eps1": self._epsilon, **group} if mapping else group)
+        if isinstance(group, Mapping) and group.get("eps1") is None:
+            group = {**group, "eps1": self._epsilon}
+        super().add_group(group)

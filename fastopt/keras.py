@@ -14,6 +14,7 @@ backends of Keras do not give away.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ import numpy as np
 from keras.optimizers.schedules import LearningRateSchedule
 
 import fastopt
-from fastopt.rule import Rule
+from fastopt.rule import Rule, check_hyperparameter, shown
 from fastopt.rules import RULES
 
 if keras.backend.backend() != "torch":
@@ -31,6 +32,28 @@ if keras.backend.backend() != "torch":
         f"allows, and this is {keras.backend.backend()!r}; set KERAS_BACKEND=torch "
         f"before keras is imported"
     )
+
+
+def check_rate(value: Any) -> None:
+    """Check that Keras can call a learning rate that is a function: with nothing."""
+    if not callable(value) or isinstance(value, LearningRateSchedule):
+        return
+    try:
+        inspect.signature(value).bind()
+    except ValueError:  # it does not say what it takes
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"learning_rate must be a float, a LearningRateSchedule of Keras, or a "
+            f"function without arguments, got {shown(value)}; use a keras "
+            f"LearningRateSchedule, such as keras.optimizers.schedules.CosineDecay"
+        ) from error
+
+
+def place(tensor: Any) -> tuple[Any, ...]:
+    """Where the numbers of a tensor are, and how."""
+    kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
+    return tensor.data_ptr(), *kind
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -59,6 +82,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     Notes
     -----
+    The hyperparameters are attributes, too: they may be set at any time, and count from
+    the next step on. A ``weight_decay`` of None is 0 then.
+
     Beside the iterations and the learning rate, ``variables`` has no state: that is
     fastopt's, and saved and loaded with the model's.
     """
@@ -80,12 +106,41 @@ class Optimizer(keras.optimizers.Optimizer):
     ):
         defaults = self.rule.hyperparameters
         given = {n: options.pop(n) for n in {*options} & {*defaults} - {"lr"}}
+        check_rate(learning_rate)
         if learning_rate is None:
             learning_rate = defaults.get("lr")
         if weight_decay is None:
             weight_decay = defaults.get("weight_decay")
         super().__init__(learning_rate, weight_decay=weight_decay, **options)
         self.hyperparameters = given
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyperparameter that Keras does not know."""
+        defaults = self.rule.hyperparameters
+        if name not in defaults or name == "lr":
+            kind = type(self).__name__
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        return vars(self).get("hyperparameters", {}).get(name, defaults[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "learning_rate":
+            check_rate(value)
+        own, defaults = vars(self), self.rule.hyperparameters
+        if name not in defaults or name in own or "hyperparameters" not in own:
+            super().__setattr__(name, value)
+            return
+        if name == "lr":
+            raise AttributeError("the learning rate is called learning_rate by Keras")
+        if "_optimizer" in own:  # which checks it
+            setattr(self._optimizer, name, value)
+            value = self._optimizer.groups[0][name]
+        elif not (callable(value) or (value is None and name in self.rule.follows)):
+            value = check_hyperparameter(name, name, value, defaults[name])
+        self.hyperparameters[name] = value
+
+    def _decay(self) -> Any:
+        """The weight decay, for a rule with one of its own; None is none, to Keras."""
+        return 0.0 if self.weight_decay is None else self.weight_decay
 
     def build(self, variables: Sequence[Any]) -> None:
         if self.built:
@@ -118,7 +173,7 @@ class Optimizer(keras.optimizers.Optimizer):
     def _new(self, decays: list[bool]) -> fastopt.Optimizer:
         given: dict[str, Any] = dict(self.hyperparameters)
         if "weight_decay" in self.rule.hyperparameters:
-            given["weight_decay"] = self.weight_decay
+            given["weight_decay"] = self._decay()
             given["weight_decay_mask"] = list(decays)
         self._lr = float(self.learning_rate)
         if self.rule.follows:  # the configuration has it: a run that was loaded goes on
@@ -148,14 +203,15 @@ class Optimizer(keras.optimizers.Optimizer):
             )
         self._lr = float(learning_rate)
         if "weight_decay" in self.rule.hyperparameters:  # which may be set at any time
-            self._optimizer.weight_decay = self.weight_decay
+            self._optimizer.weight_decay = self._decay()
         found: list[Any] = [None] * len(self._tensors)
         for grad, variable in zip(grads, trainable_variables, strict=True):
             i = self._get_variable_index(variable)
-            if variable.value.data_ptr() != self._tensors[i].data_ptr():
+            if place(variable.value) != place(self._tensors[i]):
                 raise RuntimeError(
-                    f"{variable.path} has moved to other memory since this optimizer "
-                    f"was built; compile the model again, with a new one"
+                    f"{variable.path} has moved to other memory, or lies there in "
+                    f"another way, since this optimizer was built; compile the model "
+                    f"again, with a new one"
                 )
             found[i] = grad.detach().to(self._tensors[i].dtype).contiguous()
         self._optimizer.step(found)
@@ -194,6 +250,8 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), **self.hyperparameters}
+        if "weight_decay" in self.rule.hyperparameters:
+            config["weight_decay"] = self._decay()  # None would be the rule's default
         if any(self._excluded.values()):
             config["exclude_from_weight_decay"] = {
                 kind: list(names) for kind, names in self._excluded.items()
@@ -231,9 +289,14 @@ class Optimizer(keras.optimizers.Optimizer):
         decays = store["decays"].tolist() if "decays" in ours else self._decays
         optimizer = self._new(decays)
         saved = optimizer.state_dict()
+        # The state of a momentum, say, stays when that is set to 0.
+        buffers = {key.rpartition("_")[0] for key in ours} - {""}
+        for on in self.rule.variants:
+            if {*self.rule.variant(set(on)).state} == buffers > {*saved["state"]}:
+                saved |= {"switched_on": [*on], "state": dict.fromkeys(buffers)}
         keys = {
-            name: [f"{name}_{i}" for i in range(len(arrays))]
-            for name, arrays in saved["state"].items()
+            name: [f"{name}_{i}" for i in range(len(self._tensors))]
+            for name in saved["state"]
         }
         wanted = {"steps", "carry", "decays"}.union(*keys.values())
         if ours != wanted:

@@ -104,11 +104,12 @@ def concrete(
     primitives: Mapping[str, Callable[..., Any]],
     compiled: Callable[[Function], Any],
 ) -> Function:
-    """A copy of an update for one backend and dtype, with what it reaches by name:
+    """Return a copy of an update for one backend and dtype.
 
-    the primitives become the backend's own (by identity, so a rule may import them
-    under any name), its helper functions are made concrete likewise and ``compiled``,
-    and plain numbers take the dtype, as they do in NumPy when they meet an array.
+    The primitives that it uses become the backend's own (by identity, so a rule may
+    import them under any name), its helper functions are made concrete likewise and
+    ``compiled``, and plain numbers take the dtype, as they do in NumPy when they meet
+    an array.
     """
 
     def fit(value: Any) -> Any:

@@ -603,8 +603,8 @@ def imtl_g(gram: Any) -> Weights:
     total, size = float(found.sum()), float(np.abs(found).sum())
     if abs(total) <= DEPENDENT * len(roots) * size:
         raise ValueError(
-            f"IMTL-G has no weights for the Gram matrix {gram!r}: the tasks are "
-            f"dependent, and those of any direction equally along all have the sum 0"
+            f"IMTL-G has no solution for the Gram matrix {gram!r}: the tasks are "
+            f"linearly dependent, and weights with equal projections sum to 0"
         )
     weights[there] = found / total
     return weights

@@ -91,7 +91,7 @@ def on_its_device(array: Any) -> Any:
 def check_group(name: str, tree: Any, given: Mapping[str, Any]) -> None:
     """That what a group sets for itself is for arrays that it has."""
     use_muon = given.get("use_muon", True)
-    if not isinstance(use_muon, bool):
+    if not isinstance(use_muon, (bool, np.bool_)):
         raise TypeError(f'{name}["use_muon"] must be True or False, got {use_muon!r}')
     found = [leaf for _, leaf in leaves(expanded(tree))]
     if use_muon and any(getattr(leaf, "ndim", 0) == 2 for leaf in found):
@@ -233,7 +233,7 @@ class Muon(Optimizer):
     def _check_use_muon(self, changes: Sequence[Mapping[str, Any]]) -> None:
         for i, (group, given) in enumerate(zip(self.groups, changes, strict=True)):
             now, new = group["use_muon"], given.get("use_muon", group["use_muon"])
-            if new is not now:
+            if not isinstance(new, (bool, np.bool_)) or bool(new) is not now:
                 raise ValueError(
                     f"use_muon of groups[{i}] is {now} and cannot become {new!r}: it "
                     f"decides about the state; make another optimizer"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt.memory.segments import Array
+from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, check_hyperparameter, limits
 from fastopt.runtime import threads
 
@@ -117,10 +118,11 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
     >>> fastopt.native.hyperparameters(fastopt.adamw, lr=0.5).tolist()
     [0.5, 0.9, 0.999, 1e-08, 0.01]
     """
+    check_rule("rule", rule)
     for key in changes.keys() - rule.hyperparameters.keys():
         raise TypeError(
             f"{rule.name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(rule.hyperparameters)}"
+            f"{', '.join(rule.hyperparameters) or 'none'}"
         )
     changes = rule.complete(changes)
     values = {

@@ -242,13 +242,13 @@ def length(array):
 def check_counts(about, p, arrays, states, hyperparameters, carry):
     """Against what is installed: the caller may have been compiled for another."""
     if about == 0 or word(about, 1) != states:
-        raise ValueError("the rule is not what it was: clear the cache of the caller")
+        raise ValueError("compiled for another version of the rule: clear the cache")
     if word(about, 2) != hyperparameters:
         raise ValueError("there must be as many hyperparameters as the rule has")
     if word(about, 3) != carry:
         raise ValueError("carry must have as many numbers as the rule carries")
     if sizes_differ(p, arrays):
-        raise ValueError("p, g and state must be of one size")
+        raise ValueError("p, g and state must have the same size")
     return about
 
 

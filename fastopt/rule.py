@@ -63,12 +63,10 @@ shown = _shown.repr
 def check_hyperparameter(
     key: str, name: str, value: Any, default: Any
 ) -> Hyperparameter:
-    """``value`` as a plain Python number, or the error that says why it cannot be.
-
-    ``name`` is ``key`` as the message shall call it. ``default`` is the rule's own and
-    gives the kind: a flag or a number. Rules check what is special to them (nesterov
-    needs momentum) in ``scalars``.
-    """
+    """Return ``value`` as a plain Python number, or raise an error that says why not.
+    ``name`` is what the message calls ``key``. ``default`` is the rule's own and tells
+    whether a flag or a number is wanted. Rules check what is special to them (nesterov
+    needs momentum) in ``scalars``."""
     given = value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # a number of NumPy's, JAX's or torch's
@@ -195,9 +193,7 @@ class Rule:
         if self.over not in ("segment", "all"):
             raise ValueError(f"over must be 'segment' or 'all', got {self.over!r}")
         if self.factored and not (self.by_segment and len(self.state) == 1):
-            raise TypeError(
-                "a factored rule needs measure over segments, and one state"
-            )
+            raise TypeError("a factored rule needs measure over segments and one state")
         optional = ("measure", "settle", "evaluate")
         given = [what for what in optional if getattr(self, what) is not None]
         for what in ("update", "scalars", *given):
@@ -273,8 +269,7 @@ class Rule:
         for start in (*self.starts.values(), *self.carry.values()):
             if isinstance(start, str) and start not in ("p", *self.hyperparameters):
                 raise ValueError(
-                    f"{self.name!r} starts something at {start!r}, which is no "
-                    f"hyperparameter"
+                    f"{self.name!r} starts at {start!r}, which is not a hyperparameter"
                 )
 
     def _check_element(self, element: Function) -> None:
@@ -322,8 +317,8 @@ class Rule:
                     schedule, first = first, first(0)
                     if not 0 < first >= schedule(1):
                         raise ValueError(
-                            f"{name} must be the largest {other}, which is not the "
-                            f"first of {schedule!r}; give {name}, too"
+                            f"{name} must be the largest {other}, but {schedule!r} "
+                            f"does not begin with its largest value; give {name}, too"
                         )
                 elif first == 0:
                     raise ValueError(f"{other} is 0 at first; give {name}, too")
@@ -359,8 +354,8 @@ class Rule:
         if self.measure is None:
             return 0
         buffers = [np.ones(1, np.float32) for _ in range(2 + len(self.state))]
-        with np.errstate(all="ignore"):
-            return len(self.measure(*buffers, *[np.float32(1)] * self.measure_count))
+        ones = [np.float32(1)] * self.measure_count
+        return len(self._tried(self.measure, *buffers, *ones))
 
     def start(self, of: str | float, values: Mapping[str, Any]) -> float:
         """A number that something starts at, under these hyperparameters."""
@@ -373,16 +368,13 @@ class Rule:
     def check_results(
         self, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
     ) -> None:
-        """That the functions fit together, by one call of each on two elements.
-
-        ``results`` are those of ``scalars``. ``surplus``: there may be more of them,
-        for other variants of a rule.
-        """
+        """Check that the functions fit together, by one call of each on two elements.
+        ``results`` are those of ``scalars``; with ``surplus`` there may be more of
+        them, for other variants of a rule."""
         buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
         self.check_numbers("scalars", results, dtype)
         if self.measure is not None and self.settle is not None:
-            with np.errstate(all="ignore"):
-                terms = self.measure(*buffers, *results[: self.measure_count])
+            terms = self._tried(self.measure, *buffers, *results[: self.measure_count])
             if not isinstance(terms, tuple):
                 raise TypeError(
                     f"measure of {self.name!r} must return a tuple, got {terms!r}"
@@ -398,9 +390,9 @@ class Rule:
                 f"update takes {self.scalar_count} after (p, g, *state){carried}"
             )
         with np.errstate(all="ignore"):
-            used = map(np.float32, results[: self.scalar_count])
-            result = self.update(*buffers, *used)
-        wanted = ", ".join(["p", *self.state])
+            used = list(map(np.float32, results[: self.scalar_count]))
+        result = self._tried(self.update, *buffers, *used)
+        wanted = ", ".join(["p", *self.state]) if self.state else "p,"
         if not isinstance(result, tuple) or len(result) != 1 + len(self.state):
             got = len(result) if isinstance(result, tuple) else repr(result)
             raise TypeError(
@@ -413,6 +405,16 @@ class Rule:
                     f"update of {self.name!r} must return numbers of the parameters' "
                     f"dtype; from float32 it made {new!r}"
                 )
+
+    def _tried(self, function: Function, *arguments: Any) -> Any:
+        try:
+            with np.errstate(all="ignore"):
+                return function(*arguments)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{function.__name__} of {self.name!r} fails on arrays; use where, not "
+                f"if, and the primitives of fastopt.rule, not those of math: {error}"
+            ) from error
 
     def check_numbers(self, what: str, results: Any, dtype: np.dtype[Any]) -> None:
         if not isinstance(results, tuple):

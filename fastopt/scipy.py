@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ from scipy.optimize import OptimizeResult, OptimizeWarning, approx_fprime
 
 from fastopt.memory.segments import Array
 from fastopt.optimizer.checks import DTYPES
-from fastopt.rule import Rule
+from fastopt.optimizer.refusals import check_rule
+from fastopt.rule import Rule, shown
 from fastopt.rules import RULES
 
 
@@ -67,11 +69,10 @@ class Objective:
 
     def value(self, x: Array) -> float:
         self.nfev += 1
-        value = np.asarray(self.fun(np.copy(x), *self.args))
+        what = "the objective must return a number"
+        value = real(what, self.fun(np.copy(x), *self.args))
         if value.size != 1:
-            raise ValueError(
-                f"the objective must return a number, got an array of {value.shape}"
-            )
+            raise ValueError(f"{what}, got an array of {value.shape}")
         return float(value.item())
 
     def at(self, x: Array) -> Point:
@@ -89,12 +90,30 @@ class Objective:
 
             jac = approx_fprime(x, recorded)
             fun = values[0]  # it begins with x itself
+        jac = real("the gradient must be a dense array of numbers", jac)
         jac = np.atleast_1d(np.array(jac, x.dtype))
         if jac.shape != x.shape:
             raise ValueError(
                 f"the gradient must have the shape of x, {x.shape}, got {jac.shape}"
             )
         return Point(np.copy(x), fun, jac)
+
+
+def real(what: str, value: Any) -> Array:
+    """What a function has returned, as an array, if it is of real numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of many lengths
+        raise TypeError(f"{what}, got {shown(value)}") from error
+    numbers = array.dtype.kind in "biuf" or (
+        array.dtype.kind == "O" and all(hasattr(v, "__float__") for v in array.flat)
+    )
+    if not numbers:
+        if hasattr(value, "toarray"):
+            kind = type(value).__name__
+            raise TypeError(f"{what}, got a sparse {kind}; return its toarray()")
+        raise TypeError(f"{what}, got {shown(value)}")
+    return array
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,21 @@ class Method:
     """
 
     rule: Rule
+
+    def __post_init__(self) -> None:
+        check_rule("rule", self.rule)
+        own = {
+            name
+            for name, parameter in inspect.signature(Method.__call__).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        }
+        taken = [name for name in self.rule.hyperparameters if name in own]
+        if taken:
+            raise ValueError(
+                f"{self.rule.name} has hyperparameters with the names of arguments or "
+                f"options of every method, which would take their values: "
+                f"{', '.join(taken)}; rename them"
+            )
 
     def __call__(
         self,
@@ -271,6 +305,8 @@ def warn(message: str, category: type[Warning]) -> None:
 def limit(name: str, value: float | None, default: float) -> float:
     if value is None:
         return default
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
     return value

@@ -26,6 +26,7 @@ from fastopt import backends
 from fastopt.backends.numpy_ref import Extras
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer import checks
+from fastopt.rule import check_hyperparameter, shown
 from fastopt.rules import adam as rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.threads import available, forked
@@ -63,9 +64,23 @@ class FastoptOps(NumpyOps):
         """
         arrays = [weights, mom1, mom2, gradient]
         names = ["weights", "mom1", "mom2", "gradient"]
+        for name, array in zip(names, arrays, strict=True):
+            if not isinstance(array, np.ndarray):
+                raise TypeError(
+                    f"{name} must be a NumPy array, got {shown(array)}; other arrays "
+                    f"have operations of their own in thinc"
+                )
         checks.check_params(names, arrays, arrays)
         for name, array in zip(names, arrays, strict=True):
             checks.check_grad(name, array, "weights", weights, ())
+        numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}
+        numbers |= {"learn_rate": learn_rate, "mod_rate": mod_rate}
+        beta1, beta2, eps, learn_rate, mod_rate = (
+            float(check_hyperparameter("", name, number, 1.0))
+            for name, number in numbers.items()
+        )
+        if mod_rate == 0:
+            raise ValueError("mod_rate must not be 0: learn_rate is divided by it")
         module = backends.load(backends.choose(rule, on_device=False))
         step = module.bind(
             rule,
@@ -76,6 +91,13 @@ class FastoptOps(NumpyOps):
         taken = step.take([gradient])
         a1, a2 = (float(np.float32(1) - np.float32(beta)) for beta in (beta1, beta2))
         scalars = (learn_rate / mod_rate, a1, a2, eps / mod_rate, 0.0)
+        largest = float(np.finfo(weights.dtype).max)
+        if not max(map(abs, scalars)) <= largest:
+            raise ValueError(
+                f"learn_rate {learn_rate!r}, beta1 {beta1!r}, beta2 {beta2!r}, eps "
+                f"{eps!r} and mod_rate {mod_rate!r} have a number too large for "
+                f"{weights.dtype}"
+            )
         threads = 1 if forked[0] else self.threads
         if not (taken and step([(1.0, *scalars)], threads, ZEROING)):
             raise RuntimeError("the kernel refused arrays found to fit")

@@ -25,6 +25,7 @@ from fastopt.optimizer.refusals import (
     check_function,
     check_made,
     check_maker,
+    check_seen,
     items,
     named,
     no_optimizer,
@@ -76,6 +77,7 @@ def take_over(watch: Any, saved: Any) -> None:
     best = saved["best"]
     if best is not None and not (is_number(best) and math.isfinite(float(best))):
         raise ValueError(f"best must be a finite number or None, got {best!r}")
+    check_seen(saved)
     vars(watch).update(saved)
 
 
@@ -317,11 +319,11 @@ class EarlyStopping:
         take_over(self, saved)
 
 
-def copied(tree: Any) -> Any:
+def copied(tree: Any, name: str = "params") -> Any:
     """A copy of arrays in their structure, in host memory; flat what was."""
     copies = (
-        flatten(leaf.views) if isinstance(leaf, FlatBuffer) else to_host(leaf)
-        for _, leaf in leaves(tree)
+        flatten(x.views) if isinstance(x, FlatBuffer) else to_host(x, name + path)
+        for path, x in leaves(tree)
     )
     return rebuild(tree, copies)
 
@@ -493,7 +495,7 @@ def minimize(
     check_function("value_and_grad", value_and_grad, RETURNS)
     check_maker(opt)
     check_arrays("x0", x0)
-    params = copied(x0)
+    params = copied(x0, "x0")
     made = opt(params, **hyperparameters)
     check_made(made)
     run = Run(made, params, steps)

@@ -429,7 +429,7 @@ class GradientNoiseScale:
         small = items("small", small, "squared norms, one of each batch")
         count = len(small)
         if count < 2:
-            raise ValueError(f"two batches at least are to be compared, got {count}")
+            raise ValueError(f"at least two batches must be compared, got {count}")
         for norm in (*small, big):
             if not is_number(norm) or not 0 <= float(norm) < math.inf:
                 raise ValueError(f"squared norms must be finite numbers, got {norm!r}")
@@ -490,7 +490,9 @@ def vectors(name: str, tree: Any) -> dict[str, Array]:
         if array is None:
             raise ValueError(f"there is no gradient at {path or 'all'}, but None")
     check_arrays(name, tree)
-    return {k: to_host(a).astype(np.float64).ravel() for k, a in found.items()}
+    return {
+        k: to_host(a, name + k).astype(np.float64).ravel() for k, a in found.items()
+    }
 
 
 def scale_hyperparameters(

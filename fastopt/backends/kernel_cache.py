@@ -262,10 +262,13 @@ def load(key: str) -> Kernel | None:
                 raise ValueError("it is damaged")
             header, _, code = payload.partition(b"\n")
             entry, imports = json.loads(header)
+            if not (type(imports) is list and {*map(type, [entry, *imports])} <= {str}):
+                raise ValueError("it is damaged: its header is not one of names")
             return Kernel(entry, tuple(imports), code)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        # RecursionError: a header of many brackets
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             warn(f"ignoring the cached kernel {path / key}: {error}")
             return None
 

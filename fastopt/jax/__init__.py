@@ -42,6 +42,8 @@ from fastopt.jax.arrays import (
 from fastopt.language import Function, concrete
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
+from fastopt.optimizer.groups import check_schedule
+from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.rules import RULES
 from fastopt.runtime.arithmetic import standard
@@ -119,6 +121,7 @@ def optimizer(
     >>> params["w"].tolist()
     [0.0, 0.0]
     """
+    check_rule("rule", rule)
     if not any(rule is ours for ours in RULES):
         raise TypeError(
             f"{rule.name} has no compiled kernels, which fastopt.jax needs; there are "
@@ -127,7 +130,7 @@ def optimizer(
     for key in hyperparameters.keys() - rule.hyperparameters.keys():
         raise TypeError(
             f"{rule.name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(rule.hyperparameters)}"
+            f"{', '.join(rule.hyperparameters) or 'none'}"
         )
     for key, other in rule.follows.items():
         if key not in hyperparameters and isinstance(
@@ -138,6 +141,8 @@ def optimizer(
                 f"is an array of JAX's, traced or of one step, as those that "
                 f"optax.inject_hyperparams gives; give {key}, too"
             )
+    for key, value in hyperparameters.items():
+        check_schedule(key, value)
     values, now = {**rule.hyperparameters, **rule.complete(hyperparameters)}, {}
     for key, value in values.items():
         name = key
@@ -150,6 +155,7 @@ def optimizer(
                 f"{key} selects what is compiled, so it cannot be a schedule or "
                 f"traced; for optax.inject_hyperparams, name it in static_args"
             )
+        check_schedule(name, value)
         if callable(value):
             value, name = value(0), f"{key}(0)"
         now[key] = number(key, name, value, rule.hyperparameters[key])
@@ -346,7 +352,7 @@ class Optimizer:
         """The state with an estimate in it, for a rule that works with one; the page of
         ``sophia_g`` says of what ``grads`` are to be the gradients."""
         if self.rule.estimate is None:
-            raise TypeError(f"{self.rule.name} works without estimates")
+            raise TypeError(f"{self.rule.name} does not use estimates")
         buffer, _ = self.rule.estimate
         found, tree = taken("grads", grads)
         state, _ = self._fitting(state, grads, "grads")
@@ -416,7 +422,7 @@ class Optimizer:
             if key not in defaults:
                 raise TypeError(
                     f"{self.rule.name} has no hyperparameter {key!r}; it has "
-                    f"{', '.join(self.rule.hyperparameters)}"
+                    f"{', '.join(self.rule.hyperparameters) or 'none'}"
                 )
             if key in changes and key in selecting(self.rule):
                 raise TypeError(

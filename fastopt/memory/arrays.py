@@ -73,10 +73,15 @@ def span(array: Array) -> tuple[int, int]:
     return begin, begin + array.size * array.dtype.itemsize
 
 
-def to_host(array: Any) -> Array:
+def to_host(array: Any, name: str = "an array") -> Array:
     """A C-contiguous copy in host memory."""
     if hasattr(array, "copy_to_host"):
         array = array.copy_to_host()
     elif hasattr(array, "detach"):  # torch's, which may have a history to leave behind
-        array = array.detach().cpu().numpy()
+        try:
+            array = array.detach().cpu().numpy()
+        except (RuntimeError, TypeError) as error:  # of bfloat16, fake ones, wrappers
+            raise TypeError(
+                f"{name} cannot be copied into a NumPy array: {error}"
+            ) from error
     return np.array(array, order="C")

@@ -38,6 +38,21 @@ def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
     return [group["params"] for group in params], own
 
 
+def check_meant(params: Any, hyperparameters: Mapping[str, Any]) -> None:
+    """Check that no dict of a list sets a hyperparameter to a number, which no array
+    is: it is meant as a group, but lacks "params"."""
+    if not isinstance(params, (list, tuple)):
+        return
+    for i, group in enumerate(params):
+        if isinstance(group, Mapping) and "params" not in group:
+            for key in hyperparameters:
+                if isinstance(group.get(key), (bool, int, float)):
+                    raise TypeError(
+                        f'params[{i}] sets {key} as a group does, but has no "params"; '
+                        f"it has the keys {', '.join(map(repr, group))}"
+                    )
+
+
 def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
     """What a backend's module makes of an array that is only read; or of a scalar, for
     a parameter without dimensions: arithmetic of NumPy's makes scalars of such."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,6 +13,24 @@ from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
 from fastopt.runtime.atomic import Call
 
 Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """Check that a schedule can be called with one argument. Only its signature is
+    looked at: errors inside of it are its own."""
+    if not callable(value) or isinstance(value, (type, Rule)):
+        return
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return
+    try:
+        signature.bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a number, or a schedule: a function of the number of "
+            f"completed steps, but {value!r} cannot be called with one argument"
+        ) from error
 
 
 class Group(MutableMapping[str, Any]):
@@ -49,10 +68,10 @@ class Group(MutableMapping[str, Any]):
         self._assign(self.number, {}, self._flag(value))
 
     def _flag(self, value: Any) -> bool:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             name = self._name("frozen")
             raise TypeError(f"{name} must be True or False, got {value!r}")
-        return value
+        return bool(value)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -71,16 +90,25 @@ class Group(MutableMapping[str, Any]):
     def begin(self, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Return the first values: those given, and the defaults that follow them."""
         self._following = [n for n in self._rule.follows if given.get(n) is None]
+        for key, value in given.items():  # complete may call it
+            check_schedule(self._name(key), value)
         return self.checked(self._rule.complete(given), steps)
 
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Our values with these changes, if they are good after ``steps`` steps."""
-        for key in changes:
+        for key, value in changes.items():
             if key not in self._values:
+                if key == "frozen":
+                    raise TypeError(
+                        "frozen is no hyperparameter but an attribute of a group; set "
+                        f"opt.groups[{self.number}].frozen"
+                    )
+                group = f"{self._prefix}: " if self._prefix else ""
                 raise TypeError(
-                    f"{self._rule.name} has no hyperparameter {self._name(key)!r}; "
-                    f"it has {', '.join(self._values)}"
+                    f"{group}{self._rule.name} has no hyperparameter {key!r}; it has "
+                    f"{', '.join(self._values) or 'none'}"
                 )
+            check_schedule(self._name(key), value)
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)
         for key in self._following:

@@ -21,6 +21,7 @@ from fastopt.optimizer.accumulation import Pending, new_pending
 from fastopt.optimizer.gradients import fit, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
+from fastopt.optimizer.refusals import check_rule
 from fastopt.optimizer.state import Bound, bind, bind_alone, fill, shrinking
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
@@ -123,6 +124,8 @@ class Optimizer:
         weight_decay_mask: Any = None,
         **hyperparameters: Any,
     ):
+        check_rule("rule", rule)
+        checks.check_meant(params, rule.hyperparameters)
         trees, own = checks.split_groups(params)
         if backend is None:
             device = any(on_device(leaf) for _, leaf in leaves(trees))
@@ -263,7 +266,7 @@ class Optimizer:
         else:
             raise AttributeError(
                 f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
-                f"{', '.join(groups[0])}"
+                f"{', '.join(groups[0]) or 'none'}"
             )
 
     def _assign(
@@ -624,8 +627,8 @@ class Optimizer:
         """The sums that a step with these gradients is to take."""
         if grads is not ACCUMULATED and self._pending is not None:
             raise RuntimeError(
-                "there are accumulated gradients; step() without any takes them, "
-                "drop_accumulated() forgets them"
+                "there are accumulated gradients; call step() without gradients to "
+                "apply them, or drop_accumulated() to discard them"
             )
         if grads is ACCUMULATED and self._pending is None:
             raise TypeError("step needs gradients: none have been accumulated")
@@ -687,7 +690,7 @@ class Optimizer:
                     grad_name(self._params, i, "[...]" if several else "") for i in bad
                 ]
                 raise FloatingPointError(
-                    f"not all is finite in {', '.join(where)}; nothing was updated"
+                    f"infinity or NaN in {', '.join(where)}; nothing was updated"
                 )
             if bad and nonfinite == "skip":
                 calls += [
@@ -778,7 +781,7 @@ class Optimizer:
         its page says of what ``grads`` are to be the gradients). Like a step otherwise,
         but parameters and the count stay."""
         if self.rule.estimate is None:
-            raise TypeError(f"{self.rule.name} works without estimates")
+            raise TypeError(f"{self.rule.name} does not use estimates")
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         self._params.watch.check()
         found: list[Any] = []

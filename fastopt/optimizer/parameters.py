@@ -191,7 +191,7 @@ class Parameters:
             if flags.keys() != set(paths):
                 raise ValueError(
                     f"weight_decay_mask must have the structure of params, with the "
-                    f"leaves {', '.join(paths)}; it has {', '.join(flags)}"
+                    f"leaves {', '.join(paths)}; it has {', '.join(flags) or 'none'}"
                 )
             told = [flags[path] for path in paths]
         for name, flag in zip(names, told, strict=True):

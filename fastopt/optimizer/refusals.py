@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.trees import leaves
+from fastopt.optimizer.checks import check_count
 from fastopt.rule import Rule, shown
 
 RETURNS = "value_and_grad(params) -> (loss, grads)"
@@ -39,6 +40,16 @@ def no_optimizer(opt: Any, instead: str, wanted: str = "an optimizer") -> TypeEr
     return TypeError(f"opt must be {wanted} of fastopt, got {named(opt)}{advice}")
 
 
+def no_parameter(value: Any) -> NoReturn:
+    """Refuse what is none of an optimizer's parameters."""
+    shape = getattr(value, "shape", None)
+    got = named(value) if shape is None else f"a {type(value).__name__} of {shape}"
+    raise TypeError(
+        f"param must be one of the optimizer's parameters, the same object, got {got}, "
+        f"which is in none of its param_groups"
+    )
+
+
 def is_function(value: Any) -> bool:
     """Whether this is a function of numbers. Rules and classes make objects instead."""
     return callable(value) and not isinstance(value, (type, Rule))
@@ -47,6 +58,15 @@ def is_function(value: Any) -> bool:
 def check_function(name: str, value: Any, call: str) -> None:
     if not is_function(value):
         raise TypeError(f"{name} must be a function, {call}, got {named(value)}")
+
+
+def check_rule(name: str, value: Any) -> None:
+    """Check that this is a rule, not its name, a class or an optimizer."""
+    if not isinstance(value, Rule):
+        raise TypeError(
+            f"{name} must be a rule, got {named(value)}; pass one of fastopt.RULES, "
+            f"such as fastopt.adamw, or a fastopt.Rule of your own"
+        )
 
 
 def check_maker(opt: Any) -> None:
@@ -98,3 +118,12 @@ def check_arrays(name: str, tree: Any) -> None:
                 f"{name}{path} must be an array, or a list or dict of arrays, got "
                 f"{named(leaf)}{advice}"
             )
+
+
+def check_seen(saved: Mapping[str, Any]) -> None:
+    """Check what a ``state_dict`` has beside its best metric: counts and arrays."""
+    for key, value in saved.items():
+        if key == "best_params" and value is not None:
+            check_arrays(key, value)
+        elif key not in ("best", "best_params"):
+            check_count(key, value, -1 if key == "best_look" else 0)

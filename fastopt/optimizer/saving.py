@@ -90,7 +90,8 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
     for name, shape in (one for part in there for one in part):
         if shape != shapes[name]:
             raise ValueError(
-                f"{name} has shape {shape} in the state, but {shapes[name]} here"
+                f"parameter {name} has shape {shape} in the state, but shape "
+                f"{shapes[name]} in this optimizer"
             )
 
     def arrange(what: str, items: Sequence[Any]) -> list[Any]:
@@ -202,7 +203,7 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
     for i, (group, values) in enumerate(zip(groups, saved["groups"], strict=True)):
         if not isinstance(values, Mapping):
             raise TypeError(f'state["groups"][{i}] must be a dict, got {shown(values)}')
-        if not isinstance(values.get("frozen"), bool):
+        if not isinstance(values.get("frozen"), (bool, np.bool_)):
             raise TypeError(f'state["groups"][{i}]["frozen"] must be True or False')
         for key in group:
             if key not in values and not callable(group[key]):

@@ -145,7 +145,10 @@ class Bound:
         """New arrays with the parameters to use, in the structure of the parameters."""
         rule, params, dtype = self.rule, self.params, self.params.arrays[0].dtype
         if rule.evaluate is None:
-            raise TypeError(f"the parameters of {rule.name} are those to use")
+            raise TypeError(
+                f"{rule.name} has no other parameters for evaluation; use those that "
+                f"it updates"
+            )
         evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
         count = evaluate.__code__.co_argcount - len(rule.state) - 1
         rows = [

@@ -1,6 +1,6 @@
-"""Adadelta: steps by the ratio of two running roots, without a unit. Zeiler 2012,
-arXiv:1212.5701. As torch: with a learning rate, and weight decay added to the gradient;
-the two roots are taken as one, of the quotient.
+"""Adadelta: scales the gradient by the ratio of two running root mean squares. Zeiler
+2012, arXiv:1212.5701. As in torch, there is a learning rate, and weight decay is added
+to the gradient. The ratio of the two roots is computed as one root of the quotient.
 """
 
 from fastopt.rule import Rule, sqrt

@@ -1,5 +1,5 @@
-"""Adafactor: the second moment of a matrix is kept of its rows and columns alone.
-Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6, as torch has them. It is
+"""Adafactor: stores the second moments of a matrix as one per row and per column.
+Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6, as in torch. Use the class
 ``fastopt.Adafactor``, which knows the epsilon of the parameters' dtype.
 """
 

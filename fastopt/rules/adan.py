@@ -1,7 +1,7 @@
 """Adan: Adam with the momentum of the gradients' differences. Xie et al. 2022,
-arXiv:2208.06677. As the authors' code, whose betas are 1 less the paper's: the last
-gradient of the first step is that step's own; weight decay is proximal, or, with
-``no_prox``, decoupled as AdamW's.
+arXiv:2208.06677. As in the authors' code, betas are 1 minus the paper's, and at the
+first step the previous gradient is taken to be the current one. Weight decay is
+proximal or, with ``no_prox``, decoupled as in AdamW.
 """
 
 from fastopt.rule import Rule, sqrt

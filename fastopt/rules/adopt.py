@@ -1,7 +1,7 @@
-"""ADOPT: Adam that divides by the second moment of before, and converges with any
-beta2. Taniguchi et al. 2024, arXiv:2411.02853. As the authors' code: the first step
-only takes the squares in; normalised gradients are clipped to the fourth root of the
-steps before; weight decay is added to the gradient.
+"""ADOPT: Adam that divides by the previous second moment, and converges with any
+beta2. Taniguchi et al. 2024, arXiv:2411.02853. As in the authors' code, the first step
+only initializes the second moment, normalised gradients are clipped to the fourth root
+of the number of completed steps, and weight decay is added to the gradient.
 """
 
 from fastopt.rule import Rule, maximum, minimum, sqrt

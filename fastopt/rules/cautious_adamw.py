@@ -1,6 +1,7 @@
-"""C-AdamW: AdamW that moves only what the gradient agrees with. Liang et al. 2024,
-arXiv:2411.16085. As the authors' code, what moves is scaled by n / k, at most 1000,
-where k of an array's n elements do; unlike it and as torch, eps is corrected for bias.
+"""C-AdamW: AdamW that moves only elements whose update and gradient agree in sign.
+Liang et al. 2024, arXiv:2411.16085. As in the authors' code, the update is scaled by
+n / k, at most 1000, where k of n elements move. Unlike there and as in torch, eps is
+corrected for bias.
 """
 
 from fastopt.rule import Rule, sign, sqrt, where

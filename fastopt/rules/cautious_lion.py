@@ -1,6 +1,6 @@
-"""C-Lion: Lion that moves only what the gradient agrees with. Liang et al. 2024,
-arXiv:2411.16085. As the authors' code, what moves is scaled by n / (k + 1), where k of
-an array's n elements do; weight decay is from the old parameters.
+"""C-Lion: Lion that moves only elements whose update and gradient agree in sign. Liang
+et al. 2024, arXiv:2411.16085. As in the authors' code, the update is scaled by
+n / (k + 1), where k of n elements move, and weight decay uses the old parameters.
 """
 
 from fastopt.rule import Rule, sign, where

@@ -1,6 +1,6 @@
 """MARS-AdamW: AdamW on gradients of less variance. Yuan et al. 2024, arXiv:2411.10438.
-The authors' approximate form, with the gradient of the step before (at first 0, unlike
-timm); here for arrays of any shape, not only matrices.
+This is the authors' approximate form, with the gradient of the previous step (0 at the
+first step, unlike in timm). It applies to arrays of any shape, not only to matrices.
 """
 
 from fastopt.rule import Rule, sqrt, wide

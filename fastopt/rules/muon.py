@@ -1,10 +1,10 @@
 """Muon: momentum made orthogonal, for matrices; AdamW for all other arrays. Jordan et
 al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, for
-``match_rms_adamw``. It is ``fastopt.Muon``, which does the products.
+``match_rms_adamw``. Use the class ``fastopt.Muon``, which computes the products.
 
-Momentum and weight decay are as torch has them: an average of the gradients, decoupled.
-Of a matrix, ``v`` holds what is made orthogonal. Only the step itself changes the
-momentum, so that one which is interrupted among the products has changed nothing.
+As in torch, the momentum is an average of the gradients, and weight decay is decoupled.
+For a matrix, ``v`` holds the orthogonalized update. Only the step itself changes the
+momentum, so a step that is interrupted during the products has changed nothing.
 """
 
 from fastopt.rule import Rule, sqrt, where

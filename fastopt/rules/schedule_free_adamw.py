@@ -1,6 +1,6 @@
-"""Schedule-free AdamW: no schedule, and no end to be known. Defazio et al. 2024,
-arXiv:2405.15682. As the authors' code: gradients are taken at the parameters (y), to be
-used is ``eval_params()`` (x); weight decay is at y.
+"""Schedule-free AdamW: needs no schedule and no known number of steps. Defazio et al.
+2024, arXiv:2405.15682. As in the authors' code, gradients are taken at the parameters
+(y); evaluate with ``eval_params()`` (x). Weight decay is applied at y.
 """
 
 from fastopt.rule import Rule, sqrt

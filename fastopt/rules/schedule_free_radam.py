@@ -1,7 +1,7 @@
-"""Schedule-free RAdam: no schedule, no warmup, and no end to be known. Defazio et al.
-2024, arXiv:2405.15682; Liu et al. 2020, arXiv:1908.03265. As the authors' code: the
-first steps, which are not rectified, move nothing, or, without ``silent_sgd_phase``, by
-the gradient; to be used is ``eval_params()``.
+"""Schedule-free RAdam: needs no schedule, no warmup and no known number of steps.
+Defazio et al. 2024, arXiv:2405.15682; Liu et al. 2020, arXiv:1908.03265. As in the
+authors' code, the first steps, which are not rectified, change nothing or, without
+``silent_sgd_phase``, move by the gradient. Evaluate with ``eval_params()``.
 """
 
 from fastopt.rule import Rule, sqrt, where

@@ -1,8 +1,9 @@
 """Sophia-G: momentum by a clipped estimate of the Hessian's diagonal. Liu et al. 2023,
-arXiv:2305.14342. Every ten steps or so call ``opt.estimate(grads)`` with the gradients
-of the mean loss for labels drawn from the model's own output. As the authors' code, the
-estimate's factor is ``rho * bs``, ``bs`` the number of examples (tokens) in a batch;
-until the first estimate steps have their largest size. Weight decay is decoupled.
+arXiv:2305.14342. About every ten steps, call ``opt.estimate(grads)`` with the gradients
+of the mean loss for labels drawn from the model's own output. As in the authors' code,
+the estimate's factor is ``rho * bs``, where ``bs`` is the number of examples (tokens)
+per batch. Steps before the first estimate have the maximal size. Weight decay is
+decoupled.
 """
 
 from fastopt.rule import Rule, minimum, sign
@@ -10,7 +11,9 @@ from fastopt.rule import Rule, minimum, sign
 
 def scalars(t, lr=1e-4, beta1=0.965, beta2=0.99, rho=0.04, bs=5120.0, weight_decay=0.1):
     if rho < 0 or bs <= 0:
-        raise ValueError(f"rho and bs must be positive, got {rho!r} and {bs!r}")
+        raise ValueError(
+            f"rho must be at least 0 and bs must be above 0, got {rho!r} and {bs!r}"
+        )
     return lr, 1 - beta1, rho * bs, 1e-15, 1.0, lr * weight_decay
 
 

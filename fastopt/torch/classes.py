@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastopt import rules
+from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.rules.adafactor import adafactor
 from fastopt.rules.muon import muon
@@ -243,6 +244,7 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
     >>> w.data
     tensor([0.9000, 0.9000, 0.9000])
     """
+    check_rule("rule", rule)
     options: dict[str, Any] = {}
     for key, default in rule.hyperparameters.items():
         pair, _ = PAIRS.get(key, (None, 0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastopt.memory.arena import STAGGER, zeroed
+from fastopt.optimizer.refusals import named
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.torch.memory import is_hollow
 
@@ -69,9 +70,8 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     torch.Size([11])
     >>> opt = fastopt.torch.AdamW(model.parameters(), lr=0.1)
     """
-    params = model.parameters() if isinstance(model, torch.nn.Module) else model
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for param in dict.fromkeys(params):
+    for param in parameters(model):
         if param.requires_grad:
             kinds.setdefault((param.dtype, param.device), []).append(param)
     for param in itertools.chain.from_iterable(kinds.values()):
@@ -115,9 +115,8 @@ def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
     >>> model.bias.untyped_storage().nbytes()
     8
     """
-    params = model.parameters() if isinstance(model, torch.nn.Module) else model
     moves: list[Call] = []
-    for param in dict.fromkeys(params):
+    for param in parameters(model):
         if param.grad is not None and in_flat_buffer(param.grad):
             moves.append(partial(setattr, param, "grad", param.grad.clone()))
         if param.layout is torch.strided:
@@ -125,6 +124,21 @@ def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
             if param.untyped_storage().nbytes() > own:
                 moves.append(partial(setattr, param, "data", param.data.clone()))
     uninterrupted(*moves)
+
+
+def parameters(model: torch.nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    """Those of a module, or these; each once."""
+    if isinstance(model, torch.nn.Module):
+        return list(dict.fromkeys(model.parameters()))
+    wanted = "model must be a torch.nn.Module, or a list of parameters"
+    if isinstance(model, Tensor) or not isinstance(model, Iterable):
+        advice = "pass [param]" if isinstance(model, Tensor) else "pass the model"
+        raise TypeError(f"{wanted}, got {named(model)}; {advice}")
+    params = list(model)
+    for param in params:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{wanted}, got one with {named(param)} in it")
+    return list(dict.fromkeys(params))
 
 
 def flattened(params: list[Tensor]) -> tuple[Flat, list[Call]]:

@@ -267,7 +267,7 @@ class Plan:
                 if asked.nonfinite != "propagate" and not all(ok for _, ok in found):
                     if asked.nonfinite == "raise":
                         raise FloatingPointError(
-                            "not all is finite in the gradients; nothing was updated"
+                            "infinity or NaN in the gradients; nothing was updated"
                         )
                     skipped = optimizer["skipped"] + 1
                     last.append(partial(optimizer.update, skipped=skipped))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastopt.optimizer.refusals import named
 from fastopt.torch.step import Stepping
 
 
@@ -53,6 +54,12 @@ def release_gradients_(optimizer: Stepping) -> Released:
     >>> model.weight.grad is None
     True
     """
+    if not isinstance(optimizer, Stepping):
+        raise TypeError(
+            f"optimizer must be one of fastopt.torch, whose parameters can be updated "
+            f"one by one, got {named(optimizer)}; make one, as in "
+            f"fastopt.torch.AdamW(params)"
+        )
     optimizer.check_single_steps()
     handles = [
         param.register_post_accumulate_grad_hook(stepping(weakref.ref(optimizer)))

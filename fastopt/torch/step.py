@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torchs
 
-from fastopt.optimizer import checks
+from fastopt.optimizer import checks, refusals
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -265,7 +265,7 @@ class Stepping(Optimizer):
                 for group in self.param_groups
                 for i, p in enumerate(group["params"])
             }
-            group, _ = self._places[param]
+            group, _ = self._places.get(param) or refusals.no_parameter(param)
         return group
 
     def check_single_steps(self) -> None:
@@ -288,7 +288,7 @@ class Stepping(Optimizer):
         ``SophiaG``: from the gradients that the parameters have now, of what the rule's
         page says. Nothing else changes."""
         if not any(rule.estimate for rule in self._rules):
-            raise TypeError(f"{type(self).__name__} works without estimates")
+            raise TypeError(f"{type(self).__name__} does not use estimates")
         with self._turns.lock:
             while not self._estimate():
                 pass
@@ -567,10 +567,10 @@ class Stepping(Optimizer):
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
     def ema_params(self) -> list[Tensor]:
-        """The moving average of each parameter, in their order; before its first step
-        the parameter itself."""
+        """Each parameter's moving average; before its first step, the parameter."""
         if self.ema is None:
-            raise RuntimeError(f"make the {type(self).__name__} with ema=0.999, say")
+            made = f"{type(self).__name__}(..., ema=0.999)"
+            raise RuntimeError(f"ema_params() needs an optimizer made with ema: {made}")
         return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
 
     def eval_params(self) -> list[Tensor]:

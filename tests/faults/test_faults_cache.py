@@ -167,6 +167,20 @@ def test_damaged_entries(folder, campaign):
         campaign.attempt((kind, at), check_damage, folder, bytes(data))
 
 
+HEADERS = [b'["e", [1]]', b'[1, ["e"]]', b'["e", "memset"]', b'["e", {"memset": 1}]']
+HEADERS += [b"[null, null]", b'[["e"], []]', b"[" * 100_000, b'{"e": 1, "f": []}']
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_headers_of_something_else_under_a_good_checksum(folder, header):
+    data = kernel_cache._sealed(KEY, header + b"\n" + KERNEL.object)
+    (folder / KEY).write_bytes(data)
+    found, said = look()
+    assert found is None and "ignoring the cached kernel" in said
+    kernel_cache.save(KEY, KERNEL)
+    assert look() == (KERNEL, "")
+
+
 def test_each_byte_before_the_code_and_the_entry_of_another_kernel(folder, campaign):
     sound = (folder / KEY).read_bytes()
     for at in range(len(sound) - len(KERNEL.object)):

@@ -285,7 +285,7 @@ def test_estimates():
     python.step(arrays(2))
     assert same(params, start)
     assert same(jax.tree.leaves(state.buffers["h"]), python.state["h"])
-    with pytest.raises(TypeError, match="adamw works without estimates"):
+    with pytest.raises(TypeError, match="adamw does not use estimates"):
         fj.adamw().estimate(params, state)
 
 

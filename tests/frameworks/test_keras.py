@@ -22,6 +22,12 @@ import torch  # noqa: E402
 import fastopt.keras as optimizers  # noqa: E402
 
 SHAPES = {"kernel": (5, 3), "bias": (3,), "scale": (1,), "tower": (2, 3, 2)}
+ATTRIBUTES = [  # set before the first step, and then
+    ("adamw", {"beta1": (0.5, 0.0), "eps": (1e-3, 1e-2)}),
+    ("sgd", {"momentum": (0.0, 0.75)}),
+    ("sgd", {"momentum": (0.5, 0.25), "nesterov": (True, False)}),
+    ("lion", {"beta2": (0.75, 0.5), "beta1": (0.25, 0.125)}),
+]
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.05, 2, 0.7)
 
 
@@ -132,6 +138,80 @@ def test_a_learning_rate_that_is_set():
     optimizer.apply([torch.ones(v.shape) for v in weights], weights)
     for new, old in zip(values(weights), before, strict=True):
         assert same_bits(new, old - np.float32(0.25))
+
+
+@pytest.mark.parametrize("name, options", ATTRIBUTES)
+def test_hyperparameters_that_are_set(name, options):
+    """Before the first step, and between two."""
+    rule, optimizer = getattr(fastopt, name), getattr(optimizers, name)(0.125)
+    params, weights = values(variables()), variables()
+    opt = rule(params, lr=0.125)
+    for attribute, (first, _) in options.items():
+        assert getattr(optimizer, attribute) == rule.hyperparameters[attribute]
+        for made in (optimizer, opt):
+            setattr(made, attribute, first)
+    for i, grads in enumerate(gradients(4)):
+        if i == 2:
+            for attribute, (_, second) in options.items():
+                setattr(optimizer, attribute, second)
+                setattr(opt, attribute, second)
+        optimizer.apply(tensors(grads), weights)
+        opt.step(grads)
+    assert all(map(same_bits, values(weights), params))
+    config = optimizer.get_config()
+    again = type(optimizer).from_config(config)
+    for attribute, (_, second) in options.items():
+        assert config[attribute] == second == getattr(optimizer, attribute)
+        assert getattr(again, attribute) == second
+
+
+def test_hyperparameters_that_cannot_be_set():
+    weights, optimizer = variables(), optimizers.adamw(0.125)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="beta1 must be in"):
+            optimizer.beta1 = 2.0
+        with pytest.raises(TypeError, match="eps must be a number, got 'a'"):
+            optimizer.eps = "a"
+        with pytest.raises(AttributeError, match="is called learning_rate"):
+            optimizer.lr = 0.5
+        with pytest.raises(AttributeError, match="'adamw' object has no attribute 'x'"):
+            _ = optimizer.x
+        assert (optimizer.beta1, optimizer.eps) == (0.9, 1e-8)
+        optimizer.apply(tensors(gradients(1)[0]), weights)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "lion", "gd"])
+def test_no_weight_decay(name, built):
+    """None after the optimizer was made: 0, as to Keras, and so it is saved."""
+    results = []
+    for none in (None, 0.0):
+        optimizer = getattr(optimizers, name)(0.125, weight_decay=0.5)
+        weights = variables()
+        for i, grads in enumerate(gradients(3)):
+            if i == int(built):
+                optimizer.weight_decay = none
+            optimizer.apply(tensors(grads), weights)
+        again = type(optimizer).from_config(optimizer.get_config())
+        other = variables()
+        for grads in gradients(3):
+            again.apply(tensors(grads), other)
+        results.append([*values(weights), *values(other)])
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize(
+    "rate", [fastopt.schedules.cosine(0.1, 10), lambda step: 0.1, type(SCHEDULE)]
+)
+def test_learning_rates_that_keras_cannot_call(rate):
+    words = "learning_rate must be a float.* got <?.*; use a keras LearningRateSchedule"
+    with pytest.raises(TypeError, match=words):
+        optimizers.adamw(rate)
+    optimizer = optimizers.adamw(lambda: 0.125)
+    with pytest.raises(TypeError, match=words):
+        optimizer.learning_rate = rate
+    want, _ = plainly_trained(fastopt.adamw, lr=0.125)
+    assert all(map(same_bits, trained(optimizer), want))
 
 
 def test_a_rule_of_your_own():
@@ -426,12 +506,27 @@ def test_settings_that_change_are_saved(tmp_path):
         made.optimizer.learning_rate = 0.02
     for made in (once, first):
         made.optimizer.weight_decay = 0.1
+        made.optimizer.beta1 = 0.5
     second = saved(first, tmp_path / "model.keras")
     assert float(second.optimizer.learning_rate) == np.float32(0.02)
-    assert second.optimizer.weight_decay == 0.1
+    assert second.optimizer.weight_decay == 0.1 and second.optimizer.beta1 == 0.5
     fit(once, 1), fit(second, 1), fit(unchanged, 1)
     assert all(map(same_bits, second.get_weights(), once.get_weights()))
     assert not all(map(same_bits, once.get_weights(), unchanged.get_weights()))
+
+
+@pytest.mark.parametrize("first, then", [(0.5, 0.0), (0.0, 0.5)])
+def test_momentum_that_is_switched_is_saved(first, then, tmp_path):
+    once, other = (model(optimizers.sgd(0.05, momentum=first)) for _ in range(2))
+    for made in (once, other):
+        fit(made, 1)
+        made.optimizer.momentum = then
+        fit(made, 1)
+    second = saved(other, tmp_path / "model.keras")
+    for momentum in (then, 0.75):
+        once.optimizer.momentum = second.optimizer.momentum = momentum
+        fit(once, 1), fit(second, 1)
+        assert all(map(same_bits, second.get_weights(), once.get_weights()))
 
 
 def test_states_that_do_not_fit(tmp_path):
@@ -468,6 +563,23 @@ def test_variables_that_moved():
     with pytest.raises(RuntimeError, match="scale has moved to other memory"):
         optimizer.apply(tensors(gradients(1)[0]), weights)
     assert optimizer._optimizer.steps == 0
+
+
+@pytest.mark.parametrize("change", ["strides", "sign"])
+def test_variables_that_lie_otherwise_in_the_same_memory(change):
+    rng = np.random.default_rng(3)
+    variable = keras.Variable(rng.normal(size=(3, 3)), dtype="float32", name="square")
+    optimizer = optimizers.adam(0.125)
+    optimizer.apply([torch.ones(3, 3)], [variable])
+    data = variable.value.data
+    before = data.clone()
+    variable.value.data = data.t() if change == "strides" else torch._neg_view(data)
+    with pytest.raises(RuntimeError, match="square has moved.* or lies there"):
+        optimizer.apply([torch.ones(3, 3)], [variable])
+    assert optimizer._optimizer.steps == 1 and torch.equal(data, before)
+    variable.value.data = data
+    optimizer.apply([torch.ones(3, 3)], [variable])
+    assert optimizer._optimizer.steps == 2
 
 
 def test_variables_that_do_not_fit():

@@ -1,6 +1,7 @@
 """Rules as methods of scipy.optimize.minimize: what is found, why it ended, and what
 was counted on the way."""
 
+import inspect
 import pickle
 import warnings
 
@@ -20,10 +21,13 @@ from scipy.optimize import (  # noqa: E402
     rosen,
     rosen_der,
 )
+from scipy.sparse import coo_array, csr_array  # noqa: E402
 
 import fastopt.scipy as methods  # noqa: E402
 
 X0 = np.array([-1.2, 1.0])
+NUMBER = "the objective must return a number, got "
+DENSE = "the gradient must be a dense array of numbers, got "
 
 
 def bowl(x):
@@ -127,6 +131,24 @@ def test_a_rule_of_your_own():
     mine = fastopt.Rule(update, lambda t, lr=0.1: (lr,), name="mine")
     got = run(methods.Method(mine), backend="numpy", maxiter=5)
     assert same_bits(got.x, run(methods.gd, maxiter=5).x)
+
+
+def test_a_rule_whose_hyperparameters_are_named_as_options():
+    """Their values would go to the method alone."""
+    options = [*inspect.signature(methods.sgd.__call__).parameters]
+    assert {"clip_norm", "maxiter", "gtol", "tol", "args", "x0"} < {*options}
+    rules_own = {"backend", "threads", "options"}  # which no rule, or every, may have
+    for name in {*options, "self"} - rules_own:
+        names = {}
+        exec(f"def scalars(t, lr=0.1, {name}=2.0): return (lr * {name},)", names)
+        mine = fastopt.Rule(fastopt.gd.update, names["scalars"], name="mine")
+        with pytest.raises(ValueError, match=f"mine has hyper.*options.*: {name}; ren"):
+            methods.Method(mine)
+    mine = fastopt.Rule(fastopt.gd.update, lambda t, lr=0.1, options=2.0: (lr,))
+    assert run(methods.Method(mine), options=3.0, maxiter=2).nit == 2
+    for wrong in ("adam", fastopt.Muon, None):
+        with pytest.raises(TypeError, match="rule must be a rule, got .*fastopt.adamw"):
+            methods.Method(wrong)
 
 
 def test_methods_go_to_other_processes():
@@ -266,6 +288,27 @@ def test_sizes():
         ({"fun": lambda x: (x, x)}, ValueError, r"must return a number, got .* \(3,\)"),
         ({"fun": lambda x: (1.0, x[:2])}, ValueError, r"of x, \(3,\), got \(2,\)"),
         ({"options": {"clip_norm": -1.0}}, ValueError, "clip_norm"),
+        ({"options": {"maxiter": "5"}}, TypeError, "maxiter must be a number, got '5'"),
+        ({"options": {"gtol": "a"}}, TypeError, "gtol must be a number, got 'a'"),
+        ({"options": {"xtol": [1]}}, TypeError, r"xtol must be a number, got \[1\]"),
+        ({"options": {"ftol": 1j}}, TypeError, "ftol must be a number, got 1j"),
+        ({"tol": "1"}, TypeError, "tol must be a number, got '1'"),
+        *(
+            ({"fun": lambda x, f=f: f, "jac": rosen_der}, TypeError, f"{NUMBER}{words}")
+            for f, words in ((None, "None"), (1j, "1j"), ("1.5", "'1.5'"), ({}, "{}"))
+        ),
+        *(
+            ({"fun": rosen, "jac": lambda x, g=g: g}, TypeError, f"{DENSE}{words}")
+            for g, words in (
+                (None, "None"),
+                (1j * np.ones(3), "array"),
+                (["1", "2", "3"], r"\['1'"),
+                ([1.0, None, 2.0], r"\[1.0, None"),
+                ([[1.0], [1.0, 2.0]], r"\[\[1.0\]"),
+                (csr_array(np.ones((1, 3))), "a sparse csr_array; return"),
+                (coo_array(np.ones(3)), "a sparse coo_array; return"),
+            )
+        ),
     ],
 )
 def test_refusals(wrong, error, message):

@@ -102,6 +102,30 @@ def test_refusals(wrong, error, message):
     assert all(map(same_bits, given, before))
 
 
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"weights": [1.0] * 10}, TypeError, r"weights must be a NumPy array, got \[1"),
+        ({"gradient": None}, TypeError, "gradient must be a NumPy array, got None"),
+        ({"mom2": "m"}, TypeError, "mom2 must be a NumPy array, got 'm'"),
+        ({"learn_rate": None}, TypeError, "learn_rate must be a number, got None"),
+        ({"learn_rate": np.nan}, ValueError, "learn_rate must be finite, got nan"),
+        ({"learn_rate": 1e39}, ValueError, "learn_rate 1e[+]39.*too large for float32"),
+        ({"eps": -1e39}, ValueError, "eps -1e[+]39.*too large for float32"),
+        ({"beta1": "a"}, TypeError, "beta1 must be a number"),
+        ({"beta2": 1j}, TypeError, "beta2 must be a number"),
+        ({"mod_rate": 0}, ValueError, "mod_rate must not be 0"),
+    ],
+)
+def test_other_things_are_refused(wrong, error, message):
+    names = ("weights", "gradient", "mom1", "mom2")
+    sound = dict(zip(names, arrays(10), strict=True))
+    before = [np.copy(a) for a in sound.values()]
+    with pytest.raises(error, match=message):
+        ours.OPS.adam(**{**sound, **GIVEN, **wrong})
+    assert all(map(same_bits, sound.values(), before))
+
+
 def locked(array):
     array.flags.writeable = False
     return array

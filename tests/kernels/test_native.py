@@ -443,7 +443,7 @@ def test_numba_refuses():
         njit_steps("nadam")(*good)
     for change, message in (
         ({3: values[:3].copy()}, "as many hyperparameters as the rule has"),
-        ({1: np.ones(3)}, "p, g and state must be of one size"),
+        ({1: np.ones(3)}, "p, g and state must have the same size"),
         ({3: -values}, "a hyperparameter is out of its range"),
         ({1: p}, "parameters, gradients and state of a segment overlap"),
     ):

@@ -440,6 +440,23 @@ def test_groups_and_the_epsilon_of_the_dtype():
         opt.add_group([c])
 
 
+def test_an_eps1_of_none_in_a_group():
+    """None is the machine epsilon, whatever the others have."""
+    for dtype in DTYPES:
+        a, b, c = (draw(k, (3, 2), dtype) for k in range(3))
+        alone = [x.copy() for x in (a, b)]
+        groups = [{"params": a, "eps1": None}, {"params": b, "lr": 0.1}]
+        opt = fastopt.Adafactor(groups, eps1=0.5)
+        opt.step([draw(9, (3, 2), dtype)] * 2)
+        for x, given in zip(alone, ({}, {"lr": 0.1, "eps1": 0.5}), strict=True):
+            fastopt.Adafactor(x, **given).step(draw(9, (3, 2), dtype))
+        assert same_bits(a, alone[0]) and same_bits(b, alone[1])
+        opt.add_group({"params": c, "eps1": None})
+        eps = float(np.finfo(dtype).eps)
+        assert [group["eps1"] for group in opt.groups] == [eps, 0.5, eps]
+        assert groups[0]["eps1"] is None  # the caller's own
+
+
 def test_arrays_of_a_flat_buffer_are_factored_one_by_one():
     flat = fastopt.flatten({"w": draw(0, (4, 3)), "b": draw(1, (5,))})
     tree = {"w": draw(0, (4, 3)), "b": draw(1, (5,))}

@@ -426,7 +426,7 @@ def test_imtl_g_of_dependent_tasks():
     J = np.array([a, -3 * a])
     np.testing.assert_allclose(multitask.imtl_g(J @ J.T) @ J, 0, atol=1e-9)
     J = np.array([a, a + b, a + b + b, a + 4 * b])  # on a line, not through zero
-    with pytest.raises(ValueError, match="IMTL-G has no weights"):
+    with pytest.raises(ValueError, match="IMTL-G has no solution"):
         multitask.imtl_g(J @ J.T)
 
 

@@ -462,6 +462,19 @@ def test_what_a_group_has_no_use_for():
         fastopt.Muon([{"params": w, "betas": (0.9, 0.95)}])
 
 
+def test_use_muon_may_be_numpys():
+    a, b = draw(0)["wide"], draw(0)["wide"]
+    for flag in (True, False):
+        numpys = fastopt.Muon([{"params": a, "use_muon": np.bool_(flag)}])
+        pythons = fastopt.Muon([{"params": b, "use_muon": flag}])
+        numpys.groups[0]["use_muon"] = np.bool_(flag)
+        numpys.step([draw(1)["wide"]])
+        pythons.step([draw(1)["wide"]])
+        assert numpys.groups[0]["use_muon"] is flag and same_bits(a, b)
+        with pytest.raises(ValueError, match=f"is {flag} and cannot become"):
+            numpys.groups[0]["use_muon"] = np.bool_(not flag)
+
+
 def test_use_muon_stays():
     w = np.eye(3)
     opt = fastopt.Muon([{"params": w}, {"params": np.ones(2)}])

@@ -196,7 +196,7 @@ def test_a_rule_that_fails_leaves_all_as_it_was():
 
     rule = fastopt.Rule(fails_for_three, scalars)
     params = [np.ones(2), np.ones(3)]
-    with pytest.raises(ValueError, match="ambiguous"):
+    with pytest.raises(TypeError, match="ambiguous"):
         rule(params, backend="numpy")
     assert all(np.all(p == 1) for p in params)
 
@@ -445,6 +445,8 @@ def test_rules():
         fastopt.Rule(lambda p, g, m, lr: (p - lr * g,), scalars, state=("m",))(
             np.ones(3)
         )
+    with pytest.raises(TypeError, match=r"must return \(p,\), a tuple of 1, got 2"):
+        fastopt.Rule(lambda p, g, lr: (p, g), scalars)(np.ones(3))
     for name in ("groups", "threads", "backend", "_count"):
         with pytest.raises(TypeError, match=f"may not be named '{name}'"):
             fastopt.Rule(
@@ -470,6 +472,78 @@ def halved(x):
     return 0.5 * x
 
 
+def branching(p, g, lr):
+    return (p - lr * (g if g > lr else p),)
+
+
+def rooted(p, g, lr):
+    return (p - lr * math.sqrt(g),)
+
+
+def settled(t, n, total, lr):
+    return (lr,)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("function", [branching, rooted])
+def test_functions_that_fail_on_arrays(function, backend):
+    message = f"{function.__name__} of 'mine' fails on arrays; use where, not if, and"
+    rule = fastopt.Rule(function, scalars, name="mine")
+    with pytest.raises(TypeError, match=message) as raised:
+        rule(np.ones(3), backend=backend)
+    assert isinstance(raised.value.__cause__, (TypeError, ValueError))
+    rule = fastopt.Rule(
+        lambda p, g, lr: (p,), scalars, measure=function, settle=settled, name="mine"
+    )
+    with pytest.raises(TypeError, match=message):
+        rule(np.ones(3), backend=backend)
+
+
+NO_SCHEDULES = {
+    "no argument": lambda: 0.1,
+    "two arguments": lambda n, rate: rate,
+    "by name": lambda *, n: 0.1,
+}
+
+
+@pytest.mark.parametrize("name", NO_SCHEDULES)
+@pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.adamc])
+def test_schedules_take_the_completed_steps(rule, name):
+    schedule, opt = NO_SCHEDULES[name], rule(np.ones(3), lr=0.1)
+    message = "must be a number, or a schedule: .* completed steps, but .* one argument"
+    with pytest.raises(TypeError, match=f"^lr {message}"):
+        rule(np.ones(3), lr=schedule)
+    with pytest.raises(TypeError, match=rf'^groups\[1\]\["lr"\] {message}'):
+        rule([{"params": np.ones(3)}, {"params": np.ones(2), "lr": schedule}])
+    with pytest.raises(TypeError, match=f"^lr {message}"):
+        opt.lr = schedule
+    assert opt.lr == 0.1
+
+
+def test_errors_inside_a_schedule_are_its_own():
+    def schedule(n, rate=0.1):
+        return rate + "n"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        fastopt.adamw(np.ones(3), lr=schedule)
+    opt = fastopt.adamw(np.ones(3), lr=lambda n, rate=0.1: rate / (n + 1))
+    opt.step(np.ones(3))
+    assert opt.groups[0].at(1)[0] == 0.05
+
+
+def test_no_hyperparameters_at_all():
+    rule = fastopt.Rule(lambda p, g, lr: (p - lr * g,), lambda t: (0.1,), name="mine")
+    with pytest.raises(
+        TypeError, match="^mine has no hyperparameter 'lr'; it has none$"
+    ):
+        rule(np.ones(3), lr=0.1)
+    groups = [{"params": np.ones(3)}, {"params": np.ones(2), "foo": 1}]
+    with pytest.raises(
+        TypeError, match=r"^groups\[1\]: adamw has no .*'foo'; it has lr"
+    ):
+        fastopt.adamw(groups)
+
+
 def test_switches_without_a_variant():
     def scalars(t, a=0.0, b=0.0):
         return (a,)
@@ -493,6 +567,33 @@ def test_the_name_of_a_rule():
 
     update.__module__ = "__main__"
     assert fastopt.Rule(update, scalars).name == "update"
+
+
+def test_frozen_is_no_hyperparameter():
+    opt = fastopt.adamw([{"params": np.ones(2)}, {"params": np.ones(3)}])
+    words = r"attribute of a group; set opt.groups\[1\].frozen"
+    with pytest.raises(TypeError, match=words):
+        opt.groups[1]["frozen"] = True
+    with pytest.raises(TypeError, match=words):
+        opt.groups[1].update(frozen=True)
+    with pytest.raises(TypeError, match=r"set opt.groups\[0\].frozen"):
+        fastopt.adamw(np.ones(2), frozen=True)
+
+
+def test_a_group_without_params():
+    p, own = np.ones(2), {"params": np.ones(3)}
+    words = r'params\[{}\] sets lr as a group does, but has no "params"; it has'
+    for groups, at in (
+        ([{"param": p, "lr": 0.1}], 0),
+        ([{"lr": 1, "weights": p}], 0),
+        ([own, {"parameters": [p], "lr": 0.1}], 1),
+    ):
+        for make in (fastopt.adamw, fastopt.Muon, fastopt.Adafactor):
+            with pytest.raises(TypeError, match=words.format(at)):
+                make(groups)
+    opt = fastopt.gd([{"w": p, "lr": np.ones(2)}], lr=0.5)  # a parameter named so
+    opt.step([{"w": p * 1.0, "lr": p * 1.0}])
+    assert np.all(p == 0.5)
 
 
 def test_generators_are_not_lists():

@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite(rule, bad, backend):
     before = copies(everything(opt, params))
     grads = arrays(2)
     grads[-1][-1] = bad
-    with pytest.raises(FloatingPointError, match=r"finite in grads\[4\]; nothing was"):
+    with pytest.raises(FloatingPointError, match=r"NaN in grads\[4\]; nothing was"):
         opt.step(grads, nonfinite="raise")
     assert opt.skipped == 0
     opt.step(grads, nonfinite="skip", zero_grads=True)
@@ -366,6 +366,29 @@ def test_a_frozen_group(backend):
     assert np.all(second != 1)
     with pytest.raises(TypeError, match="True or False"):
         opt.groups[0].frozen = 1
+
+
+def test_frozen_may_be_numpys():
+    first, second = np.ones(3), np.ones(3)
+    flags = [np.bool_(False), np.bool_(True)]
+    groups = [
+        {"params": p, "frozen": flag}
+        for p, flag in zip((first, second), flags, strict=True)
+    ]
+    opt = fastopt.sgd(groups, lr=0.5)
+    opt.step([np.ones(3)] * 2)
+    assert np.all(first == 0.5) and np.all(second == 1)
+    opt.groups[0].frozen, opt.groups[1].frozen = flags[::-1]
+    opt.step([np.ones(3)] * 2)
+    assert np.all(first == 0.5) and np.all(second == 0.5)
+    assert [group.frozen for group in opt.groups] == [True, False]
+    opt.add_group({"params": np.ones(2), "frozen": np.bool_(True)})
+    assert opt.groups[2].frozen is True
+    saved = opt.state_dict()
+    for group in saved["groups"]:
+        group["frozen"] = np.bool_(not group["frozen"])
+    opt.load_state_dict(saved)
+    assert [group.frozen for group in opt.groups] == [False, True, False]
 
 
 @every_backend

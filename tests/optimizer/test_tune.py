@@ -548,8 +548,8 @@ def test_norms_of_a_step_are_enough():
 @pytest.mark.parametrize(
     "update, message",
     [
-        (lambda s: s.update_norms([1.0], 1.0), "two batches at least"),
-        (lambda s: s.update([np.ones(2)]), "two batches at least"),
+        (lambda s: s.update_norms([1.0], 1.0), "at least two batches"),
+        (lambda s: s.update([np.ones(2)]), "at least two batches"),
         (lambda s: s.update_norms([1.0, NAN], 1.0), "must be finite numbers, got nan"),
         (lambda s: s.update_norms([1.0, 1.0], INF), "must be finite numbers, got inf"),
         (lambda s: s.update_norms([1.0, -1.0], 0.1), "must be finite numbers, got -1"),

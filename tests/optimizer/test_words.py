@@ -211,3 +211,123 @@ def test_arrays_of_strings_are_no_arrays():
         fastopt.scale_hyperparameters({"lr": 0.1}, 2, np.ones(3))
     with pytest.raises(ValueError, match='mode must be "min" or "max"'):
         EarlyStopping(1, mode=np.ones(3))
+
+
+RULES = {  # where a rule is wanted
+    "torch": lambda rule: ft.optimizer(rule),
+    "native": lambda rule: fastopt.native.hyperparameters(rule),
+    "core": lambda rule: fastopt.Optimizer(rule, np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", sorted({*WHAT} - {"a rule"}))
+@pytest.mark.parametrize("door", RULES)
+def test_where_a_rule_is_wanted(door, what):
+    make, named = WHAT[what]
+    words = f"^rule must be a rule, got {named}.*; pass one of fastopt.RULES"
+    with pytest.raises(TypeError, match=words):
+        RULES[door](make())
+
+
+def test_where_a_rule_is_wanted_for_jax():
+    pytest.importorskip("jax", reason="jax is not installed")
+    import fastopt.jax
+
+    for rule, named in (("adam", "'adam'"), (fastopt.Muon, "the class Muon")):
+        with pytest.raises(TypeError, match=f"^rule must be a rule, got {named}; pass"):
+            fastopt.jax.optimizer(rule)
+
+
+@pytest.mark.parametrize("what", sorted({*WHAT} - {"an optimizer of fastopt.torch"}))
+def test_where_an_optimizer_of_fastopt_torch_is_wanted(what):
+    make, named = WHAT[what]
+    words = f"^optimizer must be one of fastopt.torch.*got {named}.*; make one"
+    with pytest.raises(TypeError, match=words):
+        ft.release_gradients_(make())
+
+
+@pytest.mark.parametrize("what", sorted({*WHAT} - {"a generator"}))
+def test_where_a_model_is_wanted(what):
+    make, named = WHAT[what]
+    named = "one with 1.5 in it" if what == "numbers" else named
+    named = "one with 'a' in it" if what == "a name" else named
+    words = f"^model must be a torch.nn.Module, or a list of parameters, got {named}"
+    for move in (ft.flatten_, ft.unflatten_):
+        with pytest.raises(TypeError, match=words):
+            move(make())
+        with pytest.raises(TypeError, match=r"got tensor.*; pass \[param\]"):
+            move(torch.ones(3))
+
+
+def test_parameters_of_another_optimizer():
+    mine, other = param(), param()
+    mine.grad, other.grad = torch.ones(3), torch.ones(3)
+    opt = ft.AdamW([mine], lr=0.1)
+    shape = r"a Parameter of torch.Size\(\[3\]\)"
+    for wrong, got in ((other, shape), (None, "None"), ("w", "'w'")):
+        with pytest.raises(
+            TypeError, match=f"one of the optimizer's.*got {got}, which"
+        ):
+            opt.step_param(wrong)
+    assert torch.equal(mine.data, torch.ones(3)) and not opt.state
+    opt.step_param(mine)
+    assert not torch.equal(mine.data, torch.ones(3))
+
+
+def hollow():
+    """Tensors that NumPy cannot copy, and why."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    ones = torch.ones(3)
+    return [
+        (ones.bfloat16(), "BFloat16"),
+        (torch._neg_view(ones), "negative bit"),
+        (ones.to_sparse(), "Sparse"),
+        (ones.to("meta"), "meta"),
+        (TwoTensor(ones, ones.clone()), "subclasses"),
+        (FakeTensorMode().from_tensor(ones), "subclasses"),
+    ]
+
+
+COPIES = {  # where arrays are copied
+    "step": ("params", lambda stop, x: stop.step(1.0, {"w": [x]})),
+    "minimize": ("x0", lambda stop, x: run(x0={"w": [x]})),
+    "update": (r"grads\[0\]", lambda stop, x: noise([{"w": [x]}] * 2)),
+}
+
+
+@pytest.mark.parametrize("door", COPIES)
+def test_where_arrays_are_copied(door):
+    name, call = COPIES[door]
+    for tensor, reason in hollow():
+        stop = EarlyStopping(2)
+        words = rf"^{name}\['?w'?\]\[0\] cannot be copied into a NumPy.*{reason}"
+        with pytest.raises(TypeError, match=words):
+            call(stop, tensor)
+        assert stop.state_dict() == EarlyStopping(2).state_dict()
+
+
+WATCHES = {
+    "EarlyStopping": (
+        lambda: EarlyStopping(2),
+        {"best_look": -2, "looks": -1, "wait": -1, "best_params": "abc"},
+    ),
+    "ReduceLROnPlateau": (ReduceLROnPlateau, {"bad": -1, "cooling": -1}),
+}
+
+
+@pytest.mark.parametrize("door", WATCHES)
+def test_saved_looks_are_checked(door):
+    make, fields = WATCHES[door]
+    watch, more = make(), [gd()] if door == "ReduceLROnPlateau" else [np.ones(3)]
+    watch.step(2.0, *more)
+    saved = watch.state_dict()
+    for key, less in fields.items():
+        wrong = ["abc", object()] if key == "best_params" else ["abc", None, 1.5, less]
+        for value in wrong:
+            with pytest.raises((TypeError, ValueError), match=f"^{key} must be"):
+                watch.load_state_dict(saved | {key: value})
+    again = make()
+    again.load_state_dict(saved)
+    assert str(again.state_dict()) == str(saved)

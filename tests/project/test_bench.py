@@ -385,7 +385,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_refusals_before_measuring(tmp_path):
-    with pytest.raises(SystemExit, match="nobody is called 'torch'; .*'torch fused'"):
+    with pytest.raises(SystemExit, match="unknown contender 'torch'; .*'torch fused'"):
         main(["bench", "--against", "torch"])
     with pytest.raises(SystemExit, match="cannot write to .*: No such file"):
         main(["bench", "--output", str(tmp_path / "none" / "there")])
