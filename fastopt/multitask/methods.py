@@ -1,32 +1,4 @@
-"""Several tasks: how much weight the gradient of each gets in a step.
-
-The gradients of m tasks are the rows of a matrix J. All that the methods here need of
-it is the Gram matrix of the products of every two rows, ``J @ J.T``, which :func:`gram`
-makes in one pass over J. They turn it into m weights; a step with these forms
-``weights @ J`` block by block, in the cache:
-
->>> import numpy as np, fastopt
->>> from fastopt import multitask
->>> w = np.zeros(3)
->>> opt = fastopt.gd(w, lr=1.0)
->>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # they conflict: J[0] @ J[1] < 0
->>> weights = multitask.upgrad(fastopt.gram(J))
->>> opt.step(J, weights=weights)
->>> bool((J @ w < 0).all())  # yet both losses fall
-True
-
-Each method is of one paper, and its own definition is all that it promises; the tests
-hold it to that. What they have in common:
-
-- Weights do not change when J is multiplied by a number, as long as float64 has its
-  squares: the matrix is divided by its own size first. (Those of Nash-MTL and FairGrad
-  do in their papers; here they are of the gradients over the root of the Frobenius norm
-  of the Gram matrix, as Nash-MTL's authors have it.)
-- A single task gets weight 1, but 1 + c of CAGrad. Where all gradients are zero, tasks
-  count alike.
-- A matrix that no gradients have is refused with ValueError: one that is not square,
-  not symmetric, not finite, or has an eigenvalue clearly below zero.
-"""
+"""The methods that turn a Gram matrix into weights, one of each paper."""
 
 from __future__ import annotations
 
@@ -35,262 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fastopt import backends
-from fastopt.memory.arrays import on_device
-from fastopt.memory.segments import Array
-from fastopt.memory.trees import leaves
-from fastopt.optimizer import checks
+from fastopt.multitask.matrices import (
+    DEPENDENT,
+    STATIONARY,
+    Weights,
+    checked_gram,
+    equal_shares,
+    least_square,
+    normalized,
+    norms_and_cosines,
+    preferences,
+    reciprocals,
+)
 from fastopt.rule import check_hyperparameter
-from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.threads import available, forked
-
-__all__ = [
-    "GradVac",
-    "aligned_mtl",
-    "cagrad",
-    "dualproj",
-    "fairgrad",
-    "gram",
-    "imtl_g",
-    "mean",
-    "mgda",
-    "nash_mtl",
-    "pcgrad",
-    "upgrad",
-]
-
-Weights = npt.NDArray[np.float64]
-
-# Of the errors that a Gram matrix may have, relative to its size: those of products in
-# float32, as of J @ J.T.
-TOLERANCE = 1e-5
-# Eigenvalues below this many, times their number, of the largest are those of dependent
-# tasks: a gradient rounded to float32 moves them by 1e-15.
-DEPENDENT = 1e-14
-# The least square that a mean of unit gradients has for Nash-MTL and FairGrad, which
-# know no answer where it is zero.
-STATIONARY = 1e-6
-
-
-@standard
-def gram(
-    tasks: Any, *, backend: str | None = None, threads: int | None = None
-) -> Array:
-    """The products of the gradients of every two tasks, ``J @ J.T``.
-
-    Parameters
-    ----------
-    tasks
-        A list with the gradients of each task, in one structure: arrays, lists or dicts
-        of arrays (nested too) or FlatBuffers; or an array with a row for each task. All
-        are float32 or float64, of one dtype. They are only read. None in place of an
-        array: the task does not depend on that parameter.
-    backend
-        "numpy", "cython", "numba" or "cuda"; by default as for an optimizer. All of
-        them give the same bits.
-    threads
-        At most so many CPU threads; by default as for an optimizer.
-
-    Returns
-    -------
-    array of float64, tasks x tasks
-        Products and sums are of float64, in the order of all sums here: over each array
-        by chunks, the arrays one after the other. On the CPU J is read once, in CUDA
-        once for every two tasks.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the gradients of the tasks do not fit each other.
-
-    Example
-    -------
-    >>> import numpy as np, fastopt
-    >>> fastopt.gram([np.array([1.0, 2.0]), np.array([-1.0, 1.0])])
-    array([[5., 1.],
-           [1., 2.]])
-    """
-    given = checks.split_tasks("tasks", tasks)
-    if backend is None:
-        device = any(on_device(leaf) for _, leaf in leaves(given))
-        backend = backends.choose(passes.inner, device)
-    module = backends.load(backend)
-    layout = checks.layout(given[0])
-    found: list[list[Any]] = []
-    for k, task in enumerate(given):
-        found.append([])
-        checks.collect(layout, task, "", found[k], f"tasks[{k}]", "tasks[0]")
-    paths = _paths(given[0])
-    arrays = [
-        [
-            None
-            if leaf is None
-            else checks.as_gradient(module, f"tasks[{k}]{path}", leaf)
-            for path, leaf in zip(paths, task, strict=True)
-        ]
-        for k, task in enumerate(found)
-    ]
-    _check_rows(paths, arrays)
-    threads = available() if threads is None else checks.check_threads(threads)
-    products: Array = module.gram(arrays, 1 if forked[0] else threads)
-    return products
-
-
-def _paths(task: Any) -> list[str]:
-    """The leaves of a task's gradients, as messages call them."""
-    return [path for path, _ in leaves(task)]
-
-
-def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
-    """That arrays of the same place have one shape, and all of them one dtype."""
-    first: tuple[str, Any] | None = None
-    for i, path in enumerate(paths):
-        of: tuple[str, Any] | None = None
-        for k, task in enumerate(tasks):
-            array, name = task[i], f"tasks[{k}]{path}"
-            if array is None:
-                continue
-            if array.dtype not in checks.DTYPES:
-                raise TypeError(
-                    f"{name} has dtype {array.dtype}; float32 or float64 is needed"
-                )
-            first, of = first or (name, array), of or (name, array)
-            if array.dtype != first[1].dtype:
-                raise TypeError(
-                    f"{name} has dtype {array.dtype} but {first[0]} has "
-                    f"{first[1].dtype}; convert it with .astype"
-                )
-            if array.shape != of[1].shape:
-                raise ValueError(
-                    f"{name} has shape {array.shape} but {of[0]} has {of[1].shape}"
-                )
-            checks.check_layout(name, array)
-
-
-# What the methods begin with
-
-
-def _checked(gram: Any) -> Weights:
-    """A Gram matrix as one of float64, over its trace; zeros stay so."""
-    try:
-        matrix = np.asarray(gram, np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"gram must be a matrix of numbers: {error}") from error
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(
-            f"gram must be a square matrix with a row for each task, as gram(J) makes "
-            f"it, got shape {matrix.shape}"
-        )
-    finite = np.isfinite(matrix)
-    alone = finite.diagonal()  # where a task meets no other one
-    bad = np.flatnonzero(~finite.all(1) if alone.all() else ~alone)
-    if bad.size:
-        k = int(bad[0])
-        raise ValueError(
-            f"gram[{k}] is not finite, {matrix[k]}: the gradient of a task is infinite "
-            f"or NaN, or its square too large; leave the step out, or that task"
-        )
-    size = float(np.abs(matrix).max())
-    if size == 0:
-        return matrix
-    matrix = matrix / size
-    if np.abs(matrix - matrix.T).max() > TOLERANCE:
-        raise ValueError("gram must be symmetric, as J @ J.T is")
-    matrix = (matrix + matrix.T) / 2
-    least = float(np.linalg.eigvalsh(matrix)[0])
-    if least < -TOLERANCE * len(matrix):
-        raise ValueError(
-            f"gram has the eigenvalue {least * size:g}, but J @ J.T has none below 0"
-        )
-    return matrix / float(matrix.trace())
-
-
-def _cosines(gram: Weights) -> tuple[Weights, Weights]:
-    """The norms of the gradients and the cosines between them, those of zero gradients
-    zero; a matrix without eigenvalues below zero."""
-    norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
-    inverse = _inverse(norms)
-    cosines = gram * inverse * inverse[:, None]
-    roots, vectors = np.linalg.eigh(cosines)
-    if roots[0] < -DEPENDENT * len(roots):  # of products in float32
-        cosines = (vectors * np.maximum(roots, 0.0)) @ vectors.T
-    return norms, cosines
-
-
-def _inverse(norms: Weights) -> Weights:
-    """One over each; zero for zero."""
-    return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-
-
-def _equal(count: int) -> Weights:
-    return _shares(np.ones(count))
-
-
-def _shares(weights: Weights) -> Weights:
-    """Weights with the sum 1."""
-    shares: Weights = weights / weights.sum()
-    return shares
-
-
-def _preference(value: Any, count: int) -> Weights:
-    """What each task counts; by default they count alike."""
-    if value is None:
-        return _equal(count)
-    preference = np.array(
-        checks.check_weights(value, count, np.dtype(np.float64), "preference")
-    )
-    if (preference < 0).any() or not preference.any():
-        raise ValueError(f"preference must be at least 0, and not all 0, got {value!r}")
-    return preference
-
-
-def _least(matrix: Weights, linear: Weights) -> Weights:
-    """The x from 0 on with the least ``x @ matrix @ x / 2 - linear @ x``, by Lawson and
-    Hanson's method: some x are free, one more at a time, the others 0. The diagonal is
-    of about 1, or 0 where linear is."""
-    count = len(linear)
-    # Dependent rows make singular systems; with this, far solutions, in the direction
-    # that matters. It changes no more than rounding does.
-    matrix = matrix + 2.0**-50 * np.eye(count)
-    x, free = np.zeros(count), np.zeros(count, bool)
-    enough = 2.0**-48 * count * float(np.abs(linear).max())
-    for _ in range(30 * count):
-        slope = np.where(free, -math.inf, linear - matrix @ x)
-        for new in np.argsort(-slope):
-            if slope[new] <= enough:
-                return x
-            free[new] = True
-            target = _solution(matrix, linear, free)
-            if target[new] > 0:
-                break
-            free[new] = False  # by rounding alone: not this one
-        else:
-            return x
-        while (target[free] <= 0).any():
-            stops = np.flatnonzero(free & (target <= 0))
-            ways = x[stops] / (x[stops] - target[stops])
-            x = np.maximum(x + ways.min() * (target - x), 0.0)
-            x[stops[ways.argmin()]] = 0.0
-            free &= x > 0
-            target = _solution(matrix, linear, free)
-        x = target
-    raise RuntimeError(
-        f"no weights were found for the Gram matrix {matrix!r}; please report it"
-    )
-
-
-def _solution(matrix: Weights, linear: Weights, free: npt.NDArray[np.bool_]) -> Weights:
-    """Where the slope of what is free is zero."""
-    x = np.zeros(len(linear))
-    if free.any():
-        x[free] = np.linalg.solve(matrix[np.ix_(free, free)], linear[free])
-    return x
-
-
-# The methods
 
 
 @standard
@@ -320,7 +51,7 @@ def mean(gram: Any, preference: Any = None) -> Weights:
     >>> multitask.mean([[1.0, 0.0], [0.0, 1.0]])
     array([0.5, 0.5])
     """
-    return _preference(preference, len(_checked(gram)))
+    return preferences(preference, len(checked_gram(gram)))
 
 
 @standard
@@ -337,14 +68,16 @@ def mgda(gram: Any) -> Weights:
     >>> multitask.mgda([[1.0, 0.0], [0.0, 3.0]])
     array([0.75, 0.25])
     """
-    matrix = _checked(gram)
-    norms, cosines = _cosines(matrix)
+    matrix = checked_gram(gram)
+    norms, cosines = norms_and_cosines(matrix)
     if not norms.all():
-        return _shares((norms == 0).astype(np.float64))
+        return normalized((norms == 0).astype(np.float64))
     # With the shortest as the unit of length. Where x is the least, so is the mean with
     # weights x / sum(x), whatever its length: what is added holds the sum near 1.
     relative = norms.min() / norms
-    return _shares(_least(cosines + relative * relative[:, None], relative) * relative)
+    return normalized(
+        least_square(cosines + relative * relative[:, None], relative) * relative
+    )
 
 
 @standard
@@ -359,16 +92,16 @@ def dualproj(gram: Any, preference: Any = None) -> Weights:
     >>> multitask.dualproj([[1.0, -2.0], [-2.0, 5.0]])
     array([1. , 0.5])
     """
-    norms, cosines = _cosines(_checked(gram))
-    return _projected(norms, cosines, _preference(preference, len(norms)))
+    norms, cosines = norms_and_cosines(checked_gram(gram))
+    return _projected(norms, cosines, preferences(preference, len(norms)))
 
 
 def _projected(norms: Weights, cosines: Weights, weights: Weights) -> Weights:
     """The weights, and what has to be added so that no task is in conflict."""
     lengths = weights * norms
     longest = float(lengths.max()) or 1.0
-    more = _least(cosines, -cosines @ (lengths / longest))
-    return weights + longest * more * _inverse(norms)
+    more = least_square(cosines, -cosines @ (lengths / longest))
+    return weights + longest * more * reciprocals(norms)
 
 
 @standard
@@ -383,9 +116,9 @@ def upgrad(gram: Any, preference: Any = None) -> Weights:
     >>> multitask.upgrad([[2.0, -2.0], [-2.0, 4.0]])
     array([1.  , 0.75])
     """
-    norms, cosines = _cosines(_checked(gram))
+    norms, cosines = norms_and_cosines(checked_gram(gram))
     total = np.zeros(len(norms))
-    for alone in np.diag(_preference(preference, len(norms))):
+    for alone in np.diag(preferences(preference, len(norms))):
         total += _projected(norms, cosines, alone)
     return total
 
@@ -404,7 +137,7 @@ def pcgrad(gram: Any, rng: np.random.Generator) -> Weights:
     >>> multitask.pcgrad([[2.0, -2.0], [-2.0, 4.0]], np.random.default_rng(0))
     array([2. , 1.5])
     """
-    matrix = _checked(gram)
+    matrix = checked_gram(gram)
     total = np.zeros(len(matrix))
     for i, others in _orders(rng, len(matrix)):
         weights = np.zeros(len(matrix))
@@ -475,7 +208,7 @@ class GradVac:
     @standard
     def __call__(self, gram: Any) -> Weights:
         """The weights for the next step."""
-        matrix = _checked(gram)
+        matrix = checked_gram(gram)
         count = len(matrix)
         targets = np.zeros((count, count)) if self.targets is None else self.targets
         if np.shape(targets) != (count, count):
@@ -522,23 +255,23 @@ def cagrad(gram: Any, c: float = 0.5) -> Weights:
     c = float(check_hyperparameter("c", "c", c, 0.5))
     if not 0 <= c < 1:
         raise ValueError(f"c must be in [0, 1), got {c!r}")
-    matrix = _checked(gram)
-    equal = _equal(len(matrix))
+    matrix = checked_gram(gram)
+    equal = equal_shares(len(matrix))
     radius = c * math.sqrt(max(0.0, float(equal @ matrix @ equal)))
     shortest = mgda(matrix)
     square = max(0.0, float(shortest @ matrix @ shortest))
     if radius * radius <= DEPENDENT * float(matrix.max()):
         return equal
-    norms, cosines = _cosines(matrix)
+    norms, cosines = norms_and_cosines(matrix)
     unit = float(norms.max())
-    inverse, norms = _inverse(norms) * unit, norms / unit
+    inverse, norms = reciprocals(norms) * unit, norms / unit
     radius, length = radius / unit, math.sqrt(square) / unit
     gains = cosines @ norms / len(norms)  # of the mean, along each gradient
 
     def nearest(gain: float) -> tuple[Weights, float]:
         """What has to be added to the mean for every task to gain so much, and its
         length."""
-        more = _least(cosines, gain * inverse - gains)
+        more = least_square(cosines, gain * inverse - gains)
         return more, math.sqrt(max(0.0, float(more @ cosines @ more)))
 
     # The length grows with the gain, and is convex in it: from above, Newton's method
@@ -582,12 +315,12 @@ def imtl_g(gram: Any) -> Weights:
     >>> multitask.imtl_g([[1.0, 0.0], [0.0, 4.0]]).round(4)
     array([0.6667, 0.3333])
     """
-    matrix = _checked(gram)
-    norms, cosines = _cosines(matrix)
+    matrix = checked_gram(gram)
+    norms, cosines = norms_and_cosines(matrix)
     there = norms > 0
     weights = np.zeros(len(matrix))
     if not there.any():
-        return _equal(len(matrix))
+        return equal_shares(len(matrix))
     inverse = norms.min(initial=math.inf, where=there) / norms[there]
     roots, vectors = np.linalg.eigh(cosines[np.ix_(there, there)])
     none = roots <= DEPENDENT * len(roots) * roots[-1]
@@ -621,8 +354,8 @@ def aligned_mtl(gram: Any, preference: Any = None) -> Weights:
     >>> multitask.aligned_mtl([[4.0, 0.0], [0.0, 1.0]])
     array([0.25, 0.5 ])
     """
-    matrix = _checked(gram)
-    preference = _preference(preference, len(matrix))
+    matrix = checked_gram(gram)
+    preference = preferences(preference, len(matrix))
     roots, vectors = np.linalg.eigh(matrix)
     there = roots > DEPENDENT * len(roots) * roots[-1]
     if not there.any():
@@ -664,12 +397,12 @@ def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
     alpha = float(check_hyperparameter("alpha", "alpha", alpha, 1.0))
     if alpha <= 0:
         raise ValueError(f"alpha must be above 0, got {alpha!r}")
-    matrix = _checked(gram)
-    norms, cosines = _cosines(matrix)
+    matrix = checked_gram(gram)
+    norms, cosines = norms_and_cosines(matrix)
     there = norms > 0
     weights = np.zeros(len(matrix))
     if not there.any():
-        return _equal(len(matrix))
+        return equal_shares(len(matrix))
     norms = norms[there] / math.sqrt(float(np.linalg.norm(matrix)))
     cosines = cosines[np.ix_(there, there)]
     shortest = mgda(cosines)
