@@ -1,5 +1,5 @@
 /* Gram matrices: the products of every two of several arrays, summed up in float64, in
- * one pass. The order is that of all sums (numpy_ref.py): a chunk's lanes, then these by
+ * one pass. The order is that of all sums (memory/order.py): a chunk's lanes, then these by
  * halves.
  *
  * The arrays go block by block, which stay in the first cache; of a block, a few lanes

@@ -14,6 +14,7 @@ from Cython import Tempita
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
 RULES = ROOT / "fastopt" / "rules"
+ORDER = ROOT / "fastopt" / "memory" / "order.py"
 
 # What a rule's text may call by name, and the template has in C.
 PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
@@ -282,6 +283,16 @@ def functions():
     return list(found.values())
 
 
+def numbers():
+    """Those of fastopt/memory/order.py, by name."""
+    tree = ast.parse(ORDER.read_text(encoding="utf-8"))
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+    }
+
+
 def each(before, names, after=""):
     """A comma-separated part of an argument list."""
     return "".join(f"{before}{name}{after}, " for name in names)
@@ -297,6 +308,7 @@ def rendered():
         "helpers": [f for f in found if type(f) is Function],
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
+        "numbers": numbers(),
         "cython": Cython.__version__,
     }
     return lambda isa: template.substitute(isa=isa, **namespace)

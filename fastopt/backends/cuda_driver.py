@@ -31,9 +31,10 @@ from fastopt.backends.cuda_kernels import (
     sums_kernel,
     tiles_kernel,
 )
-from fastopt.backends.numpy_ref import CHUNK, LANES, PLAIN, Extras, Step, pairs_of
+from fastopt.backends.numpy_ref import PLAIN, Extras, Step, pairs_of
 from fastopt.memory.arrays import on_device
-from fastopt.memory.factored import TILE_COLUMNS, TILE_ROWS, in_order
+from fastopt.memory.factored import in_order
+from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.memory.segments import Array, Product, Segment
 from fastopt.rule import Rule
 from fastopt.rules import passes

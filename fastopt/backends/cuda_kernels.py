@@ -23,9 +23,8 @@ from numba import config
 
 from fastopt import language
 from fastopt.backends import llvm_ir
-from fastopt.backends.numpy_ref import CHUNK, LANES
 from fastopt.language import concrete
-from fastopt.memory.factored import TILE_COLUMNS, TILE_ROWS
+from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.rule import Rule
 from fastopt.rules import passes
 

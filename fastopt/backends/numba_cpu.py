@@ -37,10 +37,11 @@ from numba.np.ufunc import parallel
 
 from fastopt.backends import cython_cpu, kernel_cache, llvm_ir, numpy_ref
 from fastopt.backends.kernel_cache import Kernel
-from fastopt.backends.numpy_ref import LANES, PLAIN, Extras, Step
+from fastopt.backends.numpy_ref import PLAIN, Extras, Step
 from fastopt.language import Function, concrete
-from fastopt.memory.arena import CACHE_LINE, state_arena
+from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
+from fastopt.memory.order import ALIGN_FROM, CACHE_LINE, LANES, SERIAL_BELOW
 from fastopt.memory.segments import Array, Segment
 from fastopt.rule import Rule
 from fastopt.rules import passes
@@ -49,8 +50,6 @@ from fastopt.runtime.atomic import Call
 
 __all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
-SERIAL_BELOW = 32768  # elements; a parallel region would cost more than it saves
-ALIGN_FROM = 4096  # elements; for fewer, it would
 # Columns of the table, as in the compiled backend: p, g, state..., length, row.
 PARAM, GRAD, LENGTH, ROW = 0, 1, -2, -1
 WORD = ir.IntType(64)

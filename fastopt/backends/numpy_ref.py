@@ -21,6 +21,7 @@ from fastopt.language import PRIMITIVES, Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
+from fastopt.memory.order import CHUNK, LANES
 from fastopt.memory.segments import Array, Segment
 from fastopt.rule import Rule
 from fastopt.rules import passes
@@ -30,11 +31,6 @@ from fastopt.runtime.atomic import Call, uninterrupted
 __all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
-
-# Sums are of float64, in an order that holds on every backend: each chunk of a segment
-# by lanes, the lanes by halves, the chunks one after the other.
-CHUNK = 4096
-LANES = 32
 
 
 class Extras(NamedTuple):

@@ -8,14 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastopt.memory.order import CACHE_LINE
 from fastopt.memory.segments import Array
 
-CACHE_LINE = 64
-
-
 PAGE = 4096
-
-
 HUGE_PAGE = 2 << 20
 
 

@@ -18,13 +18,9 @@ from types import ModuleType
 import numpy as np
 
 from fastopt.memory.arena import zeros
+from fastopt.memory.order import LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.memory.segments import Array, Product
 from fastopt.rule import Rule
-
-LANES = 32
-# High enough that partial sums of columns are few, wide enough that those of rows are,
-# and small enough that a matrix has work for many threads.
-TILE_ROWS, TILE_COLUMNS = 512, 2048
 
 
 def is_factored(rule: Rule, array: Array) -> bool:

@@ -39,7 +39,6 @@ C_TYPES: dict[torch.dtype, Any] = {
     torch.float32: ctypes.c_float,
     torch.float64: ctypes.c_double,
 }
-CACHE_LINE = 64
 
 
 def is_hollow(tensor: Tensor) -> bool:

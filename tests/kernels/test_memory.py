@@ -8,7 +8,8 @@ import pytest
 from cases import odd_view
 
 import fastopt
-from fastopt.memory.arena import CACHE_LINE, HUGE_PAGE, PAGE, state_arena, zeroed
+from fastopt.memory.arena import HUGE_PAGE, PAGE, state_arena, zeroed
+from fastopt.memory.order import CACHE_LINE
 
 
 def begin(array):

@@ -19,9 +19,9 @@ from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
 from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
-from fastopt.backends.numpy_ref import CHUNK
 from fastopt.memory import factored
 from fastopt.memory.arrays import to_host
+from fastopt.memory.order import CHUNK
 from fastopt.memory.trees import leaves
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
