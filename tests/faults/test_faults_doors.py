@@ -299,19 +299,21 @@ def test_minimize_interrupted_at_lines(campaign):
 def test_scipys_door_interrupted_at_lines(campaign):
     scipy = pytest.importorskip("fastopt.scipy", reason="scipy is not installed")
 
-    class Recorded:
+    class Recorded(fastopt.Rule):
         """A rule that remembers the optimizer that it has made, and its parameters."""
 
-        def __getattr__(self, name):
-            return getattr(fastopt.adam, name)
-
         def __call__(self, x, **given):
-            self.made = fastopt.adam(x, **given), x
-            return self.made[0]
+            opt = super().__call__(x, **given)
+            object.__setattr__(self, "made", (opt, x))
+            return opt
 
     class Minimized:
         def __init__(self):
-            self.rule, self.x0 = Recorded(), np.array([1.0, -2.0, 0.5])
+            adam = fastopt.adam
+            self.rule = Recorded(
+                adam.update, adam.scalars, state=adam.state, name="adam"
+            )
+            self.x0 = np.array([1.0, -2.0, 0.5])
 
         def minimize(self):
             method = scipy.Method(self.rule)

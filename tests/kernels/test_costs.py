@@ -21,6 +21,16 @@ BACKENDS = [name for name, module in MODULES.items() if not module.missing()]
 SIZE = 50_000  # above the size from which steps are parallel
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_collect():
+    """What other tests have left is no concern of the garbage collector here: with it,
+    a collection takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def tree(kind, count=1):
     """Parameters or gradients of ``count`` arrays."""
     arrays = [np.full(SIZE // count, 0.5, np.float32) for _ in range(count)]

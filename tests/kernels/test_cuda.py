@@ -26,8 +26,8 @@ from fastopt.memory.segments import Segment
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
 
-ROOT = Path(__file__).resolve().parents[2]
-SIMULATOR = ROOT / "tests" / "support" / "cuda_simulator.py"
+PROJECT = Path(__file__).resolve().parents[2]
+SIMULATOR = PROJECT / "tests" / "support" / "cuda_simulator.py"
 EVERYTHING = [rule for public in RULES for rule in public.all]
 WIDTH = {"float32": 4, "float64": 2}
 
@@ -635,7 +635,7 @@ def test_the_gpu_benchmark_runs(tmp_path):
     """In the simulator, where its times mean nothing: on a GPU it must work at once."""
     pytest.importorskip("numba_cuda")
     record = tmp_path / "gpu.json"
-    command = [ROOT / "bench" / "gpu.py", "--json", record]
+    command = [PROJECT / "bench" / "gpu.py", "--json", record]
     command += ["--sizes", "70", "--bursts", "1", "--steps", "1"]
     subprocess.run(
         [sys.executable, *command],
