@@ -100,8 +100,7 @@ class ReduceLROnPlateau:
     cooldown
         So many looks after a reduction do not count.
     min_lr
-        No rate is made lower. There is no least change, below which torch ignores small
-        rates.
+        No rate is made lower than this. There is no least change, torch's ``eps``.
 
     Attributes
     ----------

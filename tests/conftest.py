@@ -1,7 +1,12 @@
 """Fixtures for all tests."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 from campaign import Campaign
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,6 +16,18 @@ def away_from_the_sources(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         yield
+
+
+@pytest.fixture(scope="session")
+def from_bench():
+    """Imports a script of ``bench/``, by name."""
+
+    def imported(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(BENCH)
+            return importlib.import_module(name)
+
+    return imported
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from fastopt import backends
 from fastopt.backends.numpy_ref import Extras, calls_of
-from fastopt.memory.arrays import on_device, to_host
+from fastopt.memory.arrays import on_device
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
@@ -825,51 +822,7 @@ class Optimizer:
         self._loading(saved)()
 
     def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
-        """All of it checked and made ready; what then only has to be called, with more
-        calls for the same instant."""
-        self._params.watch.check()
-        saved = saving.check(saved, self)
-        steps = operator.index(saved["steps"])
-        given = [dict(group) for group in saved["groups"]]
-        frozen = [group.pop("frozen") for group in given]
-        values = [
-            group.checked(changes, steps)
-            for group, changes in zip(self.groups, given, strict=True)
-        ]
-        saving.check_switches(saved, values, self)
-        # Exactly what was saved: a buffer of a switch that was off there is dropped.
-        bound = self._bind(
-            values,
-            on=frozenset(saved["switched_on"]),
-            carried=saved["carry"],
-            steps=steps,
-        )
-        pending = None
-        if saved["accumulated"] is not None:
-            pending = new_pending(self._module, self._params.arrays)
-            pending = pending.restored(saved["accumulated"])
-        estimated = False
-        for name, buffers in bound.state.items():
-            for new, old in zip(buffers, saved["state"][name], strict=True):
-                if self.rule.estimate is not None and name == self.rule.estimate[0]:
-                    estimated |= not np.array_equal(to_host(new), old)
-                fill(new, old)
-        averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
-        calls = [filling(average, old) for average, old in averages]
-
-        def commit(*also: Call) -> None:
-            self._commit(
-                values,
-                bound,
-                frozen=frozen,
-                also=[*calls, *also],
-                ema=saved["ema_decay"],
-                _pending=pending,
-                _estimated=estimated,
-                _skipped=operator.index(saved["skipped"]),
-            )
-
-        return commit
+        return saving.loading(self, saved)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -11,8 +12,11 @@ import numpy as np
 
 from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
+from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
+from fastopt.optimizer.state import fill
 from fastopt.rule import check_hyperparameter, shown
+from fastopt.runtime.atomic import Call, filling
 
 if TYPE_CHECKING:
     from fastopt.optimizer.optimizer import Optimizer
@@ -156,6 +160,58 @@ def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
                 f"for {part[0][0]}"
             )
     return np.concatenate([piece.reshape(-1) for piece in found])
+
+
+def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
+    """Check a saved state and make everything ready. The result commits it all, and
+    the calls that it is given, at the same instant."""
+    opt._params.watch.check()
+    saved = check(saved, opt)
+    steps = operator.index(saved["steps"])
+    groups = [dict(group) for group in saved["groups"]]
+    frozen = [group.pop("frozen") for group in groups]
+    values = [
+        group.checked(changes, steps)
+        for group, changes in zip(opt.groups, groups, strict=True)
+    ]
+    check_switches(saved, values, opt)
+    # Exactly what was saved: a buffer of a switch that was off there is dropped.
+    bound = opt._bind(
+        values,
+        on=frozenset(saved["switched_on"]),
+        carried=saved["carry"],
+        steps=steps,
+    )
+    pending = None
+    if saved["accumulated"] is not None:
+        pending = new_pending(opt._module, opt._params.arrays)
+        pending = pending.restored(saved["accumulated"])
+    pairs = {
+        name: list(zip(buffers, saved["state"][name], strict=True))
+        for name, buffers in bound.state.items()
+    }
+    # The saved state does not say whether there was an estimate before the first step,
+    # which must not start its buffer anew. The buffer then differs from a new one.
+    estimates = pairs[opt.rule.estimate[0]] if opt.rule.estimate is not None else []
+    estimated = any(not np.array_equal(to_host(new), old) for new, old in estimates)
+    for new, old in itertools.chain(*pairs.values()):
+        fill(new, old)
+    averages = zip(bound.averages or (), saved["ema"] or (), strict=True)
+    calls = [filling(average, old) for average, old in averages]
+
+    def commit(*also: Call) -> None:
+        opt._commit(
+            values,
+            bound,
+            frozen=frozen,
+            also=[*calls, *also],
+            ema=saved["ema_decay"],
+            _pending=pending,
+            _estimated=estimated,
+            _skipped=operator.index(saved["skipped"]),
+        )
+
+    return commit
 
 
 def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:

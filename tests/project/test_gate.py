@@ -5,7 +5,6 @@ takes minutes and an idle machine, and so is run by hand.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def gate():
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import gate
-    finally:
-        sys.path.pop(0)
-    return gate
+def gate(from_bench):
+    return from_bench("gate")
 
 
 @pytest.fixture

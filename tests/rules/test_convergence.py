@@ -5,7 +5,6 @@ All rules, on all seeds, take minutes: `python bench/convergence.py`, run by han
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def convergence():
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import convergence
-    finally:
-        sys.path.pop(0)
-    return convergence
+def convergence(from_bench):
+    return from_bench("convergence")
 
 
 @pytest.fixture(autouse=True)
