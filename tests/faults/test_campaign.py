@@ -27,6 +27,13 @@ def test_bad_ones(campaign):
 
 def test_nothing(campaign):
     pass
+
+def test_skipped(campaign):
+    pytest.skip("a package is missing")
+
+def test_skipped_too_late(campaign):
+    campaign.attempt(3, bear, 3)
+    pytest.skip("a package is missing")
 """
 
 
@@ -50,13 +57,14 @@ def test_the_table_at_the_end(tmp_path, form, good, processes):
     )
     assert done.returncode == 1
     counts = re.findall(
-        r"^(good ones|bad ones|nothing) +(\d+) +(\d+)$", done.stdout, re.M
+        r"^(good ones|bad ones|nothing|skipped.*?) +(\d+) +(\d+)$", done.stdout, re.M
     )
     assert counts == [
         ("bad ones", "7", "6"),
         ("good ones", str(good), str(good)),
         ("nothing", "0", "0"),
+        ("skipped too late", "1", "0"),
     ]
     assert "bad ones: 1 of 7 failed:" in done.stdout
     assert "nothing: nothing was tried" in done.stdout
-    assert "2 errors" in done.stdout
+    assert "3 errors" in done.stdout

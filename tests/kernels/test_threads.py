@@ -55,7 +55,7 @@ def run(code, **environment):
 
 def counted(imports, first="", **environment):
     """What is available, what an optimizer takes, what threads a step has started."""
-    if "torch" in imports:
+    if "import torch" in IMPORTS[imports]:
         pytest.importorskip("torch")
     start = f"import os\n{first}\nimport numpy as np\n"
     out = run(start + IMPORTS[imports] + PROGRAM, **environment)
