@@ -52,7 +52,7 @@ cdef extern from "arithmetic.h":
 
 
 def standard(function):
-    """The function, run in standard arithmetic."""
+    """Wrap a function so that it runs in standard arithmetic."""
 
     @wraps(function)
     def standardized(*args, **kwargs):
@@ -66,7 +66,7 @@ def standard(function):
 
 
 def control():
-    """The control word of this thread; 0 where we do not know it."""
+    """Return the control word of this thread, or 0 where it is not known."""
     return fastopt_control()
 
 
@@ -75,7 +75,7 @@ def set_control(uint64_t word):
 
 
 def bound_to():
-    """The CPUs that OpenMP binds its threads to; none if it binds none."""
+    """Return the CPUs that OpenMP binds its threads to, an empty list if it binds none."""
     used = bytearray(1 << 16)
     cdef char* marks = used
     fastopt_places(marks, 1 << 16)

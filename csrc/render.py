@@ -1,4 +1,4 @@
-"""Renders kernels.pyx.in: what the rules say, in Cython.
+"""Renders kernels.pyx.in: translates the rules to Cython.
 
 The rules are read as text, because an isolated build has no NumPy or Numba to import
 them with.
@@ -23,7 +23,7 @@ PRIMITIVES |= {"wide", "cbrt"}
 
 @dataclass
 class Function:
-    """What the template needs to know of a rule's function."""
+    """A function of a rule, with what the template needs to know of it."""
 
     path: Path  # the file that defines it
     tree: ast.FunctionDef
@@ -47,7 +47,8 @@ class Function:
 
     @property
     def returned(self):
-        """How many values it returns; 0: one, and not in a tuple."""
+        """The number of values in the tuple that it returns, or 0 if it returns one
+        value without a tuple."""
         (value,) = [
             node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)
         ]
@@ -55,7 +56,7 @@ class Function:
 
     @property
     def helpers(self):
-        """The functions that it calls, by the name it calls them by."""
+        """The functions that it calls, by the names that it uses for them."""
         called = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
         found = {name: defined(self.path, name) for name in sorted(called - PRIMITIVES)}
         return {name: function for name, function in found.items() if function}
@@ -64,7 +65,7 @@ class Function:
         return f"({f'{c_type}, ' * self.returned})" if self.returned else c_type
 
     def body(self, dtype):
-        """The statements, with every function's name made that of its C version."""
+        """The statements, in which every function has the name of its C version."""
         helpers = self.helpers
 
         class Concrete(ast.NodeTransformer):
@@ -80,7 +81,7 @@ class Function:
 
 @dataclass
 class Kernel(Function):
-    """An ``update`` or a ``measure``: something that a loop runs over the buffers."""
+    """An ``update`` or a ``measure``, which a loop applies to the buffers."""
 
     state_count: int
 
@@ -98,7 +99,7 @@ class Kernel(Function):
 
 
 class Measure(Kernel):
-    """Its loop only reads, but that of a ``Begin``."""
+    """A ``measure``. Its loop only reads, except in a ``Begin``."""
 
     way = "in"
     outputs = kept = ()
@@ -192,7 +193,8 @@ class Native(ast.NodeTransformer):
 
 
 def defined(path, name, kind=Function, *more):
-    """The function that a file means by a name, its own or another rule's, or None."""
+    """Find the function that a file calls by a name, in this file or in another rule's.
+    Return None if there is none."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return kind(path, node, *more)
@@ -206,7 +208,7 @@ def defined(path, name, kind=Function, *more):
 
 
 def used(node, context=ast.Load):
-    """The names that are read in it, or stored."""
+    """Return the names that a syntax tree reads, or those that it stores."""
     found = (n for n in ast.walk(node) if isinstance(n, ast.Name))
     return {name.id for name in found if isinstance(name.ctx, context)}
 
@@ -251,7 +253,8 @@ def halves(update, measure, settle):
 
 
 def functions_of(path):
-    """Those of every ``Rule(update, scalars, state=..., measure=...)`` in a file."""
+    """Yield the functions of every ``Rule(update, scalars, state=..., measure=...)`` in
+    a file."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
             update, scalars = (argument.id for argument in call.args)
@@ -267,8 +270,8 @@ def functions_of(path):
 
 
 def functions():
-    """Those of the rules, which rules/__init__.py imports; of the floor and of what a
-    step does beside; and the helper functions that they call."""
+    """Return the functions of the rules that rules/__init__.py imports, of floor.py and
+    of passes.py, and the helper functions that they call."""
     tree = ast.parse((RULES / "__init__.py").read_text(encoding="utf-8"))
     modules = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     rules = [name.rpartition(".")[2] for name in modules if ".rules." in name]
@@ -284,7 +287,7 @@ def functions():
 
 
 def numbers():
-    """Those of fastopt/memory/order.py, by name."""
+    """Return the numbers of fastopt/memory/order.py, by name."""
     tree = ast.parse(ORDER.read_text(encoding="utf-8"))
     return {
         node.targets[0].id: ast.literal_eval(node.value)
@@ -294,12 +297,12 @@ def numbers():
 
 
 def each(before, names, after=""):
-    """A comma-separated part of an argument list."""
+    """Return a comma-separated part of an argument list."""
     return "".join(f"{before}{name}{after}, " for name in names)
 
 
 def rendered():
-    """The source of the kernels for an instruction set, as a function of its name."""
+    """Return a function that renders the kernels' source for an instruction set."""
     template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
     found = functions()
     namespace = {

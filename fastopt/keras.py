@@ -35,7 +35,8 @@ if keras.backend.backend() != "torch":
 
 
 def check_rate(value: Any) -> None:
-    """Check that Keras can call a learning rate that is a function: with nothing."""
+    """Check that Keras can call a learning rate that is a function. It passes no
+    arguments."""
     if not callable(value) or isinstance(value, LearningRateSchedule):
         return
     try:
@@ -51,7 +52,7 @@ def check_rate(value: Any) -> None:
 
 
 def place(tensor: Any) -> tuple[Any, ...]:
-    """Where the numbers of a tensor are, and how."""
+    """Describe where a tensor is in memory and how it is laid out."""
     kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
     return tensor.data_ptr(), *kind
 
@@ -82,8 +83,8 @@ class Optimizer(keras.optimizers.Optimizer):
 
     Notes
     -----
-    The hyperparameters are attributes, too: they may be set at any time, and count from
-    the next step on. A ``weight_decay`` of None is 0 then.
+    The hyperparameters are attributes, too. They may be set at any time, and the next
+    step uses the new values. A ``weight_decay`` of None means 0.
 
     Beside the iterations and the learning rate, ``variables`` has no state: that is
     fastopt's, and saved and loaded with the model's.
@@ -115,7 +116,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self.hyperparameters = given
 
     def __getattr__(self, name: str) -> Any:
-        """A hyperparameter that Keras does not know."""
+        """Look up a hyperparameter of the rule that is no attribute of Keras's."""
         defaults = self.rule.hyperparameters
         if name not in defaults or name == "lr":
             kind = type(self).__name__
@@ -139,7 +140,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self.hyperparameters[name] = value
 
     def _decay(self) -> Any:
-        """The weight decay, for a rule with one of its own; None is none, to Keras."""
+        """Return the weight decay for the rule. To Keras, None means no decay."""
         return 0.0 if self.weight_decay is None else self.weight_decay
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -289,7 +290,7 @@ class Optimizer(keras.optimizers.Optimizer):
         decays = store["decays"].tolist() if "decays" in ours else self._decays
         optimizer = self._new(decays)
         saved = optimizer.state_dict()
-        # The state of a momentum, say, stays when that is set to 0.
+        # State stays when its hyperparameter, such as momentum, is set to 0.
         buffers = {key.rpartition("_")[0] for key in ours} - {""}
         for on in self.rule.variants:
             if {*self.rule.variant(set(on)).state} == buffers > {*saved["state"]}:

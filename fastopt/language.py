@@ -79,8 +79,9 @@ CBRT = {
 
 
 def cbrt(x: Any) -> Any:
-    """The cube root of a number from 0 on: to a few units in the last place, not
-    rounded correctly, but by operations that are, and so the same everywhere."""
+    """Return the cube root of a number that is not negative. It is off by a few units
+    in the last place, but all its operations are correctly rounded, so that its bits
+    are the same everywhere."""
     x = np.asarray(x)
     magic, rounds = CBRT[x.dtype]
     third, four_thirds = x.dtype.type(1 / 3), x.dtype.type(4 / 3)

@@ -100,7 +100,8 @@ class Objective:
 
 
 def real(what: str, value: Any) -> Array:
-    """What a function has returned, as an array, if it is of real numbers."""
+    """Convert what a function has returned to an array of real numbers. ``what`` begins
+    the error message."""
     try:
         array = np.asarray(value)
     except ValueError as error:  # lists of many lengths

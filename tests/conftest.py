@@ -20,7 +20,7 @@ def away_from_the_sources(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def from_bench():
-    """Imports a script of ``bench/``, by name."""
+    """A function that imports a script of ``bench/`` by name."""
 
     def imported(name):
         with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +62,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def campaign(request, record_property):
-    """Counts the injections of a test, and fails it at its end if one was not borne."""
+    """Counts the injections of a test, and fails it at its end if one did harm."""
     kind = request.node.originalname.removeprefix("test_").replace("_", " ")
     counted = Campaign(kind, request.param == "long")
     yield counted

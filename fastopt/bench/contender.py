@@ -208,8 +208,8 @@ def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def module_of(*names: str) -> Any:
-    """The first of fastopt's modules of these names that there is: in the revision that
-    is measured, which may be an older one, it may be elsewhere."""
+    """Import the first of these modules of fastopt that exists. An older revision that
+    is measured may have it under another name."""
     for name in names[:-1]:
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(name)

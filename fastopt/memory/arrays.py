@@ -19,7 +19,7 @@ def on_device(leaf: Any) -> bool:
 
 
 def as_array(name: str, value: Any) -> Array:
-    """``value`` itself or a view of its memory, as an array in host memory."""
+    """Return ``value`` itself, or a NumPy array that shares its memory."""
     if type(value) is np.ndarray:
         return value
     if on_device(value):
@@ -67,14 +67,14 @@ def read_only(leaf: Any) -> bool:
 
 
 def span(array: Array) -> tuple[int, int]:
-    """The addresses at which a dense array begins and ends."""
+    """Return the addresses at which a dense array begins and ends."""
     interface = getattr(array, "__cuda_array_interface__", None)
     begin = interface["data"][0] if interface else array.ctypes.data
     return begin, begin + array.size * array.dtype.itemsize
 
 
 def to_host(array: Any, name: str = "an array") -> Array:
-    """A C-contiguous copy in host memory."""
+    """Copy an array into a C-contiguous NumPy array. ``name`` is for the error."""
     if hasattr(array, "copy_to_host"):
         array = array.copy_to_host()
     elif hasattr(array, "detach"):  # torch's, which may have a history to leave behind

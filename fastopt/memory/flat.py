@@ -108,7 +108,7 @@ def flatten(tree: Any) -> FlatBuffer:
 
 
 def expanded(tree: Any) -> Any:
-    """A tree in which each array is a leaf, those of a FlatBuffer too."""
+    """Replace each FlatBuffer of a tree by its views, so that each array is a leaf."""
     flats = (
         leaf.views if isinstance(leaf, FlatBuffer) else leaf for _, leaf in leaves(tree)
     )

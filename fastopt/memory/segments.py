@@ -10,7 +10,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class Product(NamedTuple):
-    """For each of several matrices a factor for every row and every column."""
+    """A factor for every row and every column of each of several matrices."""
 
     rows: Array  # matrices x rows
     columns: Array  # matrices x columns

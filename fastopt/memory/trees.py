@@ -10,8 +10,8 @@ DEEPEST = 200  # levels of a tree
 
 
 def branches(tree: Any, level: int) -> Iterable[tuple[Any, Any]] | None:
-    """The keys and children of a dict, list or tuple, those of a namedtuple its fields;
-    None of what is a leaf."""
+    """Return the keys and children of a dict, list or tuple, or None for a leaf. The
+    keys of a namedtuple are its fields."""
     mapping = isinstance(tree, Mapping)
     if not mapping and not isinstance(tree, (list, tuple)):
         return None
@@ -25,7 +25,8 @@ def branches(tree: Any, level: int) -> Iterable[tuple[Any, Any]] | None:
 
 
 def leaves(tree: Any, path: str = "", level: int = 0) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, lists and tuples, with paths like ``['w'][0]``."""
+    """Yield the leaves of nested dicts, lists and tuples, with paths like
+    ``['w'][0]``."""
     children = branches(tree, level)
     if children is None:
         yield path, tree
@@ -35,8 +36,8 @@ def leaves(tree: Any, path: str = "", level: int = 0) -> Iterator[tuple[str, Any
 
 
 def rebuild(tree: Any, values: Iterator[Any], level: int = 0) -> Any:
-    """A tree of the same structure with other leaves, taken in order. Subclasses of
-    dict and namedtuples keep their type."""
+    """Return a tree of the same structure with other leaves, taken in order. Subclasses
+    of dict and namedtuples keep their type."""
     children = branches(tree, level)
     if children is None:
         return next(values)

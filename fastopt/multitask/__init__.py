@@ -136,12 +136,13 @@ def gram(
 
 
 def _paths(task: Any) -> list[str]:
-    """The leaves of a task's gradients, as messages call them."""
+    """Return the paths of a task's gradients, for messages."""
     return [path for path, _ in leaves(task)]
 
 
 def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
-    """That arrays of the same place have one shape, and all of them one dtype."""
+    """Check that all arrays have one dtype, and that those with the same path have one
+    shape."""
     first: tuple[str, Any] | None = None
     for i, path in enumerate(paths):
         of: tuple[str, Any] | None = None

@@ -24,7 +24,8 @@ STATIONARY = 1e-6
 
 
 def checked_gram(gram: Any) -> Weights:
-    """A Gram matrix as one of float64, over its trace; zeros stay so."""
+    """Check a Gram matrix, and return it in float64, divided by its trace unless all of
+    it is zero."""
     try:
         matrix = np.asarray(gram, np.float64)
     except (TypeError, ValueError) as error:
@@ -59,8 +60,8 @@ def checked_gram(gram: Any) -> Weights:
 
 
 def norms_and_cosines(gram: Weights) -> tuple[Weights, Weights]:
-    """The norms of the gradients and the cosines between them, those of zero gradients
-    zero; a matrix without eigenvalues below zero."""
+    """Return the norms of the gradients and the matrix of cosines between them, which
+    has no eigenvalue below zero. The cosines of a zero gradient are zero."""
     norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
     inverse = reciprocals(norms)
     cosines = gram * inverse * inverse[:, None]
@@ -71,7 +72,7 @@ def norms_and_cosines(gram: Weights) -> tuple[Weights, Weights]:
 
 
 def reciprocals(norms: Weights) -> Weights:
-    """One over each; zero for zero."""
+    """Return ``1 / norms``, with zero where a norm is zero."""
     return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
 
 
@@ -80,13 +81,13 @@ def equal_shares(count: int) -> Weights:
 
 
 def normalized(weights: Weights) -> Weights:
-    """Weights with the sum 1."""
+    """Scale weights so that their sum is 1."""
     shares: Weights = weights / weights.sum()
     return shares
 
 
 def preferences(value: Any, count: int) -> Weights:
-    """What each task counts; by default they count alike."""
+    """Check a preference and scale it. By default all tasks count alike."""
     if value is None:
         return equal_shares(count)
     preference = np.array(
@@ -98,9 +99,9 @@ def preferences(value: Any, count: int) -> Weights:
 
 
 def least_square(matrix: Weights, linear: Weights) -> Weights:
-    """The x from 0 on with the least ``x @ matrix @ x / 2 - linear @ x``, by Lawson and
-    Hanson's method: some x are free, one more at a time, the others 0. The diagonal is
-    of about 1, or 0 where linear is."""
+    """Return the nonnegative x that minimizes ``x @ matrix @ x / 2 - linear @ x``, by
+    Lawson and Hanson's method: one more element of x is freed at a time, and the others
+    are 0. The diagonal must be about 1, or 0 where linear is 0."""
     count = len(linear)
     # Dependent rows make singular systems; with this, far solutions, in the direction
     # that matters. It changes no more than rounding does.
@@ -133,7 +134,7 @@ def least_square(matrix: Weights, linear: Weights) -> Weights:
 
 
 def solution(matrix: Weights, linear: Weights, free: npt.NDArray[np.bool_]) -> Weights:
-    """Where the slope of what is free is zero."""
+    """Solve for the free elements, whose gradient must be zero; the others are 0."""
     x = np.zeros(len(linear))
     if free.any():
         x[free] = np.linalg.solve(matrix[np.ix_(free, free)], linear[free])

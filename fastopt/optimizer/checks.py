@@ -39,8 +39,8 @@ def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
 
 
 def check_meant(params: Any, hyperparameters: Mapping[str, Any]) -> None:
-    """Check that no dict of a list sets a hyperparameter to a number, which no array
-    is: it is meant as a group, but lacks "params"."""
+    """Refuse a list with a dict that sets a hyperparameter to a number. Such a dict is
+    meant as a group, but it lacks "params"."""
     if not isinstance(params, (list, tuple)):
         return
     for i, group in enumerate(params):

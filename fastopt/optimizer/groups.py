@@ -16,8 +16,8 @@ Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
 
 
 def check_schedule(name: str, value: Any) -> None:
-    """Check that a schedule can be called with one argument. Only its signature is
-    looked at: errors inside of it are its own."""
+    """Check that a schedule can be called with one argument. The check reads its
+    signature only, so that errors inside the schedule are raised unchanged."""
     if not callable(value) or isinstance(value, (type, Rule)):
         return
     try:

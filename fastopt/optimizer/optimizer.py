@@ -732,7 +732,7 @@ class Optimizer:
         sets = [dict(zip(names, given, strict=True)) for given in values]
         since = dict.fromkeys(rule.state, 0)
         if self._estimated and rule.estimate is not None:
-            del since[rule.estimate[0]]  # which has got its value since
+            del since[rule.estimate[0]]  # the estimate has set this buffer
         self._bound.start(sets, since)
 
     def _thawed(self, found: list[Any]) -> list[Any]:

@@ -41,7 +41,7 @@ def no_optimizer(opt: Any, instead: str, wanted: str = "an optimizer") -> TypeEr
 
 
 def no_parameter(value: Any) -> NoReturn:
-    """Refuse what is none of an optimizer's parameters."""
+    """Raise the error for a tensor that is not one of an optimizer's parameters."""
     shape = getattr(value, "shape", None)
     got = named(value) if shape is None else f"a {type(value).__name__} of {shape}"
     raise TypeError(
@@ -121,7 +121,8 @@ def check_arrays(name: str, tree: Any) -> None:
 
 
 def check_seen(saved: Mapping[str, Any]) -> None:
-    """Check what a ``state_dict`` has beside its best metric: counts and arrays."""
+    """Check the counts and arrays of a saved ``state_dict``. Its best metric is checked
+    elsewhere."""
     for key, value in saved.items():
         if key == "best_params" and value is not None:
             check_arrays(key, value)

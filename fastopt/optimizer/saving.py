@@ -190,8 +190,8 @@ def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
         name: list(zip(buffers, saved["state"][name], strict=True))
         for name, buffers in bound.state.items()
     }
-    # The saved state does not say whether there was an estimate before the first step,
-    # which must not start its buffer anew. The buffer then differs from a new one.
+    # The saved state does not say whether there was an estimate before the first step.
+    # If there was, its buffer differs from a new one, and the first step must keep it.
     estimates = pairs[opt.rule.estimate[0]] if opt.rule.estimate is not None else []
     estimated = any(not np.array_equal(to_host(new), old) for new, old in estimates)
     for new, old in itertools.chain(*pairs.values()):

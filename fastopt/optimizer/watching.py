@@ -22,11 +22,11 @@ class Look(NamedTuple):
     strides: tuple[int, ...]
     address: int
     writeable: bool
-    negative: bool = False  # torch's tensors may show their memory with another sign
+    negative: bool = False  # torch's negative bit: reads return the negated memory
 
 
 def look_at(leaf: Any) -> Look:
-    """What an array is like now; for what has no strides or address, without them."""
+    """Describe an array as it is now, without strides and address if it has none."""
     if isinstance(leaf, np.ndarray):
         address, _ = leaf.__array_interface__["data"]
         strides = leaf.strides if leaf.size and not leaf.flags.c_contiguous else ()
@@ -134,8 +134,8 @@ def refuse(name: str, then: Look, now: Look, writing: bool) -> None:
         )
     if now.negative != then.negative:
         raise ValueError(
-            f"{name} shows its memory with another sign than when the optimizer was "
-            f"made (torch's negative bit); {UNDO}"
+            f"{name} has another sign than its memory had when the optimizer was made "
+            f"(torch's negative bit has changed); {UNDO}"
         )
     if writing and not now.writeable:
         raise ValueError(

@@ -51,7 +51,8 @@ def new_flag(owner: Flagged) -> list[Any]:
 
 
 def free_flag(owner: Flagged) -> list[Any]:
-    """The flag of an object, when no fork holds it up; an error if it is not free."""
+    """Wait until no fork holds an object up, and return its flag. Raise an error if
+    the flag is set."""
     deadline = time.monotonic() + PATIENCE
     while (flag := owner._busy)[0] is HELD_UP:
         if in_hold_up(sys._getframe()):
@@ -117,12 +118,12 @@ def in_hold_up(frame: FrameType | None) -> bool:
 
 
 def set_flags() -> Iterator[tuple[list[Any], int, FrameType]]:
-    """Each flag that is set, by which thread, and where that is now. The call that has
-    set it is the one whose variable ``busy`` it is."""
+    """Yield each flag that is set, the thread that set it, and that thread's innermost
+    frame. The call that set a flag holds it in a local variable named ``busy``."""
     for thread, top in sys._current_frames().items():
         frame: FrameType | None = top
         while frame is not None:
-            if frame.f_code is free_flag.__code__:  # its caller has yet to set one
+            if frame.f_code is free_flag.__code__:  # its caller has not set a flag yet
                 frame = frame.f_back
             elif frame.f_code.co_filename.startswith(FOLDER):
                 flag = frame.f_locals.get("busy")
@@ -132,8 +133,8 @@ def set_flags() -> Iterator[tuple[list[Any], int, FrameType]]:
 
 
 def may_be_writing(flags: Collection[list[Any]]) -> bool:
-    """Whether another thread that has set one of these flags is in code of ours. Where
-    it is in a schedule or in a gradient's code, its step has not begun to write."""
+    """Return whether another thread that has set one of these flags runs our code. If
+    it runs a schedule, or a gradient's code, its step has not begun to write."""
     identities = set(map(id, flags))
     return any(
         id(flag) in identities
@@ -144,7 +145,7 @@ def may_be_writing(flags: Collection[list[Any]]) -> bool:
 
 
 def hold_up() -> None:
-    """Let no step begin, and wait until all others are where they do not write."""
+    """Let no new step begin, and wait until no step that has begun may be writing."""
     here = threading.get_ident()
     mine = {id(flag) for flag, thread, _ in set_flags() if thread == here}
     for reference in living.valuerefs():
@@ -158,7 +159,7 @@ def hold_up() -> None:
 
 
 def go_on(in_child: bool = False) -> None:
-    """Let steps begin again. In a child, those of other threads are gone."""
+    """Let steps begin again. In a child, the steps of other threads are gone."""
     for identity, flag in [*put_aside.items()]:
         owner = living.get(identity)
         if owner is not None:

@@ -127,7 +127,7 @@ def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
 
 
 def parameters(model: torch.nn.Module | Iterable[Tensor]) -> list[Tensor]:
-    """Those of a module, or these; each once."""
+    """Return the parameters of a module, or of a list, without duplicates."""
     if isinstance(model, torch.nn.Module):
         return list(dict.fromkeys(model.parameters()))
     wanted = "model must be a torch.nn.Module, or a list of parameters"

@@ -23,8 +23,8 @@ SIZE = 50_000  # above the size from which steps are parallel
 
 @pytest.fixture(autouse=True, scope="module")
 def few_objects_to_collect():
-    """What other tests have left is no concern of the garbage collector here: with it,
-    a collection takes a second."""
+    """Hide the objects of other tests from the garbage collector. With them, a
+    collection takes a second."""
     gc.collect()
     gc.freeze()
     yield

@@ -26,7 +26,7 @@ SAVED, TOTAL = 3, 5  # steps
 
 
 def numbers(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers between -1.6 and 1.6, from no generator, since those may change."""
+    """Make numbers between -1.6 and 1.6, without a generator, which might change."""
     k = np.arange(np.prod(shape)).reshape(shape)
     return ((((k + 1) * 7919 + seed * 104729) % 1009 - 504) / 315).astype(np.float32)
 
@@ -60,7 +60,7 @@ class Run:
 
 
 class Accumulating(Run):
-    """It is saved between two halves of a gradient."""
+    """Steps of accumulated gradients, saved when half of the next one is there."""
 
     def step(self, k: int) -> None:
         halves = [grad / 2 for grad in gradients(k)]
@@ -196,7 +196,7 @@ def decoded(value: Any) -> Any:
 
 
 def write() -> None:
-    """Let this version save its states."""
+    """Write the states that this version saves."""
     lines = []
     for name, new in RUNS.items():
         run = new()
@@ -230,7 +230,7 @@ def test_a_state_of_an_earlier_version_goes_on(states, name):
 
 
 def start_again(run: Run, values: list[np.ndarray]) -> None:
-    """Give a run these parameters."""
+    """Set the parameters of a run."""
     if isinstance(run, OfJax):
         import jax
 

@@ -52,7 +52,8 @@ def data(size=1003, steps=200, dtype=np.float64):
 
 
 def error(rule, oracle, p, grads, backend="numpy", **hyperparameters):
-    """Of ``rule`` against an oracle, in the unit given above. NaN if any is."""
+    """Return the largest error of ``rule`` against an oracle, in the unit given above,
+    or NaN if any error is NaN."""
     p, errors = p.copy(), []
     opt = rule(p, backend=backend, **hyperparameters)
     largest = np.abs(p).astype(np.float64)
