@@ -37,7 +37,8 @@ from fastopt.bench.measure import Worker, interval, rounds_of
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.05  # a change of code that matters to nobody moves some kernels by 3%
 MUST_SEE = 0.20
-# One for each regime: call overhead, many arrays, caches, memory; and for each driver.
+# One for each regime (call overhead, many arrays, caches, memory) and for each way to
+# call fastopt.
 CASES: dict[str, tuple[str, Case]] = {
     "adamw 1e3": ("fastopt", Case("adamw", {}, 1, 1_000)),
     "adamw 100 arrays": ("fastopt arrays", Case("adamw", {}, 100, 1_000)),
@@ -52,6 +53,10 @@ CASES: dict[str, tuple[str, Case]] = {
     ),
     "lamb 30 arrays": ("fastopt arrays", Case("lamb", {}, 30, 333_333)),
     "adamw 1e5 numba": ("fastopt numba", Case("adamw", {}, 1, 100_000)),
+    # The size of a small perceptron: its weights and biases.
+    "adamw 8 arrays, torch": ("fastopt torch", Case("adamw", {}, 8, 10_000)),
+    "adamw 8 arrays, JAX": ("fastopt jax", Case("adamw", {}, 8, 10_000)),
+    "adamw 8 arrays, C": ("fastopt C", Case("adamw", {}, 8, 10_000)),
 }
 
 

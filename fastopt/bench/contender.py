@@ -7,15 +7,16 @@
     {"do": "drop"}                    ->  {}                 frees the case's memory
     {"do": "about"}                   ->  {"versions": {...}, "OpenMP": [...]}
 
-What a contender cannot do is answered with {"unavailable": why}, whatever else goes
-wrong with {"error": traceback}; at the end of stdin the process ends.
+The reply is {"unavailable": why} if the contender cannot do this, and
+{"error": traceback} if anything else goes wrong. The process ends with its stdin.
 
-Processes of their own, because threads of one library that wait for work slow the
-others down, and because an OpenMP runtime is shared by all that is loaded. This file
-imports nothing else from ``fastopt.bench``, so that it also runs against another build
-of fastopt, which PYTHONPATH names.
+Each contender has a process of its own, because threads of one library that wait for
+work slow the others down, and because all libraries of a process share an OpenMP
+runtime. This file is run by its path and imports nothing from ``fastopt.bench`` but
+``peers.py`` beside it. So it also runs against another build of fastopt, which
+PYTHONPATH names.
 
-apex is no contender: its optimizers need a GPU.
+apex is not a contender, because its optimizers need a GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import importlib.util
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -35,11 +36,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
-from types import ModuleType
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING or __package__:
+    from fastopt.bench import peers
+else:  # run by its path, which is first in sys.path
+    import peers
 
 BURST_SECONDS = 0.02
 MOST_STEPS = 2000
@@ -60,11 +65,11 @@ class Case:
     hyperparameters: dict[str, Any]
     tensors: int
     elements: int  # of each tensor
-    asked: dict[str, Any] = field(default_factory=dict)  # beside: clip_norm, ema
+    asked: dict[str, Any] = field(default_factory=dict)  # clip_norm, ema
 
 
 class Contender(NamedTuple):
-    """How to do a step; the rest lets tests see that it is the same as everybody's."""
+    """How to do a step. Tests compare the parameters after it among all contenders."""
 
     step: Callable[[], object]
     params: Callable[[], list[Array]]
@@ -118,22 +123,25 @@ def fastopt_flat(case: Case, backend: str) -> Contender:
 
 
 def fastopt_step(case: Case, params: Any, grads: Any, backend: str) -> Any:
-    of_step = {k: v for k, v in case.asked.items() if k != "ema"}
-    of_opt = {k: v for k, v in case.asked.items() if k == "ema"}  # an old one has none
+    step_options = {k: v for k, v in case.asked.items() if k != "ema"}
+    options = {
+        k: v for k, v in case.asked.items() if k == "ema"
+    }  # old versions have none
     rule = fastopt_rule(case)
-    opt = rule(params, backend=backend, **of_opt, **case.hyperparameters)
-    return partial(opt.step, grads, **of_step)
+    opt = rule(params, backend=backend, **options, **case.hyperparameters)
+    return partial(opt.step, grads, **step_options)
 
 
 def fastopt_arrays(case: Case) -> Contender:
     params, grads = list(normal(case, PARAMS)), list(normal(case, GRADS))
-    given = (params, grads) if case.tensors > 1 else (params[0], grads[0])
-    step = fastopt_step(case, given[0], given[1], "cython")
+    single = case.tensors == 1
+    p, g = (params[0], grads[0]) if single else (params, grads)
+    step = fastopt_step(case, p, g, "cython")
     return Contender(step, lambda: params, grads)
 
 
-def alone(case: Case) -> None:
-    """A contender does steps, and nothing beside."""
+def refuse_extras(case: Case) -> None:
+    """For a contender that does plain steps only."""
     if case.asked:
         raise Unavailable(f"it has no {' and '.join(case.asked)}")
 
@@ -141,7 +149,7 @@ def alone(case: Case) -> None:
 def floor(case: Case) -> Contender:
     from fastopt.rules.floor import FLOORS
 
-    alone(case)
+    refuse_extras(case)
     count = state_count(case)
     if count >= len(FLOORS):
         raise Unavailable(f"there is no floor with {count} state buffers")
@@ -169,7 +177,7 @@ def keep_freed_memory() -> None:
 def naive_numpy(case: Case) -> Contender:
     from fastopt.bench.naive import NAIVE, Naive
 
-    alone(case)
+    refuse_extras(case)
     by_hand = NAIVE.get(case.rule)
     known = inspect.signature(by_hand).parameters if by_hand else {}
     if not by_hand or not case.hyperparameters.keys() <= known.keys():
@@ -179,32 +187,15 @@ def naive_numpy(case: Case) -> Contender:
     return Contender(partial(opt.step, grads), lambda: params, grads)
 
 
-# The peers. Each table maps our rule to the peer's name for the same update; a rule
-# that is not in it, or does something else there, is one that the peer does not have.
+# The peers ---------------------------------------------------------------------------
 
 
-def looked_up(table: dict[str, Any], case: Case, peer: str) -> Any:
+def in_table(table: dict[str, Any], case: Case, peer: str) -> Any:
     if peer not in ("torch", "timm"):
-        alone(case)
+        refuse_extras(case)
     if case.rule not in table:
         raise Unavailable(f"{peer} does not have this rule")
     return table[case.rule]
-
-
-PAIRS = {
-    "betas": ("beta1", "beta2"),
-    "etas": ("eta_minus", "eta_plus"),
-    "step_sizes": ("step_min", "step_max"),
-}
-
-
-def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """torch's spelling, which DeepSpeed and bitsandbytes share."""
-    given = dict(hyperparameters)
-    for pair, names in PAIRS.items():
-        if names[0] in given:
-            given[pair] = tuple(map(given.pop, names))
-    return given
 
 
 def module_of(*names: str) -> Any:
@@ -226,14 +217,14 @@ def torch_tensors(case: Case) -> list[Any]:
 
     torch.set_num_threads(available_threads())
     params = []
-    for values, grad in zip(normal(case, PARAMS), normal(case, GRADS), strict=True):
-        tensor = torch.from_numpy(values).clone().requires_grad_()
+    for param, grad in zip(normal(case, PARAMS), normal(case, GRADS), strict=True):
+        tensor = torch.from_numpy(param).clone().requires_grad_()
         tensor.grad = torch.from_numpy(grad).clone()
         params.append(tensor)
     return params
 
 
-def of_torch(opt: Any, params: list[Any]) -> Contender:
+def torch_contender(opt: Any, params: list[Any]) -> Contender:
     return Contender(
         opt.step,
         lambda: [p.detach().numpy() for p in params],
@@ -241,83 +232,43 @@ def of_torch(opt: Any, params: list[Any]) -> Contender:
     )
 
 
-TORCH: dict[str, tuple[str, dict[str, bool]]] = {
-    "gd": ("SGD", {}),
-    "sgd": ("SGD", {}),
-    "rmsprop": ("RMSprop", {}),
-    "adam": ("Adam", {}),
-    "amsgrad": ("Adam", {"amsgrad": True}),
-    "adamw": ("AdamW", {}),
-    "amsgradw": ("AdamW", {"amsgrad": True}),
-    "adamax": ("Adamax", {}),
-    "nadam": ("NAdam", {}),
-    "nadamw": ("NAdam", {"decoupled_weight_decay": True}),
-    "radam": ("RAdam", {}),
-    "radamw": ("RAdam", {"decoupled_weight_decay": True}),
-    "adagrad": ("Adagrad", {}),
-    "adadelta": ("Adadelta", {}),
-    "rprop": ("Rprop", {}),
-    "asgd": ("ASGD", {}),
-}
-
-
 def torch_optimizer(case: Case, **how: bool) -> Contender:
     import torch
 
     if case.rule == "lamb" and how == {"foreach": False}:
         return torch_lamb(case)
-    name, options = looked_up(TORCH, case, "torch")
+    name, options = in_table(peers.TORCH, case, "torch")
     optimizer = getattr(torch.optim, name)
     for option in how.keys() - inspect.signature(optimizer).parameters.keys():
         raise Unavailable(f"torch.optim.{name} has no {option}=True")
     params = torch_tensors(case)
-    given = with_betas(every_hyperparameter(case))
-    opt = optimizer(params, **given, **options, **how)
-    contender = of_torch(opt, params)
-    return contender._replace(step=torch_sequence(case.asked, opt.step, params))
+    values = peers.with_betas(every_hyperparameter(case))
+    opt = optimizer(params, **values, **options, **how)
+    contender = torch_contender(opt, params)
+    return contender._replace(step=peers.torch_sequence(case.asked, opt.step, params))
 
 
 def fastopt_torch(case: Case, flat: bool = False) -> Contender:
     """The drop-in class, over torch's tensors; ``flat``: after ``flatten_``."""
     import fastopt.torch
 
-    name, options = looked_up(TORCH, case, "torch")
+    name, options = in_table(peers.TORCH, case, "torch")
     params = torch_tensors(case)
     if flat:
         fastopt.torch.flatten_(params)
-    given = with_betas(every_hyperparameter(case))
-    opt = getattr(fastopt.torch, name)(params, **given, **options, **case.asked)
-    return of_torch(opt, params)
-
-
-def torch_sequence(asked: dict[str, Any], step: Any, params: list[Any]) -> Any:
-    """What a torch user writes around a step for what is asked beside."""
-    import torch
-
-    if not asked:
-        return step
-    norm, ema = asked.get("clip_norm"), asked.get("ema")
-    averages = [p.detach().clone() for p in params] if ema else []
-
-    def sequence() -> None:
-        if norm:
-            torch.nn.utils.clip_grad_norm_(params, norm, foreach=True)
-        step()
-        if ema:  # as in torch.optim.swa_utils
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, params, 1 - ema)
-
-    return sequence
+    values = peers.with_betas(every_hyperparameter(case))
+    opt = getattr(fastopt.torch, name)(params, **values, **options, **case.asked)
+    return torch_contender(opt, params)
 
 
 def torch_lamb(case: Case) -> Contender:
     """LAMB as it is written for torch: a loop over the parameters."""
     import torch
 
-    alone(case)
-    params, given = torch_tensors(case), every_hyperparameter(case)
+    refuse_extras(case)
+    params, values = torch_tensors(case), every_hyperparameter(case)
     state = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    beta1, beta2, steps = given["beta1"], given["beta2"], 0
+    beta1, beta2, steps = values["beta1"], values["beta2"], 0
 
     def step() -> None:
         nonlocal steps
@@ -329,12 +280,12 @@ def torch_lamb(case: Case) -> Contender:
     def advance(p: Any, m: Any, v: Any) -> None:
         m.lerp_(p.grad, 1 - beta1)
         v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        root = (v.sqrt() / (1 - beta2**steps) ** 0.5).add_(given["eps"])
-        u = (m / (1 - beta1**steps)).div_(root).add_(p, alpha=given["weight_decay"])
+        root = (v.sqrt() / (1 - beta2**steps) ** 0.5).add_(values["eps"])
+        u = (m / (1 - beta1**steps)).div_(root).add_(p, alpha=values["weight_decay"])
         ratio = p.norm() / u.norm()
         one = torch.ones_like(ratio)
         ratio = torch.where((ratio > 0) & torch.isfinite(ratio), ratio, one)
-        p.add_(u.mul_(ratio), alpha=-given["lr"])
+        p.add_(u.mul_(ratio), alpha=-values["lr"])
 
     return Contender(
         step,
@@ -350,114 +301,109 @@ def torch_huge_pages(case: Case) -> Contender:
     return torch_optimizer(case, fused=True)
 
 
-DEEPSPEED = {"adam": {"adamw_mode": False}, "adamw": {"adamw_mode": True}}
-
-
 def deepspeed(case: Case) -> Contender:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    options = looked_up(DEEPSPEED, case, "DeepSpeed")
+    options = in_table(peers.DEEPSPEED, case, "DeepSpeed")
     params = torch_tensors(case)
-    given = with_betas(every_hyperparameter(case))
+    values = peers.with_betas(every_hyperparameter(case))
     try:
-        opt = DeepSpeedCPUAdam(params, **given, **options)
+        opt = DeepSpeedCPUAdam(params, **values, **options)
     except RuntimeError as error:  # it compiles its kernel on first use
         raise Unavailable(f"{error} {error.__cause__ or ''}".strip()) from error
-    return of_torch(opt, params)
-
-
-TIMM = {"lamb": "lamb.Lamb", "lion": "lion.Lion"}
-
-
-def only_timms_optimizers() -> None:
-    """All of timm needs torchvision, which needs a torch of its own."""
-    found = None if "timm" in sys.modules else importlib.util.find_spec("timm")
-    for place in (found and found.submodule_search_locations) or ():
-        for name in ("timm", "timm.optim"):
-            sys.modules[name] = ModuleType(name)
-            sys.modules[name].__path__ = [place]
-            place = os.path.join(place, "optim")
+    return torch_contender(opt, params)
 
 
 def timm(case: Case) -> Contender:
     """As it comes: its tensors are taken four at a time or one by one, as it likes."""
-    module, _, name = looked_up(TIMM, case, "timm").rpartition(".")
-    only_timms_optimizers()
+    module, _, name = in_table(peers.TIMM, case, "timm").rpartition(".")
+    peers.import_timm_optimizers_only()
     params, asked = torch_tensors(case), dict(case.asked)
-    given = with_betas(every_hyperparameter(case))
+    values = peers.with_betas(every_hyperparameter(case))
     if case.rule == "lamb":
-        given["max_grad_norm"] = asked.pop("clip_norm", None)
+        values["max_grad_norm"] = asked.pop("clip_norm", None)
     optimizer = getattr(importlib.import_module(f"timm.optim.{module}"), name)
-    opt = optimizer(params, **given)
-    contender = of_torch(opt, params)
-    return contender._replace(step=torch_sequence(asked, opt.step, params))
-
-
-BITSANDBYTES = {
-    "sgd": "SGD32bit",
-    "rmsprop": "RMSprop32bit",
-    "adam": "Adam32bit",
-    "adamw": "AdamW32bit",
-}
+    opt = optimizer(params, **values)
+    contender = torch_contender(opt, params)
+    return contender._replace(step=peers.torch_sequence(asked, opt.step, params))
 
 
 def bitsandbytes(case: Case) -> Contender:
     from bitsandbytes import optim
 
-    name = looked_up(BITSANDBYTES, case, "bitsandbytes")
-    given = with_betas(every_hyperparameter(case))
-    if case.rule == "rmsprop" and given["momentum"]:
+    name = in_table(peers.BITSANDBYTES, case, "bitsandbytes")
+    values = peers.with_betas(every_hyperparameter(case))
+    if case.rule == "rmsprop" and values["momentum"]:
         raise Unavailable("bitsandbytes' RMSprop takes momentum and ignores it")
     params = torch_tensors(case)
     try:
-        opt = getattr(optim, name)(params, **given)
+        opt = getattr(optim, name)(params, **values)
     except NotImplementedError as error:
         raise Unavailable(str(error)) from error
-    return of_torch(opt, params)
-
-
-def optax_transform(case: Case) -> Any:
-    """AMSGrad is missing: optax takes the maximum of the corrected second moment."""
-    import jax.numpy as jnp
-    import optax
-
-    given = every_hyperparameter(case)
-    lr, momentum = given["lr"], given.get("momentum") or None
-    adam = {"b1": given.get("beta1"), "b2": given.get("beta2"), "eps": given.get("eps")}
-    table = {
-        "gd": lambda: optax.sgd(lr),
-        "dynamic_gd": lambda: optax.sgd(lambda done: lr / (1 + jnp.sqrt(done))),
-        "sgd": lambda: optax.sgd(lr, momentum),
-        "rmsprop": lambda: optax.rmsprop(
-            lr,
-            given["alpha"],
-            given["eps"],
-            eps_in_sqrt=False,
-            centered=given["centered"],
-            momentum=momentum,
-        ),
-        "adam": lambda: optax.adam(lr, **adam),
-        "adamw": lambda: optax.adamw(lr, **adam, weight_decay=given["weight_decay"]),
-    }
-    return looked_up(table, case, "optax")()
+    return torch_contender(opt, params)
 
 
 def optax(case: Case) -> Contender:
-    alone(case)
+    refuse_extras(case)
     jax = jax_on_our_threads()
     from optax import apply_updates
 
-    transform = optax_transform(case)
+    transforms = peers.optax_transforms(every_hyperparameter(case))
+    transform = in_table(transforms, case, "optax")()
 
     def advance(params: Any, state: Any, grads: Any) -> Any:
         updates, state = transform.update(grads, state, params)
         return apply_updates(params, updates), state
 
-    return of_jax(case, jax, transform.init, advance)
+    return jax_contender(case, jax, transform.init, advance)
+
+
+def fastopt_c(case: Case) -> Contender:
+    """The table of fastopt.h, called by ctypes. Version 1 does not change, so each
+    function has a fixed place: ``find`` is word 4, ``start`` 5, ``step`` 6."""
+    from fastopt import native
+
+    refuse_extras(case)
+    rule = fastopt_rule(case)
+    values = native.hyperparameters(rule, **case.hyperparameters)
+    on = {name for name in rule.switches if case.hyperparameters.get(name)}
+    count, pointer, code = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    capsule = ctypes.pythonapi.PyCapsule_GetPointer
+    capsule.restype, capsule.argtypes = pointer, [ctypes.py_object, ctypes.c_char_p]
+    table = capsule(native._api, b"fastopt.native._api")
+    find_at, start_at, step_at = (count * 7).from_address(table)[4:]
+    find = ctypes.CFUNCTYPE(pointer, ctypes.c_char_p)(find_at)
+    arrays = (pointer, pointer, pointer, count)  # values, carry, segments, their count
+    start = ctypes.CFUNCTYPE(code, pointer, code, *arrays)(start_at)
+    step = ctypes.CFUNCTYPE(
+        code, pointer, code, count, *arrays, ctypes.c_double, ctypes.c_int
+    )(step_at)
+
+    variant = rule.variant(on)
+    params, grads = list(normal(case, PARAMS)), list(normal(case, GRADS))
+    state = [[np.empty_like(p) for _ in variant.state] for p in params]
+    places = [np.array([s.ctypes.data for s in each], np.uintp) for each in state]
+    carry = np.empty((case.tensors, len(variant.carry)))
+    rows = zip(params, grads, places, strict=True)
+    segments = np.array(
+        [(p.ctypes.data, g.ctypes.data, s.ctypes.data, p.size) for p, g, s in rows]
+    )
+    handle = find(native.called(rule, on).encode())
+    addresses = [array.ctypes.data for array in (values, carry, segments)]
+    arguments = (*addresses, case.tensors)
+    if start(handle, 0, *arguments):
+        raise RuntimeError(f"fastopt.h refused to start {case}")
+    steps = itertools.count(1)
+
+    def advance(_alive: Any = (values, carry, segments, places, state)) -> None:
+        if step(handle, 0, next(steps), *arguments, 1.0, 0):
+            raise RuntimeError(f"fastopt.h refused a step of {case}")
+
+    return Contender(advance, lambda: params, grads)
 
 
 def fastopt_jax(case: Case) -> Contender:
-    alone(case)
+    refuse_extras(case)
     rule, jax = fastopt_rule(case), jax_on_our_threads()
     from fastopt.jax import optimizer
 
@@ -466,7 +412,7 @@ def fastopt_jax(case: Case) -> Contender:
     def advance(params: Any, state: Any, grads: Any) -> Any:
         return opt.step(params, grads, state)
 
-    return of_jax(case, jax, opt.init, advance)
+    return jax_contender(case, jax, opt.init, advance)
 
 
 def jax_on_our_threads() -> Any:
@@ -479,7 +425,7 @@ def jax_on_our_threads() -> Any:
     return jax
 
 
-def of_jax(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
+def jax_contender(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
     params = [jax.numpy.array(values) for values in normal(case, PARAMS)]
     grads = [jax.numpy.array(values) for values in normal(case, GRADS)]
     state = init(params)
@@ -496,6 +442,7 @@ def of_jax(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "fastopt": partial(fastopt_flat, backend="cython"),
     "fastopt arrays": fastopt_arrays,
+    "fastopt C": fastopt_c,
     "floor": floor,
     "naive NumPy": naive_numpy,
     "fastopt torch": fastopt_torch,
@@ -512,31 +459,14 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "fastopt numba": partial(fastopt_flat, backend="numba"),
 }
 
-# What a contender imports, beside NumPy and fastopt.
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "fastopt torch": ("torch",),
-    "fastopt torch, flat": ("torch",),
-    "torch fused": ("torch",),
-    "torch fused, huge pages": ("torch",),
-    "torch foreach": ("torch",),
-    "torch loop": ("torch",),
-    "timm": ("torch", "timm"),
-    "DeepSpeed": ("torch", "deepspeed"),
-    "optax": ("jax", "optax"),
-    "fastopt jax": ("jax",),
-    "bitsandbytes": ("torch", "bitsandbytes"),
-    "fastopt numba": ("numba",),
-}
-
-
 # The process ------------------------------------------------------------------------
 
 
 def import_packages(name: str) -> None:
-    for package in PACKAGES.get(name, ()):
+    for package in peers.PACKAGES.get(name, ()):
         try:
             if package == "timm":
-                only_timms_optimizers()
+                peers.import_timm_optimizers_only()
             importlib.import_module(package)
         except ImportError as error:
             raise Unavailable(
@@ -550,7 +480,7 @@ def about(name: str) -> dict[str, Any]:
 
     loaded = module_of("fastopt.runtime.threads", "fastopt.info").openmp_runtimes()
     paths = [line for line in loaded.split("\n") if line.startswith("/")]
-    packages = ("numpy", *PACKAGES.get(name, ()))
+    packages = ("numpy", *peers.PACKAGES.get(name, ()))
     return {
         "versions": {"fastopt": __version__}
         | {package: metadata.version(package) for package in packages},

@@ -29,6 +29,7 @@ LINES = {
     "fastopt": Line("#000000", "-", 2.8),
     "fastopt arrays": Line("#000000", "--"),
     "fastopt numba": Line("#000000", ":"),
+    "fastopt C": Line("#555555", ":"),
     "fastopt torch": Line("#555555", "--"),
     "fastopt torch, flat": Line("#555555", "-"),
     "floor": Line("#888888", "-", 2.0),

@@ -95,9 +95,12 @@ OTHERS = [
     Case("adam", {"lr": 0.1, "beta1": 0.8, "eps": 0.01}, 1, 9),
 ]
 PEERS = {
-    "fastopt": ["fastopt", "fastopt arrays", "fastopt numba"],
+    "fastopt": ["fastopt", "fastopt arrays", "fastopt C", "fastopt numba"],
     "numpy": ["naive NumPy"],
-    "torch": ["torch fused", "torch foreach", "torch loop", "torch fused, huge pages"],
+    "torch": [
+        *("fastopt torch", "fastopt torch, flat", "torch fused", "torch foreach"),
+        *("torch loop", "torch fused, huge pages"),
+    ],
     "timm": ["timm"],
     "deepspeed": ["DeepSpeed"],
     "optax": ["optax"],
