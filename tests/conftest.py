@@ -1,12 +1,23 @@
 """Fixtures for all tests."""
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
 from campaign import Campaign
 
+# Idle OpenMP threads wait for work by spinning. Test processes that share the cores
+# would spin in each other's time: a test of 60 ms took 2 s. OpenMP reads this when it
+# is loaded, which is later; processes that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process for a single test or for ``-s``, so that its output is seen."""
+    single = all("::" in argument for argument in config.args)
+    return 0 if single or config.option.capture == "no" else None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -162,7 +162,8 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--self-test"]:
         self_test()
         return 0
-    status, report = run(SANITIZED, ["-m", "pytest", *(arguments or ["-m", "faults"])])
+    tests = arguments or ["-m", "faults"]
+    status, report = run(SANITIZED, ["-m", "pytest", "-n", "0", *tests])
     print(report or "the sanitizers have nothing to report")
     return status or bool(report)
 

@@ -44,6 +44,7 @@ def build(sources, out, **env):
     return sorted((out / "fastopt").glob("_kernels_*")), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="CC is not how Windows compiles")
 def test_without_a_compiler_the_build_goes_on(sources, tmp_path):
     nothing = str(tmp_path / "no-such-compiler")
@@ -60,6 +61,7 @@ def test_without_a_compiler_the_build_goes_on(sources, tmp_path):
         assert (tmp_path / "fastopt" / name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
 def test_a_compiler_without_openmp_makes_serial_kernels(sources, tmp_path):
     """Such as Apple's. The wrapper refuses the flag, as it does; and does not optimize,

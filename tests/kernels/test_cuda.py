@@ -46,7 +46,7 @@ def report(simulated: bool) -> str:
     """What cuda_simulator.py finds wrong. In a process of its own, because the choice
     is made when numba is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", SIMULATOR],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", SIMULATOR],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(simulated))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

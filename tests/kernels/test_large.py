@@ -11,9 +11,12 @@ import pytest
 import fastopt
 from fastopt.backends import cython_cpu, numba_cpu
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="maps one file many times, by Linux's memfd"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="maps one file many times, by Linux's memfd"
+    ),
+]
 CHUNK = 64 << 20
 ELEMENTS = 2**31 + CHUNK // 4 + 1000
 FIXED, NORESERVE = 0x10, 0x4000  # Linux's, which mmap does not name

@@ -251,7 +251,9 @@ def test_streams_of_an_update():
     assert streams(prodigy) == (5, 4)  # p0 is for measure
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("rule", [*ALL, odd], ids=lambda r: r.name)
 def test_vectorised_without_contraction_or_float64(rule, dtype):
     text = compiled_ir(rule, dtype)
@@ -345,6 +347,7 @@ def digest():
     return hashlib.sha256(arrays[0].tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_then_none_compiles(tmp_path, digest):
     cache = tmp_path / "new" / "cache"
     for process in [start(PROGRAM, cache) for _ in range(4)]:

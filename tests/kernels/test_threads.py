@@ -241,9 +241,14 @@ assert len(done) == 2
     ("size", "environment"),
     [
         (64 << 10, {"OMP_STACKSIZE": "64k"}),
-        (64 << 10, {}),
-        (0, {"OMP_STACKSIZE": "64k"}),
-        (0, {"OMP_STACKSIZE": "64k", "FASTOPT_ISA": "baseline"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (64 << 10, {}),
+                (0, {"OMP_STACKSIZE": "64k"}),
+                (0, {"OMP_STACKSIZE": "64k", "FASTOPT_ISA": "baseline"}),
+            )
+        ),
     ],
 )
 def test_small_stacks(size, environment):

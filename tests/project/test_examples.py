@@ -48,6 +48,7 @@ def output(*command):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path):
     """It also learns, and says so; or it prints a table and saves a picture."""
