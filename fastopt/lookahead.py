@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends.numpy_ref import calls_of, written
+from fastopt.backends.numpy_ref import written
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
 from fastopt.memory.segments import Array
@@ -22,6 +22,7 @@ from fastopt.rules.lookahead import lookahead
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, filling, uninterrupted
 from fastopt.runtime.exclusive import exclusive
+from fastopt.step import Key, Request, execute
 
 KEYS = ("opt", "slow", "k", "alpha")
 
@@ -85,7 +86,7 @@ class Lookahead:
         values = [*self._slow, *arrays[len(self._slow) :]]
         for new, value in zip(slow, values, strict=True):
             fill(new, value)
-        pull = bind_alone(opt._module, lookahead, slow, completed=self._moved)
+        pull = bind_alone(opt._module, lookahead, slow, count=self._moved)
         vars(self).update(_slow=slow, _pull=pull)
 
     def step(self, *grads: Any, **asked: Any) -> None:
@@ -134,15 +135,16 @@ class Lookahead:
         moving = [not opt.groups[number].frozen for number in opt._params.group_of]
         calls: list[Call] = []
         if self._moved[0] != steps:
-            self._pull.take(
+            self._pull.runner.take(
                 [
                     values.get(id(array), array) if moves else None
                     for array, moves in zip(arrays, moving, strict=True)
                 ]
             )
+            key = Key(1, (), (self.k, self.alpha))
             calls = [
                 partial(setitem, self._moved, 0, steps - 1),
-                *calls_of(self._pull, [(1.0, self.alpha)], opt._threads_now),
+                *execute(self._pull, [key], Request(threads=opt._threads_now)),
                 partial(setitem, self._moved, 0, steps),
             ]
         return [

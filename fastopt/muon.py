@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends.numpy_ref import Extras, Step
 from fastopt.memory.arrays import on_device
 from fastopt.memory.flat import expanded
 from fastopt.memory.segments import Array
@@ -24,7 +23,8 @@ from fastopt.optimizer.groups import Values
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.state import Bound, bind_alone, fill
 from fastopt.rules.muon import direction, muon
-from fastopt.runtime.atomic import Call, filling
+from fastopt.runtime.atomic import Call, filling, uninterrupted
+from fastopt.step import Key, Program, Request, execute
 
 # Jordan et al. 2024: chosen to push small singular values up fast.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -164,7 +164,9 @@ class Muon(Optimizer):
     _separately = True
     _in_one_call = False  # matrices are made orthogonal within a step
     _matrices: list[int]  # those of the segments that go through products
-    _pass: tuple[list[Array], Step] | None  # before the step, if their updates are kept
+    _pass: (
+        tuple[list[Array], Program] | None
+    )  # before the step, if their updates are kept
 
     def __init__(
         self,
@@ -255,8 +257,10 @@ class Muon(Optimizer):
         lasting = self._new_pass(bound, matrices) if small else None
         return {"_matrices": matrices, "_pass": lasting}
 
-    def _new_pass(self, bound: Bound, matrices: list[int]) -> tuple[list[Array], Step]:
-        """Room for the updates of matrices, and the step that puts into it what is to
+    def _new_pass(
+        self, bound: Bound, matrices: list[int]
+    ) -> tuple[list[Array], Program]:
+        """Room for the updates of matrices, and the program that puts there what is to
         be made orthogonal. It is copied into the state when all of it is ready; on a
         device, where no step is made at one instant, it is the state."""
         room = [bound.buffers["v"][i] for i in matrices]
@@ -268,48 +272,42 @@ class Muon(Optimizer):
 
     def _calls(
         self,
-        grads: list[Any],
+        tasks: list[list[Any]],
         weights: list[float] | None,
         values: Sequence[Values],
         factor: float,
-        threads: int,
-        extras: Extras,
+        request: Request,
     ) -> list[Call]:
         sets = [dict(zip(muon.hyperparameters, v, strict=True)) for v in values]
-        limit = extras.clip_value
-        updates = self._updates(grads, weights, sets, factor, threads, limit)
-        v, step = self._bound.buffers["v"], self._bound.step
+        updates = self._updates(tasks, weights, sets, factor, request)
+        v, runner = self._bound.buffers["v"], self._bound.program.runner
+        writes = [filling(v[i], update) for i, update in updates.items()]
         if self.backend == "numpy":  # which reads now what it writes later
-            step.instead = {id(v[i]): update for i, update in updates.items()}
-            return super()._calls(grads, weights, values, factor, threads, extras)
-        return [
-            *[filling(v[i], update) for i, update in updates.items()],
-            *super()._calls(grads, weights, values, factor, threads, extras),
-        ]
+            runner.instead = {id(v[i]): update for i, update in updates.items()}
+            writes = []
+        return [*writes, *super()._calls(tasks, weights, values, factor, request)]
 
     def _updates(
         self,
-        grads: list[Any],
+        tasks: list[list[Any]],
         weights: list[float] | None,
         sets: Sequence[Mapping[str, Any]],
         factor: float,
-        threads: int,
-        clip_value: float,
+        request: Request,
     ) -> dict[int, Any]:
         """For each matrix that has a gradient, its update made orthogonal."""
         updates: dict[int, Any] = {}
         if not self._matrices:
             return updates
-        scalars = [
-            (factor, *direction.scalars(self.steps + 1, s["momentum"], s["nesterov"]))
-            for s in sets
-        ]
-        tasks = [grads] if weights is None else grads
-        taken = [[task[i] for i in self._matrices] for task in tasks]
-        room, step = self._pass or self._new_pass(self._bound, self._matrices)
-        if not step.take(taken if weights else taken[0], weights):
+        t = self.steps + 1
+        keys = [Key(t, (), (s["momentum"], s["nesterov"]), factor) for s in sets]
+        of_matrices = [[task[i] for i in self._matrices] for task in tasks]
+        room, program = self._pass or self._new_pass(self._bound, self._matrices)
+        grads = of_matrices[0] if weights is None else of_matrices
+        if not program.runner.take(grads, weights):
             raise RuntimeError("the kernel refused gradients found to fit")
-        step(scalars, threads, Extras(clip_value))
+        alone = Request(clip_value=request.clip_value, threads=request.threads)
+        uninterrupted(*execute(program, keys, alone))
         for i, update in zip(self._matrices, room, strict=True):
             if all(task[i] is None for task in tasks) or not update.size:
                 continue

@@ -23,15 +23,14 @@ from thinc.api import NumpyOps, registry
 from thinc.optimizers import Optimizer
 
 from fastopt import backends
-from fastopt.backends.numpy_ref import Extras
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer import checks
 from fastopt.rule import check_hyperparameter, shown
 from fastopt.rules import adam as rule
 from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked
-
-ZEROING = Extras(zero_grads=True)
+from fastopt.step import Key, Program, Request, execute
 
 
 @registry.ops("fastopt")
@@ -82,13 +81,8 @@ class FastoptOps(NumpyOps):
         if mod_rate == 0:
             raise ValueError("mod_rate must not be 0: learn_rate is divided by it")
         module = backends.load(backends.choose(rule, on_device=False))
-        step = module.bind(
-            rule,
-            [Segment(weights, (mom1, mom2), 0)],
-            np.zeros(1, np.int64),
-            np.zeros((2, 1, 0)),
-        )
-        taken = step.take([gradient])
+        segment = Segment(weights, (mom1, mom2), 0)
+        program = Program(module, rule, [segment], scalars=thincs)
         a1, a2 = (float(np.float32(1) - np.float32(beta)) for beta in (beta1, beta2))
         scalars = (learn_rate / mod_rate, a1, a2, eps / mod_rate, 0.0)
         largest = float(np.finfo(weights.dtype).max)
@@ -98,10 +92,17 @@ class FastoptOps(NumpyOps):
                 f"{eps!r} and mod_rate {mod_rate!r} have a number too large for "
                 f"{weights.dtype}"
             )
-        threads = 1 if forked[0] else self.threads
-        if not (taken and step([(1.0, *scalars)], threads, ZEROING)):
+        if not program.runner.take([gradient]):
             raise RuntimeError("the kernel refused arrays found to fit")
+        threads = 1 if forked[0] else self.threads
+        request = Request(zero_grads=True, threads=threads)
+        uninterrupted(*execute(program, [Key(1, (), scalars)], request))
         return weights, gradient, mom1, mom2
+
+
+def thincs(t: int, *scalars: float) -> tuple[float, ...]:
+    """The scalars of the rule are those that ``adam`` has computed."""
+    return scalars
 
 
 OPS = FastoptOps()

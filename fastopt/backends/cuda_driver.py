@@ -31,7 +31,7 @@ from fastopt.backends.cuda_kernels import (
     sums_kernel,
     tiles_kernel,
 )
-from fastopt.backends.numpy_ref import PLAIN, Extras, Step, pairs_of
+from fastopt.backends.numpy_ref import Step, pairs_of
 from fastopt.memory.arrays import on_device
 from fastopt.memory.factored import in_order
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
@@ -39,6 +39,7 @@ from fastopt.memory.segments import Array, Product, Segment
 from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.atomic import Call
+from fastopt.step import PLAIN, Request, Row
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time
@@ -101,7 +102,7 @@ def gram(tasks: Sequence[Sequence[Any]], threads: int) -> Array:
             segments = [Segment(a, (), 0) for a, _ in pairs]
             step = OnDevice(passes.inner, segments, np.zeros(1, np.int64))
             step.take([b for _, b in pairs])
-            for found in step.sums("rule", [(1.0,)], threads):
+            for found in step.sums("rule", [(1.0,)], PLAIN):
                 products[i, j] += found[0] if found else 0.0
         products[j, i] = products[i, j]
     return products
@@ -177,7 +178,7 @@ class OnDevice(Step):
         for task, weight in zip(tasks, weights, strict=True):
             if self.dtype.type(weight) != 0:
                 step.take([None if g is None else g.reshape(-1) for g in task])
-                step([(weight,)], 1)
+                step([(weight,)])
         given = [any(g is not None for g in of) for of in zip(*tasks, strict=True)]
         return [
             made.reshape(param.shape) if there else None
@@ -200,12 +201,9 @@ class OnDevice(Step):
             yield made, [part, self.room[:size], *parts]
 
     def squares(
-        self,
-        rows: list[tuple[float, ...]],
-        threads: int,
-        clip_value: float = math.inf,
+        self, rows: Sequence[Row], request: Request
     ) -> list[tuple[Array, Array] | None]:
-        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+        limits = limits_of(request)
         return [
             None
             if segment.product is None or grad is None or not grad.size
@@ -214,20 +212,16 @@ class OnDevice(Step):
         ]
 
     def sums(
-        self,
-        what: str,
-        rows: list[tuple[float, ...]],
-        threads: int,
-        clip_value: float = math.inf,
+        self, what: str, rows: Sequence[Row], request: Request
     ) -> list[tuple[float, ...] | None]:
-        rule = self.rule if what == "rule" else passes.accumulate
+        rule = self.rule if what == "rule" else passes.norm
         sizes = [
             0 if grad is None else segment.param.size
             for segment, grad in zip(self.segments, self.grads, strict=True)
         ]
         chunks = [-(-size // CHUNK) for size in sizes]
         terms, total = rule.terms, sum(chunks)
-        limits = (-clip_value, clip_value) if clip_value < math.inf else ()
+        limits = limits_of(request)
         if not total:
             found: Array = np.zeros(0)
         else:
@@ -272,17 +266,13 @@ class OnDevice(Step):
             results.append(None if grad is None else tuple(totals))
         return results
 
-    def calls(
-        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> list[Call]:
+    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
         # Launches are Python code of Numba's, so an interrupt may come between them.
-        return [functools.partial(self, rows, threads, extras)]
+        return [functools.partial(self, rows, request)]
 
-    def __call__(
-        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> bool:
-        clip = extras.clip_value < math.inf
-        limits = (-extras.clip_value, extras.clip_value) if clip else ()
+    def __call__(self, rows: list[Row], request: Request = PLAIN) -> bool:
+        limits = limits_of(request)
+        clip = bool(limits)
         launches: list[tuple[Any, ...]] = []
         # Complete before the first, so that no error leaves half a step.
 
@@ -301,8 +291,8 @@ class OnDevice(Step):
             self.segments, self.grads, self.buffers, strict=True
         ):
             averaged = segment.average is not None
-            weight = (extras.ema_weight,) if averaged else ()
-            beside = Beside(clip, averaged, extras.zero_grads)
+            weight = (request.ema_weight,) if averaged else ()
+            beside = Beside(clip, averaged, request.zero_grads)
             scalars = (*rows[segment.row], *limits, *weight)
             if not segment.param.size:
                 continue
@@ -324,13 +314,19 @@ class OnDevice(Step):
                     add(self.rule, beside, g, given, bits, scalars)
         for launch, *arguments in launches:
             launch(*arguments)
-        if extras.zero_grads and self.tasks[0] is not self.grads:
+        if request.zero_grads and self.tasks[0] is not self.grads:
             for task in self.tasks:
                 for grad in task:
                     if grad is not None:
                         grad.reshape(-1)[:] = 0
         self.count[0] += 1
         return True
+
+
+def limits_of(request: Request) -> tuple[float, ...]:
+    """Return what kernels take to clip each element; nothing if they are not to."""
+    most = request.clip_value
+    return (-most, most) if most < math.inf else ()
 
 
 def launch_lanes(lanes: Any, sums: Any) -> None:

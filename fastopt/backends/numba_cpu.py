@@ -37,7 +37,7 @@ from numba.np.ufunc import parallel
 
 from fastopt.backends import cython_cpu, kernel_cache, llvm_ir, numpy_ref
 from fastopt.backends.kernel_cache import Kernel
-from fastopt.backends.numpy_ref import PLAIN, Extras, Step
+from fastopt.backends.numpy_ref import Step
 from fastopt.language import Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
@@ -47,6 +47,7 @@ from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
+from fastopt.step import PLAIN, Request, Row
 
 __all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
@@ -522,11 +523,9 @@ class Alone(Step):
         self.constants = (REAL[dtype.itemsize] * (self.sets * self.width))()
 
     @standard
-    def calls(
-        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> list[Call]:
+    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
         if any(segment.product is not None for segment in self.segments):
-            return super().calls(rows, threads, extras)
+            return super().calls(rows, request)
         for row in rows:
             if len(row) != self.width:
                 raise TypeError(
@@ -538,30 +537,30 @@ class Alone(Step):
         for i, (grad, segment) in enumerate(
             zip(self.grads, self.segments, strict=True)
         ):
-            if grad is not None and extras.clip_value < math.inf:
-                read[i] = self.grad(i, rows[segment.row][0], extras.clip_value)
+            if grad is not None and request.clip_value < math.inf:
+                read[i] = self.grad(i, rows[segment.row][0], request.clip_value)
             address = 0
             if grad is not None:
                 address = read[i].__array_interface__["data"][0]
                 given += grad.size
             self.table[i, GRAD] = address
-        if extras.clip_value < math.inf:
+        if request.clip_value < math.inf:
             rows = [(1.0, *row[1:]) for row in rows]
         rows = rows[: self.sets]  # those that these segments are of
         self.constants[:] = [value for row in rows for value in row]
         return [
-            *self._native(1 if given < SERIAL_BELOW else threads),
+            *self._native(1 if given < SERIAL_BELOW else request.threads),
             partial(len, read),  # which live until the call before this one
-            *(self._average(extras.ema_weight, threads) if self.averages else ()),
+            *(self._average(request) if self.averages else ()),
             *[
                 partial(setitem, grad, ..., 0)
                 for task in self.tasks
                 for grad in task
-                if extras.zero_grads and grad is not None
+                if request.zero_grads and grad is not None
             ],
         ]
 
-    def _average(self, weight: float, threads: int) -> list[Call]:
+    def _average(self, request: Request) -> list[Call]:
         """The step that moves the averages: the new parameters stand in for their
         gradients."""
         if self.averaging is None:
@@ -569,7 +568,8 @@ class Alone(Step):
             count, carry = np.zeros(1, np.int64), np.zeros((2, 1, 0))
             self.averaging = Alone(passes.average, segments, count, carry)
         self.averaging.take([segment.param for segment in self.segments])
-        return self.averaging.calls([(1.0, weight)], threads)
+        rows: list[Row] = [(1.0, request.ema_weight)]
+        return self.averaging.calls(rows, Request(threads=request.threads))
 
     def _native(self, threads: int) -> list[Call]:
         """The calls of native code, none of Python code between them."""

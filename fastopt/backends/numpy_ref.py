@@ -1,10 +1,10 @@
 """The reference backend: a rule applied to whole NumPy arrays. Slow and readable.
 
-Every backend is a module with the same names: ``bind`` is given the segments once and
-returns what does steps over them, with the methods of ``Step`` here; ``as_array`` and
-``state_arena`` give it arrays and room for state where it works; ``gram`` multiplies
-the gradients of several tasks; ``missing`` says why the backend cannot be used here, if
-it cannot.
+Every backend is a module with the same functions: ``bind`` takes segments and returns
+the runner that does steps over them (see :class:`fastopt.step.Runner`); ``as_array``
+and ``state_arena`` provide arrays and memory for state where it works; ``gram``
+multiplies the gradients of several tasks; ``missing`` says why the backend cannot be
+used, if so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from operator import setitem
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,21 +27,11 @@ from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
+from fastopt.step import PLAIN, Request, Row
 
 __all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
 
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
-
-
-class Extras(NamedTuple):
-    """What a step does beside the update."""
-
-    clip_value: float = math.inf  # for the scaled gradients
-    ema_weight: float = 0.0  # of the new parameters in their average; 0: none is kept
-    zero_grads: bool = False
-
-
-PLAIN = Extras()
 
 
 def missing() -> str | None:
@@ -108,7 +98,9 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
 
 
 class Step:
-    """Steps over fixed segments."""
+    """The reference runner (see :class:`fastopt.step.Runner`)."""
+
+    fuses: frozenset[str] = frozenset()
 
     def __init__(self, rule: Rule, segments: Sequence[Segment], count: Array):
         dtype = segments[0].param.dtype
@@ -123,7 +115,7 @@ class Step:
         self.update = element(rule.update)
         self.measures = {
             "rule": (element(rule.measure), rule.measure_count),
-            "gradients": (element(passes.accumulate.measure), 0),
+            "gradients": (element(passes.norm.measure), 0),
         }
         self.average = element(passes.average.update)
         self.clip = element(passes.clip.update)
@@ -157,20 +149,15 @@ class Step:
 
     @standard
     def squares(
-        self,
-        rows: list[tuple[float, ...]],
-        threads: int,
-        clip_value: float = math.inf,
+        self, rows: Sequence[Row], request: Request
     ) -> list[tuple[Array, Array] | None]:
-        """For each segment whose state is factored, the sums of the squares of its
-        gradient by row and by column, matrix by matrix; None where there are none."""
         found: list[tuple[Array, Array] | None] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
                 if segment.product is None or self.grads[i] is None:
                     found.append(None)
                     continue
-                grad = self.grad(i, rows[segment.row][0], clip_value)
+                grad = self.grad(i, rows[segment.row][0], request.clip_value)
                 *_, height, width = grad.shape
                 found.append(
                     square_sums(grad.reshape(-1, height, width)) if grad.size else None
@@ -179,14 +166,8 @@ class Step:
 
     @standard
     def sums(
-        self,
-        what: str,
-        rows: list[tuple[float, ...]],
-        threads: int,
-        clip_value: float = math.inf,
+        self, what: str, rows: Sequence[Row], request: Request
     ) -> list[tuple[float, ...] | None]:
-        """For each segment, the sums of what the rule measures, or, of the
-        "gradients", what their norm is made of. None where there is no gradient."""
         measure, taken = self.measures[what]
         sums: list[tuple[float, ...] | None] = []
         with np.errstate(all="ignore"):
@@ -195,7 +176,7 @@ class Step:
                     sums.append(None)
                     continue
                 factor, *constants = rows[segment.row]
-                grad = self.grad(i, factor, clip_value)
+                grad = self.grad(i, factor, request.clip_value)
                 state = self.state_of(segment) if what == "rule" else ()
                 used = map(self.type, constants[:taken])
                 terms = measure(segment.param, grad, *state, *used)
@@ -203,28 +184,25 @@ class Step:
         return sums
 
     @standard
-    def calls(
-        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> list[Call]:
-        """What is left of a step once all its results are known: calls that write them.
-        An error in a rule comes before, and an interrupt before or after them all."""
+    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
+        # An error in a rule is raised here, before anything is written.
         results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
                 p = segment.param
                 if self.grads[i] is not None:
                     factor, *constants = rows[segment.row]
-                    grad = self.grad(i, factor, extras.clip_value)
+                    grad = self.grad(i, factor, request.clip_value)
                     used = map(self.type, constants)
                     new = self.update(p, grad, *self.state_of(segment), *used)
                     written = (p, *segment.state) if segment.product is None else (p,)
                     results += zip(written, new, strict=False)
                     p = new[0]
                 if segment.average is not None:
-                    weight = self.type(extras.ema_weight)
+                    weight = self.type(request.ema_weight)
                     (new,) = self.average(segment.average, p, weight)
                     results.append((segment.average, new))
-                for task in self.tasks if extras.zero_grads else ():
+                for task in self.tasks if request.zero_grads else ():
                     if task[i] is not None:
                         results.append((task[i], np.zeros_like(task[i])))
         # Copies, as a rule may return an array that another of these calls writes to.
@@ -233,24 +211,23 @@ class Step:
             partial(setitem, self.count, 0, self.count[0] + 1),
         ]
 
-    def __call__(
-        self, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-    ) -> bool:
-        """Do the step: the update with a row of scalars, of which the first is the
-        factor for the gradients; ``count``, an int64 array of one element, is raised.
-        True."""
-        uninterrupted(*self.calls(rows, threads, extras))
+    def __call__(self, rows: list[Row], request: Request = PLAIN) -> bool:
+        """Do the step. Return True, as a compiled step does."""
+        uninterrupted(*self.calls(rows, request))
         return True
 
 
-def calls_of(
-    step: Step, rows: list[tuple[float, ...]], threads: int, extras: Extras = PLAIN
-) -> list[Call]:
-    """A step as calls for :func:`uninterrupted`. A compiled step is one
-    such call."""
-    if isinstance(step, Step):
-        return step.calls(rows, threads, extras)
-    return [partial(step, rows, threads, extras)]
+def evaluate(
+    rule: Rule, buffers: Sequence[Array], scalars: Sequence[float], dtype: np.dtype[Any]
+) -> Array:
+    """Compute what a rule uses in place of its parameters for an evaluation, from the
+    parameters and the state."""
+    function: Any = rule.evaluate
+    element = concrete(function, dtype, NUMPY, lambda helper: helper)
+    count = element.__code__.co_argcount - len(buffers)
+    numbers = map(dtype.type, scalars[:count])
+    with np.errstate(all="ignore"):
+        return np.array(element(*buffers, *numbers))
 
 
 def written(calls: Sequence[Call]) -> dict[int, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from fastopt import native
 from fastopt.backends.cython_cpu import HOW_TO_GET
-from fastopt.backends.numpy_ref import NUMPY
+from fastopt.backends.numpy_ref import evaluate
 from fastopt.jax import schedules as jax_schedules
 from fastopt.jax.arrays import (
     DTYPES,
@@ -39,7 +39,6 @@ from fastopt.jax.arrays import (
     taken,
     words,
 )
-from fastopt.language import Function, concrete
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.groups import check_schedule
@@ -334,14 +333,13 @@ class Optimizer:
     def eval_params(self, params: Any, state: State) -> Any:
         """The parameters to use, such as for a validation: for most rules ``params``;
         for those that take their gradients elsewhere (``schedule_free_*``), others."""
-        evaluate = self.variant.evaluate
-        if evaluate is None:
+        if self.variant.evaluate is None:
             return params
         leaves, tree = taken("params", params)
         state, buffers = self._fitting(state, params)
         static, traced = self._numbers({}, state.count)
         new = jax.pure_callback(
-            functools.partial(self._evaluate, evaluate, static),
+            functools.partial(self._evaluate, static),
             [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
             *(state.count, state.carry, traced, leaves, buffers),
             vmap_method="sequential",
@@ -496,7 +494,6 @@ class Optimizer:
     @standard
     def _evaluate(
         self,
-        function: Function,
         static: Mapping[str, float],
         count: Any,
         carry: Any,
@@ -513,12 +510,7 @@ class Optimizer:
         before = np.asarray(carry).view(np.float64).reshape(-1).tolist()
         values = [now[key] for key in rule.hyperparameters]
         scalars = rule.scalars(max(int(count), 1), *before, *values)
-        used = function.__code__.co_argcount - 1 - len(rule.state)
         for arrays in zip(leaves, *buffers, strict=True):
             arrays = tuple(map(np.asarray, arrays))
-            dtype = arrays[0].dtype
-            evaluate = concrete(function, dtype, NUMPY, lambda helper: helper)
-            with np.errstate(all="ignore"):
-                numbers = map(dtype.type, scalars[:used])
-                found.append(np.asarray(evaluate(*arrays, *numbers)))
+            found.append(evaluate(rule, arrays, scalars, arrays[0].dtype))
         return found

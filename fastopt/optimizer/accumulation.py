@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fastopt.backends.numpy_ref import Step, calls_of
 from fastopt.memory.arena import zeros
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.state import bind_alone
 from fastopt.rules import passes
 from fastopt.runtime.atomic import Call, filling
+from fastopt.step import Key, Program, Request, execute
 
 
 class Pending(NamedTuple):
@@ -20,11 +20,11 @@ class Pending(NamedTuple):
 
     sums: list[Array]
     given: list[bool]  # whether any gradient came, by parameter
-    step: Step
+    program: Program
     spans: list[tuple[int, int]]
 
     @property
-    def found(self) -> list[Array | None]:
+    def gradients(self) -> list[Array | None]:
         """The sums as the gradients of a step."""
         pairs = zip(self.sums, self.given, strict=True)
         return [array if given else None for array, given in pairs]
@@ -37,12 +37,13 @@ class Pending(NamedTuple):
     def added(
         self, grads: Sequence[Any], grad_scale: float, threads: int
     ) -> tuple[Pending, list[Call]]:
-        """What this will be with more gradients, which our step has taken, and the
+        """What this will be with more gradients, which our runner has taken, and the
         calls that add them."""
         given = [
             was or grad is not None for was, grad in zip(self.given, grads, strict=True)
         ]
-        calls = calls_of(self.step, [(grad_scale,)], threads)
+        request = Request(threads=threads)
+        calls = execute(self.program, [Key(1, (), (), grad_scale)], request)
         return self._replace(given=given), calls
 
     def restored(self, saved: Sequence[Array | None]) -> Pending:
@@ -56,5 +57,5 @@ class Pending(NamedTuple):
 def new_pending(module: ModuleType, arrays: Sequence[Array]) -> Pending:
     """Sums of nothing, for these parameters."""
     (sums,) = zeros(module.state_arena, arrays, 1)
-    step = bind_alone(module, passes.accumulate, sums)
-    return Pending(sums, [False] * len(sums), step, checks.spans_of(sums))
+    program = bind_alone(module, passes.accumulate, sums)
+    return Pending(sums, [False] * len(sums), program, checks.spans_of(sums))

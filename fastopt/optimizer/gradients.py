@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastopt.backends.numpy_ref import Step
+import numpy as np
+
+from fastopt.backends.numpy_ref import combined
+from fastopt.memory.arrays import to_host
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.parameters import Parameters
+from fastopt.step import Runner
 
 
 def of_tasks(
@@ -17,36 +21,64 @@ def of_tasks(
 ) -> tuple[list[list[Any]], list[float]]:
     """The gradients of each of several tasks, lists, and their weights."""
     tasks = checks.split_tasks("grads", grads)
-    found: list[list[Any]] = []
+    gradients: list[list[Any]] = []
     for k, task in enumerate(tasks):
-        found.append([])
-        checks.collect(params.layout, task, "", found[k], f"grads[{k}]")
-    return found, checks.check_weights(weights, len(tasks), params.arrays[0].dtype)
+        gradients.append([])
+        checks.collect(params.layout, task, "", gradients[k], f"grads[{k}]")
+    return gradients, checks.check_weights(weights, len(tasks), params.arrays[0].dtype)
 
 
 def take(
     params: Parameters,
-    step: Step,
-    found: list[Any],
+    runner: Runner,
+    tasks: list[list[Any]],
     spans: Sequence[tuple[int, int]],
     weights: list[float] | None = None,
-) -> list[Any]:
-    """Give gradients to a step: as they are, if it checks them itself and they are
-    plain arrays that fit; else after a look at each, which finds the words for a
-    refusal. With weights, a list for each task."""
-    if hasattr(step, "at") and step.take(found, weights):
-        return found
-    fitting: list[Any] = (
-        [fit(params, i, grad, spans) for i, grad in enumerate(found)]
-        if weights is None
-        else [
-            [fit(params, i, grad, spans, f"[{k}]") for i, grad in enumerate(task)]
-            for k, task in enumerate(found)
+) -> list[list[Any]]:
+    """Give the gradients of each task to a runner, and return them as it took them. A
+    runner that checks them itself takes plain arrays as they are. Otherwise each is
+    converted and checked, which also finds the words for a refusal."""
+
+    def taken(tasks: list[list[Any]]) -> bool:
+        return runner.take(tasks[0] if weights is None else tasks, weights)
+
+    if "scalars" in runner.fuses and taken(tasks):
+        return tasks
+    fitting: list[list[Any]] = [
+        [
+            fit(params, i, grad, spans, "" if weights is None else f"[{k}]")
+            for i, grad in enumerate(task)
         ]
-    )
-    if not step.take(fitting, weights):
+        for k, task in enumerate(tasks)
+    ]
+    if not taken(fitting):
         raise RuntimeError("the kernel refused gradients found to fit")
     return fitting
+
+
+def check_writeable(
+    params: Parameters, tasks: Sequence[Sequence[Any]], weights: Any
+) -> None:
+    """Check that the gradients can be set to zero."""
+    names = [
+        grad_name(params, i, "" if weights is None else f"[{k}]")
+        for k, task in enumerate(tasks)
+        for i in range(len(task))
+    ]
+    checks.check_writeable(names, [grad for task in tasks for grad in task])
+
+
+def finite(
+    grads: Sequence[Any], weights: Sequence[float] | None, grad_scale: float
+) -> bool:
+    """Whether the gradients of a parameter, one for each task, are finite together.
+    This is asked where their squares are not: those of finite float64 may overflow."""
+    there = [None if grad is None else to_host(grad) for grad in grads]
+    if any(grad is not None and grad.dtype != np.float64 for grad in there):
+        return False
+    with np.errstate(all="ignore"):
+        grad = np.asarray(combined(there, weights or [1.0]))
+        return bool(np.isfinite(grad * grad_scale).all())
 
 
 def grad_name(params: Parameters, i: int, task: str = "") -> str:

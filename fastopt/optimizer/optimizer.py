@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastopt import backends
-from fastopt.backends.numpy_ref import Extras, calls_of
-from fastopt.memory.arrays import on_device
 from fastopt.memory.flat import FlatBuffer
-from fastopt.memory.segments import Array
-from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.accumulation import Pending, new_pending
-from fastopt.optimizer.gradients import fit, grad_name, of_tasks, take
-from fastopt.optimizer.groups import Group, Values
-from fastopt.optimizer.parameters import Parameters
-from fastopt.optimizer.refusals import check_rule
-from fastopt.optimizer.state import Bound, bind, bind_alone, fill, shrinking
+from fastopt.optimizer.bindings import Bindings
+from fastopt.optimizer.gradients import (
+    check_writeable,
+    finite,
+    fit,
+    grad_name,
+    of_tasks,
+    take,
+)
+from fastopt.optimizer.groups import Values
+from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, filling, uninterrupted
-from fastopt.runtime.exclusive import exclusive, free_flag, new_flag
-from fastopt.runtime.threads import available, forked
+from fastopt.runtime.exclusive import exclusive, free_flag
+from fastopt.runtime.threads import forked
+from fastopt.step import Key, Request, examine, execute
 
-ACCUMULATED: Any = object()  # in place of gradients: those that were accumulated
-AS_GIVEN = 1.0  # the gradients; an object of its own, to be known at once
+ACCUMULATED: Any = object()  # stands for the accumulated gradients
+AS_GIVEN = 1.0  # compared by identity, so that the default needs no check
 
 
-class Optimizer:
+class Optimizer(Bindings):
     """Applies a rule to parameters, in place; made by calling the rule.
 
     Parameters
@@ -94,222 +95,8 @@ class Optimizer:
     >>> opt.lr = 0.1
     """
 
-    rule: Rule
-    backend: str
-    threads: int
-    ema: float | None
-    groups: tuple[Group, ...]
-
-    _bound: Bound  # not there from add_group to the next look at it
-    _bound_before: Any = None  # by add_group
-    _plan: tuple[Any, list[Values] | None, int, Any]
-    _planned: bool
-    _separately = False  # whether the arrays of a FlatBuffer are segments of their own
-    _estimated = False  # whether there was an estimate before the first step
-    _in_one_call = True  # whether the compiled step alone can do a plain step
-    # More calls that belong to a step, whose own these are; such as a Lookahead's.
+    # More calls that belong to a step, computed from its own, such as a Lookahead's.
     _with_step: Callable[[Sequence[Call]], Sequence[Call]] | None = None
-
-    def __init__(
-        self,
-        rule: Rule,
-        params: Any,
-        *,
-        backend: str | None = None,
-        threads: int | None = None,
-        ema: float | None = None,
-        weight_decay_mask: Any = None,
-        **hyperparameters: Any,
-    ):
-        check_rule("rule", rule)
-        checks.check_meant(params, rule.hyperparameters)
-        trees, own = checks.split_groups(params)
-        if backend is None:
-            device = any(on_device(leaf) for _, leaf in leaves(trees))
-            backend = backends.choose(rule, device)
-        self._module = backends.load(backend)
-        self._params = Parameters(
-            self._module,
-            trees,
-            own is not None,
-            rule.by_segment or self._separately or weight_decay_mask is not None,
-            self._off,
-            weight_decay_mask,
-        )
-        self.rule, self.backend = rule, backend
-        self.threads = available() if threads is None else threads
-        self.ema = ema
-        if self._params.masked and "weight_decay" not in rule.hyperparameters:
-            raise TypeError(
-                f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
-            )
-        self._pending: Pending | None = None
-        self._spare: Pending | None = None  # zeros, for the next accumulation
-        self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
-        self._averages = None if ema is None else self._params.like()
-        given = [dict(group) for group in own or [{}]]
-        groups = tuple(
-            Group(
-                rule,
-                f"groups[{number}]" if own else "",
-                number,
-                self._assign,
-                self._params.arrays[0].dtype,
-                changes.pop("frozen", False),
-            )
-            for number, changes in enumerate(given)
-        )
-        values = [
-            group.begin({**hyperparameters, **changes}, 0)
-            for group, changes in zip(groups, given, strict=True)
-        ]
-        # From now on, assignment is to hyperparameters.
-        self._commit(values, self._bind(values, groups=groups), groups=groups)
-
-    @exclusive
-    def add_group(self, group: Mapping[str, Any]) -> None:
-        """Add parameters: ``{"params": ..., "lr": ...}``, as in the beginning.
-
-        What it does not set has the rule's defaults. From now on gradients are a list
-        with those of each group. The steps so far count for the new parameters, too.
-        """
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise TypeError(
-                f'a group is a dict with "params" and hyperparameters, got '
-                f"{type(group).__name__}"
-            )
-        if self._pending is not None:
-            raise RuntimeError(
-                "there are accumulated gradients; step or drop_accumulated() first"
-            )
-        changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
-        params = self._params.with_group(group["params"])
-        number = len(self.groups)
-        new = Group(
-            self.rule,
-            f"groups[{number}]",
-            number,
-            self._assign,
-            params.arrays[0].dtype,
-            group.get("frozen", False),
-        )
-        values = new.begin(changes, self.steps)
-        before = vars(self).get("_bound", self._bound_before)
-        on = before.on | {name for name in self.rule.switches if values[name]}
-        self._check_results([new], [values], on, params, self.steps)
-        changes = {"groups": (*self.groups, new), "_params": params, "_spare": None}
-        changes |= self._unplanned(params, self.threads)
-        named = [] if self._params.grouped else [*self.groups]
-        uninterrupted(
-            *[g.committing(dict(g), prefix="groups[0]") for g in named],
-            new.committing(values),
-            partial(vars(self).update, changes, _bound_before=before),
-            partial(vars(self).pop, "_bound", None),
-        )
-
-    def _bind_added(self) -> Bound:
-        """Bind to the groups that were added, in one go however many they are."""
-        params, averages = self._params, None
-        if self._averages is not None:
-            averages, old = params.like(), self._averages[1]
-            values = [*old, *params.arrays[len(old) :]]
-            for average, value in zip(averages[1], values, strict=True):
-                fill(average, value)
-        of_groups = [dict(group) for group in self.groups]
-        bound = self._bind(of_groups, self._bound_before, averages=averages)
-        following = self._following(of_groups, bound)
-        vars(self).update(following, _averages=averages, _bound=bound)
-        return bound
-
-    @exclusive
-    def _be_bound(self) -> None:
-        """Bind added groups, for readers that do not hold the busy flag."""
-        if "_bound" not in vars(self):
-            self._bind_added()
-
-    # Hyperparameters ------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        groups = vars(self).get("groups")
-        if name == "_bound" and groups:  # some were added
-            return self._bind_added()
-        if not groups or name not in groups[0]:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        values = [group[name] for group in groups]
-        if any(value != values[0] for value in values):
-            raise AttributeError(
-                f"the groups differ in {name}; read opt.groups[i][{name!r}]"
-            )
-        return values[0]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        groups = vars(self).get("groups")
-        if name == "threads":
-            threads = checks.check_threads(value)
-            if groups is None:
-                vars(self)["threads"] = threads
-            else:
-                vars(self).update(self._unplanned(self._params, threads))
-                if "_bound" in vars(self):
-                    self._plan_steps()
-        elif name == "ema":
-            if groups is not None:
-                checks.check_same_kind(name, value, self.ema)
-            super().__setattr__(name, checks.check_decay(name, value))
-        elif groups is None or name.startswith("_"):
-            super().__setattr__(name, value)
-        elif name in groups[0]:
-            self._change([{name: value} for _ in groups])
-        else:
-            raise AttributeError(
-                f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
-                f"{', '.join(groups[0]) or 'none'}"
-            )
-
-    def _assign(
-        self, number: int, changes: Mapping[str, Any], frozen: bool | None = None
-    ) -> None:
-        of_group = [g.number == number for g in self.groups]
-        self._change(
-            [changes if here else {} for here in of_group],
-            frozen=[frozen if here else None for here in of_group],
-        )
-
-    @exclusive
-    def _change(
-        self,
-        changes: Sequence[Mapping[str, Any]],
-        *,
-        frozen: Sequence[bool | None] | None = None,
-        also: Iterable[Call] = (),
-    ) -> None:
-        """Change hyperparameters, a mapping for each group; with an error, none. More
-        calls are made at the same instant.
-
-        What was once switched on stays so: with a switch off, a variant does what the
-        one without that state does (with finite numbers), and the state survives.
-        """
-        values = [
-            group.checked(given, self.steps)
-            for group, given in zip(self.groups, changes, strict=True)
-        ]
-        bound, switches = self._bound, self.rule.switches
-        if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
-            bound = self._bind(values, bound)
-        self._commit(values, bound, frozen=frozen, also=also)
-
-    @property
-    def _threads_now(self) -> int:
-        """Those of OpenMP do not survive a fork."""
-        return 1 if forked[0] else self.threads
-
-    # State and kernels ----------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """The number of completed steps."""
-        bound: Bound = vars(self).get("_bound", self._bound_before)
-        return bound.steps
 
     @property
     def skipped(self) -> int:
@@ -321,22 +108,6 @@ class Optimizer:
         """The norm of all gradients, scaled and not yet clipped, in the last step that
         had ``clip_norm`` or looked for what is not finite; NaN before one."""
         return self._grad_norm
-
-    @property
-    def state(self) -> dict[str, list[Array]]:
-        """The state buffers by name: for each an array a parameter, in its shape; or,
-        where it is factored, the averages of rows and then columns as they are now."""
-        if "_bound" not in vars(self):
-            self._be_bound()
-        return self._bound.state
-
-    @property
-    def ema_params(self) -> Any:
-        """The moving average of the parameters, in their structure: the very memory
-        that steps update, until ``add_group`` makes another. None without ``ema``."""
-        if "_bound" not in vars(self):
-            self._be_bound()
-        return self._averages[0] if self._averages else None
 
     @exclusive
     def eval_params(self) -> Any:
@@ -353,153 +124,6 @@ class Optimizer:
         if not self.steps:
             self._start(values)
         return self._bound.evaluated(values)
-
-    @standard
-    def _values(self, steps: int) -> list[Values]:
-        """The hyperparameters that hold now, for each set of them."""
-        given = [group.at(steps) for group in self.groups]
-        if not self._params.differ:
-            return given
-        names = list(self.groups[0])
-        by_name = [dict(zip(names, values, strict=True)) for values in given]
-        sets = self._sets(by_name, self._params)
-        return [tuple(values.values()) for values in sets]
-
-    def _sets(
-        self, values: Sequence[Mapping[str, Any]], params: Parameters
-    ) -> list[dict[str, Any]]:
-        """The values of the last so many groups for each of their sets: without decay
-        where it is masked."""
-        first = len(params.trees) - len(values)
-        return [
-            {**values[number - first], **dict.fromkeys(off, 0.0)}
-            for number, off in params.sets
-            if number >= first
-        ]
-
-    def _check_results(
-        self,
-        groups: Sequence[Group],
-        values: Sequence[Mapping[str, Any]],
-        on: Set[str],
-        params: Parameters,
-        steps: int,
-        known: int = 0,
-    ) -> list[dict[str, Any]]:
-        """The hyperparameters of the sets of these groups, the last ones, as they are
-        after so many steps; all but the ``known`` ones with scalars that are finite in
-        the parameters' dtype."""
-        rule, dtype = self.rule.variant(on), params.arrays[0].dtype
-        now = [
-            dict(zip(given, group.at(steps, given), strict=True))
-            for group, given in zip(groups, values, strict=True)
-        ]
-        sets = self._sets(now, params)
-        for given in sets[known:]:
-            carry = rule.first_carry(given)
-            constants = rule.scalars(steps + 1, *carry, *given.values())
-            surplus = bool(self.rule.variants)
-            rule.check_results(steps + 1, constants, dtype, surplus=surplus)
-        return sets
-
-    def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
-        """The hyperparameters that are 0 for an array, whatever they are in its group;
-        ``decays``: whether its weights decay."""
-        return () if decays else ("weight_decay",)
-
-    @standard
-    def _bind(
-        self,
-        values: Sequence[Mapping[str, Any]],
-        before: Bound | None = None,
-        on: Set[str] = frozenset(),
-        *,
-        averages: tuple[Any, list[Array]] | None = None,
-        groups: Sequence[Group] | None = None,
-        **saved: Any,
-    ) -> Bound:
-        """The variant for these values of the groups, and for more switches that are
-        ``on``, with its kernel and its state: what there was ``before`` or is
-        ``saved``, and else new. Averages and groups are ours, or others."""
-        params, groups = self._params, groups or self.groups
-        params.watch.check()
-        averages = averages or self._averages
-        rule, steps = self.rule, saved.get("steps", before.steps if before else 0)
-        on = on | (before.on if before else frozenset())
-        on = on | {n for n in rule.switches if any(v[n] for v in values)}
-        known = len(before.params.sets) if before and before.on == on else 0
-        sets = self._check_results(groups, values, on, params, steps, known)
-        kept = {"state": before.state, "carried": before.carried} if before else {}
-        return bind(
-            self._module,
-            rule.variant(on),
-            frozenset(on),
-            params,
-            sets,
-            averages=averages[1] if averages else None,
-            **{"state": {}, "carried": None, "steps": steps, **kept, **saved},
-        )
-
-    def _commit(
-        self,
-        values: Sequence[Mapping[str, Any]],
-        bound: Bound,
-        *,
-        groups: tuple[Group, ...] | None = None,
-        frozen: Sequence[bool | None] | None = None,
-        also: Iterable[Call] = (),
-        **changes: Any,
-    ) -> None:
-        """Take over what is ready, all at the same instant."""
-        groups = groups or self.groups
-        flags = frozen or [None] * len(groups)
-        changes |= self._unplanned(bound.params, self.threads)
-        changes |= self._following(values, bound)
-        uninterrupted(
-            *also,
-            *[
-                group.committing(given, flag)
-                for group, given, flag in zip(groups, values, flags, strict=True)
-            ],
-            partial(vars(self).update, changes, _bound=bound, groups=groups),
-        )
-        self._plan_steps()
-
-    def _following(
-        self, values: Sequence[Mapping[str, Any]], bound: Bound
-    ) -> dict[str, Any]:
-        """More attributes that follow from these."""
-        return {}
-
-    def _unplanned(self, params: Parameters, threads: int) -> dict[str, Any]:
-        """Attributes in place of a plan: with this one, every step is right, but slow;
-        an interrupt may come before there is another."""
-        plan = (params.layout, None, threads, None)
-        return {"threads": threads, "_plan": plan, "_planned": False}
-
-    def _plan_steps(self) -> None:
-        schedules = any(group.schedules for group in self.groups)
-        rule = self._bound.rule
-        # What the compiled step cannot do all by itself.
-        more = (
-            not self._in_one_call
-            or rule.measure is not None
-            or self._averages is not None
-            or self._pending is not None
-            or any(group.frozen for group in self.groups)
-            or (bool(rule.starts or rule.carry) and self.steps == 0)
-        )
-        # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
-        # each attribute instead of 7.
-        plan = (
-            self._params.layout,
-            None if schedules else self._values(self.steps),
-            self.threads,
-            None if more else self._params.watching(self._bound.step),
-        )
-        vars(self).update(_plan=plan, _planned=True)
-
-    # Steps ----------------------------------------------------------------------------
 
     def step(
         self,
@@ -571,23 +195,23 @@ class Optimizer:
                 # Only now: the gradients' own code, a mapping's or a schedule's, is
                 # refused to change the optimizer, and another thread is, too.
                 layout, values, threads, compiled = self._plan
-                found: list[Any]
+                gradients: Any
                 if weights is not None:
                     if grads is ACCUMULATED:
                         raise TypeError(
                             "weights need the gradients of each task: step(grads, ...)"
                         )
-                    found, weights = of_tasks(self._params, grads, weights)
+                    gradients, weights = of_tasks(self._params, grads, weights)
                     compiled = None
                 elif layout is None:  # a single array
-                    found = [grads]
+                    gradients = [grads]
                 elif type(grads) is FlatBuffer and grads.shapes is layout:
-                    found = [grads.data]
+                    gradients = [grads.data]
                 elif grads is ACCUMULATED:
-                    found = [grads]
+                    gradients = [grads]
                 else:
-                    found = []
-                    checks.collect(layout, grads, "", found)
+                    gradients = []
+                    checks.collect(layout, grads, "", gradients)
                 if values is None:  # there are schedules
                     values = self._values(self.steps)
                 if forked[0]:
@@ -600,20 +224,21 @@ class Optimizer:
                     or clip_value is not None
                     or zero_grads
                     or nonfinite != "propagate"
-                    or not compiled(found, values, grad_scale, threads)
+                    or not compiled(gradients, values, grad_scale, threads)
                 ):
                     pending = self._look_for_accumulated(grads)
-                    self._step_in_full(
-                        pending.found if pending else found,
-                        values,
-                        threads,
-                        grad_scale,
+                    if pending is not None:
+                        gradients = pending.gradients
+                    request = Request(
                         checks.check_limit("clip_norm", clip_norm),
                         checks.check_limit("clip_value", clip_value),
                         checks.check_nonfinite(nonfinite),
+                        0.0 if self.ema is None else 1 - self.ema,
                         zero_grads or pending is not None,
-                        weights,
+                        threads,
                     )
+                    tasks = [gradients] if weights is None else gradients
+                    self._step_in_full(tasks, weights, values, grad_scale, request)
             finally:
                 busy[0] = False
         except BaseException:  # perhaps an interrupt at the first of these lines
@@ -631,9 +256,9 @@ class Optimizer:
             raise TypeError("step needs gradients: none have been accumulated")
         return self._pending
 
-    def _taken(self) -> tuple[list[Call], dict[str, Any]]:
-        """What a step does with the sums that it takes, beside zeroing those that it
-        reads: calls, and what attributes become."""
+    def _using_up(self) -> tuple[list[Call], dict[str, Any]]:
+        """Return what a step does with accumulated gradients, which it sets to zero
+        where it reads them: calls, and new values of attributes."""
         pending = self._pending
         if pending is None:
             return [], {}
@@ -648,103 +273,69 @@ class Optimizer:
     @standard
     def _step_in_full(
         self,
-        found: list[Any],
-        values: list[Values],
-        threads: int,
-        grad_scale: float,
-        clip_norm: float,
-        clip_value: float,
-        nonfinite: str,
-        zero_grads: bool,
+        tasks: list[list[Any]],
         weights: list[float] | None,
+        values: list[Values],
+        grad_scale: float,
+        request: Request,
     ) -> None:
-        """A step with all that there is to it, in the order in which it happens. With
-        weights, what was found is a list for each task."""
-        bound = self._bound
-        step, first = bound.step, bound.steps == 0
-        several = weights is not None
-        thawed = list(map(self._thawed, found)) if several else self._thawed(found)
-        self._params.check_unchanged(step, thawed if several else [thawed])
-        grads = take(self._params, step, thawed, bound.spans, weights)
-        tasks: list[list[Any]] = grads if several else [grads]
-        if zero_grads:
-            names = [
-                grad_name(self._params, i, f"[{k}]" if several else "")
-                for k, task in enumerate(tasks)
-                for i in range(len(task))
-            ]
-            checks.check_writeable(names, [grad for task in tasks for grad in task])
+        """Do a step with everything that a request may ask for. ``tasks`` has the
+        gradients of each task; without weights there is one."""
+        bound, params = self._bound, self._params
+        program, first = bound.program, bound.steps == 0
+        tasks = list(map(self._without_frozen, tasks))
+        params.check_unchanged(program.runner, tasks)
+        tasks = take(params, program.runner, tasks, bound.spans, weights)
+        if request.zero_grads:
+            check_writeable(params, tasks, weights)
         if first and (bound.rule.starts or bound.rule.carry or bound.averages):
             self._start(values)
         factor = grad_scale
-        calls, changes = self._taken()
-        if clip_norm < math.inf or nonfinite != "propagate":
-            norm, bad = bound.norm(grads, grad_scale, threads, weights)
+        calls, changes = self._using_up()
+        if request.needs_norm:
+
+            def is_finite(_: int, i: int) -> bool:
+                return finite([task[i] for task in tasks], weights, grad_scale)
+
+            norm, nonfinite, shrink = examine([program], factor, request, is_finite)
             changes["_grad_norm"] = norm
-            if bad and nonfinite == "raise":
+            if nonfinite and request.nonfinite == "raise":
                 self._grad_norm = norm
-                where = [
-                    grad_name(self._params, i, "[...]" if several else "") for i in bad
-                ]
+                task = "" if weights is None else "[...]"
+                names = [grad_name(params, i, task) for _, i in nonfinite]
                 raise FloatingPointError(
-                    f"infinity or NaN in {', '.join(where)}; nothing was updated"
+                    f"infinity or NaN in {', '.join(names)}; nothing was updated"
                 )
-            if bad and nonfinite == "skip":
-                calls += [
-                    filling(grad, 0.0)
-                    for task in tasks
-                    for grad in task
-                    if zero_grads and grad is not None
-                ]
+            if nonfinite and request.nonfinite == "skip":
+                unread = [g for task in tasks for g in task if g is not None]
+                calls += [filling(g, 0.0) for g in unread if request.zero_grads]
                 changes["_skipped"] = self._skipped + 1
                 self._finish(calls, changes)
                 return
-            factor *= shrinking(norm, clip_norm)
-        weight = 0.0 if self.ema is None else 1 - self.ema
-        extras = Extras(clip_value, weight, zero_grads)
-        own = self._calls(grads, weights, values, factor, threads, extras)
+            factor *= shrink
+        own = self._calls(tasks, weights, values, factor, request)
         more = self._with_step(own) if self._with_step else ()
         if first:  # what is done before it need not be done again
-            changes |= self._unplanned(self._params, self.threads)
+            changes |= self._unplanned(params, self.threads)
         self._finish([*own, *calls, *more], changes)
 
     def _finish(self, calls: Iterable[Call], changes: Mapping[str, Any]) -> None:
-        """What a step writes: all of it, or, with an interrupt, nothing."""
+        """Write the result of a step: all of it or, with an interrupt, nothing."""
         uninterrupted(*calls, partial(vars(self).update, changes))
         if not self._planned:
             self._plan_steps()
 
     def _calls(
         self,
-        grads: list[Any],
+        tasks: list[list[Any]],
         weights: list[float] | None,
         values: Sequence[Values],
         factor: float,
-        threads: int,
-        extras: Extras,
+        request: Request,
     ) -> list[Call]:
-        """The step itself, with these gradients, which were taken, times a factor."""
-        return self._bound.calls(values, factor, threads, extras)
-
-    def _start(self, values: list[Values]) -> None:
-        """Before the first step: the parameters may have got their values by now."""
-        names, rule = list(self.groups[0]), self._bound.rule
-        sets = [dict(zip(names, given, strict=True)) for given in values]
-        since = dict.fromkeys(rule.state, 0)
-        if self._estimated and rule.estimate is not None:
-            del since[rule.estimate[0]]  # the estimate has set this buffer
-        self._bound.start(sets, since)
-
-    def _thawed(self, found: list[Any]) -> list[Any]:
-        """Gradients, without those of frozen groups."""
-        if not any(group.frozen for group in self.groups):
-            return found
-        return [
-            None if self.groups[number].frozen else grad
-            for number, grad in zip(self._params.group_of, found, strict=True)
-        ]
-
-    # Gradients that come in parts -----------------------------------------------------
+        """Prepare the update with the gradients that were taken, times a factor."""
+        bound = self._bound
+        return execute(bound.program, bound.keys(values, factor), request)
 
     @exclusive
     @standard
@@ -755,13 +346,14 @@ class Optimizer:
         dtype; a parameter that only got None is left alone by that step.
         """
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
-        found: list[Any] = []
-        checks.collect(self._params.layout, grads, "", found)
+        gradients: list[Any] = []
+        checks.collect(self._params.layout, grads, "", gradients)
         pending = self._pending or self._spare
         if pending is None:
             pending = new_pending(self._module, self._params.arrays)
-        taken = take(self._params, pending.step, found, pending.spans)
-        pending, calls = pending.added(taken, grad_scale, self._threads_now)
+        runner = pending.program.runner
+        (gradients,) = take(self._params, runner, [gradients], pending.spans)
+        pending, calls = pending.added(gradients, grad_scale, self._threads_now)
         unplanned = self._unplanned(self._params, self.threads)
         self._finish(calls, {"_pending": pending, "_spare": None, **unplanned})
 
@@ -781,26 +373,22 @@ class Optimizer:
             raise TypeError(f"{self.rule.name} does not use estimates")
         grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
         self._params.watch.check()
-        found: list[Any] = []
-        checks.collect(self._params.layout, grads, "", found)
+        gradients: list[Any] = []
+        checks.collect(self._params.layout, grads, "", gradients)
         buffer, rule = self.rule.estimate
         arrays, values = self._bound.state[buffer], self._values(self.steps)
         if not self.steps:
             self._start(values)
-        step = bind_alone(self._module, rule, arrays, self._params.set_of)
+        program = bind_alone(self._module, rule, arrays, self._params.set_of)
         # They must not be the parameters either, to which this step writes nothing.
-        taken = [
+        fitting = [
             fit(self._params, i, grad, self._bound.spans)
-            for i, grad in enumerate(self._thawed(found))
+            for i, grad in enumerate(self._without_frozen(gradients))
         ]
-        step.take(taken)
-        rows = [
-            (grad_scale, *rule.scalars(self.steps + 1, *given)[: rule.scalar_count])
-            for given in values
-        ]
-        self._finish(calls_of(step, rows, self._threads_now), {"_estimated": True})
-
-    # Saving and resuming --------------------------------------------------------------
+        program.runner.take(fitting)
+        keys = [Key(self.steps + 1, (), given, grad_scale) for given in values]
+        calls = execute(program, keys, Request(threads=self._threads_now))
+        self._finish(calls, {"_estimated": True})
 
     @exclusive
     def state_dict(self) -> dict[str, Any]:
@@ -823,12 +411,6 @@ class Optimizer:
 
     def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
         return saving.loading(self, saved)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "an Optimizer works in its parameters' memory and cannot be copied or "
-            "pickled; make a new one and give it this one's state_dict()"
-        )
 
     def __repr__(self) -> str:
         arrays = self._params.arrays

@@ -154,22 +154,25 @@ class Parameters:
         more.layout += more._extend([tree])
         return more
 
-    def check_unchanged(self, step: Any, tasks: Sequence[Sequence[Any]]) -> None:
+    def check_unchanged(self, runner: Any, tasks: Sequence[Sequence[Any]]) -> None:
         """Check that a step may write to each parameter that has a gradient. The
-        compiled step checks most arrays itself."""
-        watch, looks = self.watch, getattr(step, "unchanged", None)
-        if looks and looks() and not (watch.foreign and not watch.unchanged()):
-            return
+        compiled runner checks most arrays itself."""
+        watch = self.watch
+        if "scalars" in runner.fuses and runner.unchanged():
+            if not watch.foreign or watch.unchanged():
+                return
         watch.check(
             [any(grad is not None for grad in of) for of in zip(*tasks, strict=False)]
         )
 
-    def watching(self, step: Any) -> Callable[..., bool] | None:
-        """Return the step's ``at``, if it has one, after a check of the arrays that it
-        cannot check itself."""
-        at: Callable[..., bool] | None = getattr(step, "at", None)
+    def watching(self, runner: Any) -> Callable[..., bool] | None:
+        """Return what does a plain step in one call, if the runner can, after a check
+        of the arrays that it cannot check itself."""
+        if "scalars" not in runner.fuses:
+            return None
+        at: Callable[..., bool] = runner.at
         watch = self.watch
-        if at is None or not watch.foreign:
+        if not watch.foreign:
             return at
         return lambda *given: watch.unchanged() and at(*given)
 

@@ -50,7 +50,7 @@ def save(opt: Optimizer) -> dict[str, Any]:
         "state": {
             name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
         },
-        "carry": bound.carried.tolist(),
+        "carry": bound.program.carried.tolist(),
         "ema_decay": opt.ema,
         "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
         "accumulated": pending

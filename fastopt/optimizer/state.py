@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from fastopt.backends.numpy_ref import NUMPY, Extras, Step, calls_of, combined
-from fastopt.language import concrete
+from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import Factors, is_factored
@@ -22,7 +19,8 @@ from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import Call, filling
+from fastopt.runtime.atomic import filling
+from fastopt.step import Key, Program
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,12 @@ class Bound:
     buffers: dict[str, list[Array]]  # the state, as far as it is not factored
     factors: list[Factors | None]  # and the rest of it
     averages: list[Array] | None
-    carry: Array  # two sets in turn; in each a row for every row of scalars
-    completed: Array  # steps: one int64, raised by the kernel
-    step: Step
+    program: Program
     spans: list[tuple[int, int]]  # of all that a step writes, by address
 
     @property
     def steps(self) -> int:
-        return int(self.completed[0])
+        return int(self.program.count[0])
 
     @property
     def state(self) -> dict[str, list[Array]]:
@@ -52,12 +48,6 @@ class Bound:
             if factors is not None:
                 state[self.rule.state[0]][i] = factors.sets[self.steps % 2]
         return state
-
-    @property
-    def carried(self) -> Array:
-        """The carry that the completed steps left; the other set is the next step's."""
-        carried: Array = self.carry[self.steps % 2]
-        return carried
 
     @property
     def sets(self) -> Sequence[int]:
@@ -83,62 +73,19 @@ class Bound:
                 )
         if not self.steps:
             for row, of_set in enumerate(self.sets):
-                self.carry[:, row] = self.rule.first_carry(values[of_set])
+                self.program.carry[:, row] = self.rule.first_carry(values[of_set])
             for average, param in zip(self.averages or (), params.arrays, strict=False):
                 fill(average, param)
 
-    @standard
-    def norm(
-        self,
-        grads: Sequence[Any],
-        grad_scale: float,
-        threads: int,
-        weights: Sequence[float] | None = None,
-    ) -> tuple[float, list[int]]:
-        """The norm of all gradients, which the step has taken, scaled; and the segments
-        where one of them is not finite. With weights, of the tasks' together."""
-        tasks = [grads] if weights is None else grads
-        rows: list[Values] = [(grad_scale,)] * len(self.sets)
-        squares, bad = 0.0, []
-        for i, sums in enumerate(self.step.sums("gradients", rows, threads)):
-            if sums is not None:
-                squares += sums[0]
-                dtype = self.params.arrays[i].dtype
-                here = [task[i] for task in tasks]
-                unfit = not_finite(dtype, sums[0], here, weights or [1.0], grad_scale)
-                bad += [i] if unfit else []
-        return math.sqrt(squares), bad
-
-    @standard
-    def calls(
-        self, values: Sequence[Values], factor: float, threads: int, extras: Extras
-    ) -> list[Call]:
-        """A step with the gradients that were taken, times a factor: calls that do it.
-        The new carry is put in its place, where it counts when they are done."""
-        rule, t = self.rule, self.steps + 1
-        carried, kept = self.carried.tolist(), len(rule.carry)
-        rows = [
-            rule.scalars(t, *old, *values[of_set])
-            for of_set, old in zip(self.sets, carried, strict=True)
-        ]
-        if rule.factored:
-            self._factor(rows, factor, threads, extras.clip_value)
-        if rule.settle is not None:
-            given = [(factor, *row) for row in rows]
-            compiled: Any = self.step  # if there are batches
-            if getattr(compiled, "batches", False):
-                return [partial(compiled.settled, given, threads, extras)]
-            sums = self.step.sums("rule", given, threads, extras.clip_value)
-            nothing = (0.0,) * rule.scalar_count
-            for r, (n, total) in enumerate(self._totals(sums)):
-                if total is None:  # a row without elements: no update, and no change
-                    rows[r] = (*nothing, *carried[r])
-                else:
-                    rows[r] = rule.settle(t, float(n), *total, *rows[r])
-        if kept:
-            self.carry[t % 2] = [row[-kept:] for row in rows]
-        rows = [(factor, *row[: rule.scalar_count]) for row in rows]
-        return calls_of(self.step, rows, threads, extras)
+    def keys(self, values: Sequence[Values], factor: float = 1.0) -> list[Key]:
+        """What the next step computes each row of scalars from, with the
+        hyperparameters of each set and a factor for the gradients."""
+        t = self.steps + 1
+        if self.rule.carry:
+            pairs = zip(self.sets, self.program.carried.tolist(), strict=True)
+            return [Key(t, old, values[number], factor) for number, old in pairs]
+        keys = [Key(t, (), of_set, factor) for of_set in values]
+        return [keys[number] for number in self.sets]
 
     @standard
     def evaluated(self, values: Sequence[Values]) -> Any:
@@ -149,83 +96,16 @@ class Bound:
                 f"{rule.name} has no other parameters for evaluation; use those that "
                 f"it updates"
             )
-        evaluate = concrete(rule.evaluate, dtype, NUMPY, lambda helper: helper)
-        count = evaluate.__code__.co_argcount - len(rule.state) - 1
-        rows = [
-            rule.scalars(max(self.steps, 1), *carried, *values[of_set])
-            for of_set, carried in zip(self.sets, self.carried.tolist(), strict=True)
-        ]
+        t = max(self.steps, 1)
+        rows = [rule.scalars(t, *key.carry, *key.values) for key in self.keys(values)]
         row_of = range(len(params.arrays)) if rule.by_segment else params.set_of
         tree, arrays = params.like()
         for array, param, row, *state in zip(
             arrays, params.arrays, row_of, *self.state.values(), strict=True
         ):
-            buffers = map(to_host, (param, *state))
-            used = map(dtype.type, rows[row][:count])
-            with np.errstate(all="ignore"):
-                fill(array, np.asarray(evaluate(*buffers, *used)))
+            buffers = list(map(to_host, (param, *state)))
+            fill(array, evaluate(rule, buffers, rows[row], dtype))
         return tree
-
-    def _factor(
-        self, rows: list[Values], factor: float, threads: int, clip_value: float
-    ) -> None:
-        """Bring what is factored up to the next step, and tell the kernels so."""
-        t, given = self.steps + 1, [(factor, *row) for row in rows]
-        sums = self.step.squares(given, threads, clip_value)
-        for i, factors in enumerate(self.factors):
-            if factors is None:
-                continue
-            found, (weight, floor, least, *others) = sums[i], rows[i]
-            if found is None:
-                factors.keep(t)
-            else:
-                factors.advance(t, found, weight, least)
-                rows[i] = (0.0, floor, least, *others)
-
-    def _totals(
-        self, sums: list[tuple[float, ...] | None]
-    ) -> list[tuple[int, tuple[float, ...] | None]]:
-        """For each row of scalars, the elements that are updated and their sums."""
-        sizes = [array.size for array in self.params.arrays]
-        there: list[tuple[int, tuple[float, ...] | None]] = [
-            (size, terms) if terms is not None and size else (0, None)
-            for size, terms in zip(sizes, sums, strict=True)
-        ]
-        if self.rule.by_segment:
-            return there
-        n, total = 0, None
-        for size, terms in there:
-            if terms is not None:
-                n += size
-                old = total or (0.0,) * len(terms)
-                total = tuple([a + b for a, b in zip(old, terms, strict=True)])
-        return [(n, total)] * len(self.sets)
-
-
-def shrinking(norm: float, limit: float) -> float:
-    """The factor that brings gradients of this norm under a limit, as torch has it; a
-    NaN goes on into the parameters, as it does there."""
-    if limit == math.inf:
-        return 1.0
-    shrink = limit / (norm + 1e-6)
-    return 1.0 if shrink >= 1 else shrink
-
-
-def not_finite(
-    dtype: np.dtype[Any],
-    squares: float,
-    grads: Sequence[Any],
-    weights: Sequence[float],
-    grad_scale: float,
-) -> bool:
-    """Whether a gradient with this sum of squares is infinite or NaN somewhere. The
-    squares of finite ones may overflow, in float64 alone."""
-    if squares == math.inf and dtype == np.float64:
-        there = [None if grad is None else to_host(grad) for grad in grads]
-        with np.errstate(all="ignore"):
-            grad = np.asarray(combined(there, weights))
-            return not np.isfinite(grad * grad_scale).all()
-    return not math.isfinite(squares)
 
 
 def fill(array: Array, value: Any) -> None:
@@ -286,9 +166,11 @@ def bind(
         if rule.measure is not None and not rule.by_segment:  # it is of all arrays
             carry[:, len(carried) :] = carried[0]
     written = [*arrays, *(a for made in buffers.values() for a in made)]
-    step = module.bind(rule, segments, completed, carry)
-    if hasattr(step, "watch"):
-        step.watch(params.watch.ndarrays)
+    program = Program(
+        module, rule, segments, factors=factors, count=completed, carry=carry
+    )
+    if "scalars" in program.runner.fuses:
+        program.runner.watch(params.watch.ndarrays)
     bound = Bound(
         on=on,
         rule=rule,
@@ -296,9 +178,7 @@ def bind(
         buffers=buffers,
         factors=factors,
         averages=averages,
-        carry=carry,
-        completed=completed,
-        step=step,
+        program=program,
         spans=checks.spans_of([*written, *(averages or ())]),
     )
     bound.start(values, since)
@@ -309,19 +189,15 @@ def bind_alone(
     module: ModuleType,
     rule: Rule,
     arrays: Sequence[Array],
-    row_of: Any = None,
+    row_of: Sequence[int] | None = None,
     state: Sequence[Sequence[Array]] = (),
-    completed: Array | None = None,
-) -> Step:
-    """The step of a rule over arrays of ours, with a row of scalars for all, or each
-    with its own; its state buffers, for each an array for each of these; and where it
-    is counted."""
-    rows = [0] * len(arrays) if row_of is None else list(row_of)
+    count: Array | None = None,
+) -> Program:
+    """Bind a rule to arrays that are no optimizer's parameters, with a row of scalars
+    for all of them, or ``row_of`` each; ``state`` has for each buffer its arrays."""
+    rows = [0] * len(arrays) if row_of is None else row_of
     segments = [
         Segment(array, tuple(streams), row)
         for array, row, *streams in zip(arrays, rows, *state, strict=True)
     ]
-    carry = np.zeros((2, max(rows, default=0) + 1, 0))
-    count = np.zeros(1, np.int64) if completed is None else completed
-    step: Step = module.bind(rule, segments, count, carry)
-    return step
+    return Program(module, rule, segments, count=count)

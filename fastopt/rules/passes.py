@@ -20,8 +20,11 @@ def add(p, g):
     return (p + g,)
 
 
-# The sum of gradients, and, for what is measured of any rule's segments, their norm.
-accumulate = Rule(add, none, measure=square, settle=settled, over="all")
+# The sum of gradients.
+accumulate = Rule(add, none)
+
+# The norm of gradients, which is the root of what this rule measures.
+norm = Rule(add, none, measure=square, settle=settled, over="all")
 
 
 def product(p, g):
@@ -55,4 +58,4 @@ def bounds(t, low=-1.0, high=1.0):
 # A copy p of the gradients, with each element limited.
 clip = Rule(limited, bounds)
 
-PASSES = (accumulate, inner, average, clip)
+PASSES = (accumulate, norm, inner, average, clip)

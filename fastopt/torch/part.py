@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from fastopt.backends import cython_cpu
-from fastopt.backends.numpy_ref import PLAIN, Extras, Step, calls_of
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
+from fastopt.step import Key, Program, Request, Sums, execute
 from fastopt.torch import state
-from fastopt.torch.memory import array, numbers, same_layout
-from fastopt.torch.state import EMA, FACTORS, Member, Names, Values, in_one_piece
+from fastopt.torch.memory import array, numbers
+from fastopt.torch.runs import merged, neighbours
+from fastopt.torch.state import EMA, FACTORS, Member, Names, Values
 from fastopt.torch.turns import Call
-
-Sums = tuple[int, tuple[float, ...] | None]  # elements, and what was summed over them
 
 
 def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
@@ -38,10 +37,9 @@ def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
 class Part:
     """Steps over some members.
 
-    ``take`` the gradients, ``prepare`` the scalars, then make the calls of ``update``;
-    in between there is time for ``norm`` and ``sums``. Only these calls write what a
-    user sees. Where kernels cannot work in a parameter's memory (bfloat16, memory with
-    gaps), the native step is made anew each time, over copies.
+    ``take`` the gradients, then make the calls of ``update``. Only these calls write
+    what a user sees. Where kernels cannot work in a parameter's memory (bfloat16, or
+    memory with gaps), there is a new program for each step, over copies.
     """
 
     def __init__(
@@ -62,8 +60,9 @@ class Part:
         keys = [names.key(name) for name in rule.state]
         fresh = [all(m.state.get(key) is None for key in keys) for m in members]
         self.vectors = state.vectors(rule, names, members, values, fresh)
-        self.keys = state.make(
-            rule, names, members, values, averaged, module, self._neighbours()
+        runs = neighbours(rule, members, self.vectors)
+        self.buffer_keys = state.make(
+            rule, names, members, values, averaged, module, runs
         )
         self.carried = len(self.vectors) - 1
         carry = rule.carry if names.carry is None else names.carry
@@ -76,7 +75,9 @@ class Part:
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
         self._mask, self._known = b"", b""
         self._seen: list[bytes] = []
-        self.runs = self._merged() if self.plain else [[i] for i in range(len(members))]
+        self.runs = [[i] for i in range(len(members))]
+        if self.plain:
+            self.runs = merged(rule, members, self.vectors, self.buffer_keys)
         sizes = [len(run) for run in self.runs]
         self.run_of = np.repeat(np.arange(len(sizes)), sizes)  # of each member
         if self.plain:
@@ -85,7 +86,7 @@ class Part:
     @property
     def buffers(self) -> list[Tensor]:
         """The tensors of the state to watch: what steps work in, and the counts."""
-        keys = [*self.keys, *self.counted, *FACTORS]
+        keys = [*self.buffer_keys, *self.counted, *FACTORS]
         found = [m.state.get(key) for m in self.members for key in keys]
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
@@ -103,42 +104,6 @@ class Part:
 
     # The native step ------------------------------------------------------------------
 
-    def _neighbours(self) -> list[list[int]]:
-        """Runs of members whose parameters follow one another in memory, and whose
-        gradients do, as ``flatten_`` puts them: one segment, if all else does, too."""
-        places = [self._whereabouts(i) for i in range(len(self.members))]
-        return joined(places)
-
-    def _whereabouts(self, i: int) -> tuple[Any, list[Tensor]] | None:
-        """What a member must have in common with its neighbours, and what must follow
-        on; None if it is to be by itself."""
-        member = self.members[i]
-        param, grad = member.param, member.param.grad
-        by_itself = self.rule.measure is not None and not self.over_all
-        if by_itself or grad is None or not (member.plain and param.is_cpu):
-            return None
-        if not same_layout(grad, param):
-            return None
-        common = (
-            member.group,
-            *(vector[i] for vector in self.vectors),
-            # Tensors may follow one another by chance, but not for long.
-            param.untyped_storage().data_ptr(),
-            grad.untyped_storage().data_ptr(),
-        )
-        return common, [param, grad]
-
-    def _merged(self) -> list[list[int]]:
-        """Those whose state follows on, too."""
-        places = []
-        for i, member in enumerate(self.members):
-            place = self._whereabouts(i)
-            if place is not None:
-                common, tensors = place
-                place = common, [*tensors, *(member.state[key] for key in self.keys)]
-            places.append(place)
-        return joined(places)
-
     def _bind(self, params: Sequence[Tensor]) -> None:
         """The native step over these: the parameters, or copies of them."""
         segments = []
@@ -148,7 +113,7 @@ class Part:
             shape = tuple(param.shape) if self.rule.factored else (-1,)
             streams = {
                 key: array(member.state[key], count)
-                for key in self.keys
+                for key in self.buffer_keys
                 if key in member.state
             }
             average = streams.pop(EMA, None) if self.averaged else None
@@ -157,9 +122,14 @@ class Part:
             segments.append(
                 Segment(array(param, count, shape), ours, r, average, product)
             )
-        self.count = np.zeros(1, np.int64)
-        self.carry = np.zeros((2, len(self.runs), len(self.rule.carry)))
-        self.step = self.module.bind(self.rule, segments, self.count, self.carry)
+        self.program = Program(
+            self.module,
+            self.rule,
+            segments,
+            factors=[self.members[run[0]].factors for run in self.runs],
+            carry=np.zeros((2, len(self.runs), self.carried)),
+            scalars=self.scalars,
+        )
         self.sizes = [segment.param.size for segment in segments]
         self.places = np.array([self.members[run[0]].place for run in self.runs])
         self._here = np.zeros(len(self.runs), np.int64)
@@ -188,8 +158,9 @@ class Part:
     def _place(self, grads: Sequence[Any]) -> bool:
         """Whether the native step has noted where the gradients are, and need not be
         told again before they move."""
-        native = hasattr(self.step, "place")
-        if native and self.step.place(self._here):
+        runner = self.program.runner
+        native = "scalars" in runner.fuses
+        if native and runner.place(self._here):
             return True
         # A native step does not take gradients that overlap what it writes.
         self._give([grads[place] for place in self.places], copied=native)
@@ -206,7 +177,7 @@ class Part:
         if copied:
             arrays = [None if a is None else a.copy() for a in arrays]
         self._taken = [grads, arrays]  # arrays do not keep a tensor's memory
-        if not self.step.take(arrays):
+        if not self.program.runner.take(arrays):
             raise RuntimeError("the kernel refused gradients found to fit")
 
     def _take_copies(self, grads: Sequence[Any]) -> None:
@@ -225,60 +196,42 @@ class Part:
             and self._placed
             and len(self.kinds) == 1
             and not (self.wave or self.carried or self.averaged or self.rule.settle)
-            and not isinstance(self.step, Step)  # NumPy's, which is several calls
+            and "step" in self.program.runner.fuses
         )
         # In this order: a signal handler may step in between.
         self._steps = self.vectors[0].tobytes()
         self._t = int(self.vectors[0].item(0))
         self._taken = []
         if not self.plain:
-            self._copies, self.step = [], None
+            self._copies = []
+            del self.program
 
-    def norm(self, factor: float, threads: int) -> tuple[float, bool]:
-        """The sum of the squares of the gradients, and whether all are finite."""
-        squares, finite = 0.0, True
-        rows = [(factor,)] * len(self.runs)
-        for r, sums in enumerate(self.step.sums("gradients", rows, threads)):
-            if sums is not None:
-                squares += sums[0]
-                finite &= math.isfinite(sums[0]) or self._overflowed(r, factor)
-        return squares, finite
-
-    def _overflowed(self, r: int, factor: float) -> bool:
+    def is_finite(self, run: int, factor: float) -> bool:
         """Whether the gradients of a run are finite, and only their squares not, which
         may be in float64 alone."""
-        grads = [self.members[i].param.grad for i in self.runs[r]]
-        return self.members[self.runs[r][0]].dtype in (
+        grads = [self.members[i].param.grad for i in self.runs[run]]
+        return self.members[self.runs[run][0]].dtype in (
             torch.float64,
             torch.complex128,
         ) and all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
 
-    def prepare(self, values: Sequence[Values], factors: Sequence[float]) -> None:
-        """The scalars of the step, for each run, from the hyperparameters and the
-        factor for the gradients of each group."""
-        seen = self._bytes()
-        if seen != self._seen or self._mask != self._known:
+    def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
+        """What the scalars of each run are computed from: the hyperparameters and the
+        factor for the gradients of its group, its steps, and what it carries."""
+        now = self._bytes()
+        if now != self._seen or self._mask != self._known:
             self._sort()
-            self._seen, self._known = seen, self._mask
-        self.rows: list[Any] = [None] * len(self.runs)
-        self.new: list[Any] = []  # of each kind, what the rule will carry
-        count = len(self.rows)
-        for group, first, runs, _ in self.kinds:
+            self._seen, self._known = now, self._mask
+        keys: list[Any] = [None] * len(self.runs)
+        for group, first, runs in self.kinds:
             steps, *carried = [vector.item(first) for vector in self.vectors]
             given = values[group]
             if self.rule.factored and None in given:
                 given = [self.eps if value is None else value for value in given]
-            row = self.scalars(int(steps) + 1, *carried, *given)
-            if self.carried:
-                self.new.append(row[-self.carried :])
-            if self.used is not None:
-                row = row[: self.used]
-            row = (factors[group], *row)
-            if len(runs) == count:
-                self.rows = [row] * count
-            else:
-                for r in runs:
-                    self.rows[r] = row
+            key = Key(int(steps) + 1, carried, given, factors[group])
+            for run in runs:
+                keys[run] = key
+        return keys
 
     def goes_on(self) -> bool:
         """Whether the next step may be like the last, if that was ``usual``: all
@@ -292,7 +245,8 @@ class Part:
         """The calls of a step like the last; then ``end_as_usual``."""
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
-        step = partial(self.step, [row] * len(self.runs), threads)
+        rows = [row] * len(self.runs)
+        step = partial(self.program.runner, rows, plain(threads))
         if self.names.steps is None:
             return (step,)
         return step, partial(self.vectors[0].fill, t)
@@ -316,11 +270,9 @@ class Part:
             counts = [vector[first].item() for vector in self.vectors]
             key = self.members[first].group, bool(self.active[r]), *counts
             kinds.setdefault(key, []).append(r)
-        self.kinds = []
-        for (group, active, *_), runs in kinds.items():
-            members = [i for r in runs for i in self.runs[r]]
-            goes_on = members if active or self.over_all else []
-            self.kinds.append((group, members[0], runs, goes_on))
+        self.kinds = [
+            (group, self.runs[runs[0]][0], runs) for (group, *_), runs in kinds.items()
+        ]
 
     def _check_steps(self) -> None:
         """A user may have written into the state."""
@@ -330,48 +282,57 @@ class Part:
                 where = f"state[...][{self.names.steps!r}] of parameter {member.place}"
                 state.check_steps(where, value)
 
-    def sums(self, threads: int, clip_value: float) -> list[Sums]:
-        """What the rule measures, of each run."""
-        found = self.step.sums("rule", self.rows, threads, clip_value)
-        return [
-            (size, terms) if terms is not None and size else (0, None)
-            for size, terms in zip(self.sizes, found, strict=True)
-        ]
+    def sums(
+        self, values: Sequence[Values], factors: Sequence[float], request: Request
+    ) -> list[Sums]:
+        """Measure each run for a rule that measures all parameters together."""
+        return self.program.sums(self.program.rows(self.keys(values, factors)), request)
 
     def update(
-        self, threads: int, extras: Extras | None, total: Sums | None
+        self,
+        values: Sequence[Values],
+        factors: Sequence[float],
+        request: Request,
+        total: Sums | None,
     ) -> list[Call]:
-        """The calls that do the step; ``total`` is of all parts, for rules that measure
-        over all. Nothing that a user sees is written before."""
-        limit = math.inf if extras is None else extras.clip_value
-        if self.rule.factored:
-            self._advance_factors(threads, limit)
-        after = [vector.copy() for vector in self.vectors]
-        if self.rule.settle is None:
-            if self.carried:
-                for (*_, members), new in zip(self.kinds, self.new, strict=True):
-                    carry(after, members, new)
-            calls = self._run(threads, extras)
-        elif getattr(self.step, "batches", False):
-            calls = self._batches(threads, extras, after)
-        else:
-            self._settle(threads, limit, total, after)
-            calls = self._run(threads, extras)
-        steps = after[0]
+        """Return the calls that do the step. ``total`` is the sum over all parts, for
+        rules that measure all parameters together."""
+        rule, program = self.rule, self.program
+        keys = self.keys(values, factors)
+        if rule.factored:
+            self._load_factors()
+        calls = execute(program, keys, request, total)
+        carried = program.carried_next
+        if self.carried and not self.over_all:
+            for run in np.flatnonzero(~self.active):
+                carried[run] = keys[run].carry
+        steps = self.vectors[0].copy()
         if self.all or self.over_all:
             steps += 1
         else:
             steps[self.active[self.run_of]] += 1
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
+        after = [steps]
+        for column in carried.T:
+            after.append(column[self.run_of])
+            # Again, because a compiled settle writes it during the step.
+            calls.append(partial(column.take, self.run_of, out=after[-1]))
         # The kinds fit the new state, unless settle changes what each run carries.
-        settled = self.carried and self.rule.settle
-        self._seen = [] if settled else [vector.tobytes() for vector in after]
+        settles = self.carried and rule.settle
+        self._seen = (
+            []
+            if settles
+            else [
+                new.astype(old.dtype).tobytes()
+                for old, new in zip(self.vectors, after, strict=True)
+            ]
+        )
         calls += [
             partial(operator.setitem, vector, ..., new)
             for vector, new in zip(self.vectors, after, strict=True)
         ]
-        if self.rule.factored:
+        if rule.factored:
             calls += self._keep_factors()
         if not self.plain:
             calls += [
@@ -383,92 +344,42 @@ class Part:
             ]
         return calls
 
-    def _run(self, threads: int, extras: Extras | None) -> list[Call]:
-        return calls_of(self.step, self.rows, threads, *[extras] if extras else [])
-
-    def _batches(
-        self, threads: int, extras: Extras | None, after: list[Array]
-    ) -> list[Call]:
-        """The step of a rule with norms, in batches: its settling is compiled, and what
-        it carries on is in ``carry`` when it is done."""
-        now = self.count.item(0) % 2
-        old = np.stack(self.vectors[1:], 1) if self.carried else self.carry[0]
-        self.carry[now] = old[[run[0] for run in self.runs]]
-        calls: list[Call] = [
-            partial(self.step.settled, self.rows, threads, extras or PLAIN)
-        ]
-        for k in range(self.carried):
-            after[1 + k] = np.zeros(len(self.members))
-            new = self.carry[1 - now, :, k]
-            calls.append(partial(new.take, self.run_of, out=after[1 + k]))
-        return calls
-
-    def _settle(
-        self, threads: int, limit: float, total: Sums | None, after: list[Array]
-    ) -> None:
-        """The scalars of a rule with norms, and what it carries on."""
-        rule, carried, rows = self.rule, self.carried, self.rows
-        settle: Any = rule.settle
-        totals = self.sums(threads, limit) if total is None else [total] * len(rows)
-        settled = {}
-        for r, (row, (n, terms)) in enumerate(zip(rows, totals, strict=True)):
-            key = id(row), n, terms
-            if key in settled:
-                pass
-            elif terms is None:  # a row without elements: no update, and no change
-                left = [vector[self.runs[r][0]] for vector in self.vectors[1:]]
-                settled[key] = (row[0], *(0.0,) * rule.scalar_count, *left)
-            else:
-                t = int(self.vectors[0][self.runs[r][0]]) + 1
-                factor, *scalars = row
-                settled[key] = (factor, *settle(t, float(n), *terms, *scalars))
-            rows[r] = settled[key]
-        new = [row[len(row) - carried :] for row in rows]
-        self.rows = [row[: 1 + rule.scalar_count] for row in rows]
-        for run, active, values in zip(self.runs, self.active, new, strict=True):
-            if active or self.over_all:
-                carry(after, run, values)
-
     def estimate(self, values: Sequence[Values], threads: int) -> list[Call]:
         """The calls that put an estimate into the state, from gradients of another
         kind."""
         of: Any = self.rule.estimate
-        (buffer, rule), rows, grads = of, [], []
+        (buffer, rule), grads = of, []
         self._check_steps()
         streams = [member.state[self.names.key(buffer)] for member in self.members]
-        arrays, several = list(map(array, streams)), range(len(streams))
-        step = bind_alone(self.module, rule, arrays, several)
+        arrays, keys = list(map(array, streams)), []
+        program = bind_alone(self.module, rule, arrays, range(len(arrays)))
         for stream, member, steps in zip(
             streams, self.members, self.vectors[0], strict=True
         ):
-            scalars = rule.scalars(int(steps) + 1, *values[member.group])
-            rows.append((1.0, *scalars[: rule.scalar_count]))
+            keys.append(Key(int(steps) + 1, (), values[member.group]))
             grad = member.param.grad
             made = torch.empty_like(stream)
             grads.append(None if grad is None else made.copy_(grad.detach()))
-        step.take([None if grad is None else array(grad) for grad in grads])
+        program.runner.take([None if grad is None else array(grad) for grad in grads])
         self._taken = grads
-        return calls_of(step, rows, threads)
+        return execute(program, keys, plain(threads))
 
-    # State that is kept of rows and columns alone -------------------------------------
-
-    def _advance_factors(self, threads: int, limit: float) -> None:
-        squares = self.step.squares(self.rows, threads, limit)
-        for r, (member, found) in enumerate(zip(self.members, squares, strict=True)):
-            if member.factors is None or found is None:
-                continue
-            factor, weight, floor, least, *others = self.rows[r]
-            rows, columns = (member.state[key] for key in FACTORS)
-            kept = [rows.squeeze(-1).cpu().numpy(), columns.squeeze(-2).cpu().numpy()]
-            member.factors.sets[0] = np.concatenate(kept, axis=-1)
-            member.factors.advance(1, found, weight, least)
-            self.rows[r] = (factor, 0.0, floor, least, *others)
+    def _load_factors(self) -> None:
+        """Put the averages of rows and columns where the step takes the old ones."""
+        now = self.program.count.item(0) % 2
+        for member in self.members:
+            if member.factors is not None:
+                rows, columns = (member.state[key] for key in FACTORS)
+                kept = rows.squeeze(-1).cpu().numpy(), columns.squeeze(-2).cpu().numpy()
+                member.factors.sets[now] = np.concatenate(kept, axis=-1)
 
     def _keep_factors(self) -> list[Call]:
+        """Return the calls that put the new averages into the state."""
         calls: list[Call] = []
+        after = 1 - self.program.count.item(0) % 2
         for member, active in zip(self.members, self.active, strict=True):
             if member.factors is not None and active:
-                made = torch.from_numpy(member.factors.sets[1])
+                made = torch.from_numpy(member.factors.sets[after])
                 rows, columns = made.split(list(member.param.shape[-2:]), -1)
                 state: dict[str, Tensor] = member.state
                 calls += [
@@ -478,25 +389,10 @@ class Part:
         return calls
 
 
-def carry(after: list[Array], members: Sequence[int], new: Sequence[float]) -> None:
-    """Note what the rule carries on to the next step of these members."""
-    for vector, value in zip(after[1:], new, strict=True):
-        vector[members] = value
-
-
-def joined(places: Sequence[Any]) -> list[list[int]]:
-    """Runs of members that have the same in common, and of whose tensors each ends
-    where that of the next one begins."""
-    runs: list[list[int]] = []
-    before: Any = None
-    for i, after in enumerate(places):
-        joins = before and after and before[0] == after[0]
-        if joins and all(map(in_one_piece, zip(before[1], after[1], strict=True))):
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-        before = after
-    return runs
+@functools.cache
+def plain(threads: int) -> Request:
+    """A request for nothing but the update."""
+    return Request(threads=threads)
 
 
 def copy(member: Member, tensor: Tensor) -> Tensor:

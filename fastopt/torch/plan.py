@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,12 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from fastopt import backends
-from fastopt.backends.numpy_ref import Extras
-from fastopt.optimizer.state import shrinking
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
+from fastopt.step import Request, Sums, examine, together
 from fastopt.torch.memory import COMPUTED, is_cut_off, is_hollow, is_plain, watched
-from fastopt.torch.part import Part, Sums
+from fastopt.torch.part import Part
 from fastopt.torch.state import Member, Names, Values, shapes_of
 from fastopt.torch.turns import Call, Turns
 
@@ -36,16 +34,6 @@ class Unsupported(RuntimeError):
 
 # Of each group the rule, its hyperparameters, and the sign of its gradients.
 Read = tuple[list[Rule], Sequence[Values], list[float]]
-
-
-class Asked(NamedTuple):
-    """What a step is to do beside the update."""
-
-    clip_norm: float = math.inf
-    clip_value: float = math.inf
-    nonfinite: str = "propagate"
-    zero_grads: bool = False
-    weight: float = 0.0  # of new parameters in their average
 
 
 class Plan:
@@ -233,72 +221,63 @@ class Plan:
         self,
         parts: list[Part],
         scale: float,
-        threads: int,
-        asked: Asked | None,
+        request: Request,
         optimizer: dict[str, Any],
     ) -> bool:
         """The step, with what was taken, times a factor; whether anything was updated.
         All that changes does so at once: parameters, state, gradients set to zero, and
         what the attributes of the ``optimizer`` say of it."""
         with in_order({part.device for part in parts}):
-            return self._do(parts, scale, threads, asked, optimizer)
+            return self._do(parts, scale, request, optimizer)
 
     def _do(
         self,
         parts: list[Part],
         scale: float,
-        threads: int,
-        asked: Asked | None,
+        request: Request,
         optimizer: dict[str, Any],
     ) -> bool:
-        turns, extras, limit, last = optimizer["_turns"], None, math.inf, list[Call]()
-        values, factors = self.values, self.signs
-        if scale != 1:
-            factors = [factor * scale for factor in factors]
-        if asked is not None:
-            limit = asked.clip_value
-            apart = asked.zero_grads and self._overlap()
-            extras = Extras(limit, asked.weight, asked.zero_grads and not apart)
-            if asked.clip_norm < math.inf or asked.nonfinite != "propagate":
-                found = [part.norm(abs(factors[0]), threads) for part in parts]
-                norm = math.sqrt(sum(squares for squares, _ in found))
-                if norm == norm:
-                    last.append(partial(optimizer.update, grad_norm=norm))
-                if asked.nonfinite != "propagate" and not all(ok for _, ok in found):
-                    if asked.nonfinite == "raise":
-                        raise FloatingPointError(
-                            "infinity or NaN in the gradients; nothing was updated"
-                        )
-                    skipped = optimizer["skipped"] + 1
-                    last.append(partial(optimizer.update, skipped=skipped))
-                    if asked.zero_grads:
-                        last += zeroing(param.grad for param in self._params)
-                    turns.commit(last)
-                    return False
-                shrink = shrinking(norm, asked.clip_norm)
-                factors = [factor * shrink for factor in factors]
-            if asked.zero_grads:
-                # Kernels set to zero what they read, which is copies of these.
-                copied = [
-                    m.param for p in parts if apart or not p.plain for m in p.members
-                ]
-                last += zeroing([p.grad for p in copied] + self._odd)
-        totals: dict[int, Sums] = {}
-        over_all = [part for part in parts if part.over_all]
-        for part in over_all:
-            part.prepare(values, factors)
-            for more in part.sums(threads, limit):
-                before = totals.get(id(part.rule), (0, None))
-                totals[id(part.rule)] = together(before, more)
+        turns, last = optimizer["_turns"], list[Call]()
+        factors = [sign * scale for sign in self.signs]
+        if request.needs_norm:
+            factor = abs(factors[0])
+            programs = [part.program for part in parts]
+            norm, nonfinite, shrink = examine(
+                programs, factor, request, lambda p, i: parts[p].is_finite(i, factor)
+            )
+            if norm == norm:
+                last.append(partial(optimizer.update, grad_norm=norm))
+            if nonfinite and request.nonfinite == "raise":
+                raise FloatingPointError(
+                    "infinity or NaN in the gradients; nothing was updated"
+                )
+            if nonfinite and request.nonfinite == "skip":
+                skipped = optimizer["skipped"] + 1
+                last.append(partial(optimizer.update, skipped=skipped))
+                if request.zero_grads:
+                    last += zeroing(param.grad for param in self._params)
+                turns.commit(last)
+                return False
+            factors = [factor * shrink for factor in factors]
+        if request.zero_grads:
+            apart = self._overlap()
+            # Kernels set to zero what they read, which is copies of these.
+            copied = [m.param for p in parts if apart or not p.plain for m in p.members]
+            last += zeroing([p.grad for p in copied] + self._odd)
+            request = request._replace(zero_grads=not apart)
+        measured: dict[int, list[Sums]] = {}
+        for part in parts:
+            if part.over_all:
+                sums = part.sums(self.values, factors, request)
+                measured.setdefault(id(part.rule), []).extend(sums)
+        totals = {rule: together(sums) for rule, sums in measured.items()}
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
         for wave in waves:  # of parameters that share memory, one after another
             for part in parts:
-                if part.wave != wave:
-                    continue
-                if not part.over_all:  # after those before it: they may be the same
-                    part.prepare(values, factors)
-                calls += part.update(threads, extras, totals.get(id(part.rule)))
+                if part.wave == wave:
+                    total = totals.get(id(part.rule))
+                    calls += part.update(self.values, factors, request, total)
             if wave == waves[-1]:
                 calls += last
             if wave == waves[0]:
@@ -533,11 +512,3 @@ def in_turn(members: list[Member]) -> list[list[Member]]:
         wave.append(member)
         taken.append((begin, end))
     return [wave for wave, _ in waves]
-
-
-def together(first: Sums, second: Sums) -> Sums:
-    """The sums over both."""
-    if first[1] is None or second[1] is None:
-        return first if second[1] is None else second
-    added = tuple(a + b for a, b in zip(first[1], second[1], strict=True))
-    return first[0] + second[0], added

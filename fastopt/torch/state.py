@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.backends.numpy_ref import NUMPY as PRIMITIVES
-from fastopt.language import concrete
+from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule
@@ -281,25 +280,18 @@ def evaluated(
     param: Tensor, state: Mapping[str, Any], rule: Rule, names: Names, values: Values
 ) -> Tensor:
     """What a rule evaluates in place of a parameter: a new tensor."""
-    dtype, function = COMPUTED[param.dtype], rule.evaluate
-    if function is None:
+    dtype = COMPUTED[param.dtype]
+    if rule.evaluate is None:
         return param.detach().clone()
-    real = torch.view_as_real if param.is_complex() else unchanged
-    number = NUMPY[dtype].type
-    evaluate = concrete(function, NUMPY[dtype], PRIMITIVES, unchanged)
-    count = evaluate.__code__.co_argcount - len(rule.state) - 1
     carried = [float(state[names.key(name)]) for name in rule.carry]
     steps = max(int(state[names.steps]), 1) if names.steps else 1
     scalars = rule.scalars(steps, *carried, *values)
     buffers = (state[names.key(name)] for name in rule.state)
-    tensors = [real(t.detach().cpu().resolve_conj()) for t in (param, *buffers)]
+    tensors = [t.detach().cpu().resolve_conj() for t in (param, *buffers)]
+    if param.is_complex():
+        tensors = list(map(torch.view_as_real, tensors))
     arrays = [tensor.to(dtype).numpy() for tensor in tensors]
-    made: Any = np.array(evaluate(*arrays, *map(number, scalars[:count])))
-    made = torch.from_numpy(made)
+    made = torch.from_numpy(evaluate(rule, arrays, scalars, NUMPY[dtype]))
     made = torch.view_as_complex(made) if param.is_complex() else made
     found: Tensor = made.to(param.device, param.dtype)
     return found
-
-
-def unchanged(helper: Any) -> Any:
-    return helper

@@ -48,7 +48,7 @@ def compare(rule, values, dtype=np.float32, shapes=SHAPES, steps=4, threads=None
     for name, buffers in state.buffers.items():
         assert same(jax.tree.leaves(buffers), python.state[name])
     carried = np.asarray(state.carry).view(np.float64).reshape(-1)
-    assert np.array_equal(carried, python._bound.carried.reshape(-1))
+    assert np.array_equal(carried, python._bound.program.carried.reshape(-1))
     assert int(state.count) == steps
     return ours, params, state, python
 

@@ -120,7 +120,7 @@ def test_same_bits_of_batches(name, beside, dtype, monkeypatch):
                 grads[4] = None
             opt.step(grads, **beside)
         given = [grad for grad in grads if grad is not None]
-        averages, carried = opt.ema_params, opt._bound.carried
+        averages, carried = opt.ema_params, opt._bound.program.carried
         return [*params, *given, *averages, *state_of(opt), carried]
 
     expected = run("numpy", 1)

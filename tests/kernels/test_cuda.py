@@ -25,6 +25,7 @@ from fastopt.language import reached
 from fastopt.memory.segments import Segment
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
+from fastopt.step import Request
 
 PROJECT = Path(__file__).resolve().parents[2]
 SIMULATOR = PROJECT / "tests" / "support" / "cuda_simulator.py"
@@ -301,7 +302,7 @@ def test_machine_code_with_one_thing_beside_the_rule(field, aligned):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
-@of_each([rule for rule in EVERYTHING if rule.measure] + [passes.accumulate])
+@of_each([rule for rule in EVERYTHING if rule.measure] + [passes.norm])
 def test_machine_code_of_sums(rule, dtype, disassemble):
     """Measured: from 24 registers (novograd) to 48 (dadapt_adam), and all threads of an
     SM have room with 32."""
@@ -565,7 +566,7 @@ def test_launches_for_sums(launches, monkeypatch):
     step.take([*(OnDevice(16384, n) for n in sizes[:3]), None])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found = step.sums("rule", rows, 1, 0.75)
+        found = step.sums("rule", rows, Request(clip_value=0.75))
     assert not warned
     # Two chunks and one, each with two terms, which are numbered here.
     assert found == [(0.0 + 2.0, 1.0 + 3.0), (0.0, 0.0), (4.0, 5.0), None]
@@ -583,7 +584,7 @@ def test_launches_for_sums(launches, monkeypatch):
     many = [Segment(OnDevice(4096, 4096 * 1000), (), 0)]
     step = cuda_driver.bind(fastopt.gd, many, count, carry)
     step.take([OnDevice(1 << 30, 4096 * 1000)])
-    step.sums("gradients", [(1.0,)], 1)
+    step.sums("gradients", [(1.0,)], Request())
     *_, (config, again, *_) = launches
     assert config.grid == (-(-1000 // 256), 1, 1)
     once = again is lanes_kernel  # pytest would take minutes to print machine code
@@ -610,7 +611,7 @@ def test_contraction_is_refused_before_a_launch(launches, contracting):
     step = cuda_driver.bind(fastopt.gd, [segment], count, np.zeros((2, 1, 0)))
     step.take([OnDevice(8192, 8)])
     with pytest.raises(RuntimeError, match="fuses"):
-        step([(1.0, 0.1)], 1)
+        step([(1.0, 0.1)])
     assert not launches and count[0] == 0
 
 

@@ -49,7 +49,7 @@ def test_same_bits(rule, values, dtype):
         expected, got, python, ours = run_both(rule, values, size, dtype, threads)
         for a, b in zip(expected, got, strict=True):
             assert same_bits(a, b)
-        assert np.array_equal(python._bound.carried.ravel(), ours.carry.ravel())
+        assert np.array_equal(python._bound.program.carried.ravel(), ours.carry.ravel())
 
 
 RUN = ctypes.CFUNCTYPE(None, P, INT, P, P)
@@ -420,7 +420,7 @@ def test_numba_has_the_same_bits(name, dtype, shape):
     assert same_bits(ours, p)
     for buffer, name in zip(state, opt._bound.rule.state, strict=True):
         assert same_bits(buffer, opt.state[name][0])
-    assert np.array_equal(carry, opt._bound.carried.ravel())
+    assert np.array_equal(carry, opt._bound.program.carried.ravel())
 
 
 def test_numba_refuses():

@@ -25,6 +25,7 @@ from fastopt.memory.segments import Segment
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, where
 from fastopt.rule import sqrt as root
 from fastopt.rules import RULES, adamw, prodigy, sophia_g
+from fastopt.step import Request
 
 ALL = [rule for public in RULES for rule in public.all]
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def run(bind, rule, params, grads, constants, threads=1, groups=None):
     step = bind(rule, segments, count, no_carry(1 + max(groups or [0])))
     for grad in grads:
         assert step.take(grad)
-        assert step(constants, threads) is True
+        assert step(constants, Request(threads=threads)) is True
     return [a for s in segments for a in (s.param, *s.state)], int(count[0])
 
 
@@ -291,6 +292,7 @@ import sys, numpy as np
 from fastopt.backends import numba_cpu
 from fastopt.memory.segments import Segment
 from fastopt.rules import adamw
+from fastopt.step import Request
 made = []
 original = numba_cpu.compile_kernel
 numba_cpu.compile_kernel = lambda *a, **k: made.append(a) or original(*a, **k)
@@ -302,7 +304,7 @@ step = numba_cpu.bind_alone(adamw, [segment], count, carry)
 for _ in range(2):
     g = rng.standard_normal(p.size).astype("f4")
     step.take([g])
-    step([(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)], 2)
+    step([(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)], Request(threads=2))
 import ast
 import collections
 import hashlib
@@ -576,6 +578,7 @@ def test_concurrent_python_threads(cache, layer):
     from fastopt.backends import numba_cpu
     from fastopt.memory.segments import Segment
     from fastopt.rules import adamw, amsgrad, sgd
+    from fastopt.step import Request
     import numba
     numba.set_num_threads(1)
     def work(rule, out):
@@ -588,7 +591,7 @@ def test_concurrent_python_threads(cache, layer):
         scalars = [(1.0, 0.01, 0.1, 0.001, 1e-8, 1e-5)[: 1 + rule.scalar_count]]
         for _ in range(60):
             step.take([rng.standard_normal(p.size)])
-            step(scalars, 2)
+            step(scalars, Request(threads=2))
         out.append(hashlib.sha256(p.tobytes()).hexdigest())
     rules = [adamw, amsgrad, sgd, adamw]
     alone, together = [[] for _ in rules], [[] for _ in rules]
@@ -622,7 +625,7 @@ def test_other_python_threads_run_during_a_step():
     for _ in range(20):
         before = ticks[0]
         step.take([p])
-        step([CONSTANTS[0]], 1)
+        step([CONSTANTS[0]])
         during += ticks[0] - before
     stop.set()
     thread.join()

@@ -156,7 +156,7 @@ from cases import CASES, label
 from fastopt import multitask
 from fastopt.backends import numba_cpu
 from fastopt.memory.segments import Segment
-from fastopt.backends.numpy_ref import Extras
+from fastopt.step import Request
 rng = np.random.default_rng(0)
 
 def data(dtype, *shape):
@@ -208,8 +208,8 @@ class Alone:
         for threads in (1, 2):
             before = self.p.copy()
             self.next.take([self.g])
-            extras = Extras(0.05, 0.1, True)
-            self.next([self.scalars], threads, extras)
+            asked = dict(ema_weight=0.1, zero_grads=True, threads=threads)
+            self.next([self.scalars], Request(clip_value=0.05, **asked))
             self.g[:] = before
             assert not np.array_equal(self.p, before)
 

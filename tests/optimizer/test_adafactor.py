@@ -8,9 +8,9 @@ import pytest
 from cases import DTYPES, nonzero, odd_view, same_bits
 
 import fastopt
+from fastopt import step
 from fastopt.backends import cython_cpu, numba_cpu
 from fastopt.memory import factored
-from fastopt.optimizer.state import Bound
 from fastopt.rules.adafactor import adafactor, measure, scalars, settle, update
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
@@ -264,14 +264,14 @@ def test_an_interrupted_step_is_none(monkeypatch):
         o.step(draw(1, (4, 3)))
     before = opt.state["v"][0].copy()
 
-    factor = Bound._factor
+    advance = step.advance_factors
 
     def interrupt(*args):
-        factor(*args)
+        advance(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bound, "_factor", interrupt)
+        patch.setattr(step, "advance_factors", interrupt)
         with pytest.raises(KeyboardInterrupt):
             opt.step(draw(9, (4, 3)))
     assert same_bits(opt.state["v"][0], before)

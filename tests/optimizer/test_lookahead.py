@@ -8,6 +8,7 @@ from cases import nonzero, same_bits
 
 import fastopt
 from fastopt.backends import cython_cpu
+from fastopt.runtime.atomic import uninterrupted
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 
@@ -187,15 +188,20 @@ def test_what_is_written_between_two_steps_stays(loaded):
 
 
 class Interrupting:
-    """A pass after which comes an interrupt, or before which."""
+    """A runner whose pass comes before an interrupt, or after one."""
 
-    def __init__(self, step, after):
-        self.step, self.after, self.take = step, after, step.take
+    fuses = frozenset()
 
-    def __call__(self, *given):
-        if self.after:
-            self.step(*given)
-        raise KeyboardInterrupt
+    def __init__(self, runner, after):
+        self.runner, self.after, self.take = runner, after, runner.take
+
+    def calls(self, rows, request):
+        def interrupted():
+            if self.after:
+                uninterrupted(*self.runner.calls(rows, request))
+            raise KeyboardInterrupt
+
+        return [interrupted]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,11 +225,12 @@ def test_an_interrupt_does_not_split_a_synchronization(backend, at, then, monkey
 
         monkeypatch.setitem(vars(opt.opt), "step", interrupted.__get__(opt.opt))
     else:
-        opt._pull = Interrupting(opt._pull, after=at == "passed")
+        runner = opt._pull.runner
+        opt._pull.runner = Interrupting(runner, after=at == "passed")
     with pytest.raises(KeyboardInterrupt):
         opt.step(second)
     monkeypatch.undo()
-    opt._pull = getattr(opt._pull, "step", opt._pull)
+    opt._pull.runner = getattr(opt._pull.runner, "runner", opt._pull.runner)
     other.step(second)
     assert opt.steps == 2
     if then == "save":

@@ -205,7 +205,7 @@ def run(rule, values, backend, dtype, threads=1, accumulated=False, asked="avera
         if more.get("zero_grads"):
             assert not any(g.any() for task in tasks for g in task if g is not None)
     state = [array for arrays in opt.state.values() for array in arrays]
-    return [*params, *state, *opt.ema_params, np.array(opt._bound.carried)], opt
+    return [*params, *state, *opt.ema_params, np.array(opt._bound.program.carried)], opt
 
 
 @pytest.mark.parametrize("asked", ASKED)

@@ -292,7 +292,7 @@ def test_a_resume_that_forgets_is_caught(monkeypatch, lost):
     def forgetful(self, saved):
         load(self, saved)
         if lost == "steps":
-            self._bound.completed[0] = 0
+            self._bound.program.count[0] = 0
         else:
             self.state["m"][0][:] = 0
 

@@ -39,7 +39,7 @@ def copies(given):
 def everything(opt, params):
     """All that steps have written."""
     found = [*params, *(a for each in opt.state.values() for a in each)]
-    return found + list(opt.ema_params or []) + [np.array(opt._bound.carried)]
+    return found + list(opt.ema_params or []) + [np.array(opt._bound.program.carried)]
 
 
 def run(rule, values, backend, dtype, threads=2, steps=4, **asked):

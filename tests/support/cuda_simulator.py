@@ -25,6 +25,7 @@ from fastopt.memory.order import CHUNK
 from fastopt.memory.trees import leaves
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
+from fastopt.step import Request
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
 OFFSETS = (0, 1)  # elements from a 16-byte boundary
@@ -239,7 +240,7 @@ def everything(opt, params):
     one = getattr(opt, "opt", opt)
     found |= {f"state{path}": array for path, array in leaves(one.state)}
     found |= {f"ema{path}": array for path, array in leaves(one.ema_params)}
-    found["carry"] = one._bound.carried
+    found["carry"] = one._bound.program.carried
     found["counts"] = np.array([one.steps, one.skipped])
     found["norm"] = np.array(one.grad_norm)
     slow = getattr(opt, "_slow", [])
@@ -325,13 +326,13 @@ def run_sums(rule, values, dtype, sizes):
         opt = rule(params, backend=backend, **values)
         opt.step(list(map(put, drawn(1, sizes, dtype))))
         grads = [put(g, i // 2 % 2) for i, g in enumerate(drawn(2, sizes, dtype))]
-        step = opt._bound.step
+        step = opt._bound.program.runner
         step.take([*grads[:-1], None])
         rows = [(0.7, *[0.3 + i] * rule.measure_count) for i in range(len(sizes))]
         found = {"params": params}
         for what in ("gradients", "rule"):
             for limit in (math.inf, 0.5):
-                *sums, last = step.sums(what, rows, 1, limit)
+                *sums, last = step.sums(what, rows, Request(clip_value=limit))
                 assert last is None and len(sums) == len(sizes) - 1
                 found[f"{what}, {limit}"] = np.array(sums)
         return opt, found

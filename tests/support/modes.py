@@ -186,6 +186,7 @@ def steps(
 def alone(dtype, threads):
     """The same of Numba's own driver, which works where the compiled one is missing."""
     from fastopt.memory.segments import Segment
+    from fastopt.step import Request
 
     p, g, v = (values(seed, dtype) for seed in range(3))
     v = np.abs(v)
@@ -194,7 +195,7 @@ def alone(dtype, threads):
     before = in_force()
     for _ in range(2):
         step.take([g])
-        step([(0.7, 0.1, 0.2, 1e-30)], threads)
+        step([(0.7, 0.1, 0.2, 1e-30)], Request(threads=threads))
         assert in_force() == before, "the caller's modes were changed"
     return hashlib.sha256(p.tobytes() + v.tobytes()).hexdigest()
 

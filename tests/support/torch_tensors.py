@@ -3,7 +3,7 @@
 import torch
 
 import fastopt.torch as ft
-from fastopt.torch.step import PAIRS
+from fastopt.torch.arguments import PAIRS
 
 Parameter = torch.nn.Parameter
 SHAPES = (3, 5), (7,), (2, 3, 4), ()

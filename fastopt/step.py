@@ -1,0 +1,314 @@
+"""A step, described once.
+
+Every optimizer goes through this file, whatever framework its parameters belong to:
+
+- ``Request`` is what the caller asks of a step besides the rule's update.
+- ``Key`` is what a row of scalars is computed from. It has its own step count, so
+  torch's count for each parameter and the core's single count are one mechanism.
+- ``Program`` is a rule bound to segments of memory by a backend, whose ``Runner`` does
+  the arithmetic.
+- ``examine`` takes the norm of the gradients and looks for values that are not finite.
+- ``execute`` prepares the update: scalars, factored averages, norms. It returns the
+  calls that write the result, so that a step happens as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from fastopt.memory.factored import Factors
+from fastopt.memory.segments import Array, Segment
+from fastopt.rule import Rule
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import Call
+
+Row: TypeAlias = tuple[float, ...]  # the factor for the gradients, then the scalars
+# The number of elements that were measured, and the sums; None: there was no gradient.
+Sums: TypeAlias = tuple[int, tuple[float, ...] | None]
+
+
+class Request(NamedTuple):
+    """What is asked of a step besides the rule's update."""
+
+    clip_norm: float = math.inf  # limit for the norm of all gradients, scaled
+    clip_value: float = math.inf  # limit for each element, scaled
+    nonfinite: str = "propagate"  # or "skip" or "raise"
+    ema_weight: float = 0.0  # of the new parameters in their moving average
+    zero_grads: bool = False
+    threads: int = 1
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether all gradients must be read before the first update."""
+        return self.clip_norm < math.inf or self.nonfinite != "propagate"
+
+
+PLAIN = Request()
+
+
+class Runner(Protocol):
+    """What a backend returns from ``bind``: it does the arithmetic of steps over fixed
+    segments. ``rows`` are the rows of scalars; a segment names its row.
+
+    ``fuses`` names what the runner does in one compiled call:
+
+    - "step": the update with everything that a request asks for. Otherwise ``calls``
+      returns several calls, which compute nothing.
+    - "scalars": ``at(grads, hyperparameters, grad_scale, threads)`` is a plain step. It
+      checks gradients and the arrays given to ``watch`` itself. ``place`` takes
+      gradients by their addresses.
+    - "settle": ``settled(rows, request, steps)`` is a step of a rule with norms.
+    """
+
+    fuses: frozenset[str]
+
+    def take(self, grads: Any, weights: Sequence[float] | None = None) -> bool:
+        """Take the gradients for what follows: an array for each segment, or None. With
+        ``weights``, ``grads`` has such a list for each task, and their weighted sum is
+        meant. Return False if one of them needs a closer look."""
+
+    def sums(
+        self, what: str, rows: Sequence[Row], request: Request
+    ) -> list[tuple[float, ...] | None]:
+        """Measure each segment: what the "rule" measures, or the squares of the
+        "gradients". None where there is no gradient."""
+
+    def squares(
+        self, rows: Sequence[Row], request: Request
+    ) -> list[tuple[Array, Array] | None]:
+        """Sum up the squares of the gradient by row and by column, for each segment
+        with factored state; None for the others and where there is no gradient."""
+
+    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
+        """Return the calls that do the update and raise the count of steps."""
+
+
+class Key(NamedTuple):
+    """What a row of scalars is computed from."""
+
+    t: int  # the number of the step, from 1
+    carry: Sequence[float]  # the numbers that the rule carries from step to step
+    values: Sequence[Any]  # the hyperparameters, in the order of ``scalars``
+    factor: float = 1.0  # for the gradients
+
+
+class Program:
+    """A rule bound to segments by a backend.
+
+    Parameters
+    ----------
+    module
+        The backend.
+    rule, segments
+        What is computed, and where.
+    factors
+        For each segment its factored state, or None.
+    count
+        Where the runner counts completed steps: one int64. By default a new one.
+    carry
+        Two sets of carried numbers, a row for each row of scalars. The set that holds
+        is the one at the parity of ``count``, so count and carry change together.
+    scalars
+        In place of the rule's own.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        rule: Rule,
+        segments: Sequence[Segment],
+        *,
+        factors: Sequence[Factors | None] = (),
+        count: Array | None = None,
+        carry: Array | None = None,
+        scalars: Callable[..., Row] | None = None,
+    ):
+        self.rule, self.factors = rule, factors
+        self.sizes = [segment.param.size for segment in segments]
+        self.count = np.zeros(1, np.int64) if count is None else count
+        if carry is None:
+            rows = 1 + max((segment.row for segment in segments), default=0)
+            carry = np.zeros((2, rows, len(rule.carry)))
+        self.carry = carry
+        self.scalars = rule.scalars if scalars is None else scalars
+        self.runner: Any = module.bind(rule, segments, self.count, carry)
+
+    @property
+    def carried(self) -> Array:
+        """The numbers that the completed steps have left."""
+        carried: Array = self.carry[self.count.item(0) % 2]
+        return carried
+
+    @property
+    def carried_next(self) -> Array:
+        """Those that the next step leaves."""
+        carried: Array = self.carry[1 - self.count.item(0) % 2]
+        return carried
+
+    def rows(self, keys: Sequence[Key]) -> list[Row]:
+        """Compute the rows of scalars, one for each key: the factor for the gradients,
+        the scalars, and what the rule will carry. One key makes one row, however often
+        it occurs."""
+        made: dict[int, Row] = {}
+        rows = []
+        for key in keys:
+            if id(key) not in made:
+                row = self.scalars(key.t, *key.carry, *key.values)
+                made[id(key)] = (key.factor, *row)
+            rows.append(made[id(key)])
+        return rows
+
+    def sums(self, rows: Sequence[Row], request: Request) -> list[Sums]:
+        """Measure each segment for the rule."""
+        measured = self.runner.sums("rule", rows, request)
+        return [
+            (size, terms) if terms is not None and size else (0, None)
+            for size, terms in zip(self.sizes, measured, strict=True)
+        ]
+
+
+class Examination(NamedTuple):
+    """What a look at all gradients has shown."""
+
+    norm: float
+    nonfinite: list[tuple[int, int]]  # the programs and segments with such gradients
+    factor: float  # for the gradients, to clip their norm
+
+
+@standard
+def examine(
+    programs: Sequence[Program],
+    factor: float,
+    request: Request,
+    is_finite: Callable[[int, int], bool],
+) -> Examination:
+    """Take the norm of the gradients, times a factor, that the programs have taken.
+
+    ``is_finite(program, segment)`` is asked about gradients whose squares overflow.
+    """
+    total, nonfinite = 0.0, []
+    unclipped = Request(threads=request.threads)
+    for p, program in enumerate(programs):
+        squares = 0.0
+        rows = [(factor,)] * len(program.carry[0])
+        for i, sums in enumerate(program.runner.sums("gradients", rows, unclipped)):
+            if sums is not None:
+                squares += sums[0]
+                if not math.isfinite(sums[0]) and not is_finite(p, i):
+                    nonfinite.append((p, i))
+        total += squares
+    norm = math.sqrt(total)
+    return Examination(norm, nonfinite, shrinking(norm, request.clip_norm))
+
+
+def shrinking(norm: float, limit: float) -> float:
+    """Return the factor that brings gradients of a norm under a limit, as torch's
+    ``clip_grad_norm_`` does. A NaN passes on to the parameters, as it does there."""
+    if limit == math.inf:
+        return 1.0
+    shrink = limit / (norm + 1e-6)
+    return 1.0 if shrink >= 1 else shrink
+
+
+def together(sums: Iterable[Sums]) -> Sums:
+    """Add up what was measured of several segments."""
+    count, total = 0, None
+    for n, terms in sums:
+        if terms is not None:
+            count += n
+            old = total or (0.0,) * len(terms)
+            total = tuple([a + b for a, b in zip(old, terms, strict=True)])
+    return count, total
+
+
+@standard
+def execute(
+    program: Program, keys: Sequence[Key], request: Request, total: Sums | None = None
+) -> list[Call]:
+    """Prepare a step with the gradients that the program's runner has taken.
+
+    Parameters
+    ----------
+    keys
+        One for each row of scalars.
+    total
+        For a rule that measures all segments together: the sums over all programs, if
+        there are more than this one.
+
+    Returns
+    -------
+    list of calls
+        They do the step, for :func:`fastopt.runtime.atomic.uninterrupted`. Before the
+        last has been made, ``program.carried_next`` is complete, too.
+    """
+    rule, runner = program.rule, program.runner
+    rows = program.rows(keys)
+    if rule.factored:
+        advance_factors(program, rows, request)
+    if rule.settle is not None:
+        if total is None and "settle" in runner.fuses:
+            program.carried[:] = [key.carry for key in keys]
+            steps = [key.t for key in keys]
+            return [partial(runner.settled, rows, request, steps)]
+        rows = settle(program, keys, rows, request, total)
+    count = program.carry.shape[2]
+    if count:
+        program.carried_next[:] = [row[-count:] for row in rows]
+    # Runners copy a row that is the same object as the one before.
+    scalars: list[Row] = []
+    same: dict[int, Row] = {}
+    for row in rows:
+        scalars.append(same.setdefault(id(row), row[: 1 + rule.scalar_count]))
+    calls: list[Call] = runner.calls(scalars, request)
+    return calls
+
+
+def advance_factors(program: Program, rows: list[Row], request: Request) -> None:
+    """Bring factored averages up to the next step, and let the kernels see them. Their
+    own weight is then 0, because the kernels need not average again."""
+    turn = 1 - program.count.item(0) % 2
+    squares = program.runner.squares(rows, request)
+    for i, factors in enumerate(program.factors):
+        if factors is None:
+            continue
+        if squares[i] is None:
+            factors.keep(turn)
+        else:
+            factor, weight, floor, least, *others = rows[i]
+            factors.advance(turn, squares[i], weight, least)
+            rows[i] = (factor, 0.0, floor, least, *others)
+
+
+def settle(
+    program: Program,
+    keys: Sequence[Key],
+    rows: Sequence[Row],
+    request: Request,
+    total: Sums | None,
+) -> list[Row]:
+    """Measure for a rule with norms; return the rows with what follows from that."""
+    rule: Any = program.rule
+    if rule.by_segment:
+        totals = program.sums(rows, request)
+    else:
+        total = together(program.sums(rows, request)) if total is None else total
+        totals = [total] * len(rows)
+    results: dict[Any, Row] = {}
+    settled = []
+    for key, row, (n, terms) in zip(keys, rows, totals, strict=True):
+        same = id(row), n, terms
+        if same not in results:
+            new = (
+                (*(0.0,) * rule.scalar_count, *key.carry)  # no update, and no change
+                if terms is None
+                else rule.settle(key.t, float(n), *terms, *row[1:])
+            )
+            results[same] = (row[0], *new)
+        settled.append(results[same])
+    return settled

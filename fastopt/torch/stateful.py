@@ -1,0 +1,214 @@
+"""What a torch optimizer of ours keeps: groups, state in torch's form and in ours."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt.optimizer import refusals
+from fastopt.rule import Rule
+from fastopt.runtime.arithmetic import standard
+from fastopt.runtime.atomic import uninterrupted
+from fastopt.runtime.threads import available
+from fastopt.torch import loading
+from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
+from fastopt.torch.flat import in_flat_buffer
+from fastopt.torch.memory import HALVES
+from fastopt.torch.plan import Plan, Unsupported
+from fastopt.torch.state import EMA, TRAINED, Names, evaluated
+from fastopt.torch.turns import Turns
+
+NEVER: Any = object()  # no attribute is this
+KEPT = (*EXTRAS, "skipped", "grad_norm", "_step_supports_amp_scaling", "_torchs")
+
+
+class Stateful(Optimizer):
+    """A ``torch.optim.Optimizer`` whose state is in memory that kernels work in."""
+
+    _names = Names()
+    _own: Rule | None = None  # the rule of a class that torch has not
+    _torchs = False  # whether state is in torch's form, since the last step was torch's
+
+    def _renew(self) -> None:
+        """Forget what was worked out."""
+        self._plan: Plan | None = None
+        self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
+        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
+        self._noted: set[Any] = set()  # what steps have needed of all parameters
+        if "_turns" not in vars(self):
+            self._turns = Turns()
+            self._most_threads = available()
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule for a group, with the options it has now; Unsupported if there is
+        none."""
+        raise NotImplementedError
+
+    @property
+    def _rules(self) -> list[Rule]:
+        """Those of the groups; none of them, if torch's own step is used."""
+        try:
+            return [self._rule(group) for group in self.param_groups]
+        except Unsupported:
+            return []
+
+    def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
+        """The group's hyperparameters, in the order in which the rule takes them."""
+        return [number(read(group)) for read in readers(rule)]
+
+    def _inward(self, state: dict[str, Any]) -> None:
+        """Make of a parameter's state in a state_dict what is kept in ``state``."""
+
+    def _outward(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The opposite, as a copy."""
+        return state
+
+    def _entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, s) for p, s in self.state.items() if isinstance(s, dict)]
+
+    def _to_torchs_form(self) -> None:
+        buffers = {self._names.key(name) for rule in self._rules for name in rule.state}
+        calls = []
+        for param, state in self._entries():
+            made = dict(self._outward(state))
+            for key in buffers & made.keys():
+                if param.dtype in HALVES:  # float32 here, but not there
+                    made[key] = made[key].to(param.dtype)
+            calls.append(partial(state.update, made))
+        uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
+
+    def _to_our_form(self) -> None:
+        calls = []
+        for _, state in self._entries():
+            made = dict(state)
+            with torch.no_grad():
+                self._inward(made)
+            calls.append(partial(state.update, made))
+        uninterrupted(*calls, partial(self.__dict__.update, _torchs=False))
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        group, i = self._places.get(param, ({"params": []}, 0))
+        there = any(group is now for now in self.param_groups)
+        if not there or i >= len(group["params"]) or group["params"][i] is not param:
+            self._places = {
+                p: (group, i)
+                for group in self.param_groups
+                for i, p in enumerate(group["params"])
+            }
+            group, _ = self._places.get(param) or refusals.no_parameter(param)
+        return group
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients: to None, or to zeros. Those of a model that ``flatten_``
+        has flattened are always set to zeros, because they are to stay in their
+        buffer."""
+        flat: dict[int, list[Tensor]] = {}
+        if set_to_none:
+            for param, _ in self._all():
+                if param.grad is not None and in_flat_buffer(param.grad):
+                    flat.setdefault(id(param.grad._base), []).append(param)
+        kept = []
+        for params in flat.values():
+            grads = [param.grad for param in params]
+            kept += list(zip(params, grads, strict=True))
+            base = grads[0]._base
+            whole = sum(grad.numel() for grad in grads) == base.numel()
+            for grad in [base] if whole else grads:
+                grad.zero_()
+        super().zero_grad(set_to_none)
+        for param, grad in kept:
+            param.grad = grad
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            refuse_schedules({k: v for k, v in param_group.items() if k != "params"})
+        with self._turns.lock:
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        with self._turns.lock:
+            saved: dict[str, Any] = super().state_dict()
+            for key, state in saved["state"].items():
+                if isinstance(state, dict) and not self._torchs:
+                    saved["state"][key] = self._outward(state)
+            return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but what is float32 for bfloat16 and float16 parameters stays
+        so, a state of another optimizer is refused, and all changes at once."""
+        state_dict = state_dict.copy()
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = self.__dict__
+        with self._turns.lock:
+            loading.check(state_dict, self, self._own)
+            loaded = self._loaded(state_dict)
+            new = {k: v for k, v in loaded.items() if own.get(k, NEVER) is not v}
+            uninterrupted(self._turns.overtake, partial(own.update, new))
+        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+            after(self)
+
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The attributes of this optimizer with what was saved in them: of a copy,
+        which torch loads it into."""
+        hooks = [f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post")]
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **{name: OrderedDict() for name in hooks})
+        super(Stateful, other).load_state_dict(state_dict)
+        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        for i, (param, _) in zip(ids, other._all(), strict=True):
+            loaded = other.state.get(param)
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    counts = not value.dim() and not self._names.torchs
+                    if param.dtype in HALVES or counts:
+                        loaded[key] = value.to(param.device)
+            if loaded:
+                other._inward(loaded)
+        other._torchs = False
+        return {k: v for k, v in vars(other).items() if k not in hooks}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._renew()
+
+    def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def ema_params(self) -> list[Tensor]:
+        """Each parameter's moving average; before its first step, the parameter."""
+        if self.ema is None:
+            made = f"{type(self).__name__}(..., ema=0.999)"
+            raise RuntimeError(f"ema_params() needs an optimizer made with ema: {made}")
+        return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
+
+    def eval_params(self) -> list[Tensor]:
+        """The parameters to use, such as for a validation, in their order: for rules
+        like ``ScheduleFreeAdamW`` other ones than those that are trained."""
+        with self._turns.lock:
+            return self._evaluated()
+
+    @standard
+    def _evaluated(self) -> list[Tensor]:
+        found = []
+        for param, group in self._all():
+            state = self.state.get(param)
+            trained = state and TRAINED not in state
+            if trained and any(rule.evaluate for rule in self._rules):
+                rule = self._rule(group)
+                values = self._values(group, rule)
+                found.append(evaluated(param, state, rule, self._names, values))
+            else:
+                found.append(param.detach())
+        return found
