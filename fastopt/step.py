@@ -14,6 +14,7 @@ Every optimizer goes through this file, whatever framework its parameters belong
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -50,6 +51,12 @@ class Request(NamedTuple):
 
 
 PLAIN = Request()
+
+
+@functools.cache
+def plain(threads: int) -> Request:
+    """A request for nothing but the update."""
+    return Request(threads=threads)
 
 
 class Runner(Protocol):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastopt.rule import Rule
@@ -17,7 +18,9 @@ PAIRS = {  # hyperparameters that torch has in a tuple
     **{"step_min": ("step_sizes", 0), "step_max": ("step_sizes", 1)},
     **{"eps1": ("eps", 0), "eps2": ("eps", 1)},
 }
-EXTRAS = "clip_norm clip_value nonfinite ema threads backend".split()
+EXTRAS = (
+    "clip_norm clip_value nonfinite ema weight_decay_mask threads backend"
+).split()
 
 
 class Arguments:
@@ -58,6 +61,34 @@ def number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
+def spared(
+    mask: Callable[[str, torch.Tensor], bool] | None,
+    groups: Sequence[Mapping[str, Any]],
+    rules: Sequence[Rule],
+) -> set[torch.Tensor]:
+    """The parameters that a ``weight_decay_mask`` spares."""
+    without: set[torch.Tensor] = set()
+    if mask is None:
+        return without
+    for group in groups:
+        params = group["params"]
+        names = group.get("param_names") or [""] * len(params)
+        for name, param in zip(names, params, strict=True):
+            decays = mask(name, param)
+            if not isinstance(decays, (bool, np.bool_)):
+                raise TypeError(
+                    f"weight_decay_mask must return True or False, got {decays!r}"
+                )
+            if not decays:
+                without.add(param)
+    for rule in rules if without else ():
+        if "weight_decay" not in rule.hyperparameters:
+            raise TypeError(
+                f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
+            )
+    return without
+
+
 # Docstrings -------------------------------------------------------------------------
 
 ABOUT = {
@@ -81,6 +112,7 @@ ABOUT = {
     "clip_value": "Limit of the magnitude of each of their elements.",
     "nonfinite": 'About infinities and NaN: "propagate", "skip" or "raise".',
     "ema": "Decay of a moving average of the parameters, ``ema_params()``.",
+    "weight_decay_mask": "Where weight decay applies, by name and parameter.",
     "threads": "The most to use; by default as many as torch.",
     "backend": '"cython", "numba" or "numpy"; by default the fastest.',
     "max_lr": "The largest lr of the run; by default the first lr of the group.",

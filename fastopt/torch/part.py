@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,8 +16,9 @@ from fastopt.backends import cython_cpu
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
-from fastopt.step import Key, Program, Request, Sums, execute
+from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import state
+from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import array, numbers
 from fastopt.torch.runs import merged, neighbours
 from fastopt.torch.state import EMA, FACTORS, Member, Names, Values
@@ -70,6 +70,7 @@ class Part:
         self.scalars = names.scalars or compiled(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
+        self._given: Gradients | None = None  # in place of those in ``.grad``
         self.any = self.all = self.usual = False
         self._t, self._steps = 0, b""  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
@@ -133,7 +134,7 @@ class Part:
         self.sizes = [segment.param.size for segment in segments]
         self.places = np.array([self.members[run[0]].place for run in self.runs])
         self._here = np.zeros(len(self.runs), np.int64)
-        self._taken: list[Any] = []  # gradients that the native step looks at
+        self._taken: list[Any] = []  # gradients that the runner looks at
         self._placed = False
 
     # A step ---------------------------------------------------------------------------
@@ -142,7 +143,10 @@ class Part:
         """Take the gradients, of which some may have ``moved`` since the last step;
         whether there are any."""
         if not self.plain:
-            self._take_copies(grads)
+            task = [grads[member.place] for member in self.members]
+            self._know(np.array([grad is not None for grad in task]))
+            if self.any:
+                self._take_fitted([task])
         elif moved or not self._placed:
             np.take(found, self.places, out=self._here)
             self._know(self._here != 0)
@@ -162,32 +166,65 @@ class Part:
         native = "scalars" in runner.fuses
         if native and runner.place(self._here):
             return True
-        # A native step does not take gradients that overlap what it writes.
-        self._give([grads[place] for place in self.places], copied=native)
+        # A native runner does not take gradients that overlap what it writes.
+        self._give([[grads[place] for place in self.places]], copied=native)
         return False
 
-    def _give(self, grads: list[Any], copied: bool = False) -> None:
-        """Give the step the gradient of each run, which begins with one of these, or a
-        copy of it."""
-        shaped = self.rule.factored
-        arrays = [
-            None if g is None else array(g, size, g.shape if shaped else (-1,))
-            for g, size in zip(grads, self.sizes, strict=True)
+    def take_given(self, given: Gradients) -> bool:
+        """Take gradients that are not in ``.grad``; whether there are any."""
+        tasks = [
+            [task[member.place] for member in self.members] for task in given.tasks
         ]
-        if copied:
-            arrays = [None if a is None else a.copy() for a in arrays]
-        self._taken = [grads, arrays]  # arrays do not keep a tensor's memory
-        if not self.program.runner.take(arrays):
-            raise RuntimeError("the kernel refused gradients found to fit")
-
-    def _take_copies(self, grads: Sequence[Any]) -> None:
-        given = [grads[member.place] for member in self.members]
-        self._know(np.array([grad is not None for grad in given]))
+        there = [
+            any(g is not None for g in grads) for grads in zip(*tasks, strict=True)
+        ]
+        self._know(np.array(there))
+        self._placed, self._given = False, given
         if self.any:
+            self._take_fitted(tasks, given.weights)
+        return self.any
+
+    def _take_fitted(
+        self, tasks: list[list[Any]], weights: list[float] | None = None
+    ) -> None:
+        """Take a gradient for each member and task, in any layout and dtype."""
+        if not self.plain:
             self._copies = [copy(member, member.param) for member in self.members]
             self._bind(self._copies)
-            pairs = zip(self.members, given, strict=True)
-            self._give([None if g is None else copy(m, g) for m, g in pairs])
+        made = laid_out if self.plain else copy
+        fitting = [
+            [
+                g if g is None else made(m, g)
+                for m, g in zip(self.members, task, strict=True)
+            ]
+            for task in tasks
+        ]
+        self._give(fitting, weights)
+
+    def _give(
+        self,
+        tasks: list[list[Any]],
+        weights: list[float] | None = None,
+        copied: bool = False,
+    ) -> None:
+        """Give the runner a gradient for each run and task, which begins with one of
+        these tensors, or a copy of it."""
+        shaped = self.rule.factored
+        arrays = [
+            [
+                None if g is None else array(g, size, g.shape if shaped else (-1,))
+                for g, size in zip(task, self.sizes, strict=True)
+            ]
+            for task in tasks
+        ]
+        if copied:
+            arrays = [[g if g is None else g.copy() for g in task] for task in arrays]
+        self._taken = [tasks, arrays]  # arrays do not keep a tensor's memory
+        given = arrays[0] if weights is None else arrays
+        if not self.program.runner.take(given, weights):
+            if copied:
+                raise RuntimeError("the kernel refused gradients found to fit")
+            self._give(tasks, weights, copied=True)
 
     def end(self) -> None:
         """After a step: note what the next one needs to know, and forget the rest."""
@@ -209,11 +246,15 @@ class Part:
     def is_finite(self, run: int, factor: float) -> bool:
         """Whether the gradients of a run are finite, and only their squares not, which
         may be in float64 alone."""
-        grads = [self.members[i].param.grad for i in self.runs[run]]
-        return self.members[self.runs[run][0]].dtype in (
-            torch.float64,
-            torch.complex128,
-        ) and all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
+        members = [self.members[i] for i in self.runs[run]]
+        given = self._given
+        return members[0].dtype in (torch.float64, torch.complex128) and all(
+            bool(torch.isfinite(grad * factor).all())
+            for grad in (
+                member.param.grad if given is None else given.total(member.place)
+                for member in members
+            )
+        )
 
     def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
         """What the scalars of each run are computed from: the hyperparameters and the
@@ -389,14 +430,13 @@ class Part:
         return calls
 
 
-@functools.cache
-def plain(threads: int) -> Request:
-    """A request for nothing but the update."""
-    return Request(threads=threads)
-
-
 def copy(member: Member, tensor: Tensor) -> Tensor:
     """A parameter, or its gradient, where kernels can work in it."""
     param = member.param
     made = torch.empty(param.shape, dtype=member.dtype, device=param.device)
     return made.copy_(tensor.detach())
+
+
+def laid_out(member: Member, tensor: Tensor) -> Tensor:
+    """A gradient that lies in memory as its parameter does."""
+    return fitted(tensor, member.param)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -20,6 +20,7 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
+from fastopt.torch.gradients import Gradients
 from fastopt.torch.memory import COMPUTED, is_cut_off, is_hollow, is_plain, watched
 from fastopt.torch.part import Part
 from fastopt.torch.state import Member, Names, Values, shapes_of
@@ -50,6 +51,11 @@ class Plan:
         Of each group the rule, its hyperparameters, and the sign of its gradients.
     averaged
         Whether a moving average of the parameters is kept.
+    given
+        Gradients in place of those in ``.grad``.
+    spared
+        The parameters without weight decay. Then ``read`` has the values of every group
+        twice, at last without it.
     """
 
     def __init__(
@@ -61,13 +67,19 @@ class Plan:
         averaged: bool,
         backend: str | None,
         single: Tensor | None = None,
+        given: Gradients | None = None,
+        spared: Set[Tensor] = frozenset(),
     ):
         self.rules, self.values, self.signs = read
         self.averaged = averaged
         pairs = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
         if single is not None:
             pairs = [(single, 0)]
+        # The values of a group without weight decay stand behind those of all groups.
+        pairs = [(p, i + (len(groups) if p in spared else 0)) for p, i in pairs]
         self._params = [param for param, _ in pairs]
+        self._given = given
+        grads = [p.grad for p in self._params] if given is None else given.first
         keeps = [
             bool(rule.state or rule.carry or names.steps or averaged)
             for rule in self.rules
@@ -76,8 +88,10 @@ class Plan:
             raise Unsupported("steps under a FakeTensorMode")
         # All of them, before anything is put into the state.
         planned = [
-            is_planned(param, names, self.rules[group], state.get(param), keeps[group])
-            for param, group in pairs
+            is_planned(
+                param, grad, names, self.rules[group], state.get(param), keeps[group]
+            )
+            for (param, group), grad in zip(pairs, grads, strict=True)
         ]
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
@@ -89,7 +103,9 @@ class Plan:
             entry: dict[str, Any] = {}
             if keeps[group]:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
-            member = Member(param, place, group, entry, plain)
+            # Gradients that are not in `.grad` lie anywhere, and form no runs.
+            alone = given is not None
+            member = Member(param, place, group, entry, plain, alone)
             key = id(rule), param.dtype, param.device, plain
             alike.setdefault(key, []).append(member)
         self.parts = []
@@ -110,6 +126,7 @@ class Plan:
         }
         alone = single is not None
         self._watched = buffers, alone, self._params, planned, groups
+        self._planned = planned
         self.tensors = self._watch({**state, **self._new})
         self._fixed = all(map(is_fixed, options_of(groups)))
         self._usual = False  # whether the last step was as most are
@@ -217,18 +234,35 @@ class Plan:
         return found
 
     @standard
+    def take_given(self, given: Gradients) -> list[Part] | None:
+        """Give gradients that are not in ``.grad`` to the parts; those that have some.
+        None if the plan does not know what to do with one."""
+        for task in given.tasks:
+            for grad, param, planned in zip(
+                task, self._params, self._planned, strict=True
+            ):
+                if grad is not None and not planned:
+                    return None
+                if grad is not None:
+                    check_gradient(param, grad)
+        self._given = given
+        return [part for part in self.parts if part.take_given(given)]
+
+    @standard
     def do(
         self,
         parts: list[Part],
         scale: float,
         request: Request,
         optimizer: dict[str, Any],
+        last: list[Call],
     ) -> bool:
         """The step, with what was taken, times a factor; whether anything was updated.
         All that changes does so at once: parameters, state, gradients set to zero, and
-        what the attributes of the ``optimizer`` say of it."""
+        what the attributes of the ``optimizer`` say of it. The calls ``last`` belong to
+        the step, whether it is skipped or not."""
         with in_order({part.device for part in parts}):
-            return self._do(parts, scale, request, optimizer)
+            return self._do(parts, scale, request, optimizer, last)
 
     def _do(
         self,
@@ -236,8 +270,9 @@ class Plan:
         scale: float,
         request: Request,
         optimizer: dict[str, Any],
+        last: list[Call],
     ) -> bool:
-        turns, last = optimizer["_turns"], list[Call]()
+        turns = optimizer["_turns"]
         factors = [sign * scale for sign in self.signs]
         if request.needs_norm:
             factor = abs(factors[0])
@@ -255,15 +290,17 @@ class Plan:
                 skipped = optimizer["skipped"] + 1
                 last.append(partial(optimizer.update, skipped=skipped))
                 if request.zero_grads:
-                    last += zeroing(param.grad for param in self._params)
+                    last += zeroing(self._grads())
                 turns.commit(last)
                 return False
             factors = [factor * shrink for factor in factors]
         if request.zero_grads:
-            apart = self._overlap()
+            apart = self._given is not None or self._overlap()
             # Kernels set to zero what they read, which is copies of these.
             copied = [m.param for p in parts if apart or not p.plain for m in p.members]
-            last += zeroing([p.grad for p in copied] + self._odd)
+            given = self._given is not None
+            last += zeroing(self._grads() if given else [p.grad for p in copied])
+            last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
         measured: dict[int, list[Sums]] = {}
         for part in parts:
@@ -287,6 +324,12 @@ class Plan:
                 uninterrupted(*calls)
             calls = []
         return True
+
+    def _grads(self) -> list[Tensor | None]:
+        """The gradients that a step takes."""
+        if self._given is None:
+            return [param.grad for param in self._params]
+        return [grad for task in self._given.tasks for grad in task]
 
     def _overlap(self) -> bool:
         """Whether gradients share memory with each other or with parameters, so that
@@ -386,22 +429,33 @@ def is_fixed(value: Any) -> bool:
 
 
 def is_planned(
-    param: Tensor, names: Names, rule: Rule, entry: Any, keeps: bool
+    param: Tensor,
+    grad: Tensor | None,
+    names: Names,
+    rule: Rule,
+    entry: Any,
+    keeps: bool,
 ) -> bool:
     """Whether a plan is to know what to do with a parameter's gradient. What has none
     may be of a kind, or have a state, that no step could be done with."""
-    if param.grad is None and keeps and not entry:
+    if grad is None and keeps and not entry:
         return False
     try:
-        check(param, names, rule, entry or {})
+        check(param, grad, names, rule, entry or {})
     except (Unsupported, ValueError):
-        if param.grad is not None:
+        if grad is not None:
             raise
         return False
     return True
 
 
-def check(param: Tensor, names: Names, rule: Rule, entry: dict[str, Any]) -> None:
+def check(
+    param: Tensor,
+    grad: Tensor | None,
+    names: Names,
+    rule: Rule,
+    entry: dict[str, Any],
+) -> None:
     """That fastopt has kernels for a parameter, its gradient and its state."""
     if is_lazy(param):
         raise Unsupported("uninitialized parameters")
@@ -418,8 +472,8 @@ def check(param: Tensor, names: Names, rule: Rule, entry: dict[str, Any]) -> Non
             f"a parameter of shape {tuple(param.shape)} is expanded: several of its "
             f"elements are one number in memory; give it a clone() as its data"
         )
-    if param.grad is not None:
-        check_gradient(param, param.grad)
+    if grad is not None:
+        check_gradient(param, grad)
     shapes = shapes_of(rule, names, param)
     for key, tensor in entry.items():
         if not isinstance(tensor, Tensor):

@@ -41,7 +41,7 @@ def placement(
     """What a member must have in common with its neighbours, and which tensors must
     follow theirs; None if the member is a segment by itself."""
     param, grad = member.param, member.param.grad
-    by_itself = rule.measure is not None and rule.by_segment
+    by_itself = member.alone or (rule.measure is not None and rule.by_segment)
     if by_itself or grad is None or not (member.plain and param.is_cpu):
         return None
     if not same_layout(grad, param):

@@ -52,9 +52,16 @@ class Member:
     """A parameter that is updated, and its place among all parameters."""
 
     def __init__(
-        self, param: Tensor, place: int, group: int, state: dict[str, Any], plain: bool
+        self,
+        param: Tensor,
+        place: int,
+        group: int,
+        state: dict[str, Any],
+        plain: bool,
+        alone: bool,
     ):
         self.param, self.place, self.group, self.state = param, place, group, state
+        self.alone = alone  # whether it is a segment by itself in any case
         self.plain = plain  # whether steps work in its own memory
         dtype = COMPUTED[param.dtype]
         self.dtype = param.dtype if param.is_complex() else dtype  # of its state

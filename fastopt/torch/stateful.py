@@ -12,21 +12,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt.optimizer import refusals
+from fastopt.optimizer import checks, refusals
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.runtime.threads import available
+from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import in_flat_buffer
+from fastopt.torch.gradients import Gradients, Sums, of_tasks
 from fastopt.torch.memory import HALVES
 from fastopt.torch.plan import Plan, Unsupported
 from fastopt.torch.state import EMA, TRAINED, Names, evaluated
-from fastopt.torch.turns import Turns
+from fastopt.torch.turns import Overtaken, Turns
 
 NEVER: Any = object()  # no attribute is this
-KEPT = (*EXTRAS, "skipped", "grad_norm", "_step_supports_amp_scaling", "_torchs")
+KEPT = (
+    *EXTRAS,
+    "skipped",
+    "grad_norm",
+    "_step_supports_amp_scaling",
+    "_torchs",
+    "_sums",
+)
+ACCUMULATED = "accumulated"  # the key of sums of gradients in a state_dict
 
 
 class Stateful(Optimizer):
@@ -35,10 +44,14 @@ class Stateful(Optimizer):
     _names = Names()
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
+    _sums: Sums | None = None  # of accumulated gradients
+    weight_decay_mask: Any = None
+    threads: int | None
 
     def _renew(self) -> None:
         """Forget what was worked out."""
         self._plan: Plan | None = None
+        self._given_plan: Plan | None = None  # of steps with other gradients
         self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._noted: set[Any] = set()  # what steps have needed of all parameters
@@ -105,6 +118,65 @@ class Stateful(Optimizer):
             group, _ = self._places.get(param) or refusals.no_parameter(param)
         return group
 
+    def _threads(self) -> int:
+        if forked[0]:
+            return 1
+        most = self._most_threads if self.threads is None else self.threads
+        now: int = torch.get_num_threads()
+        return min(most, now)
+
+    @standard
+    def accumulate(self, *, grad_scale: float = 1.0) -> None:
+        """Add the gradients in ``.grad``, times a factor, to sums that the next
+        ``step()`` takes, and reset them as ``zero_grad`` does.
+
+        The sums of bfloat16 and float16 gradients are of float32. A ``state_dict``
+        contains them.
+        """
+        with self._turns.lock:
+            done = False
+            while not done:
+                self._turns.begin()
+                params = [param for param, _ in self._all()]
+                sums = self._sums or Sums(params)
+                sums.check(params)
+                factor = checks.check_factor(grad_scale, sums.dtype)
+                calls = sums.adding(factor, self._threads())
+                calls.append(partial(self.__dict__.update, _sums=sums))
+                try:
+                    self._turns.commit(calls)
+                    done = True
+                except Overtaken:
+                    done = False
+
+    def drop_accumulated(self) -> None:
+        """Forget what :meth:`accumulate` has added since the last step."""
+        with self._turns.lock:
+            uninterrupted(
+                self._turns.overtake, partial(self.__dict__.update, _sums=None)
+            )
+
+    def _given(self, grads: Any, weights: Any) -> Gradients | None:
+        """The gradients that a step takes in place of those in ``.grad``."""
+        params = [param for param, _ in self._all()]
+        sums = self._sums if self._sums is not None and self._sums.given.any() else None
+        if grads is not None or weights is not None:
+            if sums is not None:
+                raise RuntimeError(
+                    "there are accumulated gradients; call step() without gradients to "
+                    "apply them, or drop_accumulated() to discard them"
+                )
+            return of_tasks(params, grads, weights)
+        if sums is None:
+            return None
+        sums.check(params)
+        if any(sums.lacks(param.grad) for param in params):
+            raise RuntimeError(
+                "there are accumulated gradients, and others in .grad; call "
+                "accumulate() to add these, or zero_grad() to discard them"
+            )
+        return sums.gradients
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zeros. Those of a model that ``flatten_``
         has flattened are always set to zeros, because they are to stay in their
@@ -138,6 +210,9 @@ class Stateful(Optimizer):
             for key, state in saved["state"].items():
                 if isinstance(state, dict) and not self._torchs:
                     saved["state"][key] = self._outward(state)
+            if self._sums is not None and self._sums.given.any():
+                (sums,) = self._sums.gradients.tasks
+                saved[ACCUMULATED] = [s if s is None else s.clone() for s in sums]
             return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,7 +248,11 @@ class Stateful(Optimizer):
                         loaded[key] = value.to(param.device)
             if loaded:
                 other._inward(loaded)
-        other._torchs = False
+        other._torchs, saved = False, state_dict.get(ACCUMULATED)
+        other._sums = None
+        if saved is not None:
+            other._sums = Sums([param for param, _ in other._all()])
+            other._sums.restore(saved)
         return {k: v for k, v in vars(other).items() if k not in hooks}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.optimizer import checks
+from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.runtime.threads import forked
 from fastopt.step import PLAIN, Request
 from fastopt.torch import sharding
-from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules
+from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
+from fastopt.torch.gradients import Gradients
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.plan import Plan, Read, Unsupported, zeroing
 from fastopt.torch.stateful import Stateful
@@ -40,6 +41,10 @@ class Stepping(Stateful):
     ema
         Decay of a moving average of the parameters, updated in the same pass; it is in
         the state under "ema", and in ``ema_params()``.
+    weight_decay_mask
+        Where weight decay applies: a callable of a parameter's name (empty if torch was
+        not given names) and the parameter, which returns a bool. ``lambda name, param:
+        param.ndim > 1`` spares vectors.
     threads
         At most so many; by default as many as torch uses, within the container's quota.
     backend
@@ -64,6 +69,7 @@ class Stepping(Stateful):
         clip_value: float | None = None,
         nonfinite: str = "propagate",
         ema: float | None = None,
+        weight_decay_mask: Callable[[str, Tensor], bool] | None = None,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -73,6 +79,12 @@ class Stepping(Stateful):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.nonfinite = checks.check_nonfinite(nonfinite)
         self.ema = checks.check_decay("ema", ema)
+        if weight_decay_mask is not None and not callable(weight_decay_mask):
+            raise TypeError(
+                f"weight_decay_mask must be a callable of the name and the parameter, "
+                f"got {weight_decay_mask!r}"
+            )
+        self.weight_decay_mask = weight_decay_mask
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(
@@ -84,6 +96,9 @@ class Stepping(Stateful):
         names = [*inspect.signature(super().__init__).parameters][1:]
         refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
         super().__init__(params, *arguments, **options)
+        spared(
+            self.weight_decay_mask, self.param_groups, self._rules
+        )  # an error of the mask comes now
         self._warn_of_shares(clip_norm is not None, nonfinite)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
@@ -105,6 +120,8 @@ class Stepping(Stateful):
         self,
         closure: Callable[[], Any] | None = None,
         *,
+        grads: Sequence[Any] | None = None,
+        weights: Sequence[float] | None = None,
         clip_norm: float | None = AS_MADE,
         clip_value: float | None = AS_MADE,
         nonfinite: str = AS_MADE,
@@ -116,6 +133,13 @@ class Stepping(Stateful):
         ----------
         closure
             Computes the gradients anew and returns the loss, which is returned.
+        grads
+            Gradients in place of those in ``.grad``: a tensor or None for each
+            parameter, in order. With ``weights``, a list of such lists, one for each
+            task. They are only read.
+        weights
+            A number for each task. The step is that of the weighted sum of the tasks'
+            gradients, which is never written to memory (see ``fastopt.multitask``).
         clip_norm
             The most that the norm of all gradients together may be; larger ones are
             shrunk to it as by ``clip_grad_norm_``, but stay as they are in ``.grad``.
@@ -140,7 +164,10 @@ class Stepping(Stateful):
             nonfinite = self.nonfinite
         made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
         own = self.__dict__
-        usual = made == NOTHING_ASKED
+        given = None
+        if grads is not None or weights is not None or self._sums is not None:
+            given = self._given(grads, weights)
+        usual = made == NOTHING_ASKED and given is None
         turns = self._turns
         with turns.lock:
             # Taken away during the step, so that whoever comes in between, be it by an
@@ -154,18 +181,17 @@ class Stepping(Stateful):
                     return loss
             scale = self._scale()
             if scale is not None:
-                plan = self._update(plan, scale, self._request(*made))
+                request = self._request(*made)
+                if given is None:
+                    plan = self._update(plan, scale, request)
+                else:
+                    other, self._given_plan = self._given_plan, None
+                    other = self._update(other, scale, request, given=given)
+                    self._given_plan = other
             elif zero_grads:
                 uninterrupted(*zeroing(param.grad for param, _ in self._all()))
             self._plan = plan
         return loss
-
-    def _threads(self) -> int:
-        if forked[0]:
-            return 1
-        most = self._most_threads if self.threads is None else self.threads
-        now: int = torch.get_num_threads()
-        return min(most, now)
 
     def step_param(self, param: Tensor) -> None:
         """Update one parameter, with its gradient, and leave all others alone."""
@@ -208,7 +234,8 @@ class Stepping(Stateful):
         self._turns.begin()
         groups = list(self.param_groups)
         of = self._names, groups, self.state, self._read(groups)
-        plan = Plan(*of, self.ema is not None, self.backend)
+        without = spared(self.weight_decay_mask, groups, self._rules)
+        plan = Plan(*of, self.ema is not None, self.backend, spared=without)
         calls = plan.entries(self.state)
         calls += chain(*[p.estimate(plan.values, self._threads()) for p in plan.parts])
         try:
@@ -256,6 +283,10 @@ class Stepping(Stateful):
         rules = [self._rule(group) for group in groups]
         values = [self._values(*of) for of in zip(groups, rules, strict=True)]
         signs = [-1.0 if group.get("maximize") else 1.0 for group in groups]
+        if self.weight_decay_mask is not None:  # those of spared parameters
+            pairs = list(zip(rules, values, strict=True))
+            values += [without_decay(*pair) for pair in pairs]
+            rules, signs = rules * 2, signs * 2
         return rules, values, signs
 
     def _update(
@@ -264,6 +295,7 @@ class Stepping(Stateful):
         scale: float,
         request: Request,
         single: Tensor | None = None,
+        given: Gradients | None = None,
     ) -> Plan | None:
         """A step of all parameters, or of a ``single`` one: by a plan, or by a new one
         if that is out of date. The plan that now is."""
@@ -275,9 +307,9 @@ class Stepping(Stateful):
                 groups = [self._group_of(single)]
                 state = {single: state[single]} if single in state else {}
             try:
-                return self._attempt(plan, groups, state, scale, request, single)
+                return self._attempt(plan, groups, state, scale, request, single, given)
             except Unsupported as reason:
-                self._unsupported(str(reason), scale, request, single)
+                self._unsupported(str(reason), scale, request, single, given)
                 return None
             except Overtaken:  # in a signal handler, say
                 plan = None
@@ -290,6 +322,7 @@ class Stepping(Stateful):
         scale: float,
         request: Request,
         single: Tensor | None,
+        given: Gradients | None,
     ) -> Plan | None:
         needs = request.clip_norm < math.inf, request.nonfinite
         if needs not in self._noted:
@@ -300,36 +333,76 @@ class Stepping(Stateful):
         if plan is None or grads is None or not plan.options_hold:
             read = self._read(groups)
             if plan is None or grads is None or not plan.reread(groups, read):
-                params = [p for p, _ in self._all()] if single is None else [single]
-                if all(param.grad is None for param in params):
+                plan = self._new_plan(groups, state, read, single, given)
+                if plan is None:
                     return None
-                of = self._names, groups, state, read, averaged, self.backend, single
-                plan = Plan(*of)  # Unsupported, if so
-                if self._torchs:
-                    self._to_our_form()
-                    plan = Plan(*of)
                 grads = plan.look(groups, state, averaged) or []
-        parts = plan.take(grads)
-        if not parts:
+        parts = plan.take(grads) if given is None else plan.take_given(given)
+        if parts is None:  # a gradient where there was none before
+            plan = self._new_plan(groups, state, self._read(groups), single, given)
+            parts = plan.take_given(given) if plan and given else None
+        if plan is None or not parts:
             return plan
-        if not plan.do(parts, scale, request, self.__dict__):
+        last = self._sums.emptying() if self._sums is not None and given else []
+        if not plan.do(parts, scale, request, self.__dict__, last):
             return None if plan.unused else plan
         if single is not None:
             state = {single: self.state[single]} if single in self.state else {}
         plan.end(parts, state)
         return plan
 
+    def _new_plan(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        read: Read,
+        single: Tensor | None,
+        given: Gradients | None,
+    ) -> Plan | None:
+        """Plan anew; None if there is no gradient. Unsupported if there are no kernels
+        for one."""
+        params = [p for p, _ in self._all()] if single is None else [single]
+        grads = [p.grad for p in params] if given is None else given.first
+        if all(grad is None for grad in grads):
+            return None
+
+        def plan() -> Plan:
+            return Plan(
+                self._names,
+                groups,
+                state,
+                read,
+                self.ema is not None,
+                self.backend,
+                single,
+                given,
+                spared(self.weight_decay_mask, groups, self._rules),
+            )
+
+        first = plan()
+        if not self._torchs:
+            return first
+        self._to_our_form()
+        return plan()
+
     def _unsupported(
-        self, reason: str, scale: float, request: Request, single: Tensor | None
+        self,
+        reason: str,
+        scale: float,
+        request: Request,
+        single: Tensor | None,
+        given: Gradients | None,
     ) -> None:
         """Let torch's own step do what fastopt has no kernels for."""
         name, theirs = type(self).__name__, super().step.__func__
         if theirs is Optimizer.step:
             raise RuntimeError(f"{name} does not support {reason}")
-        if request._replace(threads=PLAIN.threads) != PLAIN:
+        asked = request._replace(threads=PLAIN.threads) != PLAIN
+        if asked or given is not None or self.weight_decay_mask is not None:
             raise RuntimeError(
                 f"{reason} are left to torch's own {name}, which has no clip_norm, "
-                f"clip_value, nonfinite, ema and zero_grads"
+                f"clip_value, nonfinite, ema, zero_grads, grads, weights and "
+                f"weight_decay_mask"
             )
         if scale != 1:
             with torch.no_grad():
@@ -352,6 +425,12 @@ class Stepping(Stateful):
             own.update(kept)
 
     profile_hook_step = staticmethod(hooked_step)
+
+
+def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:
+    """A group's hyperparameters for parameters that are spared weight decay."""
+    pairs = zip(rule.hyperparameters, values, strict=True)
+    return [0.0 if name == "weight_decay" else value for name, value in pairs]
 
 
 def extras() -> list[inspect.Parameter]:
