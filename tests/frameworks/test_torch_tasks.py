@@ -31,8 +31,8 @@ def draw(seed, dtype, shapes=SHAPES):
     ]
 
 
-def tasks_of(seed, dtype, count=len(WEIGHTS)):
-    tasks = [draw(100 * seed + k, dtype) for k in range(count)]
+def tasks_of(seed, dtype):
+    tasks = [draw(100 * seed + k, dtype) for k in range(len(WEIGHTS))]
     tasks[0][1] = tasks[1][0] = None
     return tasks
 
@@ -306,9 +306,7 @@ def test_masked_decay_is_that_of_two_groups(name, flat):
         return param.ndim > 1
 
     values = {"lr": 0.1, "weight_decay": 0.4}
-    one = getattr(ft, name)(
-        masked.named_parameters(), **values, weight_decay_mask=mask
-    )
+    one = getattr(ft, name)(masked.named_parameters(), **values, weight_decay_mask=mask)
     assert seen == ["0.weight", "0.bias", "1.weight", "1.bias"]
     matrices = [p for p in grouped.parameters() if p.ndim > 1]
     vectors = [p for p in grouped.parameters() if p.ndim < 2]
