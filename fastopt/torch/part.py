@@ -238,7 +238,7 @@ class Part:
         # In this order: a signal handler may step in between.
         self._steps = self.vectors[0].tobytes()
         self._t = int(self.vectors[0].item(0))
-        self._taken = []
+        self._taken, self._given = [], None
         if not self.plain:
             self._copies = []
             del self.program

@@ -375,6 +375,7 @@ class Plan:
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
         """After a step: note what the next one needs to know. ``state``: what ``look``
         will be given."""
+        self._given = None  # which would keep the gradients
         for part in parts:
             part.end()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
