@@ -1,6 +1,7 @@
-"""``fastopt bench``: what a step costs beside the libraries that people use.
+"""``fastopt bench`` compares the time of a step with other libraries.
 
-``cases.py`` says what is measured, ``contender.py`` who takes part (each in a process
-of its own), ``measure.py`` how rounds become ratios, ``machine.py`` where it happened;
+``cases.py`` lists what is measured. ``contender.py`` runs the steps of one contender in
+a process of its own, and ``peers.py`` has what other libraries call our rules.
+``measure.py`` turns rounds into ratios, ``machine.py`` describes the computer,
 ``report.py`` and ``pictures.py`` show the results, and ``run.py`` is the command.
 """

@@ -93,7 +93,7 @@ def state_count(case: Case) -> int:
 
 
 def every_hyperparameter(case: Case) -> dict[str, Any]:
-    """With the rule's defaults, because other libraries have others."""
+    """Includes the rule's defaults, because other libraries have other defaults."""
     return {**fastopt_rule(case).hyperparameters, **case.hyperparameters}
 
 
@@ -160,7 +160,7 @@ def floor(case: Case) -> Contender:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as it does in programs whose heap has grown. In a
+    """Let glibc keep freed memory, as it does in programs whose heap has grown. In a
     fresh one, temporaries go back to the system and come back by page faults: that
     made NumPy's step of 100,000 elements 5 times as long, which is not its arithmetic.
     Arrays of more than 32 MiB glibc gives back all the same.
@@ -171,7 +171,7 @@ def keep_freed_memory() -> None:
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the most that it takes
+        mallopt(mmap_threshold, 2**25)  # the largest value that it accepts
 
 
 def naive_numpy(case: Case) -> Contender:
@@ -249,7 +249,7 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
 
 
 def fastopt_torch(case: Case, flat: bool = False) -> Contender:
-    """The drop-in class, over torch's tensors; ``flat``: after ``flatten_``."""
+    """The drop-in class on torch's tensors, after ``flatten_`` if ``flat``."""
     import fastopt.torch
 
     name, options = in_table(peers.TORCH, case, "torch")
@@ -262,7 +262,7 @@ def fastopt_torch(case: Case, flat: bool = False) -> Contender:
 
 
 def torch_lamb(case: Case) -> Contender:
-    """LAMB as it is written for torch: a loop over the parameters."""
+    """LAMB as people write it for torch, with a loop over the parameters."""
     import torch
 
     refuse_extras(case)
@@ -295,8 +295,8 @@ def torch_lamb(case: Case) -> Contender:
 
 
 def torch_huge_pages(case: Case) -> Contender:
-    # torch reads this when it first allocates, and asks for huge pages from then on,
-    # as NumPy does without being told.
+    # torch reads this at its first allocation and asks for huge pages from then on.
+    # NumPy always does.
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     return torch_optimizer(case, fused=True)
 
@@ -315,7 +315,7 @@ def deepspeed(case: Case) -> Contender:
 
 
 def timm(case: Case) -> Contender:
-    """As it comes: its tensors are taken four at a time or one by one, as it likes."""
+    """With its default, which takes several tensors at a time where it can."""
     module, _, name = in_table(peers.TIMM, case, "timm").rpartition(".")
     peers.import_timm_optimizers_only()
     params, asked = torch_tensors(case), dict(case.asked)
@@ -475,7 +475,7 @@ def import_packages(name: str) -> None:
 
 
 def about(name: str) -> dict[str, Any]:
-    """Versions and, by their file names only, the OpenMP runtimes loaded so far."""
+    """Versions, and the file names of the OpenMP runtimes that are loaded."""
     from fastopt import __version__
 
     loaded = module_of("fastopt.runtime.threads", "fastopt.info").openmp_runtimes()
@@ -502,7 +502,7 @@ def timed(step: Callable[[], object], count: int) -> float:
 
 
 class Process:
-    """What this process holds: one contender, prepared for one case."""
+    """The state of this process: one contender, prepared for one case."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -519,7 +519,7 @@ class Process:
         import_packages(self.name)
         self.contender = CONTENDERS[self.name](case)
         self.contender.step()  # compiles, allocates, touches
-        # The least of some: after a single one's hiccup all bursts would be short.
+        # The fastest of three: a single slow step would make all bursts short.
         seconds = min(timed(self.contender.step, 1) for _ in range(3))
         self.count = max(1, min(MOST_STEPS, int(BURST_SECONDS / seconds)))
         return {"seconds": seconds}
@@ -551,10 +551,10 @@ def serve(name: str, requests: Iterable[str], replies: TextIO) -> None:
 
 
 def main() -> None:
-    # This folder's modules are not for the libraries that import their own "report".
+    # Libraries that import a "report" of their own must not get this folder's.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if path != here]
-    # Libraries print; stdout is for the replies alone, so theirs goes to stderr.
+    # Only replies go to stdout. What libraries print goes to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     keep_freed_memory()
