@@ -5,7 +5,8 @@ them with.
 """
 
 import ast
-from dataclasses import dataclass
+import runpy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import Cython
@@ -14,6 +15,7 @@ from Cython import Tempita
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
 RULES = ROOT / "fastopt" / "rules"
+COMPOSED = ROOT / "fastopt" / "composed.py"
 ORDER = ROOT / "fastopt" / "memory" / "order.py"
 
 # What a rule's text may call by name, and the template has in C.
@@ -27,6 +29,8 @@ class Function:
 
     path: Path  # the file that defines it
     tree: ast.FunctionDef
+    # Of a function made of a rule's passes: these, by their names in it.
+    passes: dict = field(default_factory=dict, kw_only=True)
 
     @property
     def name(self):
@@ -52,11 +56,15 @@ class Function:
         (value,) = [
             node.value for node in ast.walk(self.tree) if isinstance(node, ast.Return)
         ]
+        if isinstance(value, ast.Call) and value.func.id in self.passes:
+            return self.passes[value.func.id].returned
         return len(value.elts) if isinstance(value, ast.Tuple) else 0
 
     @property
     def helpers(self):
         """The functions that it calls, by the names that it uses for them."""
+        if self.passes:
+            return self.passes
         called = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
         found = {name: defined(self.path, name) for name in sorted(called - PRIMITIVES)}
         return {name: function for name, function in found.items() if function}
@@ -110,22 +118,53 @@ class Measure(Kernel):
 
 
 @dataclass
-class Begin(Measure):
-    """A ``measure`` that puts the new state in its place, and keeps the rest that the
-    update needs: a step with sums then reads most of its buffers once."""
+class Terms(Function):
+    """The ``measure`` of a rule in passes: of a parameter and its direction."""
 
-    of: tuple[Function, ...]  # the update, the measure and the settle
+    @property
+    def name(self):
+        return f"{super().name}_terms"
+
+    def result(self, c_type):
+        return super().result("double")
+
+
+class Begin(Measure):
+    """The first of two passes: it sums up, writes the new state, and keeps the
+    direction."""
 
     way = "out"
     kept = ("kept",)
+    locals = ()
+
+    @property
+    def name(self):
+        return f"{self.path.stem}_update_begin"
 
     @property
     def terms(self):
-        return self.returned - len(self.outputs)
+        return super().returned
+
+    @property
+    def returned(self):
+        return self.terms + len(self.outputs)
 
     @property
     def outputs(self):
         return [*self.states, *self.kept]
+
+    def body(self, dtype):
+        direction, terms = self.passes["direction"], self.passes["terms"]
+        c_type = {"f32": "float", "f64": "double"}[dtype]
+        sums = [f"sums[{k}]" for k in range(self.terms)]
+        new = [f"new[{k}]" for k in (*range(1, direction.returned), 0)]
+        return [
+            f"cdef {direction.result(c_type)} new",
+            f"cdef {terms.result(c_type)} sums",
+            f"new = {direction.name}_{dtype}({', '.join(self.arguments)})",
+            f"sums = {terms.name}_{dtype}({self.arguments[0]}, new[0])",
+            f"return {', '.join([*sums, *new])}",
+        ]
 
 
 class Scalars(Function):
@@ -207,66 +246,44 @@ def defined(path, name, kind=Function, *more):
     return None
 
 
-def used(node, context=ast.Load):
-    """Return the names that a syntax tree reads, or those that it stores."""
-    found = (n for n in ast.walk(node) if isinstance(n, ast.Name))
-    return {name.id for name in found if isinstance(name.ctx, context)}
-
-
-def halves(update, measure, settle):
-    """Of a rule with sums a ``begin`` and a ``finish``, where its update and measure
-    start alike, with what settle hands on as it is, and the update has nothing left to
-    do but to move p by the one value that it computed so."""
-    *alike, (new, *left) = *update.tree.body[:-1], update.tree.body[-1].value.elts
-    buffers = 2 + update.state_count
-    states = update.arguments[2:buffers]
-    given, later = (f.arguments[buffers:] for f in (measure, update))
-    stored = set().union(*(used(line, ast.Store) for line in alike))
-    kept = (used(new) & stored) - set(states)
-    taken = settle.arguments[2 + measure.returned :][: len(given)]
-    returned = dict(zip(later, settle.tree.body[-1].value.elts, strict=False))
-    handed = [name in returned and ast.unparse(returned[name]) for name in given]
-    if (
-        len({update.path, measure.path, settle.path}) > 1
-        or update.arguments[:buffers] != measure.arguments[:buffers]
-        or list(map(ast.unparse, alike))
-        != list(map(ast.unparse, measure.tree.body[:-1]))
-        or list(map(ast.unparse, left)) != states
-        or len(kept) != 1
-        or kept & {"p", *later}
-        or used(new) - kept - {"p", *later}
-        or handed != taken
-        or used(settle.tree, ast.Store) & set(taken)
-    ):
-        return []
-    (kept,) = kept
-    results = [*measure.tree.body[-1].value.elts, *left, ast.Name(kept, ast.Load())]
-    begin, finish = (ast.parse(ast.unparse(f.tree)).body[0] for f in (measure, update))
-    begin.name, finish.name = f"{update.tree.name}_begin", f"{update.tree.name}_finish"
-    begin.body[-1] = ast.Return(ast.Tuple(results, ast.Load()))
-    finish.body = [ast.Return(ast.Tuple([new], ast.Load()))]
-    finish.args.args = [ast.arg(name) for name in ("p", kept, *later)]
-    return [
-        Begin(update.path, begin, update.state_count, (update, measure, settle)),
-        Kernel(update.path, finish, 0),
-    ]
-
-
 def functions_of(path):
-    """Yield the functions of every ``Rule(update, scalars, state=..., measure=...)`` in
-    a file."""
+    """Yield the functions of a file's rules: of ``Rule(update, scalars, ...)`` and of
+    ``Rule.in_passes(direction, measure, apply, scalars, settle, ...)``."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rule":
-            update, scalars = (argument.id for argument in call.args)
-            given = {keyword.arg: keyword.value for keyword in call.keywords}
-            count = len(ast.literal_eval(given["state"])) if "state" in given else 0
-            of_rule = [defined(path, update, Kernel, count)]
+        if not isinstance(call, ast.Call):
+            continue
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        count = len(ast.literal_eval(given["state"])) if "state" in given else 0
+        names = [getattr(argument, "id", "") for argument in call.args]
+        if ast.unparse(call.func) == "Rule":
+            update, scalars = names
+            yield defined(path, update, Kernel, count)
             if "measure" in given:
-                of_rule.append(defined(path, given["measure"].id, Measure, count))
-                of_rule.append(defined(path, given["settle"].id, Scalars))
-                of_rule += halves(*of_rule)
-            yield from of_rule
-            yield defined(path, scalars, Scalars)
+                yield defined(path, given["measure"].id, Measure, count)
+                yield defined(path, given["settle"].id, Scalars)
+        elif ast.unparse(call.func) == "Rule.in_passes":
+            direction, measure, apply, scalars, settle = names
+            yield from in_passes(path, direction, measure, apply, count)
+            yield defined(path, settle, Scalars)
+        else:
+            continue
+        yield defined(path, scalars, Scalars)
+
+
+def in_passes(path, direction, measure, apply, count):
+    """Yield the functions that are made of a rule's passes, and the last pass."""
+    passes = {
+        "direction": defined(path, direction),
+        "terms": defined(path, measure, Terms),
+        "apply": defined(path, apply, Kernel, 0),
+    }
+    taken = [passes[name].arguments for name in ("direction", "apply")]
+    text = runpy.run_path(str(COMPOSED))["text"](*taken, count)
+    update, measure = ast.parse(text).body
+    yield Kernel(path, update, count, passes=passes)
+    yield Measure(path, measure, count, passes=passes)
+    yield Begin(path, measure, count, passes=passes)
+    yield passes["apply"]
 
 
 def functions():
@@ -279,8 +296,10 @@ def functions():
     found = {}
     waiting = [function for file in files for function in functions_of(file)]
     for function in waiting:
-        if function.name not in found:
-            found[function.name] = function
+        known = found.setdefault(function.name, function)
+        if ast.dump(known.tree) != ast.dump(function.tree):
+            raise ValueError(f"there are two functions {function.name}: rename one")
+        if known is function:
             if not isinstance(function, Scalars):
                 waiting += function.helpers.values()
     return list(found.values())
@@ -308,7 +327,7 @@ def rendered():
     namespace = {
         "updates": [f for f in found if type(f) is Kernel],
         "measures": [f for f in found if isinstance(f, Measure)],
-        "helpers": [f for f in found if type(f) is Function],
+        "helpers": [f for f in found if type(f) in (Function, Terms)],
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
         "numbers": numbers(),

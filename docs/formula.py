@@ -574,8 +574,11 @@ class Formulas:
         takers = [arguments(r.update)[2 + len(r.state) :] for r in self.rules]
         if rule.settle:
             took = arguments(rule.settle)
-            first = len(took) - len(reader.results)
-            constants = self.constants(reader.results, [took[first:]], lines)
+            first = 2 + rule.terms
+            handed = len(reader.results) - len(took) + first
+            takes = [arguments(rule.measure)[2 + len(rule.state) :], *takers]
+            names = [*max(takes, key=len)[:handed], *took[first:]]
+            constants = self.constants(reader.results, [names], lines)
             self.add("scalars", rule, lines)
             sums, lines = took[2:first], Lines()
             names, measured = self.element(rule.measure, rule, constants, lines)
@@ -585,13 +588,15 @@ class Formulas:
             self.add("measure", rule, lines, names)
             own = [*took[:2], *sums]
             lines = Lines({*own, *self.taken(constants)})
-            given = [*map(load, own), *constants]
+            given = [*map(load, own), *constants[handed:]]
             # The numbers to carry are the last of the results.
             last = getattr(tree_of(rule.settle).body[-1], "value", None)
             kept = len(parts_of(last)) - len(rule.carry)
             targets = [*[""] * kept, *rule.carry]
             reader = Reader(rule.settle, given, lines, own, self.host, targets)
+            takers = [taker[handed:] for taker in takers]
             settled = self.constants(reader.results, takers, lines, rule.carry)
+            settled = [*constants[:handed], *settled]
             self.add("settle", rule, lines)
         else:
             constants = self.constants(reader.results, takers, lines, rule.carry)

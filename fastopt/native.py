@@ -47,6 +47,7 @@ class Entry(NamedTuple):
     measure_count: int
     terms: int
     settle: str | None
+    settle_count: int
 
 
 def entries() -> Iterator[Entry]:
@@ -86,6 +87,7 @@ def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
         measure_count=rule.measure_count,
         terms=rule.terms,
         settle=None if rule.settle is None else SETTLES[rule.settle],
+        settle_count=rule.settle_count,
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from fastopt import composed
 from fastopt.language import Function, constants, reached
 from fastopt.language import cbrt as cbrt
 from fastopt.language import copysign as copysign
@@ -30,6 +31,7 @@ from fastopt.language import sqrt as sqrt
 from fastopt.language import where as where
 from fastopt.language import wide as wide
 from fastopt.runtime.exclusive import computed_once
+from fastopt.trial import tried
 
 if TYPE_CHECKING:
     from fastopt.optimizer.optimizer import Optimizer
@@ -119,9 +121,11 @@ class Rule:
         For a rule with norms. ``measure(p, g, *state, *scalars) -> terms``, written
         like ``update``, is summed in float64 over each array (``over="segment"``) or
         over all (``"all"``), in an order that does not depend on backend or threads,
-        before a parameter moves. Then ``settle(t, n, *sums, *results of scalars)``,
-        with ``n`` elements, returns what goes on to ``update``, and the new carry. A
-        rule over segments has a carry for each array, any other one for each group.
+        before a parameter moves. Then ``settle(t, n, *sums, *last results of
+        scalars)``, with ``n`` elements, returns what goes on to ``update``, and the new
+        carry. The results of ``scalars`` that it does not take come before, as they
+        are. A rule over segments has a carry for each array, any other one for each
+        group. See also :meth:`in_passes`.
     factored
         Arrays of two and more dimensions keep of the one state buffer, an average of
         the squares of the gradients, only the means over its rows and its columns (the
@@ -179,6 +183,7 @@ class Rule:
     carry: Mapping[str, str | float] = field(default_factory=dict)
     measure: Function | None = None
     settle: Function | None = None
+    apply: Function | None = None  # the last pass, of a rule in passes
     over: str = "segment"
     factored: bool = False
     evaluate: Function | None = None
@@ -218,8 +223,70 @@ class Rule:
         for element in (self.update, self.measure, self.evaluate):
             if element is not None:
                 self._check_element(element)
+        if (
+            self.settle is not None
+            and self.settle.__code__.co_flags & inspect.CO_VARARGS
+        ):
+            raise TypeError(
+                f"settle of {self.name!r} must name its arguments one by one: those "
+                f"results of scalars that it does not name go on to update"
+            )
         if self.estimate is not None:
             self._check_estimate(*self.estimate)
+
+    @classmethod
+    def in_passes(
+        cls,
+        direction: Function,
+        measure: Function,
+        apply: Function,
+        scalars: Function,
+        settle: Function,
+        **more: Any,
+    ) -> Rule:
+        """A rule that moves each parameter along a direction, by as much as norms say.
+
+        Backends may compute the direction once for both the norms and the step, and
+        write the state meanwhile.
+
+        Parameters
+        ----------
+        direction
+            ``direction(p, g, *state, *scalars) -> (u, *state)``. It takes the results
+            of ``scalars`` that ``settle`` does not take.
+        measure
+            ``measure(p, u) -> terms``, of which ``settle`` gets the sums.
+        apply
+            ``apply(p, u, *what settle returns) -> (p,)``.
+        scalars, settle, more
+            As for :class:`Rule`. Its ``update`` and ``measure`` are made of the others.
+
+        Example
+        -------
+        >>> import numpy as np, fastopt
+        >>> def scalars(t, lr=0.5, momentum=0.9):
+        ...     return momentum, lr
+        >>> def direction(p, g, m, mu):
+        ...     m = mu * m + g
+        ...     return m, m
+        >>> def measure(p, u):
+        ...     return (u * u,)
+        >>> def settle(t, n, uu, lr):
+        ...     return (lr / uu**0.5 if uu > 0 else 0.0,)
+        >>> def apply(p, u, lr):
+        ...     return (p - lr * u,)
+        >>> normalised = fastopt.Rule.in_passes(
+        ...     direction, measure, apply, scalars, settle, state=("m",), name="sgdn"
+        ... )
+        >>> w = np.zeros(4)
+        >>> normalised(w, backend="numpy").step(np.ones(4))
+        >>> w
+        array([-0.25, -0.25, -0.25, -0.25])
+        """
+        states = len(more.get("state", ()))
+        update, whole = composed.functions(direction, measure, apply, states)
+        more = {"measure": whole, "settle": settle, "apply": apply, **more}
+        return cls(update, scalars, **more)
 
     def _check_estimate(self, buffer: str, rule: Rule) -> None:
         if buffer not in self.state:
@@ -349,13 +416,20 @@ class Rule:
         return self.measure.__code__.co_argcount - 2 - len(self.state)
 
     @computed_once
+    def settle_count(self) -> int:
+        """How many results of ``scalars`` ``settle`` takes."""
+        if self.settle is None:
+            return 0
+        return self.settle.__code__.co_argcount - 2 - self.terms
+
+    @computed_once
     def terms(self) -> int:
         """How many values ``measure`` returns."""
         if self.measure is None:
             return 0
         buffers = [np.ones(1, np.float32) for _ in range(2 + len(self.state))]
         ones = [np.float32(1)] * self.measure_count
-        return len(self._tried(self.measure, *buffers, *ones))
+        return len(tried(self, self.measure, *buffers, *ones))
 
     def start(self, of: str | float, values: Mapping[str, Any]) -> float:
         """A number that something starts at, under these hyperparameters."""
@@ -364,76 +438,6 @@ class Rule:
     def first_carry(self, values: Mapping[str, Any]) -> tuple[float, ...]:
         """What ``scalars`` takes at the first step, after ``t``."""
         return tuple(self.start(of, values) for of in self.carry.values())
-
-    def check_results(
-        self, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
-    ) -> None:
-        """Check that the functions fit together, by one call of each on two elements.
-        ``results`` are those of ``scalars``; with ``surplus`` there may be more of
-        them, for other variants of a rule."""
-        buffers = [np.ones(2, np.float32) for _ in range(2 + len(self.state))]
-        self.check_numbers("scalars", results, dtype)
-        if self.measure is not None and self.settle is not None:
-            terms = self._tried(self.measure, *buffers, *results[: self.measure_count])
-            if not isinstance(terms, tuple):
-                raise TypeError(
-                    f"measure of {self.name!r} must return a tuple, got {terms!r}"
-                )
-            results = self.settle(t, 2.0, *(float(x[0]) for x in terms), *results)
-            self.check_numbers("settle", results, dtype)
-        last = "scalars" if self.settle is None else "settle"
-        given = len(results) - len(self.carry)
-        if given < self.scalar_count or (given > self.scalar_count and not surplus):
-            carried = f" and {len(self.carry)} to carry" if self.carry else ""
-            raise TypeError(
-                f"{last} of {self.name!r} returns {len(results)} values, but its "
-                f"update takes {self.scalar_count} after (p, g, *state){carried}"
-            )
-        with np.errstate(all="ignore"):
-            used = list(map(np.float32, results[: self.scalar_count]))
-        result = self._tried(self.update, *buffers, *used)
-        wanted = ", ".join(["p", *self.state]) if self.state else "p,"
-        if not isinstance(result, tuple) or len(result) != 1 + len(self.state):
-            got = len(result) if isinstance(result, tuple) else repr(result)
-            raise TypeError(
-                f"update of {self.name!r} must return ({wanted}), a tuple of "
-                f"{1 + len(self.state)}, got {got}"
-            )
-        for new in result:
-            if getattr(new, "dtype", None) != np.float32:
-                raise TypeError(
-                    f"update of {self.name!r} must return numbers of the parameters' "
-                    f"dtype; from float32 it made {new!r}"
-                )
-
-    def _tried(self, function: Function, *arguments: Any) -> Any:
-        try:
-            with np.errstate(all="ignore"):
-                return function(*arguments)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{function.__name__} of {self.name!r} fails on arrays; use where, not "
-                f"if, and the primitives of fastopt.rule, not those of math: {error}"
-            ) from error
-
-    def check_numbers(self, what: str, results: Any, dtype: np.dtype[Any]) -> None:
-        if not isinstance(results, tuple):
-            raise TypeError(
-                f"{what} of {self.name!r} must return a tuple, got {results!r}"
-            )
-        for constant in results:
-            if not isinstance(constant, (int, float)):
-                raise TypeError(
-                    f"{what} of {self.name!r} must return numbers, got {constant!r}"
-                )
-        kept = len(results) - len(self.carry)
-        with np.errstate(all="ignore"):
-            for constant in results[:kept]:
-                if math.isfinite(constant) and not np.isfinite(dtype.type(constant)):
-                    raise ValueError(
-                        f"{what} of {self.name!r} returned {constant!r}, too large for "
-                        f"{dtype}"
-                    )
 
     def variant(self, on: Set[str]) -> Rule:
         """The rule that applies with these switches on: this or one of its variants."""

@@ -309,12 +309,15 @@ def settle(
     results: dict[Any, Row] = {}
     settled = []
     for key, row, (n, terms) in zip(keys, rows, totals, strict=True):
-        same = id(row), n, terms
+        same, handed = (id(row), n, terms), len(row) - rule.settle_count
         if same not in results:
             new = (
                 (*(0.0,) * rule.scalar_count, *key.carry)  # no update, and no change
                 if terms is None
-                else rule.settle(key.t, float(n), *terms, *row[1:])
+                else (
+                    *row[1:handed],
+                    *rule.settle(key.t, float(n), *terms, *row[handed:]),
+                )
             )
             results[same] = (row[0], *new)
         settled.append(results[same])

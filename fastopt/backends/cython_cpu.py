@@ -107,7 +107,11 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
             f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
             f"for {rule.name!r}; use backend='numba'"
         )
-    return driver(KERNELS[rule.update], measure, rule, segments, count, carry)
+    passes: tuple[str | None, str | None] = (None, None)
+    if rule.apply is not None and rule.by_segment:
+        passes = compiled_name(rule.update) + "_begin", compiled_name(rule.apply)
+    kernels = KERNELS[rule.update], measure, *passes
+    return driver(kernels, rule, segments, count, carry)
 
 
 @functools.cache
@@ -122,15 +126,14 @@ def last_cache() -> int:
 
 
 def driver(
-    kernel: str | int,
-    measure: str | int | None,
+    functions: tuple[str | int | None, ...],
     rule: Rule,
     segments: Sequence[Segment],
     count: Array,
     carry: Array,
 ) -> Step:
-    """The step over these segments with two kernels: ours by name, or Numba's by
-    address."""
+    """The step over these segments with kernels, ours by name, or Numba's by address:
+    for the update, what is measured, and the first and the last of two passes."""
     compiled = kernels()
     ours, nothing = SCALARS.get(rule.scalars), (0,) * len(rule.state)
     settle = SETTLES.get(rule.settle) if rule.settle and rule.by_segment else None
@@ -145,7 +148,7 @@ def driver(
         for segment in segments
     ]
     step: Step = compiled.Step(
-        kernel,
+        *functions,
         getattr(compiled, ours) if ours else rule.scalars,
         addresses,
         shapes=[segment.param.shape for segment in segments],
@@ -154,10 +157,10 @@ def driver(
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
         scalar_count=1 + rule.scalar_count,
-        measure=measure,
         terms=rule.terms,
         measured=1 + rule.measure_count,
         settle=settle and getattr(compiled, settle),
+        settle_count=rule.settle_count,
         count_address=count.ctypes.data,
         carry_address=carry.ctypes.data,
         carried=carry.shape[2],

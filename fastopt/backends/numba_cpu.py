@@ -464,7 +464,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
     """
     if cython_cpu.missing() is None and cython_cpu.kernels().OPENMP:
         kernels = kernel(rule, "update", segments), kernel(rule, "measure", segments)
-        return cython_cpu.driver(*kernels, rule, segments, count, carry)
+        return cython_cpu.driver((*kernels, None, None), rule, segments, count, carry)
     return bind_alone(rule, segments, count, carry)
 
 

@@ -22,6 +22,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.runtime.exclusive import exclusive, new_flag
 from fastopt.runtime.threads import available, forked
+from fastopt.trial import check_results
 
 
 class Bindings:
@@ -299,7 +300,7 @@ class Bindings:
             carry = rule.first_carry(given)
             constants = rule.scalars(steps + 1, *carry, *given.values())
             surplus = bool(self.rule.variants)
-            rule.check_results(steps + 1, constants, dtype, surplus=surplus)
+            check_results(rule, steps + 1, constants, dtype, surplus=surplus)
         return sets
 
     def _off(self, array: Array, decays: bool) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
 from fastopt.runtime.atomic import Call
+from fastopt.trial import check_numbers
 
 Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
 
@@ -117,7 +118,7 @@ class Group(MutableMapping[str, Any]):
         # A rule's own conditions, such as nesterov's, stand in its scalars.
         carry = self._rule.first_carry(now)
         results = self._rule.scalars(steps + 1, *carry, *now.values())
-        self._rule.check_numbers("scalars", results, self._dtype)
+        check_numbers(self._rule, "scalars", results, self._dtype)
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 
     def committing(

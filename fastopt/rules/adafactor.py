@@ -26,26 +26,24 @@ def scalars(
     return t**beta2_decay, floor, eps1, eps2, d, relative, lr * weight_decay
 
 
-def direction(g, v, weight, floor):
+def direction(p, g, v, weight, floor):
     v = v + weight * (g * g - v)
     return g / sqrt(maximum(v, floor)), v
 
 
-def measure(p, g, v, weight, floor):
-    u, v = direction(g, v, weight, floor)
+def measure(p, u):
     return wide(p) * wide(p), wide(u) * wide(u)
 
 
-def settle(t, n, pp, uu, weight, floor, eps1, eps2, d, relative, decay):
+def settle(t, n, pp, uu, eps1, eps2, d, relative, decay):
     step_size = max(eps2, sqrt(pp / n)) * relative
-    return weight, floor, step_size / max(1.0, sqrt(uu / n) / d), decay
+    return step_size / max(1.0, sqrt(uu / n) / d), decay
 
 
-def update(p, g, v, weight, floor, step_size, decay):
-    u, v = direction(g, v, weight, floor)
-    return p - (step_size * u + decay * p), v
+def apply(p, u, step_size, decay):
+    return (p - (step_size * u + decay * p),)
 
 
-adafactor = Rule(
-    update, scalars, state=("v",), measure=measure, settle=settle, factored=True
+adafactor = Rule.in_passes(
+    direction, measure, apply, scalars, settle, state=("v",), factored=True
 )

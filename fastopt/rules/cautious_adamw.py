@@ -18,8 +18,8 @@ def measure(p, g, m, v, a1, zero, one):
     return (where(sign(m) * g > zero, one, zero),)
 
 
-def settle(t, n, agreeing, a1, zero, one, step_size, a2, eps, decay):
-    return a1, zero, step_size / max(agreeing / n, 1e-3), a2, eps, decay
+def settle(t, n, agreeing, one, step_size, a2, eps, decay):
+    return step_size / max(agreeing / n, 1e-3), a2, eps, decay
 
 
 def update(p, g, m, v, a1, zero, step_size, a2, eps, decay):

@@ -14,8 +14,8 @@ def measure(p, g, m, a1, zero, one):
     return (where(sign(m + a1 * (g - m)) * g > zero, one, zero),)
 
 
-def settle(t, n, agreeing, a1, zero, one, lr, a2, decay):
-    return a1, zero, lr * n / (agreeing + 1), a2, decay
+def settle(t, n, agreeing, one, lr, a2, decay):
+    return lr * n / (agreeing + 1), a2, decay
 
 
 def update(p, g, m, a1, zero, lr, a2, decay):

@@ -27,37 +27,21 @@ def scalars(
         dlr = dlr * sqrt(1 - beta2**t) / (1 - beta1**t)
     root = sqrt(beta2)
     taken, m_taken, decay = (1 - root) * dlr, (1 - beta1) * dlr, weight_decay * dlr
-    a2 = 1 - beta2
-    return root, taken, eps, beta1, m_taken, a2, decay, dlr, lr, d, numerator
+    a2, numerator = 1 - beta2, root * numerator
+    return root, taken, eps, beta1, m_taken, a2, decay, 1 - root, dlr, lr, d, numerator
 
 
 def measure(p, g, m, v, s, root, taken, eps):
     return wide(g) * wide(s / (sqrt(v) + eps)), abs(root * s + taken * g)
 
 
-def settle(
-    t,
-    n,
-    along,
-    norm,
-    root,
-    taken,
-    eps,
-    beta1,
-    m_taken,
-    a2,
-    decay,
-    dlr,
-    lr,
-    d,
-    numerator,
-):
-    numerator = root * numerator + (1 - root) * dlr * along
+def settle(t, n, along, norm, decay, rest, dlr, lr, d, numerator):
+    numerator = numerator + rest * dlr * along
     if norm == 0:
         decay = 0.0  # no gradient yet: nothing moves
     elif lr > 0:
-        d = max(d, numerator / ((1 - root) * norm))
-    return root, taken, eps, beta1, m_taken, a2, decay, d, numerator
+        d = max(d, numerator / (rest * norm))
+    return decay, d, numerator
 
 
 def update(p, g, m, v, s, root, taken, eps, beta1, m_taken, a2, decay):

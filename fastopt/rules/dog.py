@@ -23,12 +23,12 @@ def measure(p, g, x0, weight_decay):
     )
 
 
-def settle(t, n, moved, norm, gg, weight_decay, lr, reps_rel, eps, distance, squares):
+def settle(t, n, moved, norm, gg, lr, reps_rel, eps, distance, squares):
     if distance == 0:
         distance = reps_rel * (1 + sqrt(norm))
     distance = max(distance, sqrt(moved))
     squares = squares + gg
-    return weight_decay, lr * distance / sqrt(squares + eps), distance, squares
+    return lr * distance / sqrt(squares + eps), distance, squares
 
 
 def update(p, g, x0, weight_decay, step):

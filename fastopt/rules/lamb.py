@@ -31,20 +31,18 @@ def direction(p, g, m, v, m_weight, a1, a2, eps, weight_decay):
     return m_weight * m / (sqrt(v) + eps) + weight_decay * p, m, v
 
 
-def measure(p, g, m, v, m_weight, a1, a2, eps, weight_decay):
-    u, m, v = direction(p, g, m, v, m_weight, a1, a2, eps, weight_decay)
+def measure(p, u):
     return wide(p) * wide(p), wide(u) * wide(u)
 
 
-def settle(t, n, pp, uu, m_weight, a1, a2, eps, weight_decay, lr, adapt):
+def settle(t, n, pp, uu, lr, adapt):
     if adapt > 0 and pp > 0 and uu > 0:
         lr = lr * (sqrt(pp) / sqrt(uu))
-    return m_weight, a1, a2, eps, weight_decay, lr
+    return (lr,)
 
 
-def update(p, g, m, v, m_weight, a1, a2, eps, weight_decay, lr):
-    u, m, v = direction(p, g, m, v, m_weight, a1, a2, eps, weight_decay)
-    return p - lr * u, m, v
+def apply(p, u, lr):
+    return (p - lr * u,)
 
 
-lamb = Rule(update, scalars, state=("m", "v"), measure=measure, settle=settle)
+lamb = Rule.in_passes(direction, measure, apply, scalars, settle, state=("m", "v"))

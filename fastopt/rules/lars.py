@@ -31,12 +31,12 @@ def measure(p, g, b):
     return wide(p) * wide(p), wide(g) * wide(g)
 
 
-def settle(t, n, pp, gg, lr, mu, weight_decay, trust_coeff, eps, adapt):
+def settle(t, n, pp, gg, weight_decay, trust_coeff, eps, adapt):
     ratio = 1.0
     if adapt > 0 and pp > 0 and gg > 0:
         norm = sqrt(pp)
         ratio = trust_coeff * norm / (sqrt(gg) + weight_decay * norm + eps)
-    return lr, mu, weight_decay, ratio
+    return weight_decay, ratio
 
 
 def update(p, g, b, lr, mu, weight_decay, ratio):

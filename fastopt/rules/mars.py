@@ -19,8 +19,8 @@ def measure(p, g, m, v, last, ahead):
     return (wide(c) * wide(c),)
 
 
-def settle(t, n, squares, ahead, step_size, a1, a2, eps, decay):
-    return ahead, 1 / max(1.0, sqrt(squares)), step_size, a1, a2, eps, decay
+def settle(t, n, squares, step_size, a1, a2, eps, decay):
+    return 1 / max(1.0, sqrt(squares)), step_size, a1, a2, eps, decay
 
 
 def update(p, g, m, v, last, ahead, scale, step_size, a1, a2, eps, decay):

@@ -25,10 +25,10 @@ def measure(p, g, m):
     return (wide(g) * wide(g),)
 
 
-def settle(t, n, squares, lr, beta1, taken, weight_decay, beta2, eps, v):
+def settle(t, n, squares, taken, weight_decay, beta2, eps, v):
     v = squares if v == 0 else beta2 * v + (1 - beta2) * squares
     norm = sqrt(v) + eps
-    return lr, beta1, taken / norm if norm > 0 else 0.0, taken * weight_decay, v
+    return taken / norm if norm > 0 else 0.0, taken * weight_decay, v
 
 
 def update(p, g, m, lr, beta1, g_weight, p_weight):

@@ -46,7 +46,7 @@ def scalars(
         d_coef,
         lr,
         d,
-        numerator,
+        beta3 * numerator,
     )
 
 
@@ -55,44 +55,14 @@ def measure(p, g, m, v, s, p0, beta3, taken):
 
 
 def settle(
-    t,
-    n,
-    along,
-    denominator,
-    beta3,
-    taken,
-    beta1,
-    m_taken,
-    beta2,
-    v_taken,
-    dlr,
-    weight_decay,
-    eps,
-    d0,
-    d_coef,
-    lr,
-    d,
-    numerator,
+    t, n, along, denominator, dlr, weight_decay, eps, d0, d_coef, lr, d, numerator
 ):
-    numerator = beta3 * numerator + d / d0 * dlr * along
+    numerator = numerator + d / d0 * dlr * along
     if denominator == 0:
         dlr = 0.0  # no gradient yet: nothing moves
     elif lr > 0:
         d = max(d, d_coef * numerator / denominator)
-    decay = weight_decay * dlr
-    return (
-        beta3,
-        taken,
-        beta1,
-        m_taken,
-        beta2,
-        v_taken,
-        dlr,
-        decay,
-        d * eps,
-        d,
-        numerator,
-    )
+    return dlr, weight_decay * dlr, d * eps, d, numerator
 
 
 def update(

@@ -284,6 +284,7 @@ def test_compiled_settles_are_the_rules_own(rule):
         if draw % 2:
             carry = rng.uniform(0, 1, len(carry)).tolist()
         given = rule.scalars(1 + draw % 7, *carry, *rule.hyperparameters.values())
+        given = given[len(given) - rule.settle_count :]
         given = [draw % 7 + 1, 3.0, *rng.choice(sums, rule.terms).tolist(), *given]
         expected, found = rule.settle(*given), compiled(*given)
         np.testing.assert_array_equal(np.array(found), np.array(expected), str(given))

@@ -109,21 +109,19 @@ def direction(p, g, m, mu):
     return m + p, m
 
 
-def measure(p, g, m, mu):
-    u, m = direction(p, g, m, mu)
+def measure(p, u):
     return (wide(u) * wide(u),)
 
 
-def settle(t, n, uu, mu, lr):
-    return mu, lr / uu
+def settle(t, n, uu, lr):
+    return (lr / uu,)
 
 
-def update(p, g, m, mu, lr):
-    u, m = direction(p, g, m, mu)
-    return p - lr * u, m
+def apply(p, u, lr):
+    return (p - lr * u,)
 
 
-rule = Rule(update, scalars, state=("m",), measure=measure, settle=settle)
+rule = Rule.in_passes(direction, measure, apply, scalars, settle, state=("m",))
 """
 
 
@@ -144,26 +142,13 @@ def kernels_of(tmp_path_factory):
     del sys.modules[spec.name]
 
 
-def test_a_rule_whose_sums_begin_the_update_has_two_passes(kernels_of):
-    assert {"mine_update_begin", "mine_update_finish"} <= kernels_of(RULE)
+def test_a_rule_in_passes_has_a_kernel_for_each_and_for_all(kernels_of):
+    of_passes = {"mine_update_begin", "mine_apply"}
+    in_one = {"mine_update", "mine_measure"}
+    assert kernels_of(RULE) == of_passes | in_one | {"mine_scalars", "mine_settle"}
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("return mu, lr / uu", "return mu / 2, lr / uu"),
-        ("return mu, lr / uu", "mu = uu\n    return mu, lr / uu"),
-        ("def settle(t, n, uu, mu, lr)", "def settle(t, n, uu, lr, mu)"),
-        ("return p - lr * u, m", "return p - lr * u * g, m"),
-        ("return p - lr * u, m", "return p - lr * (u + m), m"),
-        ("return p - lr * u, m", "return p - lr * u, lr * m"),
-        (
-            "def measure(p, g, m, mu):\n    u, m =",
-            "def measure(p, g, m, mu):\n    m, u =",
-        ),
-        ("def measure(p, g, m, mu)", "def measure(g, p, m, mu)"),
-    ],
-)
-def test_any_other_rule_has_one(kernels_of, old, new):
-    assert RULE.count(old) == 1
-    assert not any("begin" in name for name in kernels_of(RULE.replace(old, new)))
+def test_our_norms_are_taken_in_two_passes_where_they_can():
+    """Of the rules that have been measured to be faster so."""
+    passes = {rule.name for rule in cython_cpu.OURS if rule.apply is not None}
+    assert passes == {"lamb", "adafactor"}

@@ -99,9 +99,9 @@ def test_only_the_avx512_extension_uses_its_registers(built):
 
 # Of rules whose update is in two passes.
 HALVES = [
-    f"{rule}_update_{half}"
+    f"{rule}_{half}"
     for rule in ("lamb", "adafactor")
-    for half in ("begin", "finish")
+    for half in ("update_begin", "apply")
 ]
 
 

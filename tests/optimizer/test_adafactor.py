@@ -11,7 +11,7 @@ import fastopt
 from fastopt import step
 from fastopt.backends import cython_cpu, numba_cpu
 from fastopt.memory import factored
-from fastopt.rules.adafactor import adafactor, measure, scalars, settle, update
+from fastopt.rules.adafactor import adafactor, scalars, settle
 
 BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = [(5,), (), (7, 3), (3, 7), (1, 9), (9, 1), (2, 4, 5)]
@@ -507,7 +507,12 @@ def test_a_factored_rule_measures_segments_and_has_one_state():
     assert adafactor.factored
     for given in (
         {"state": ("v",)},
-        {"state": ("v",), "measure": measure, "settle": settle, "over": "all"},
+        {
+            "state": ("v",),
+            "measure": adafactor.measure,
+            "settle": settle,
+            "over": "all",
+        },
     ):
         with pytest.raises(TypeError, match="a factored rule needs"):
-            fastopt.Rule(update, scalars, factored=True, **given)
+            fastopt.Rule(adafactor.update, scalars, factored=True, **given)

@@ -247,7 +247,10 @@ def by_rule(rule, kernel, values, p, g, state):
     numbers = given = rule.scalars(*values.values())
     if rule.settle:
         terms = rule.measure(p, g, *state, *given[: rule.measure_count])
-        numbers = rule.settle(values["t"], p.size, *map(np.sum, terms), *given)
+        handed = len(given) - rule.settle_count
+        sums = map(np.sum, terms)
+        settled = rule.settle(values["t"], p.size, *sums, *given[handed:])
+        numbers = (*given[:handed], *settled)
     results = kernel.update(p, g, *state, *numbers[: kernel.scalar_count])
     evaluated = p
     if rule.evaluate:
