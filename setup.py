@@ -16,20 +16,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # an isolated build has no such entry
-from render import TEMPLATE, rendered  # noqa: E402
+from render import CSRC, renderer  # noqa: E402
 
 RENDERED = ROOT / "build" / "kernels"
-TENSORS = ROOT / "csrc" / "tensors.pyx"
-XLA = ROOT / "csrc" / "xla.pyx"
-PROCESS = ROOT / "csrc" / "process.pyx"
-# What native code sees, and the kernels' table has to be; and what kernels include.
-HEADERS = (
+# What native code sees, and the kernels' table has to be; and what is compiled.
+SOURCES = [
     ROOT / "fastopt" / "include" / "fastopt.h",
     ROOT / "fastopt" / "__init__.pxd",
-    ROOT / "csrc" / "gram.h",
-    ROOT / "csrc" / "arithmetic.h",
-    ROOT / "csrc" / "render.py",
-)
+    *sorted(path for path in CSRC.iterdir() if path.is_file()),
+]
 
 MSVC = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -53,30 +48,35 @@ if X86 and not MSVC:
     ]
 
 
-def extension(name, template, text, flags):
-    """From a source that is written where what is built from it will lie, too."""
-    source = RENDERED / f"{name}.pyx"
+def write(name, text):
+    """Write a source where what is built from it will lie, too."""
+    source = RENDERED / name
     if not source.exists() or source.read_text(encoding="utf-8") != text:
         source.write_text(text, encoding="utf-8")
+    return str(source.relative_to(ROOT))
+
+
+def extension(name, text, flags=()):
     return Extension(
         f"fastopt.{name}",
-        [str(source.relative_to(ROOT))],
-        extra_compile_args=FLAGS + flags,
+        [write(f"{name}.pyx", text)],
+        extra_compile_args=[*FLAGS, *flags],
         optional=True,  # or packing fails if it was not built
         # A source distribution takes in what an extension depends on.
-        depends=[str(path.relative_to(ROOT)) for path in (template, *HEADERS)],
-        include_dirs=[str(path.parent.relative_to(ROOT)) for path in HEADERS],
+        depends=[str(path.relative_to(ROOT)) for path in SOURCES],
+        include_dirs=["csrc", "fastopt/include"],
     )
 
 
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
-    source = rendered()
+    render = renderer()
+    for name in ("table.pxi", "scalars.pxi"):
+        write(name, render(f"{name}.in"))
     for isa, flags in ISAS.items():
-        yield extension(f"_kernels_{isa}", TEMPLATE, source(isa), flags)
-    others = {"_tensors": TENSORS, "_xla": XLA, "_process": PROCESS}
-    for name, source in others.items():
-        yield extension(name, source, source.read_text(encoding="utf-8"), [])
+        yield extension(f"_kernels_{isa}", render("kernels.pyx.in", isa=isa), flags)
+    for name in ("driver", "tensors", "xla", "process"):
+        yield extension(f"_{name}", (CSRC / f"{name}.pyx").read_text(encoding="utf-8"))
 
 
 class BuildKernels(build_ext):
@@ -125,7 +125,7 @@ PROCESSES = CPUS if multiprocessing.get_start_method() == "fork" else 0
 
 setup(
     ext_modules=cythonize(
-        list(extensions()), include_path=[str(ROOT)], nthreads=PROCESSES
+        list(extensions()), include_path=[str(ROOT), str(CSRC)], nthreads=PROCESSES
     ),
     cmdclass={"build_ext": BuildKernels},
     options={"build_ext": {"parallel": CPUS}},

@@ -151,25 +151,26 @@ cdef void slowed_sums(
     wait(begin)
 
 
-cdef class Step:"""
-# The calls of kernels in the template, and what stands there instead.
+# The kernels of any rule"""
+# The calls of kernels in the driver, and what stands there instead.
 CALLS = {
-    "    self.kernel(row, ": "    slowed(self.kernel, row, ",
-    "    self.finish(pair, ": "    slowed(self.finish, pair, ",
+    "    job.kernel(row, ": "    slowed(job.kernel, row, ",
+    "    job.finish(pair, ": "    slowed(job.finish, pair, ",
     "    measure(\n": "    slowed_sums(measure,\n",
 }
 
 
 def slow_down(source: Path, factor: float) -> Path:
     """Let every kernel of a source tree take that many times as long."""
-    template = source / "csrc" / "kernels.pyx.in"
-    text = template.read_text(encoding="utf-8")
-    if text.count("cdef class Step:") != 1 or any(call not in text for call in CALLS):
-        raise RuntimeError(f"{template.name} has changed; change slow_down with it")
+    driver = source / "csrc" / "driver.pyx"
+    text = driver.read_text(encoding="utf-8")
+    place = SLOWED.rpartition("\n")[2]
+    if text.count(place) != 1 or any(call not in text for call in CALLS):
+        raise RuntimeError(f"{driver.name} has changed; change slow_down with it")
     for call, slow in CALLS.items():
         text = text.replace(call, slow)
-    text = text.replace("cdef class Step:", SLOWED.format(factor=factor).lstrip())
-    template.write_text(text, encoding="utf-8")
+    text = text.replace(place, SLOWED.format(factor=factor).lstrip())
+    driver.write_text(text, encoding="utf-8")
     return source
 
 

@@ -1,4 +1,4 @@
-"""Renders kernels.pyx.in: translates the rules to Cython.
+"""Renders the templates: translates the rules to Cython.
 
 The rules are read as text, because an isolated build has no NumPy or Numba to import
 them with.
@@ -13,7 +13,7 @@ import Cython
 from Cython import Tempita
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = ROOT / "csrc" / "kernels.pyx.in"
+CSRC = ROOT / "csrc"
 RULES = ROOT / "fastopt" / "rules"
 COMPOSED = ROOT / "fastopt" / "composed.py"
 ORDER = ROOT / "fastopt" / "memory" / "order.py"
@@ -168,34 +168,29 @@ class Begin(Measure):
 
 
 class Scalars(Function):
-    """A ``scalars`` or a ``settle``, with the C types of what it takes: flags and
-    numbers."""
-
-    @property
-    def typed(self):
-        defaults = map(ast.literal_eval, self.tree.args.defaults)
-        types = ["bint" if isinstance(value, bool) else "double" for value in defaults]
-        names = self.arguments[1:]
-        carried = ["double"] * (len(names) - len(types))
-        return [f"{t} {name}" for t, name in zip(carried + types, names, strict=True)]
+    """A ``scalars`` or a ``settle``, which takes flags and numbers."""
 
     @property
     def native_body(self):
         """The lines of a C function with the same bits, which takes what follows t from
-        an array, puts the results into another, and returns how many they
-        are; -1 where this one raises an error, its own or that of a division by zero.
+        an array, puts the results into another, and returns how many they are; -1
+        where this one raises an error, its own or that of a division by zero.
         """
-        ways = {"bint": "_given[{}] != 0", "double": "_given[{}]"}
+        defaults = [ast.literal_eval(value) for value in self.tree.args.defaults]
+        names = self.arguments[1:]
+        pairs = zip(reversed(names), reversed(defaults), strict=False)
+        flags = {name for name, default in pairs if isinstance(default, bool)}
         taken = [
-            f"cdef {typed} = {ways[typed.split()[0]].format(k)}"
-            for k, typed in enumerate(self.typed)
+            f"cdef bint {name} = _taken[{k}] != 0"
+            if name in flags
+            else f"cdef double {name} = _taken[{k}]"
+            for k, name in enumerate(names)
         ]
         tree = ast.parse("\n".join(self.body("f64")))
         text = ast.unparse(ast.fix_missing_locations(Native().visit(tree)))
-        declared = [f"cdef double {name}" for name in self.locals]
         # Rules have a variable called zero, too.
         zero = ["cdef bint _zero[1]", "_zero[0] = False"]
-        return [*taken, *declared, *zero, *text.split("\n")]
+        return [*taken, declared("double", self.locals), *zero, *text.split("\n")]
 
 
 class Native(ast.NodeTransformer):
@@ -320,9 +315,18 @@ def each(before, names, after=""):
     return "".join(f"{before}{name}{after}, " for name in names)
 
 
-def rendered():
-    """Return a function that renders the kernels' source for an instruction set."""
-    template = Tempita.Template(TEMPLATE.read_text(encoding="utf-8"))
+def declared(c_type, names):
+    """Return a declaration of local variables."""
+    return f"cdef {c_type} {', '.join(names)}" if names else ""
+
+
+def buffers(c_type, count):
+    """Return the first so many addresses of a row, for a loop that begins at start."""
+    return "".join(f"<{c_type}*> row[{k}] + start, " for k in range(count))
+
+
+def renderer():
+    """Return a function that renders a template of csrc with these values."""
     found = functions()
     namespace = {
         "updates": [f for f in found if type(f) is Kernel],
@@ -330,7 +334,14 @@ def rendered():
         "helpers": [f for f in found if type(f) in (Function, Terms)],
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
+        "declared": declared,
+        "buffers": buffers,
         "numbers": numbers(),
         "cython": Cython.__version__,
     }
-    return lambda isa: template.substitute(isa=isa, **namespace)
+
+    def render(name, **values):
+        template = Tempita.Template((CSRC / name).read_text(encoding="utf-8"))
+        return template.substitute(namespace | values)
+
+    return render

@@ -48,6 +48,8 @@ class Entry(NamedTuple):
     terms: int
     settle: str | None
     settle_count: int
+    begin: str | None  # the first and the last of two passes
+    finish: str | None
 
 
 def entries() -> Iterator[Entry]:
@@ -69,8 +71,9 @@ def called(rule: Rule, on: Collection[str]) -> str:
 
 
 def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
-    from fastopt.backends.cython_cpu import KERNELS, MEASURES, SCALARS, SETTLES
+    from fastopt.backends.cython_cpu import KERNELS, MEASURES, SCALARS, passes
 
+    begin, finish = passes(rule)
     return Entry(
         name=name,
         state=rule.state,
@@ -86,8 +89,10 @@ def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
         measure=None if rule.measure is None else MEASURES[rule.measure],
         measure_count=rule.measure_count,
         terms=rule.terms,
-        settle=None if rule.settle is None else SETTLES[rule.settle],
+        settle=None if rule.settle is None else SCALARS[rule.settle],
         settle_count=rule.settle_count,
+        begin=begin,
+        finish=finish,
     )
 
 
@@ -99,9 +104,12 @@ def table() -> Any:
     backends.load("cython")
     from fastopt.backends import cython_cpu
 
-    forked = threads.forked[0]
-    return cython_cpu.kernels().native_table(
-        list(entries()), threads.available(), forked
+    return cython_cpu.driver().native_table(
+        cython_cpu.kernels(),
+        list(entries()),
+        threads.available(),
+        threads.forked[0],
+        cython_cpu.last_cache(),
     )
 
 

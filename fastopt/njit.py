@@ -27,12 +27,11 @@ from fastopt.backends import cython_cpu
 __all__ = ["start", "step"]
 
 native.table()
-SYMBOLS = {
-    name: f"fastopt_native_{name}" for name in cython_cpu.kernels().native_addresses()
-}
-for name, address in cython_cpu.kernels().native_addresses().items():
+SYMBOLS = {}
+for name, address in cython_cpu.driver().native_addresses().items():
+    SYMBOLS[name] = f"fastopt_native_{name}"
     llvm.add_symbol(SYMBOLS[name], address)
-ERRORS = tuple(cython_cpu.kernels().native_errors())
+ERRORS = tuple(cython_cpu.driver().native_errors())
 RULES = {entry.name: entry for entry in native.entries()}
 
 BYTES = ir.IntType(8).as_pointer()

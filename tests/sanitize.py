@@ -5,10 +5,10 @@
     python tests/sanitize.py --self-test     shows that it catches an overflow in
                                              each kind of extension, and no other
 
-All extensions (kernels, ``_tensors``, ``_xla``) are built once more, from a copy of the
-working tree in ``build/sanitized``; those of the working tree stay. The first error of
-a process kills it, and whatever any process reports fails the run, even where a test
-has borne that death.
+All extensions (kernels, ``_driver``, ``_tensors``, ``_xla``) are built once more, from
+a copy of the working tree in ``build/sanitized``; those of the working tree stay. The
+first error of a process kills it, and whatever any process reports fails the run, even
+where a test has borne that death.
 
 What it cannot see: Numba's kernels, which GCC does not compile, and the vector
 instructions of ours, because GCC leaves loops with checks in them as they are, one
@@ -45,6 +45,13 @@ OVERFLOWS = {
         "    for i in range(n + 1):\n        new = {{name}}(",
         "import numpy, fastopt; p = numpy.ones(1000, numpy.float32); "
         "fastopt.adamw(p, backend='cython').step(p.copy())",
+    ),
+    "_driver": (
+        "csrc/matrices.pxi",
+        "malloc(count * sizeof(int64_t))",
+        "malloc((count - 1) * sizeof(int64_t))",
+        "import numpy; from fastopt.backends import cython_cpu; a = [numpy.ones(100)]; "
+        "cython_cpu.gram([a, a], 1)",
     ),
     "_tensors": (
         "csrc/tensors.pyx",
@@ -89,7 +96,7 @@ def build(tree: Path) -> None:
     )
     for name in extensions(tree):
         linked = subprocess.run(["ldd", name], capture_output=True, text=True).stdout
-        wanted = ["libasan", "libubsan", *(["libgomp"] if "kernels" in name else [])]
+        wanted = ["libasan", "libubsan", *(["libgomp"] if "_driver" in name else [])]
         assert all(library in linked for library in wanted), f"{name}: {linked}"
 
 
@@ -146,7 +153,7 @@ def self_test() -> None:
     names = [Path(path).name for path in extensions(tree)]
     isas = [n.split(".")[0].split("_")[2] for n in names if n.startswith("_kernels")]
     checks = {f"{isa} kernels": ("kernels", isa) for isa in sorted(isas)}
-    checks |= {what: (what, "") for what in ("_tensors", "_xla")}
+    checks |= {what: (what, "") for what in OVERFLOWS if what != "kernels"}
     for good, of in ((False, tree), (True, SANITIZED)):
         for name, (what, isa) in checks.items():
             status, report = run(of, ["-c", scripts[what]], FASTOPT_ISA=isa)

@@ -1,4 +1,5 @@
-"""The compiled backend: ahead-of-time kernels, one extension per instruction set.
+"""The compiled backend: ahead-of-time kernels, one extension per instruction set, and a
+driver that calls them.
 
 Which extension serves is decided once, by the CPU, when the first optimizer is made;
 ``FASTOPT_ISA=baseline | avx2 | avx512`` overrides; on x86-64, ``sse2`` is the baseline.
@@ -15,6 +16,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -51,20 +53,30 @@ PUBLIC = (*RULES, *CLASS_RULES, direction, *FLOORS, *PASSES)
 OURS = [rule for public in PUBLIC for rule in public.all]
 KERNELS = {rule.update: compiled_name(rule.update) for rule in OURS}
 MEASURES = {r.measure: compiled_name(r.measure) for r in OURS if r.measure is not None}
-SCALARS = {rule.scalars: compiled_name(rule.scalars) for rule in OURS}
-SETTLES = {r.settle: compiled_name(r.settle) for r in OURS if r.settle is not None}
-
-
-def extension(isa: str) -> ModuleType:
-    """The compiled module for one instruction set; ImportError if it was not built."""
-    return importlib.import_module(f"fastopt._kernels_{isa}")
+SCALARS = {
+    function: compiled_name(function)
+    for rule in OURS
+    for function in (rule.scalars, rule.settle)
+    if function is not None
+}
 
 
 @functools.cache
-def kernels() -> ModuleType:
-    """The extension for this CPU, or what ``FASTOPT_ISA`` says."""
-    baseline = extension("baseline")
-    supported: list[str] = baseline.cpu_supports()
+def driver() -> ModuleType:
+    """The compiled driver; ImportError if it was not built."""
+    return importlib.import_module("fastopt._driver")
+
+
+@functools.cache
+def extension(isa: str) -> Any:
+    """The kernels for one instruction set; ImportError if they were not built."""
+    return driver().Kernels(importlib.import_module(f"fastopt._kernels_{isa}").TABLE)
+
+
+@functools.cache
+def kernels() -> Any:
+    """The kernels for this CPU, or for what ``FASTOPT_ISA`` says."""
+    supported: list[str] = driver().cpu_supports()
     asked = os.environ.get("FASTOPT_ISA")
     if asked:
         names = {name: name for name in supported}
@@ -80,7 +92,15 @@ def kernels() -> ModuleType:
     for isa in supported:
         with contextlib.suppress(ImportError):  # a compiler may lack a set's flags
             return extension(isa)
-    return baseline
+    return extension("baseline")
+
+
+@functools.cache
+def scalars(function: Function) -> Any:
+    """The compiled form of a rule's ``scalars`` or ``settle``; None if it is not
+    fastopt's own."""
+    name = SCALARS.get(function)
+    return name and driver().Scalars(function, name)
 
 
 def missing() -> str | None:
@@ -107,11 +127,16 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
             f"backend 'cython' has compiled kernels only for fastopt's own rules, not "
             f"for {rule.name!r}; use backend='numba'"
         )
-    passes: tuple[str | None, str | None] = (None, None)
-    if rule.apply is not None and rule.by_segment:
-        passes = compiled_name(rule.update) + "_begin", compiled_name(rule.apply)
-    kernels = KERNELS[rule.update], measure, *passes
-    return driver(kernels, rule, segments, count, carry)
+    return step(
+        (KERNELS[rule.update], measure, *passes(rule)), rule, segments, count, carry
+    )
+
+
+def passes(rule: Rule) -> tuple[str | None, str | None]:
+    """The first and the last of the two passes of a rule that has them."""
+    if rule.apply is None or not rule.by_segment:
+        return None, None
+    return compiled_name(rule.update) + "_begin", compiled_name(rule.apply)
 
 
 @functools.cache
@@ -125,7 +150,7 @@ def last_cache() -> int:
     return 0
 
 
-def driver(
+def step(
     functions: tuple[str | int | None, ...],
     rule: Rule,
     segments: Sequence[Segment],
@@ -134,9 +159,7 @@ def driver(
 ) -> Step:
     """The step over these segments with kernels, ours by name, or Numba's by address:
     for the update, what is measured, and the first and the last of two passes."""
-    compiled = kernels()
-    ours, nothing = SCALARS.get(rule.scalars), (0,) * len(rule.state)
-    settle = SETTLES.get(rule.settle) if rule.settle and rule.by_segment else None
+    nothing = (0,) * len(rule.state)
     addresses = [
         (
             address(segment.param),
@@ -147,19 +170,20 @@ def driver(
         )
         for segment in segments
     ]
-    step: Step = compiled.Step(
+    bound: Step = driver().Step(
+        kernels(),
         *functions,
-        getattr(compiled, ours) if ours else rule.scalars,
+        scalars(rule.scalars) or rule.scalars,
         addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
         products=products_of(segments) if rule.factored else None,
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
-        scalar_count=1 + rule.scalar_count,
+        scalar_count=rule.scalar_count,
         terms=rule.terms,
-        measured=1 + rule.measure_count,
-        settle=settle and getattr(compiled, settle),
+        measured=rule.measure_count,
+        settle=scalars(rule.settle) if rule.settle and rule.by_segment else None,
         settle_count=rule.settle_count,
         count_address=count.ctypes.data,
         carry_address=carry.ctypes.data,
@@ -167,7 +191,7 @@ def driver(
         last_cache=last_cache(),
         keep=(segments, count, carry),
     )
-    return step
+    return bound
 
 
 def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
@@ -179,7 +203,7 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
             here = [k for k, _ in given]
             addresses = [address(array) for _, array in given]
             size, double = given[0][1].size, given[0][1].dtype == np.float64
-            found = kernels().gram(addresses, size, double, threads)
+            found = driver().gram(kernels(), addresses, size, double, threads)
             products[np.ix_(here, here)] += found
     return products
 

@@ -462,9 +462,9 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
     Where the compiled backend is here, its driver calls our kernels: a step of 1,000
     elements then takes a sixth of the time, and no thread of Numba's is started.
     """
-    if cython_cpu.missing() is None and cython_cpu.kernels().OPENMP:
+    if cython_cpu.missing() is None and cython_cpu.driver().OPENMP:
         kernels = kernel(rule, "update", segments), kernel(rule, "measure", segments)
-        return cython_cpu.driver((*kernels, None, None), rule, segments, count, carry)
+        return cython_cpu.step((*kernels, None, None), rule, segments, count, carry)
     return bind_alone(rule, segments, count, carry)
 
 

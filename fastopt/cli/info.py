@@ -48,10 +48,11 @@ def kernels() -> Iterator[tuple[str, str]]:
         override = os.environ.get("FASTOPT_ISA")
         why = "FASTOPT_ISA" if override else "the best of them; FASTOPT_ISA overrides"
         yield "in use", f"{used.ISA} ({why})"
-        yield "this CPU", ", ".join(used.cpu_supports())
-        yield "built by", f"Cython {used.CYTHON}"
+        driver = cython_cpu.driver()
+        yield "this CPU", ", ".join(driver.cpu_supports())
+        yield "built by", f"Cython {driver.CYTHON}"
         without = "no: the compiler lacked it, so steps are serial"
-        yield "OpenMP", "yes" if used.OPENMP else without
+        yield "OpenMP", "yes" if driver.OPENMP else without
     yield "built", ", ".join(built) or "none"
 
 

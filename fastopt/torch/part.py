@@ -27,11 +27,10 @@ from fastopt.torch.turns import Call
 
 def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
     """The rule's scalars, as native code if there is any."""
-    name = cython_cpu.SCALARS.get(rule.scalars)
-    if name is None or cython_cpu.missing() is not None:
-        return rule.scalars
-    native: Callable[..., tuple[float, ...]] = getattr(cython_cpu.kernels(), name)
-    return native
+    native: Callable[..., tuple[float, ...]] | None = None
+    if cython_cpu.missing() is None:
+        native = cython_cpu.scalars(rule.scalars)
+    return native or rule.scalars
 
 
 class Part:

@@ -12,7 +12,7 @@ from campaign import Campaign
 from fastopt.backends import cython_cpu
 
 WORKER = Path(__file__).parents[1] / "support" / "guarded.py"
-ISAS = [] if cython_cpu.missing() else cython_cpu.kernels().cpu_supports()
+ISAS = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
 MOST_CRASHES = 20
 
 if not sys.platform.startswith("linux"):

@@ -27,9 +27,7 @@ pytestmark = [
         not (modes.X86 or modes.ARM), reason="the modes of this CPU are not known"
     ),
 ]
-ISAS = (
-    cython_cpu.extension("baseline").cpu_supports() if not cython_cpu.missing() else []
-)
+ISAS = cython_cpu.driver().cpu_supports() if not cython_cpu.missing() else []
 # Numba's pool cannot have more threads than CPUs.
 JIT = ["alone", "njit", "numba"] if config.NUMBA_NUM_THREADS > 1 else ["njit", "numba"]
 

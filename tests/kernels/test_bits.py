@@ -54,7 +54,7 @@ def differing(expected, got):
 def compiled_isas():
     if cython_cpu.missing():
         return []
-    return cython_cpu.kernels().cpu_supports()
+    return cython_cpu.driver().cpu_supports()
 
 
 @pytest.fixture
@@ -245,28 +245,37 @@ def test_a_variant_with_more_state_gives_the_same_bits(rule, values):
     assert off == {**off, **on} or not same_bits(first, second)
 
 
+def refuse(*given):
+    raise AssertionError(f"left to Python: {given}")
+
+
 @pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
-def test_compiled_scalars_are_the_rules_own(rule, values, on_isa):
+def test_compiled_scalars_are_the_rules_own(rule, values):
     """Their bits, for ordinary and extreme numbers, and their errors."""
+    if cython_cpu.missing():
+        pytest.skip(f"cython backend: {cython_cpu.missing()}")
     rng = np.random.default_rng(0)
     name = cython_cpu.SCALARS[rule.scalars]
-    for isa in compiled_isas():
-        compiled = getattr(cython_cpu.extension(isa), name)
-        for t in [1, 2, 3, 1000, 10**6, 10**9, *rng.integers(1, 5000, 200).tolist()]:
-            given = [
-                value if isinstance(value, bool) else value * rng.uniform(0.5, 1)
-                for value in (rule.hyperparameters | values).values()
-            ]
-            given = [*rng.uniform(0.5, 1, len(rule.carry)).tolist(), *given]
-            try:
-                expected = rule.scalars(t, *given)
-            except ValueError:  # what is drawn is not always legal
-                with pytest.raises(ValueError):
-                    compiled(t, *given)
-                continue
-            found = compiled(t, *given)
-            assert found == expected, (isa, t, given)
-            assert all(type(value) is float for value in found)
+    # Only errors may come from the rule's own function.
+    alone = cython_cpu.driver().Scalars(refuse, name)
+    for t in [1, 2, 3, 1000, 10**6, 10**9, *rng.integers(1, 5000, 200).tolist()]:
+        given = [
+            value if isinstance(value, bool) else value * rng.uniform(0.5, 1)
+            for value in (rule.hyperparameters | values).values()
+        ]
+        given = [*rng.uniform(0.5, 1, len(rule.carry)).tolist(), *given]
+        try:
+            expected = rule.scalars(t, *given)
+        except ValueError as error:  # what is drawn is not always legal
+            with pytest.raises(ValueError) as raised:
+                cython_cpu.scalars(rule.scalars)(t, *given)
+            assert str(raised.value) == str(error)
+            with pytest.raises(AssertionError, match="left to Python"):
+                alone(t, *given)
+            continue
+        found = alone(t, *given)
+        assert found == expected, (t, given)
+        assert all(type(value) is float for value in found)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +285,7 @@ def test_compiled_settles_are_the_rules_own(rule):
     """Their bits, and no error, whatever the sums: some arrays are updated by then."""
     if cython_cpu.missing():
         pytest.skip(f"cython backend: {cython_cpu.missing()}")
-    compiled = getattr(cython_cpu.kernels(), cython_cpu.SETTLES[rule.settle])
+    compiled = cython_cpu.driver().Scalars(refuse, cython_cpu.SCALARS[rule.settle])
     rng = np.random.default_rng(0)
     sums = [0.0, 1e-320, 1e-30, 1.0, 1e300, np.inf, np.nan]
     for draw in range(500):
@@ -293,10 +302,10 @@ def test_compiled_settles_are_the_rules_own(rule):
 def test_compiled_scalars_refuse_what_the_rules_do():
     if cython_cpu.missing():
         pytest.skip(f"cython backend: {cython_cpu.missing()}")
-    compiled = cython_cpu.kernels()
+    sgd, adam = map(cython_cpu.scalars, (fastopt.sgd.scalars, fastopt.adam.scalars))
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
-        compiled.sgd_scalars(1, 0.1, 0.0, 0.0, 0.0, True)
-    for scalars in (compiled.adam_scalars, fastopt.adam.scalars):
+        sgd(1, 0.1, 0.0, 0.0, 0.0, True)
+    for scalars in (adam, fastopt.adam.scalars):
         with pytest.raises(ZeroDivisionError):
             scalars(1, 0.1, 1.0, 0.9, 1e-8, 0.0)
 

@@ -41,7 +41,8 @@ def build(sources, out, **env):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return sorted((out / "fastopt").glob("_kernels_*")), done.stdout + done.stderr
+    built = (out / "fastopt").glob("_*.so")
+    return sorted(built), done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -76,14 +77,18 @@ def test_a_compiler_without_openmp_makes_serial_kernels(sources, tmp_path):
     )
     assert len(built) >= 1
     assert "building without OpenMP" in messages
-    (baseline,) = [str(path) for path in built if "baseline" in path.name]
+    paths = {path.name.split(".")[0]: str(path) for path in built}
     code = f"""
 import importlib.util, numpy
 from fastopt import adamw
 from fastopt.backends import cython_cpu
-spec = importlib.util.spec_from_file_location("fastopt._kernels_baseline", {baseline!r})
-serial = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(serial)
+def load(name, path):
+    spec = importlib.util.spec_from_file_location("fastopt." + name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+serial = load("_driver", {paths["_driver"]!r})
+table = load("_kernels_baseline", {paths["_kernels_baseline"]!r}).TABLE
 assert not serial.OPENMP
 def run():
     p = numpy.linspace(-1, 1, 100_000)
@@ -92,7 +97,9 @@ def run():
         opt.step(numpy.cos(p))
     return p
 expected = run()
-cython_cpu.kernels = lambda: serial
+cython_cpu.driver = lambda: serial
+cython_cpu.kernels = lambda: serial.Kernels(table)
+cython_cpu.scalars.cache_clear()
 assert numpy.array_equal(expected, run())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -167,4 +167,4 @@ def test_a_detour_would_be_noticed(monkeypatch):
 @needs_kernels
 def test_the_compiled_steps_have_openmp():
     """Or a step would be serial: half the speed, and no other test would see it."""
-    assert cython_cpu.kernels().OPENMP
+    assert cython_cpu.driver().OPENMP

@@ -1,5 +1,6 @@
-"""What the compiler made of the Cython kernels, read from their disassembly: the
-baseline really is baseline, every kernel is vectorised, and nothing is contracted."""
+"""What the compiler made of the kernels and their driver, read from their disassembly:
+the baseline really is baseline, every kernel is vectorised, and nothing is contracted.
+"""
 
 import platform
 import re
@@ -42,8 +43,9 @@ def disassembly(path):
 
 @pytest.fixture(scope="module")
 def built():
-    """The disassembly of every extension that was built, this CPU's or not."""
-    found = {}
+    """The disassembly of every extension that was built, this CPU's or not, by its
+    instruction set; and of the driver."""
+    found = {"driver": disassembly(find_spec("fastopt._driver").origin)}
     for isa in WIDTH:
         try:
             found[isa] = disassembly(find_spec(f"fastopt._kernels_{isa}").origin)
@@ -79,11 +81,12 @@ def contracted(functions):
 
 def test_x86_builds_all_three(built):
     if sys.platform == "linux" and platform.machine() == "x86_64":
-        assert set(built) == set(WIDTH)
+        assert set(built) == {*WIDTH, "driver"}
 
 
-def test_baseline_needs_nothing_above_sse2(built):
-    assert not beyond_sse2(built["baseline"])
+@pytest.mark.parametrize("name", ["baseline", "driver"])
+def test_baseline_needs_nothing_above_sse2(built, name):
+    assert not beyond_sse2(built[name])
 
 
 def test_nothing_is_contracted(built):

@@ -67,8 +67,7 @@ def test_threads_of_the_callers_own(name, monkeypatch):
             PART(part)(work, k)
             done.append(k)
 
-    kind = ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, P, P, I64, F64, INT, RUN, P)
-    step_on = kind(API.step_on)
+    step_on = STEP_ON(API.step_on)
     monkeypatch.setattr(
         Optimizer, "call", lambda _, *given: step_on(*given[:-1], 3, run, None)
     )
@@ -76,6 +75,126 @@ def test_threads_of_the_callers_own(name, monkeypatch):
     expected, got, *_ = run_both(rule, rule.hyperparameters, 40_003, np.float32, 1)
     assert all(map(same_bits, expected, got))
     assert set(done) == {0, 1, 2}
+
+
+STEP_ON = ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, P, P, I64, F64, INT, RUN, P)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
+@pytest.mark.parametrize("name", ["lamb", "lars", "novograd"])
+def test_batches(name, dtype):
+    """Rules with sums over each segment: a batch is updated while the sums of the next
+    are taken. Here there are three batches, by threads of OpenMP and of the caller."""
+    rule, rng, turns = getattr(fastopt, name), np.random.default_rng(0), []
+    columns = 2 + len(rule.state)
+    most = (8 << 20) // (columns * np.dtype(dtype).itemsize)  # elements of a batch
+    sizes = (most - 40_000, 0, 5, 33_333, most + 1, 40_001, 3)
+    start = [nonzero(rng, n, dtype) for n in sizes]
+    grads = [nonzero(rng, n, dtype) for n in sizes]
+    python = rule([p.copy() for p in start], backend="cython", threads=2)
+
+    @RUN
+    def run(context, parts, part, work):
+        turns.append(parts)
+        for k in reversed(range(parts)):
+            PART(part)(work, k)
+
+    step_on = STEP_ON(API.step_on)
+    ours = [
+        Optimizer(name, [p.copy() for p in start], rule.hyperparameters)
+        for _ in range(2)
+    ]
+    ours[1].call = lambda *given: step_on(*given[:-1], 3, run, None)
+    for left_alone in (None, 3):
+        here = [None if i == left_alone else grad for i, grad in enumerate(grads)]
+        python.step(here, grad_scale=0.5)
+        for optimizer in ours:
+            assert optimizer.step(here, 0.5, 2) == OK
+    # The sums of the first, two turns of an update and the next sums, the last update;
+    # where the cache has no room for two batches, no turn is of both.
+    assert turns == [3] * 8 or turns == [3] * 12
+    for optimizer in ours:
+        expected = [*python._params.arrays]
+        expected += [a for key in rule.state for a in python.state[key]]
+        assert all(map(same_bits, expected, optimizer.everything()))
+        assert np.array_equal(
+            python._bound.program.carried.ravel(), optimizer.carry.ravel()
+        )
+
+
+# What version 1 of fastopt.h declares, written down again: it must not change.
+VERSION_1 = """
+#include <stdint.h>
+struct rule {
+    const char *name;
+    int64_t state_count, hyperparameter_count, carry_count, carry_per_segment;
+    const char *const *state, *const *hyperparameters, *const *carry;
+    const double *defaults;
+};
+struct segment { void *p; const void *g; void *const *state; int64_t n; };
+typedef void (*run_t)(void *, int, void (*)(void *, int), void *);
+struct api {
+    uint32_t version, size;
+    const char *isa;
+    int64_t rule_count;
+    const struct rule *const *rules;
+    const struct rule *(*find)(const char *);
+    int (*start)(const struct rule *, int, const double *, double *,
+                 const struct segment *, int64_t);
+    int (*step)(const struct rule *, int, int64_t, const double *, double *,
+                const struct segment *, int64_t, double, int);
+    const char *(*error)(int);
+    int (*step_on)(const struct rule *, int, int64_t, const double *, double *,
+                   const struct segment *, int64_t, double, int, run_t, void *);
+};
+static void run(void *count, int parts, void (*part)(void *, int), void *work) {
+    for (int k = 0; k < parts; k++, ++*(int *) count)
+        part(work, k);
+}
+int fit(const struct api *api, const char *name, float *p, const float *g, float *state,
+        int64_t n, double *carry) {
+    const struct rule *rule = api->find(name);
+    void *buffers[8];
+    struct segment segment = {p, g, buffers, n};
+    int code, parts = 0;
+    if (api->version != 1 || api->size < sizeof *api || !rule || rule->state_count > 8)
+        return -1;
+    for (int64_t k = 0; k < rule->state_count; k++)
+        buffers[k] = state + k * n;
+    code = api->start(rule, 0, rule->defaults, carry, &segment, 1);
+    for (int t = 1; t < 4 && !code; t++)
+        code = api->step(rule, 0, t, rule->defaults, carry, &segment, 1, 0.5, 2);
+    code = code ? code : api->step_on(
+        rule, 0, 4, rule->defaults, carry, &segment, 1, 0.5, 3, run, &parts);
+    return code || api->error(0)[0] != 'n' ? 100 + code : parts;
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["lamb", "nadam"])
+def test_a_program_compiled_for_version_1_runs(name, tmp_path):
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "fit.c").write_text(VERSION_1)
+    flags = ["-shared", "-fPIC", "-std=c99", "-Wall", "-Werror"]
+    run("cc", *flags, "fit.c", "-o", "fit.so", cwd=tmp_path)
+    fit = ctypes.CDLL(str(tmp_path / "fit.so")).fit
+    fit.argtypes = [P, ctypes.c_char_p, P, P, P, I64, P]
+    rng = np.random.default_rng(0)
+    p, g = (nonzero(rng, N, np.float32) for _ in range(2))
+    rule, ours = getattr(fastopt, name), p.copy()
+    state, carry = np.full((len(rule.state), N), np.nan, np.float32), np.full(1, np.nan)
+    places = [array.ctypes.data for array in (ours, g, state)]
+    # The parts of the last step: three for the update, and for LAMB's sums.
+    turns = 2 if rule.settle else 1
+    got = fit(ctypes.addressof(API), name.encode(), *places, N, carry.ctypes.data)
+    assert got == 3 * turns
+    opt = rule(p, backend="numpy")
+    for _ in range(4):
+        opt.step(g, grad_scale=0.5)
+    assert same_bits(ours, p)
+    for buffer, key in zip(state, rule.state, strict=True):
+        assert same_bits(buffer, opt.state[key][0])
 
 
 # What is refused ----------------------------------------------------------------------
@@ -210,7 +329,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.stdout == "7\n", done.stderr
 
 
-@pytest.mark.parametrize("isa", cython_cpu.extension("baseline").cpu_supports())
+@pytest.mark.parametrize("isa", cython_cpu.driver().cpu_supports())
 def test_the_table_is_of_the_instruction_set_in_use(isa):
     try:
         cython_cpu.extension(isa)

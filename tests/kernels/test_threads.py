@@ -16,7 +16,7 @@ pytestmark = [
         not hasattr(os, "sched_setaffinity"), reason="no affinity on this system"
     ),
     pytest.mark.skipif(
-        cython_cpu.missing() is not None or not cython_cpu.kernels().OPENMP,
+        cython_cpu.missing() is not None or not cython_cpu.driver().OPENMP,
         reason="there are no kernels with OpenMP",
     ),
 ]

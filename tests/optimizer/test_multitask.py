@@ -41,7 +41,7 @@ def test_gram_has_the_same_bits_everywhere(dtype, size, count, monkeypatch):
     J = rows(count, size, dtype)
     expected = fastopt.gram(J, backend="numpy")
     assert expected.dtype == np.float64 and expected.shape == (count, count)
-    isas = [] if cython_cpu.missing() else cython_cpu.kernels().cpu_supports()
+    isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
     for isa in isas:
         kernels = cython_cpu.extension(isa)
         monkeypatch.setattr(cython_cpu, "kernels", lambda kernels=kernels: kernels)
@@ -230,7 +230,7 @@ def test_same_bits_for_every_instruction_set_and_number_of_threads(
 ):
     rule, values = next(case for case in CASES if case[0].name == name)
     expected, _ = run(rule, values, "numpy", dtype, asked="all")
-    for isa in [] if cython_cpu.missing() else cython_cpu.kernels().cpu_supports():
+    for isa in [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports():
         kernels = cython_cpu.extension(isa)
         monkeypatch.setattr(cython_cpu, "kernels", lambda kernels=kernels: kernels)
         for threads in (1, 2, 5):

@@ -94,16 +94,16 @@ def test_the_order_of_the_builds_changes(gate, monkeypatch):
     assert len(set(orders)) == 3
 
 
-def test_the_sabotage_fits_the_template(gate, tmp_path):
+def test_the_sabotage_fits_the_driver(gate, tmp_path):
     (tmp_path / "csrc").mkdir()
-    template = ROOT / "csrc" / "kernels.pyx.in"
-    shutil.copy(template, tmp_path / "csrc")
+    driver = ROOT / "csrc" / "driver.pyx"
+    shutil.copy(driver, tmp_path / "csrc")
     gate.slow_down(tmp_path, 1.2)
-    text = (tmp_path / "csrc" / "kernels.pyx.in").read_text()
+    text = (tmp_path / "csrc" / "driver.pyx").read_text()
     assert "begin + 1.2 * (now() - begin)" in text
     for call, slow in gate.CALLS.items():
-        assert text.count(slow) == template.read_text().count(call) > 0
-    (tmp_path / "csrc" / "kernels.pyx.in").write_text("something else")
+        assert text.count(slow) == driver.read_text().count(call) > 0
+    (tmp_path / "csrc" / "driver.pyx").write_text("something else")
     with pytest.raises(RuntimeError, match="change slow_down with it"):
         gate.slow_down(tmp_path, 1.2)
 
@@ -122,5 +122,5 @@ def test_the_tree_is_copied_as_it_is(gate, tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     copied = gate.copy_of_tree(tmp_path)
-    assert (copied / "csrc" / "kernels.pyx.in").exists()
+    assert (copied / "csrc" / "driver.pyx").exists()
     assert not list(copied.glob("fastopt/*.so"))

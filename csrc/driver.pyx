@@ -1,0 +1,586 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False
+# cython: cpow=True, emit_code_comments=False
+"""Steps over many arrays, for Python (step.pxi) and for native code (native.pxi), with the
+kernels of an instruction set, which it gets as a table.
+
+a) A job has a table of segments, a row each. The segments, laid end to end, are cut into
+   one stretch a thread, and a stretch where the parameters' first cache line ends. No
+   operation here depends on its neighbours, so where the cuts fall does not change a bit.
+b) What a step does beside its rule goes block by block, while the block is in the cache.
+   Where a rule's state is factored, the block of it that a kernel takes is made just
+   before, in the cache. The gradients of several tasks are combined there, too.
+c) Rules with sums over each segment go batch by batch: while the threads update one batch,
+   they take the sums of the next (docs/performance.md).
+d) Each thread sets the modes of arithmetic that bits are promised for, and restores its
+   own (arithmetic.h); and has its scratch apart from its stack, which may be small.
+"""
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
+)
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.ref cimport PyObject
+from cython.parallel cimport prange
+from libc.math cimport INFINITY, isfinite
+from libc.stdint cimport INT64_MAX
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset, strcmp
+
+from fastopt cimport (
+    API_VERSION, Api, BAD_ARGUMENT, BAD_HYPERPARAMETER, FLOAT32, FLOAT64, NO_MEMORY, OK,
+    OTHER_VARIANT, OVERLAP, Rule, Run, Segment,
+)
+
+from functools import partial
+
+from numpy import empty, ndarray
+
+from fastopt.memory.factored import in_order
+
+include "table.pxi"
+include "scalars.pxi"
+
+cdef extern from *:
+    """
+    #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+    static int fastopt_has_avx2(void) {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx2") != 0;
+    }
+    static int fastopt_has_avx512(void) {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+    #else
+    static int fastopt_has_avx2(void) { return 0; }
+    static int fastopt_has_avx512(void) { return 0; }
+    #endif
+    #ifdef _WIN32
+    static int fastopt_process(void) { return 0; }  /* which cannot be forked */
+    #else
+    #include <unistd.h>
+    static int fastopt_process(void) { return (int) getpid(); }
+    #endif
+    #ifdef _OPENMP
+    #define FASTOPT_OPENMP 1
+    #else
+    #define FASTOPT_OPENMP 0
+    #endif
+
+    /* Room for two chunks of doubles, for each thread that asks for it: on stacks of
+       64 KiB there would be none. */
+    #if defined(_MSC_VER)
+      #define FASTOPT_OF_THREAD __declspec(thread)
+    #else
+      #define FASTOPT_OF_THREAD __thread
+    #endif
+    static FASTOPT_OF_THREAD double fastopt_scratch[2 * FASTOPT_CHUNK];
+    """
+    bint fastopt_has_avx2()
+    bint fastopt_has_avx512()
+    int fastopt_process() noexcept nogil
+    double* fastopt_scratch
+    bint FASTOPT_OPENMP
+
+cdef extern from "arithmetic.h":
+    uint64_t fastopt_enter() noexcept nogil
+    void fastopt_leave(uint64_t word) noexcept nogil
+
+OPENMP = bool(FASTOPT_OPENMP)
+
+cdef enum:
+    CUT = 16  # stretches are cut at multiples of this many elements, a line of floats
+    MOST_COLUMNS = 64
+    # Segments whose sums are taken and which are then updated at once have this many bytes
+    # at the most, or are one: the second pass finds them in the last cache. If that has
+    # room for two batches, no thread waits for another between a batch's update and the
+    # next one's sums, so one may read memory while the other writes (docs/performance.md).
+    BATCH = 8 << 20
+
+
+def cpu_supports():
+    """The instruction sets of this CPU that kernels exist for, best first."""
+    names = []
+    if fastopt_has_avx512():
+        names.append("avx512")
+    if fastopt_has_avx2():
+        names.append("avx2")
+    return [*names, "baseline"]
+
+
+def no_kernel(name):
+    return LookupError(
+        f"no compiled kernel is named {name!r}; the kernels are older than the rules: "
+        f"install fastopt again"
+    )
+
+
+# The kernels of any rule, for a dtype.
+cdef struct Tools:
+    kernel_t limit, approach
+    measure_t square
+    product_t product
+    combine_t combine
+    squares_t squares
+    gram_t gram
+
+
+cdef class Kernels:
+    """The kernels of an instruction set, from the capsule of its module."""
+    cdef const Table* table
+    cdef Tools tools[2]
+    cdef readonly str ISA
+
+    def __cinit__(self, capsule):
+        cdef Tools* tools
+        cdef bint double
+        self.table = <const Table*> PyCapsule_GetPointer(capsule, CAPSULE)
+        self.ISA = self.table.isa.decode()
+        for double in (False, True):
+            tools = &self.tools[double]
+            tools.limit = <kernel_t> self.find("passes_limited", double)
+            tools.approach = <kernel_t> self.find("passes_approach", double)
+            tools.square = <measure_t> self.find("passes_square", double)
+            tools.product = <product_t> self.find("product", double)
+            tools.combine = <combine_t> self.find("combine", double)
+            tools.squares = <squares_t> self.find("squares", double)
+            tools.gram = <gram_t> self.find("gram", double)
+
+    cdef function_t find(self, str name, bint double) except NULL:
+        cdef int64_t k
+        text = name.encode()
+        for k in range(self.table.count):
+            if strcmp(self.table.entries[k].name, text) == 0:
+                return self.table.entries[k].functions[double]
+        raise no_kernel(name)
+
+
+# Rows of the table that follow one another.
+cdef struct Rows:
+    int64_t first, last
+    int64_t given  # their elements with a gradient
+    int64_t chunks  # and the chunks of these
+    bint kept  # a begin does their sums, and a finish their update
+
+
+# All that a step needs. What is zero is not done.
+cdef struct Job:
+    const Tools* tools
+    kernel_t kernel, finish
+    measure_t measure, begin
+    scalars_t scalars, settle
+    bint double, clipping, zeroing, apart
+    int64_t itemsize, rows, columns, sets, width
+    int64_t scalar_count, measured, terms, carried  # numbers beside the factor; sums
+    int64_t settle_count  # numbers that settle takes, the last of those of scalars
+    int64_t handed  # numbers before these, which it hands on
+    int64_t* table
+    int64_t given  # elements with a gradient
+    int64_t* averages  # addresses
+    int64_t* products  # of each row as product_t takes them
+    int64_t* tasks  # addresses: for each task those of its gradients
+    int64_t task_count  # 0: there is one gradient, that in the table
+    char* weights
+    # For each set: the factor for gradients; what scalars or settle returned, in ``stride``
+    # places; the number of this step; what a kernel takes; and what limits values.
+    double* factors
+    double* numbers
+    int64_t stride
+    int64_t* steps
+    char* constants
+    char* limits
+    double clip_value
+    char weight[16]  # of an average
+    double* partials  # sums of chunks
+    char* kept  # what a begin leaves for a finish, of two batches
+    int64_t* kept_at  # and its address, for each row
+    int threads
+    Run run  # NULL: OpenMP
+    void* context
+
+
+cdef inline void put(const Job* job, char* row, int64_t place, double value) noexcept nogil:
+    """Round a number to the dtype, once."""
+    if job.double:
+        (<double*> row)[place] = value
+    else:
+        (<float*> row)[place] = <float> value
+
+
+cdef void put_limits(const Job* job, int64_t s, double factor) noexcept nogil:
+    cdef char* limits = job.limits + 3 * s * job.itemsize
+    put(job, limits, 0, factor)
+    put(job, limits, 1, -job.clip_value)
+    put(job, limits, 2, job.clip_value)
+
+
+cdef void put_row(
+    const Job* job, int64_t s, double factor, int64_t first, int64_t end
+) noexcept nogil:
+    """What a kernel takes for a set: the factor and numbers [first, end). With a limit for
+    values, the factor is applied before that, and not in the kernel."""
+    cdef int64_t k
+    cdef const double* numbers = job.numbers + s * job.stride + first
+    cdef char* row = job.constants + s * job.width * job.itemsize
+    if job.clipping:
+        put_limits(job, s, factor)
+        factor = 1
+    put(job, row, 0, factor)
+    for k in range(end - first):
+        put(job, row, 1 + k, numbers[k])
+
+
+cdef inline const char* constants_of(const Job* job, const int64_t* row) noexcept nogil:
+    return job.constants + row[job.columns - 1] * job.width * job.itemsize
+
+
+cdef inline char* limits_of(const Job* job, const int64_t* row) noexcept nogil:
+    return job.limits + row[job.columns - 1] * 3 * job.itemsize
+
+
+cdef inline int64_t chunks_of(int64_t length) noexcept nogil:
+    return (length + CHUNK - 1) // CHUNK
+
+
+# The update of segments -----------------------------------------------------------------
+
+cdef inline void prepare(
+    const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
+) noexcept nogil:
+    """A copy of the row whose gradients from ``start`` on are combined, and clipped."""
+    cdef const int64_t* row = job.table + r * job.columns
+    cdef const char* limits = limits_of(job, row) if job.clipping else NULL
+    memcpy(local, row, job.columns * sizeof(int64_t))
+    if not (job.task_count or job.clipping):
+        return
+    local[1] = <int64_t> scratch - start * job.itemsize
+    if job.task_count:
+        job.tools.combine(
+            job.tasks + r, job.rows, job.task_count, job.weights, start, n, limits, scratch
+        )
+    else:
+        cut_off(job, local[1], row[1], start, n, limits)
+
+
+cdef inline void cut_off(
+    const Job* job, int64_t made, int64_t g, int64_t start, int64_t n, const char* limits
+) noexcept nogil:
+    cdef int64_t pair[2]
+    pair[0], pair[1] = made, g
+    job.tools.limit(pair, start, n, limits)
+
+
+cdef inline void multiply(
+    const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
+) noexcept nogil:
+    """Make what is factored, from ``start`` on, for a copy of the row."""
+    cdef const int64_t* factors = job.products + 4 * r
+    if job.products and factors[0]:
+        job.tools.product(factors, start, n, scratch)
+        local[2] = <int64_t> scratch - start * job.itemsize
+
+
+cdef inline void zero(const Job* job, int64_t r, int64_t start, int64_t n) noexcept nogil:
+    """Set the gradients to zero, those of all tasks."""
+    cdef int64_t k, address
+    for k in range(max(<int64_t> 1, job.task_count)):
+        address = job.table[r * job.columns + 1]
+        if job.task_count:
+            address = job.tasks[k * job.rows + r]
+        if address:
+            memset(<char*> address + start * job.itemsize, 0, n * job.itemsize)
+
+
+cdef inline void move(
+    const Job* job, int64_t r, const int64_t* row, bint kept, int64_t start, int64_t n
+) noexcept nogil:
+    """Update these elements: by the rule's kernel or, where a begin has done all but that,
+    move the parameters by what it kept."""
+    cdef int64_t pair[2]
+    if kept:
+        pair[0], pair[1] = row[0], job.kept_at[r]
+        job.finish(pair, start, n, constants_of(job, row))
+    else:
+        job.kernel(row, start, n, constants_of(job, row))
+
+
+cdef void move_beside(
+    const Job* job, int64_t r, bint kept, int64_t first, int64_t n
+) noexcept nogil:
+    """The update, and what else there is to do, block by block."""
+    cdef const int64_t* row = job.table + r * job.columns
+    cdef int64_t start = first, m, end = first + n
+    cdef int64_t pair[2]
+    cdef int64_t local[MOST_COLUMNS]
+    cdef double* scratch = fastopt_scratch
+    while start < end:
+        m = min(<int64_t> BLOCK, end - start)
+        if row[1] != 0:
+            if not kept:
+                prepare(job, r, start, m, <char*> scratch, local)
+                multiply(job, r, start, m, <char*> (scratch + BLOCK), local)
+            move(job, r, row if kept else local, kept, start, m)
+        if job.averages:
+            pair[0], pair[1] = job.averages[r], row[0]
+            job.tools.approach(pair, start, m, job.weight)
+        if job.zeroing:
+            zero(job, r, start, m)
+        start += m
+
+
+cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noexcept nogil:
+    """Do elements [begin, end) of these segments laid end to end."""
+    cdef int64_t r, first, last, head, start = 0
+    cdef const int64_t* row = job.table + rows.first * job.columns
+    cdef bint beside = (
+        job.clipping or job.zeroing or job.averages or job.products or job.task_count
+    )
+    for r in range(rows.first, rows.last):
+        if row[1] != 0 or job.averages:
+            first = begin - start if begin > start else 0
+            last = min(end - start, row[job.columns - 2])
+            head = 0
+            if last - first >= ALIGN_FROM:
+                head = (row[0] + first * job.itemsize) % CACHE_LINE
+                if head:
+                    head = (CACHE_LINE - head) // job.itemsize
+            if beside:
+                if head:
+                    move_beside(job, r, rows.kept, first, head)
+                move_beside(job, r, rows.kept, first + head, last - first - head)
+            else:
+                if head:
+                    move(job, r, row, rows.kept, first, head)
+                if first + head < last:
+                    move(job, r, row, rows.kept, first + head, last - first - head)
+            start += row[job.columns - 2]
+            if start >= end:
+                break
+        row += job.columns
+
+
+cdef int64_t elements(const Job* job, const Rows* rows) noexcept nogil:
+    """Those that an update works on: with averages, which follow the others, all."""
+    cdef int64_t r, total = 0
+    if job.averages == NULL:
+        return rows.given
+    for r in range(rows.first, rows.last):
+        total += job.table[(r + 1) * job.columns - 2]
+    return total
+
+
+# Sums over segments ---------------------------------------------------------------------
+
+cdef Rows rows_from(const Job* job, int64_t first, int64_t most) noexcept nogil:
+    """As many rows as have ``most`` bytes together, but at least one."""
+    cdef int64_t length, r = first
+    cdef Rows rows = Rows(first, first, 0, 0, False)
+    while r < job.rows:
+        length = job.table[(r + 1) * job.columns - 2]
+        most -= length * (job.columns - 2 + job.task_count) * job.itemsize
+        if most < 0 and r > first:
+            break
+        if job.table[r * job.columns + 1]:
+            rows.given += length
+            rows.chunks += chunks_of(length)
+        r += 1
+    rows.last = r
+    return rows
+
+
+cdef void measure_chunks(
+    const Job* job, measure_t measure, int64_t terms, const Rows* rows, int64_t begin,
+    int64_t end
+) noexcept nogil:
+    """Sum up chunks [begin, end) of those of these segments."""
+    cdef int64_t r, c, start, n, length, before = 0
+    cdef const int64_t* row = job.table + rows.first * job.columns
+    cdef int64_t local[MOST_COLUMNS + 1]
+    cdef double* scratch = fastopt_scratch
+    for r in range(rows.first, rows.last if begin < end else 0):
+        if row[1] != 0:
+            length = row[job.columns - 2]
+            for c in range(max(begin, before), min(end, before + chunks_of(length))):
+                start = (c - before) * CHUNK
+                n = min(<int64_t> CHUNK, length - start)
+                prepare(job, r, start, n, <char*> scratch, local)
+                local[job.columns] = job.kept_at[r]
+                if measure != job.tools.square:
+                    multiply(job, r, start, n, <char*> (scratch + CHUNK), local)
+                measure(
+                    local, start, n, constants_of(job, row), job.partials + c * terms
+                )
+            before += chunks_of(length)
+        row += job.columns
+
+
+cdef double in_chunks(const double* sums, int64_t stride, int64_t chunks) noexcept nogil:
+    """The sum of chunks, in their order."""
+    cdef double total = 0
+    cdef int64_t c
+    for c in range(chunks):
+        total += sums[c * stride]
+    return total
+
+
+cdef bint make_room(Job* job, int64_t chunks, int64_t terms) noexcept nogil:
+    """Whether there is memory for these sums."""
+    job.partials = <double*> malloc((chunks + 1) * terms * sizeof(double))
+    return job.partials != NULL
+
+
+cdef void clear(Job* job) noexcept nogil:
+    """Forget what belongs to one step."""
+    job.clipping = job.zeroing = False
+    free(job.partials)
+    free(job.kept)
+    job.partials, job.kept = NULL, NULL
+
+
+# Threads --------------------------------------------------------------------------------
+
+ctypedef void (*part_t)(void* work, int k) noexcept nogil
+
+# The update of some rows and the sums of others, in so many elements and chunks a part.
+cdef struct Turn:
+    Job* job
+    Rows batch, after
+    measure_t measure
+    int64_t terms, total, share, chunks
+
+
+cdef void in_parts(Job* job, int parts, part_t part, void* work) noexcept nogil:
+    cdef int k
+    if parts <= 1:
+        part(work, 0)
+    elif job.run:
+        job.run(job.context, parts, part, work)
+    else:
+        for k in prange(parts, schedule="static", chunksize=1, num_threads=parts):
+            part(work, k)
+
+
+cdef void turn_part(void* work, int k) noexcept nogil:
+    cdef const Turn* turn = <const Turn*> work
+    cdef int64_t begin = k * turn.share
+    cdef uint64_t modes = fastopt_enter()
+    measure_chunks(
+        turn.job, turn.measure, turn.terms, &turn.after, k * turn.chunks,
+        min(turn.after.chunks, (k + 1) * turn.chunks),
+    )
+    if begin < turn.total:
+        walk(turn.job, &turn.batch, begin, min(turn.total, begin + turn.share))
+    fastopt_leave(modes)
+
+
+cdef void take_turn(
+    Job* job, Rows batch, Rows after, measure_t measure, int64_t terms
+) noexcept nogil:
+    """Update one batch, and take the sums of another."""
+    cdef Turn turn
+    cdef int64_t parts = 1
+    turn.job, turn.batch, turn.after, turn.measure = job, batch, after, measure
+    turn.terms, turn.total = terms, elements(job, &batch)
+    if job.threads > 1 and turn.total + after.given >= SERIAL_BELOW:
+        parts = job.threads
+    turn.share = (turn.total // parts + CUT) // CUT * CUT
+    turn.chunks = (after.chunks + parts - 1) // parts
+    parts = (turn.total + turn.share - 1) // turn.share
+    if turn.chunks:
+        parts = max(parts, (after.chunks + turn.chunks - 1) // turn.chunks)
+    in_parts(job, <int> parts, turn_part, &turn)
+
+
+cdef void update_all(Job* job) noexcept nogil:
+    take_turn(
+        job, Rows(0, job.rows, job.given, 0, False), Rows(0, 0, 0, 0, False), NULL, 0
+    )
+
+
+cdef void measure_all(Job* job, Rows rows, measure_t measure, int64_t terms) noexcept nogil:
+    take_turn(job, Rows(0, 0, 0, 0, False), rows, measure, terms)
+
+
+# Sums and update, batch by batch ---------------------------------------------------------
+
+cdef bint settle(
+    const Job* job, int64_t s, int64_t n, const double* sums, double* carry
+) noexcept nogil:
+    """Put the results of settle in place of a set's numbers; whether it has any."""
+    cdef double* numbers = job.numbers + s * job.stride + job.handed
+    cdef double taken[MOST_NUMBERS]
+    cdef int returned
+    taken[0] = <double> n
+    memcpy(taken + 1, sums, job.terms * sizeof(double))
+    memcpy(taken + 1 + job.terms, numbers, job.settle_count * sizeof(double))
+    returned = job.settle(job.steps[s], taken, numbers)
+    if returned >= 0:
+        memcpy(carry, numbers + returned - job.carried, job.carried * sizeof(double))
+    return returned >= 0
+
+
+cdef void keep(Job* job, Rows* rows, int64_t at) noexcept nogil:
+    """Have a batch done by begin and finish, if they exist and what they keep is not too
+    much for the cache."""
+    cdef int64_t r
+    at = (at + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    rows.kept = job.begin != NULL and rows.given * job.itemsize <= BATCH
+    for r in range(rows.first, rows.last if rows.kept else 0):
+        job.kept_at[r] = at
+        if job.table[r * job.columns + 1]:
+            at += job.table[(r + 1) * job.columns - 2] * job.itemsize
+
+
+cdef int step_in_batches(Job* job, const double* old, double* new) noexcept nogil:
+    """A step whose sums are over each row, of which each is a set, too. No settle of such
+    a rule divides by zero (tests/kernels/test_bits.py), or arrays would have changed."""
+    cdef int64_t r, k, length, turn = 0
+    cdef double sums[MOST_NUMBERS]
+    cdef const double* partials
+    cdef Rows none = Rows(0, 0, 0, 0, False), batch = none, after
+    cdef Rows rows = rows_from(job, 0, INT64_MAX)
+    # Of two halves, the last batch's is read while this one's is written, if they are not
+    # done apart.
+    cdef int64_t room = min(<int64_t> BATCH, rows.given * job.itemsize) + CACHE_LINE
+    if not make_room(job, rows.chunks, job.terms):
+        return NO_MEMORY
+    if job.begin:
+        job.kept = <char*> malloc(room if job.apart else 2 * room)
+        if not job.kept:
+            return NO_MEMORY
+    while True:
+        after = rows_from(job, batch.last, BATCH)
+        keep(job, &after, <int64_t> <size_t> job.kept + turn * room)
+        turn = 0 if job.apart else 1 - turn
+        for r in range(after.first, after.last):
+            put_row(job, r, job.factors[r], 0, job.measured)
+        if job.apart:
+            take_turn(job, batch, none, NULL, 0)
+            batch = none
+        take_turn(
+            job, batch, after, job.begin if after.kept else job.measure, job.terms
+        )
+        if after.first == after.last:
+            return OK
+        partials = job.partials
+        for r in range(after.first, after.last):
+            length = job.table[(r + 1) * job.columns - 2]
+            if not job.table[r * job.columns + 1] or length == 0:
+                for k in range(job.carried):  # no update, and no change
+                    new[r * job.carried + k] = old[r * job.carried + k]
+                continue
+            for k in range(job.terms):
+                sums[k] = in_chunks(partials + k, job.terms, chunks_of(length))
+            partials += chunks_of(length) * job.terms
+            if not settle(job, r, length, sums, new + r * job.carried):
+                return BAD_HYPERPARAMETER
+            if after.kept:  # begin has used the factor and what was handed on
+                put_row(job, r, 1, job.handed, job.scalar_count)
+            else:
+                put_row(job, r, job.factors[r], 0, job.scalar_count)
+        batch = after
+
+
+include "matrices.pxi"
+include "step.pxi"
+include "native.pxi"

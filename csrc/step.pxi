@@ -1,0 +1,534 @@
+# What Python sees: scalars, and steps over fixed segments.
+
+cdef enum:
+    C_CONTIGUOUS = 0x0001  # among NumPy's flags
+    WRITEABLE = 0x0400
+
+cdef extern from *:
+    """
+    /* An ndarray's fields, which stand so in every NumPy from 1.7 on. To read them takes
+       no call. */
+    typedef struct {
+        PyObject_HEAD
+        char *data;
+        int nd;
+        Py_ssize_t *dimensions, *strides;
+        PyObject *base, *descr;
+        int flags;
+    } fastopt_ndarray;
+    """
+    ctypedef struct fastopt_ndarray:
+        char* data
+        int nd
+        Py_ssize_t* dimensions
+        PyObject* descr
+        int flags
+
+
+WITHOUT_SETTLE = frozenset(["step", "scalars"])
+WITH_SETTLE = WITHOUT_SETTLE | {"settle"}
+
+
+# An array that steps write to, and what it was when they were bound to it.
+cdef struct Watched:
+    fastopt_ndarray* array
+    char* data
+    PyObject* dtype
+    int nd, flags
+    Py_ssize_t dimensions[64]  # which is the most that NumPy has
+
+
+cdef class Scalars:
+    """A rule's scalars or settle, compiled: the bits and the errors of the Python
+    function, which is called for these."""
+    cdef const Scalar* scalar
+    cdef object function
+
+    def __cinit__(self, function, str name):
+        self.scalar, self.function = scalar_named(name), function
+
+    def __call__(self, int64_t t, *values):
+        cdef double taken[MOST_NUMBERS]
+        cdef double results[MOST_NUMBERS]
+        cdef int k, count = -1
+        if len(values) == self.scalar.taken:
+            for k in range(len(values)):
+                taken[k] = values[k]
+            count = self.scalar.function(t, taken, results)
+        if count < 0:
+            return self.function(t, *values)
+        return tuple([results[k] for k in range(count)])
+
+
+cdef class Step:
+    """Steps over fixed segments, as those of numpy_ref.py, with one kernel: a compiled one
+    by name, or one of Numba's by address.
+
+    ``settled`` is sums, settle and step in one, for sums over each segment. ``take``
+    returns False if some gradient is not a plain C-contiguous ndarray of its
+    parameter's shape and dtype away from all that a step writes; the caller knows how
+    to say which and why. ``at`` is take, scalars and step in one. With weights, ``take``
+    gets a list of gradients for each task.
+    """
+    cdef Job job
+    cdef int64_t* spans  # begin and end of all that a step writes, sorted
+    cdef int64_t span_count
+    cdef double* carry
+    cdef int64_t* count
+    cdef Watched* watched
+    cdef int64_t watched_count
+    cdef Scalars scalars, settle
+    cdef object keep, shapes, scalars_at, watched_arrays
+
+    def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
+                  addresses, *, shapes, averages, products, bint double, int64_t sets,
+                  int64_t scalar_count, int64_t terms, int64_t measured, Scalars settle,
+                  int64_t settle_count, int64_t count_address, int64_t carry_address,
+                  int64_t carried, int64_t last_cache, keep):
+        cdef Job* job = &self.job
+        job.tools = &kernels.tools[double]
+        if isinstance(kernel, int):
+            job.kernel = <kernel_t> <size_t> kernel
+        else:
+            job.kernel = <kernel_t> kernels.find(kernel, double)
+        if isinstance(measure, int):
+            job.measure = <measure_t> <size_t> measure
+        elif measure is not None:
+            job.measure = <measure_t> kernels.find(measure, double)
+        if begin is not None:
+            job.begin = <measure_t> kernels.find(begin, double)
+            job.finish = <kernel_t> kernels.find(finish, double)
+        self.scalars_at, self.settle = scalars, settle
+        if isinstance(scalars, Scalars):
+            self.scalars = scalars
+            job.scalars = self.scalars.scalar.function
+        if settle is not None:
+            job.settle, job.settle_count = settle.scalar.function, settle_count
+            if 1 + terms + settle_count != settle.scalar.taken:
+                raise TypeError(f"settle does not take {settle_count} scalars")
+        job.double, job.itemsize = double, 8 if double else 4
+        job.apart = 0 < last_cache < 2 * BATCH
+        job.rows, job.sets = len(addresses), sets
+        job.columns = len(addresses[0]) if addresses else 4
+        if job.columns > MOST_COLUMNS:
+            raise ValueError(f"a rule may have at most {MOST_COLUMNS - 4} state buffers")
+        job.scalar_count, job.measured, job.terms = scalar_count, measured, terms
+        job.width, job.carried = 1 + max(scalar_count, measured), carried
+        job.stride = job.width + MOST_NUMBERS
+        self.count, self.carry = <int64_t*> count_address, <double*> carry_address
+        self.shapes = shapes
+        self.keep = keep, kernels  # the arrays whose addresses stand in the table
+        self.span_count = job.rows * (job.columns - 3 + (averages is not None))
+        self.spans = <int64_t*> calloc(2 * self.span_count + 1, sizeof(int64_t))
+        job.table = <int64_t*> calloc(job.rows * job.columns + 1, sizeof(int64_t))
+        job.constants = <char*> calloc(sets * job.width, 8)
+        job.limits = <char*> calloc(sets * 3, 8)
+        job.factors = <double*> calloc(sets + 1, 8)
+        job.numbers = <double*> calloc(sets * job.stride, 8)
+        job.steps = <int64_t*> calloc(sets + 1, 8)
+        job.kept_at = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
+        if averages is not None:
+            job.averages = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
+        if products is not None:
+            job.products = <int64_t*> calloc(4 * job.rows + 1, sizeof(int64_t))
+        if not (
+            self.spans and job.table and job.constants and job.limits and job.factors
+            and job.numbers and job.steps and job.kept_at and (averages is None or job.averages)
+            and (products is None or job.products)
+        ):
+            raise MemoryError("no memory for the table of segments")
+        self.enter(addresses, averages, products)
+
+    cdef int enter(self, addresses, averages, products) except -1:
+        cdef Job* job = &self.job
+        cdef int64_t r, c
+        written = []
+        for r in range(job.rows):
+            for c in range(job.columns):
+                job.table[r * job.columns + c] = addresses[r][c]
+            here = [addresses[r][0], *addresses[r][2:job.columns - 2]]
+            if averages is not None:
+                job.averages[r] = averages[r]
+                here.append(averages[r])
+            nbytes = addresses[r][job.columns - 2] * job.itemsize
+            written += [(at, at + nbytes if at else 0) for at in here]
+            for c in range(4 if products is not None else 0):
+                job.products[4 * r + c] = products[r][c]
+        written.sort()
+        for r in range(self.span_count):
+            self.spans[2 * r], self.spans[2 * r + 1] = written[r]
+        return 0
+
+    def __dealloc__(self):
+        free(self.job.table)
+        free(self.job.averages)
+        free(self.job.products)
+        free(self.job.constants)
+        free(self.job.limits)
+        free(self.job.factors)
+        free(self.job.numbers)
+        free(self.job.steps)
+        free(self.job.kept_at)
+        free(self.job.tasks)
+        free(self.job.weights)
+        free(self.spans)
+        free(self.watched)
+
+    def watch(self, list arrays):
+        """Have ``at`` look whether these ndarrays are what they are now, and those that
+        are said to be so writeable."""
+        cdef int64_t i
+        cdef Watched* now
+        free(self.watched)
+        self.watched_count = 0
+        self.watched = <Watched*> malloc((len(arrays) + 1) * sizeof(Watched))
+        if not self.watched:
+            raise MemoryError("no memory for what parameters are like")
+        self.watched_arrays = [(array, array.dtype, flag) for array, flag in arrays]
+        for i, (array, dtype, writeable) in enumerate(self.watched_arrays):
+            now = self.watched + i
+            now.array = <fastopt_ndarray*> <PyObject*> array
+            now.data, now.dtype = now.array.data, <PyObject*> dtype
+            now.nd = now.array.nd
+            now.flags = now.array.flags & C_CONTIGUOUS
+            if writeable:
+                now.flags |= WRITEABLE
+            memcpy(now.dimensions, now.array.dimensions, now.nd * sizeof(Py_ssize_t))
+        self.watched_count = len(arrays)
+
+    cpdef bint unchanged(self) except -1:
+        """Whether all that is watched is as it was."""
+        cdef int64_t i
+        cdef const Watched* then
+        cdef const fastopt_ndarray* array
+        for i in range(self.watched_count):
+            then = self.watched + i
+            array = then.array
+            if (
+                array.data != then.data
+                or array.nd != then.nd
+                or array.flags & (C_CONTIGUOUS | WRITEABLE) != then.flags
+                or memcmp(
+                    array.dimensions, then.dimensions, then.nd * sizeof(Py_ssize_t)
+                )
+            ):
+                return False
+            if array.descr != then.dtype and <object> array.descr != <object> then.dtype:
+                return False
+        return True
+
+    cdef bint overlaps(self, int64_t begin, int64_t end) noexcept:
+        """Whether [begin, end) touches what a step writes, which is apart: a search."""
+        cdef int64_t low = 0, high = self.span_count, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self.spans[2 * middle] < end:
+                low = middle + 1
+            else:
+                high = middle
+        # The last that begins before our end; empty ones are in nobody's way.
+        while low > 0 and self.spans[2 * low - 2] == self.spans[2 * low - 1]:
+            low -= 1
+        return low > 0 and begin < end and self.spans[2 * low - 1] > begin
+
+    cdef int64_t accept(self, grads) except -2:
+        """Put the gradients' addresses into the table; their elements, -1 if unfit."""
+        cdef Py_buffer view
+        cdef int64_t r = 0, total = 0
+        cdef int64_t* row = self.job.table
+        cdef bint fits
+        self.job.task_count = 0
+        for grad in grads:
+            if r == self.job.rows:
+                return -1
+            if grad is None:
+                row[1] = 0
+            else:
+                if type(grad) is not ndarray or grad.shape != self.shapes[r]:
+                    return -1
+                try:
+                    PyObject_GetBuffer(
+                        grad, &view, PyBUF_ND | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS
+                    )
+                except (BufferError, ValueError):
+                    return -1
+                row[1] = <int64_t> view.buf
+                fits = (
+                    view.format[0] == (c"d" if self.job.double else c"f")
+                    and view.format[1] == 0
+                    and not self.overlaps(row[1], row[1] + view.len)
+                )
+                PyBuffer_Release(&view)
+                if not fits:
+                    return -1
+                total += row[self.job.columns - 2]
+            row += self.job.columns
+            r += 1
+        self.job.given = total
+        return total if r == self.job.rows else -1
+
+    cdef int64_t accept_tasks(self, list tasks, weights) except -2:
+        """The same with gradients of several tasks; in the table then stands one of
+        those that there are, to say so."""
+        cdef int64_t r, k, count = len(tasks)
+        cdef int64_t* row = self.job.table
+        free(self.job.tasks)
+        free(self.job.weights)
+        self.job.tasks = <int64_t*> malloc((count * self.job.rows + 1) * sizeof(int64_t))
+        self.job.weights = <char*> malloc(count * self.job.itemsize)
+        if not (self.job.tasks and self.job.weights):
+            raise MemoryError("no memory for the table of tasks")
+        for k in range(count):
+            if self.accept(tasks[k]) < 0:
+                return -1
+            for r in range(self.job.rows):
+                self.job.tasks[k * self.job.rows + r] = self.job.table[r * self.job.columns + 1]
+            put(&self.job, self.job.weights, k, weights[k])
+        self.job.given = 0
+        for r in range(self.job.rows):
+            for k in range(count):
+                if row[1] == 0:
+                    row[1] = self.job.tasks[k * self.job.rows + r]
+            if row[1]:
+                self.job.given += row[self.job.columns - 2]
+            row += self.job.columns
+        self.job.task_count = count
+        return self.job.given
+
+    def take(self, list grads, weights=None):
+        if weights is None:
+            return self.accept(grads) >= 0
+        return self.accept_tasks(grads, weights) >= 0
+
+    def place(self, addresses):
+        """Take gradients by their addresses, an array of int64 with 0 for none; that
+        they fit, the caller knows, but for what they overlap."""
+        # Not a memoryview, for which Cython writes 20,000 lines of C.
+        cdef Py_buffer view
+        PyObject_GetBuffer(addresses, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
+        try:
+            if view.itemsize != 8 or view.len != self.job.rows * 8:
+                raise ValueError(f"wanted {self.job.rows} addresses")
+            return self.place_at(<const int64_t*> view.buf)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bint place_at(self, const int64_t* addresses) noexcept:
+        cdef int64_t r, total = 0, length
+        cdef int64_t* row = self.job.table
+        for r in range(self.job.rows):
+            row[1] = addresses[r]
+            if row[1]:
+                length = row[self.job.columns - 2]
+                if self.overlaps(row[1], row[1] + length * self.job.itemsize):
+                    return False
+                total += length
+            row += self.job.columns
+        self.job.given = total
+        return True
+
+    @property
+    def fuses(self):
+        """See fastopt.step.Runner."""
+        return WITHOUT_SETTLE if self.settle is None else WITH_SETTLE
+
+    # Numbers ---------------------------------------------------------------------------
+
+    cdef int note(self, int64_t r, row, int64_t skip, int64_t count) except -1:
+        """Note the numbers of a set, which stand in the row after ``skip`` others."""
+        cdef int64_t k
+        cdef double* numbers = self.job.numbers + r * self.job.stride
+        cdef tuple values = row
+        if len(values) - skip < count:
+            raise TypeError(
+                f"update takes {count} scalars, but scalars returned {len(values) - skip}"
+            )
+        for k in range(count):
+            numbers[k] = values[skip + k]
+        return 0
+
+    cdef int note_all(self, list rows, int64_t count) except -1:
+        """Note all rows, which begin with the factor for the gradients."""
+        cdef Job* job = &self.job
+        cdef int64_t r, stride = job.stride
+        cdef tuple row
+        for r in range(job.sets):
+            if r and rows[r] is rows[r - 1]:
+                job.factors[r] = job.factors[r - 1]
+                memcpy(
+                    job.numbers + r * stride, job.numbers + (r - 1) * stride,
+                    stride * sizeof(double),
+                )
+            else:
+                row = rows[r]
+                job.factors[r] = row[0]
+                self.note(r, row, 1, count)
+        return 0
+
+    cdef int accept_request(self, request) except -1:
+        """Note what is asked besides the update."""
+        cdef Job* job = &self.job
+        job.clip_value, job.threads = request.clip_value, request.threads
+        job.clipping, job.zeroing = job.clip_value < INFINITY, request.zero_grads
+        put(job, job.weight, 0, 1.0)
+        put(job, job.weight, 1, request.ema_weight)
+        return 0
+
+    # Steps -----------------------------------------------------------------------------
+
+    def calls(self, list rows, request=None):
+        """The step as one call for uninterrupted."""
+        return [partial(self, rows, request)]
+
+    def __call__(self, list rows, request=None):
+        cdef Job* job = &self.job
+        cdef int64_t r
+        cdef uint64_t modes = fastopt_enter()
+        try:
+            job.threads = 1
+            if request is not None:
+                self.accept_request(request)
+            self.note_all(rows, job.scalar_count)
+            for r in range(job.sets):
+                put_row(job, r, job.factors[r], 0, job.scalar_count)
+            with nogil:
+                update_all(job)
+            self.count[0] += 1
+        finally:
+            clear(job)
+            fastopt_leave(modes)
+        return True
+
+    cdef int compute(self, int64_t r, tuple values, const double* old, double* new) except -1:
+        """Compute the scalars of a set from its hyperparameters."""
+        cdef Job* job = &self.job
+        cdef double taken[MOST_NUMBERS]
+        cdef int64_t t = self.count[0] + 1, k
+        cdef int returned = -1
+        cdef double* numbers = job.numbers + r * job.stride
+        if job.scalars and len(values) + job.carried == self.scalars.scalar.taken:
+            memcpy(taken, old, job.carried * sizeof(double))
+            for k in range(len(values)):
+                taken[job.carried + k] = values[k]
+            returned = job.scalars(t, taken, numbers)
+        if returned - job.carried >= job.scalar_count:
+            memcpy(new, numbers + returned - job.carried, job.carried * sizeof(double))
+            return 0
+        carry = [old[k] for k in range(job.carried)]
+        constants = self.scalars_at(t, *carry, *values)
+        for k in range(job.carried):
+            new[k] = constants[len(constants) - job.carried + k]
+        return self.note(r, constants, 0, job.scalar_count)
+
+    def at(self, list grads, list hyperparameters, double grad_scale, int threads):
+        """Take the gradients and do a plain step, and compute the scalars here, from
+        the hyperparameters of each set, at half the cost."""
+        cdef Job* job = &self.job
+        cdef int64_t r
+        cdef double* old = self.carry + self.count[0] % 2 * job.sets * job.carried
+        cdef double* new = self.carry + (self.count[0] + 1) % 2 * job.sets * job.carried
+        cdef uint64_t modes
+        if not self.unchanged() or self.accept(grads) < 0:
+            return False
+        modes = fastopt_enter()
+        try:
+            job.threads = threads
+            for r in range(job.sets):
+                self.compute(
+                    r, hyperparameters[r], old + r * job.carried, new + r * job.carried
+                )
+                put_row(job, r, grad_scale, 0, job.scalar_count)
+            with nogil:
+                update_all(job)
+            self.count[0] += 1
+        finally:
+            fastopt_leave(modes)
+        return True
+
+    def settled(self, list rows, request, list steps):
+        """No Python code runs in between that an interrupt could stop."""
+        cdef Job* job = &self.job
+        cdef double* old = self.carry + self.count[0] % 2 * job.sets * job.carried
+        cdef double* new = self.carry + (self.count[0] + 1) % 2 * job.sets * job.carried
+        cdef int64_t r, count
+        cdef tuple row
+        cdef int code
+        cdef uint64_t modes = fastopt_enter()
+        try:
+            self.accept_request(request)
+            for r in range(job.sets):
+                job.steps[r] = steps[r]
+                row = rows[r]
+                job.handed = len(row) - 1 - job.settle_count
+                count = job.handed + self.settle.scalar.returned - job.carried
+                if not 0 <= job.handed <= job.scalar_count <= count:
+                    raise TypeError(
+                        f"update takes {job.scalar_count} scalars and settle "
+                        f"{job.settle_count}, but scalars returned {len(row) - 1} and "
+                        f"settle {self.settle.scalar.returned}"
+                    )
+            self.note_all(rows, job.handed + job.settle_count)
+            with nogil:
+                code = step_in_batches(job, old, new)
+            if code == NO_MEMORY:
+                raise MemoryError("no memory for sums and updates")
+            if code != OK:
+                raise ZeroDivisionError("float division by zero")
+            self.count[0] += 1
+        finally:
+            clear(job)
+            fastopt_leave(modes)
+        return True
+
+    # Sums ------------------------------------------------------------------------------
+
+    def sums(self, str what, list rows, request):
+        cdef Job* job = &self.job
+        cdef bint of_rule = what == "rule"
+        cdef int64_t r, k, chunks, terms = job.terms if of_rule else 1
+        cdef Rows segments = rows_from(job, 0, INT64_MAX)
+        cdef const double* partials
+        cdef uint64_t modes = fastopt_enter()
+        try:
+            self.accept_request(request)
+            self.note_all(rows, job.measured if of_rule else 0)
+            for r in range(job.sets):
+                put_row(job, r, job.factors[r], 0, job.measured if of_rule else 0)
+            if not make_room(job, segments.chunks, terms):
+                raise MemoryError("no memory for sums")
+            with nogil:
+                measure_all(
+                    job, segments, job.measure if of_rule else job.tools.square, terms
+                )
+            sums, partials = [], job.partials
+            for r in range(job.rows):
+                if not job.table[r * job.columns + 1]:
+                    sums.append(None)
+                    continue
+                chunks = chunks_of(job.table[(r + 1) * job.columns - 2])
+                sums.append(
+                    tuple([in_chunks(partials + k, terms, chunks) for k in range(terms)])
+                )
+                partials += chunks * terms
+            return sums
+        finally:
+            clear(job)
+            fastopt_leave(modes)
+
+    def squares(self, list rows, request):
+        cdef Job* job = &self.job
+        cdef const int64_t* row = job.table
+        cdef int64_t r, s
+        job.clip_value, job.threads = request.clip_value, request.threads
+        squares = []
+        for r in range(job.rows):
+            if (
+                job.products and job.products[4 * r] and row[1] and row[job.columns - 2]
+            ):
+                s = row[job.columns - 1]
+                put_limits(job, s, rows[s][0])
+                squares.append(squares_of(job, r))
+            else:
+                squares.append(None)
+            row += job.columns
+        return squares
