@@ -2,11 +2,12 @@
 
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
+That is plain Python, written out for the rule's number of buffers, over a load and a
+store; Numba compiles it, and its simulator runs it as it is.
 What a step does beside the rule is in the same kernel. Sums take a thread for each lane
 of each chunk, and one more to add the lanes up.
 Buffers that do not start on 16 bytes go through the same kernel one element at a time.
-Nothing is contracted or approximated, so the bits are the reference's. Under
-NUMBA_ENABLE_CUDASIM=1 all but the vector instructions runs in numba's simulator.
+Nothing is contracted or approximated, so the bits are the reference's.
 """
 
 from __future__ import annotations
@@ -105,19 +106,6 @@ class Beside(NamedTuple):
 NOTHING = Beside()
 
 
-class Elements(NamedTuple):
-    """The functions of one element that kernels are made of."""
-
-    update: Any  # or a measure
-    clip: Any
-    average: Any
-
-
-def elements(function: Any, dtype: np.dtype[Any]) -> Elements:
-    of = function, passes.clip.update, passes.average.update
-    return Elements(*(concrete(f, dtype, primitives(dtype.type), inlined) for f in of))
-
-
 def unfused(context: Any) -> None:
     """Products and sums are not to be fused in the kernel that is being generated. No
     public switch says so; `check` sees to it that this one works."""
@@ -125,173 +113,133 @@ def unfused(context: Any) -> None:
     getattr(library, "_nvvm_options", {})["fma"] = False
 
 
-def parts(builder: Any, array: Any) -> list[Any]:
-    return [builder.extract_value(array, k) for k in range(len(array.type))]
+def accesses(dtype: np.dtype[Any], width: int) -> dict[str, Any]:
+    """What loads and stores ``width`` elements of a buffer from the i-th on. These are
+    intrinsics in a kernel: only LLVM's vectors become 16-byte loads and stores."""
+    align = width * dtype.itemsize
 
+    def place(context: Any, builder: Any, kind: Any, pointer: Any, i: Any) -> Any:
+        unfused(context)
+        vector = ir.VectorType(context.get_value_type(kind.dtype), width)
+        first = builder.bitcast(builder.gep(pointer, [i]), vector.as_pointer())
+        return builder.addrspacecast(first, vector.as_pointer(1))  # global
 
-def caller(context: Any, builder: Any, real: Any) -> Callable[..., list[Any]]:
-    """What generates a call of an element's function with arguments of type ``real``,
-    which returns so many results."""
+    def load(context: Any, pointer: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            at = place(context, builder, signature.args[0], *given)
+            loaded = builder.load(at, align=align)
+            lanes = map(ir.IntType(32), range(width))
+            values = [builder.extract_element(loaded, lane) for lane in lanes]
+            return context.make_tuple(builder, signature.return_type, values)
 
-    def call(
-        function: Any, arguments: list[Any], results: int, kind: Any = real
-    ) -> list[Any]:
-        signature = types.UniTuple(kind, results)(*[real] * len(arguments))
-        element = context.compile_subroutine(
-            builder, function, signature, caching=False
-        )
-        result = context.call_internal(builder, element.fndesc, signature, arguments)
-        return parts(builder, result)
+        return types.UniTuple(pointer.dtype, width)(pointer, i), generate
 
-    return call
-
-
-def vector_update(
-    of: Elements, beside: Beside, dtype: np.dtype[Any], width: int
-) -> Any:
-    """A function (i, grad, buffers, scalars) that updates ``width`` elements from i on.
-
-    In a kernel it is an intrinsic, because only LLVM's vectors become 16-byte loads and
-    stores, and because it can be written once for any number of buffers.
-    """
-
-    def split(scalars: list[Any]) -> tuple[Any, list[Any], list[Any], list[Any]]:
-        """The factor, the constants, those of clipping and those of the average."""
-        factor, *rest = scalars
-        weight = [rest.pop()] if beside.average else []
-        limits = rest[-2:] if beside.clip else []
-        return factor, rest[: len(rest) - len(limits)], limits, weight
-
-    def simulated(i: int, grad: Any, buffers: Any, scalars: Any) -> None:
-        with np.errstate(all="ignore"):
-            factor, constants, limits, weight = split(list(map(dtype.type, scalars)))
-            for j in range(i, i + width):
-                p, *state = (buffer[j] for buffer in buffers)
-                average = [state.pop()] if beside.average else []
-                g = grad[j] * factor
-                if beside.clip:
-                    (g,) = of.clip(g, g, *limits)
-                new = list(of.update(p, g, *state, *constants))
-                if beside.average:
-                    new += of.average(*average, new[0], *weight)
-                for buffer, value in zip(buffers, new, strict=True):
-                    buffer[j] = value
-                if beside.zero:
-                    grad[j] = 0
-
-    def typed(context: Any, i: Any, grad: Any, buffers: Any, scalars: Any) -> Any:
-        real, streams = scalars.dtype, len(buffers)
-
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            unfused(context)
-            call = caller(context, builder, real)
-            vector = ir.VectorType(context.get_value_type(real), width)
-
-            def place(pointer: Any) -> Any:
-                first = builder.gep(pointer, [i])
-                pointer = builder.bitcast(first, vector.as_pointer())
-                return builder.addrspacecast(pointer, vector.as_pointer(1))  # global
-
-            i, grad, buffers, scalars = arguments
-            places = [place(p) for p in (grad, *parts(builder, buffers))]
-            align = width * dtype.itemsize
-            old = [builder.load(pointer, align=align) for pointer in places]
-            new = [ir.Constant(vector, ir.Undefined)] * streams
-            factor, constants, limits, weight = split(parts(builder, scalars))
-            for k in range(width):
-                lane = ir.Constant(ir.IntType(32), k)
-                g, p, *state = (builder.extract_element(v, lane) for v in old)
-                average = [state.pop()] if beside.average else []
-                g = builder.fmul(g, factor)
-                if beside.clip:
-                    (g,) = call(of.clip, [g, g, *limits], 1)
-                count = streams - beside.average
-                values = call(of.update, [p, g, *state, *constants], count)
-                if beside.average:
-                    values += call(of.average, [*average, values[0], *weight], 1)
-                new = list(map(builder.insert_element, new, values, [lane] * streams))
-            for v, pointer in zip(new, places[1:], strict=True):
-                builder.store(v, pointer, align=align)
-            if beside.zero:
-                zeros = ir.Constant(vector, None)
-                builder.store(zeros, places[0], align=align)
+    def store(context: Any, pointer: Any, i: Any, values: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            kind, _, kinds = signature.args
+            at = place(context, builder, kind, *given[:2])
+            stored = ir.Constant(at.type.pointee, ir.Undefined)
+            for lane, value in enumerate(cgutils.unpack_tuple(builder, given[2])):
+                value = context.cast(builder, value, kinds[lane], kind.dtype)
+                stored = builder.insert_element(stored, value, ir.IntType(32)(lane))
+            builder.store(stored, at, align=align)
             return context.get_dummy_value()
 
-        return types.void(i, grad, buffers, scalars), generate
+        return types.void(pointer, i, values), generate
 
-    return simulated if SIMULATED else intrinsic(typed)
+    if not SIMULATED:
+        return {"load": intrinsic(load), "store": intrinsic(store)}
+    return {
+        "load": lambda buffer, i: tuple(buffer[j] for j in range(i, i + width)),
+        "store": lambda buffer, i, values: buffer.__setitem__(
+            slice(i, i + width), np.array(values, dtype)
+        ),
+    }
 
 
-def lane_sum(of: Elements, clip: bool, terms: int, dtype: np.dtype[Any]) -> Any:
-    """A function (first, count, stride, grad, buffers, scalars, sums, place) that puts,
+def generated(lines: list[str], element: Any, dtype: np.dtype[Any], width: int) -> Any:
+    """The function of these lines, with what they may call: ``update``, which is the
+    element's, ``clip`` and ``average``, loads and stores."""
+    of = {"update": element, "clip": passes.clip.update}
+    of["average"] = passes.average.update
+    ours = primitives(dtype.type)
+    made: dict[str, Any] = {
+        "__name__": element.__module__,
+        **accesses(dtype, width),
+        "zero": dtype.type(0),
+        "wide": ours["wide"],
+    }
+    for name in ("update", "clip", "average"):
+        made[name] = inlined(concrete(of[name], dtype, ours, inlined))
+    if SIMULATED:
+        lines.insert(1, "    scalars = tuple(map(type(zero), scalars))")
+    exec("\n".join(lines), made)
+    function = made["function"]
+    return np.errstate(all="ignore")(function) if SIMULATED else inlined(function)
+
+
+def update_of(
+    element: Any, states: int, beside: Beside, dtype: np.dtype[Any], width: int
+) -> Any:
+    """A function (i, grad, buffers, scalars) that updates ``width`` elements from i on,
+    written out for each of them."""
+    scalars = [
+        f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
+    ]
+    factor, *constants = scalars
+    limits = f"scalars[{len(scalars)}], scalars[{len(scalars) + 1}]"
+    weight = f"scalars[{len(scalars) + 2 * beside.clip}]"
+    buffers, lanes = range(1 + states + beside.average), range(width)
+
+    def vector(name: str) -> str:
+        return "".join(f"{name}_{k}, " for k in lanes)
+
+    body = [f"{vector('g')} = load(grad, i)"]
+    body += [f"{vector(f'b{j}')} = load(buffers[{j}], i)" for j in buffers]
+    for k in lanes:
+        g, (p, *state) = f"g_{k}", (f"b{j}_{k}" for j in buffers)
+        body.append(f"{g} = {g} * {factor}")
+        if beside.clip:
+            body.append(f"({g},) = clip({g}, {g}, {limits})")
+        average = state.pop() if beside.average else ""
+        given = ", ".join([p, g, *state, *constants])
+        body.append(f"{', '.join([p, *state])}, = update({given})")
+        if beside.average:
+            body.append(f"({average},) = average({average}, {p}, {weight})")
+    body += [f"store(buffers[{j}], i, ({vector(f'b{j}')}))" for j in buffers]
+    if beside.zero:
+        body.append(f"store(grad, i, ({'zero, ' * width}))")
+    lines = ["def function(i, grad, buffers, scalars):", *(f"    {x}" for x in body)]
+    return generated(lines, element, dtype, width)
+
+
+def lane_sum(
+    element: Any, states: int, clip: bool, terms: int, dtype: np.dtype[Any]
+) -> Any:
+    """A function (first, count, stride, grad, buffers, scalars, sums, to) that puts,
     for every term, the sum over each stride-th element from ``first`` on into the
     sums."""
-
-    def simulated(
-        first: int,
-        count: int,
-        stride: int,
-        grad: Any,
-        buffers: Any,
-        scalars: Any,
-        sums: Any,
-        to: int,
-    ) -> None:
-        with np.errstate(all="ignore"):
-            factor, *constants = map(dtype.type, scalars)
-            limits = [constants.pop(), constants.pop()][::-1] if clip else []
-            totals = [0.0] * terms
-            for i in range(first, first + count * stride, stride):
-                p, *state = (buffer[i] for buffer in buffers)
-                g = grad[i] * factor
-                if clip:
-                    (g,) = of.clip(g, g, *limits)
-                found = of.update(p, g, *state, *constants)
-                totals = [t + float(x) for t, x in zip(totals, found, strict=True)]
-            for k, total in enumerate(totals):
-                sums[to + k * LANES] = total
-
-    def typed(
-        context: Any,
-        first: Any,
-        count: Any,
-        stride: Any,
-        grad: Any,
-        buffers: Any,
-        scalars: Any,
-        sums: Any,
-        to: Any,
-    ) -> Any:
-        real = scalars.dtype
-
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            unfused(context)
-            first, count, stride, grad, buffers, scalars, sums, to = arguments
-            call = caller(context, builder, real)
-            zero = ir.Constant(ir.DoubleType(), 0.0)
-            totals = [cgutils.alloca_once_value(builder, zero) for _ in range(terms)]
-            factor, *constants = parts(builder, scalars)
-            limits = [constants.pop(), constants.pop()][::-1] if clip else []
-            pointers = [grad, *parts(builder, buffers)]
-            with cgutils.for_range(builder, count) as loop:
-                i = builder.add(first, builder.mul(loop.index, stride))
-                g, p, *state = (builder.load(builder.gep(q, [i])) for q in pointers)
-                g = builder.fmul(g, factor)
-                if clip:
-                    (g,) = call(of.clip, [g, g, *limits], 1)
-                given = [p, g, *state, *constants]
-                found = call(of.update, given, terms, types.float64)
-                for total, value in zip(totals, found, strict=True):
-                    builder.store(builder.fadd(builder.load(total), value), total)
-            for k, total in enumerate(totals):
-                place = builder.add(to, ir.Constant(to.type, k * LANES))
-                builder.store(builder.load(total), builder.gep(sums, [place]))
-            return context.get_dummy_value()
-
-        taken = first, count, stride, grad, buffers, scalars, sums, to
-        return types.void(*taken), generate
-
-    return simulated if SIMULATED else intrinsic(typed)
+    scalars = [
+        f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
+    ]
+    limits = f"scalars[{len(scalars)}], scalars[{len(scalars) + 1}]"
+    state = [f"s{k}" for k in range(states)]
+    loop = ["i = first + k * stride", "(g,) = load(grad, i)"]
+    loop += [f"({b},) = load(buffers[{j}], i)" for j, b in enumerate(["p", *state])]
+    loop.append(f"g = g * {scalars[0]}")
+    if clip:
+        loop.append(f"(g,) = clip(g, g, {limits})")
+    found = "".join(f"x{k}, " for k in range(terms))
+    loop.append(f"{found} = update({', '.join(['p', 'g', *state, *scalars[1:]])})")
+    loop += [f"t{k} = t{k} + wide(x{k})" for k in range(terms)]
+    lines = [
+        "def function(first, count, stride, grad, buffers, scalars, sums, to):",
+        *(f"    t{k} = 0.0" for k in range(terms)),
+        "    for k in range(count):",
+        *(f"        {line}" for line in loop),
+        *(f"    sums[to + {k * LANES}] = t{k}" for k in range(terms)),
+    ]
+    return generated(lines, element, dtype, 1)
 
 
 def kernel(
@@ -302,8 +250,7 @@ def kernel(
     beside: Beside = NOTHING,
 ) -> tuple[Callable[..., None], Any]:
     """The kernel, not yet compiled, and its signature."""
-    of = elements(update, dtype)
-    several, single = (vector_update(of, beside, dtype, w) for w in (width, 1))
+    several, single = (update_of(update, states, beside, dtype, w) for w in (width, 1))
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:
         thread = cuda.grid(1)
@@ -329,7 +276,7 @@ def sums_kernel(
     measure: Any, states: int, dtype: np.dtype[Any], terms: int, clip: bool = False
 ) -> tuple[Callable[..., None], Any]:
     """The kernel that sums up each lane of each chunk, likewise."""
-    lane_of = lane_sum(elements(measure, dtype), clip, terms, dtype)
+    lane_of = lane_sum(measure, states, clip, terms, dtype)
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any, sums: Any) -> None:
         thread = cuda.grid(1)
@@ -361,7 +308,7 @@ def tiles_kernel(
 ) -> tuple[Callable[..., None], Any]:
     """The kernel that sums up squares in each tile of matrices: each lane of a row, or
     each column."""
-    sum_of = lane_sum(elements(passes.square, dtype), clip, 1, dtype)
+    sum_of = lane_sum(passes.square, 0, clip, 1, dtype)
 
     def rows(
         matrices: int,
