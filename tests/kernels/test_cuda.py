@@ -518,7 +518,7 @@ def test_launch(launches, disassemble):
     step = cuda_driver.bind(fastopt.adamw, segments, count, np.zeros((2, 2, 0)))
     grads = [OnDevice(16384, s.param.size) for s in segments[:3]] + [None]
     scalars = [(0.5, 0.1, 0.2, 0.3, 0.4, 0.6), (1.0, 0.6, 0.5, 0.4, 0.3, 0.2)]
-    assert step.take(grads) and step(scalars, 1)
+    assert step.take(grads) and step(scalars, Request())
     assert count[0] == 1
     vectors, singles = launches
     for (config, _, *arguments), blocks, offset, values in (
