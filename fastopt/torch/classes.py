@@ -25,7 +25,7 @@ from fastopt.torch.arguments import (
 )
 from fastopt.torch.averaging import Averaging
 from fastopt.torch.loading import RULE
-from fastopt.torch.plan import Unsupported
+from fastopt.torch.memory import Unsupported
 from fastopt.torch.state import Names
 from fastopt.torch.step import Stepping, extras
 

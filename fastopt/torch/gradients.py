@@ -17,7 +17,7 @@ from fastopt.rule import shown
 from fastopt.rules import passes
 from fastopt.step import Key, Program, execute, plain
 from fastopt.torch.flat import in_flat_buffer
-from fastopt.torch.memory import COMPUTED, NUMPY, array, same_layout
+from fastopt.torch.memory import COMPUTED, NUMPY, array, check_gradient, same_layout
 from fastopt.torch.turns import Call
 
 
@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
         """The weighted sum of the gradients of a parameter."""
         weights = self.weights or [1.0]
         pairs = zip((task[place] for task in self.tasks), weights, strict=True)
-        return sum(grad * weight for grad, weight in pairs if grad is not None)
+        return sum(g * weight for g, weight in pairs if g is not None and weight)
 
 
 def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
@@ -67,6 +67,8 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
                 raise TypeError(f"{name}[{i}] must be a tensor or None, got {grad!r}")
         lists.append(list(task))
     if weights is not None:
+        if isinstance(weights, Tensor):
+            weights = weights.detach().tolist()
         dtypes = {NUMPY[COMPUTED.get(p.dtype, torch.float64)] for p in params}
         for dtype in sorted(dtypes, key=lambda dtype: dtype.itemsize):
             weights = checks.check_weights(weights, len(lists), dtype)
@@ -74,54 +76,67 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
 
 
 class Sums:
-    """Sums of gradients, in the dtype of the computation, until a step takes them."""
+    """Sums of gradients, in the dtype of the computation, until a step takes them. A
+    parameter has one from its first gradient on."""
 
     def __init__(self, params: Sequence[Tensor]):
         self.params = list(params)
-        self.tensors = [
-            torch.zeros_like(param, dtype=computed(param), requires_grad=False)
-            for param in self.params
-        ]
+        self.tensors: list[Tensor | None] = [None] * len(self.params)
         self.given = np.zeros(len(self.params), bool)
-        alike: dict[Any, list[int]] = {}
-        for i, tensor in enumerate(self.tensors):
-            alike.setdefault((tensor.dtype, tensor.device), []).append(i)
         self.programs: list[tuple[list[int], Program]] = []
-        for places in alike.values():
-            arrays = [array(self.tensors[i]) for i in places]
-            on_device = not self.tensors[places[0]].is_cpu
-            module = backends.load(backends.choose(passes.accumulate, on_device))
-            program = bind_alone(module, passes.accumulate, arrays)
-            self.programs.append((places, program))
 
     def __getstate__(self) -> Any:
-        return self.params, self.tensors, self.given
+        return self.params, self.gradients.tasks[0]
 
     def __setstate__(self, state: Any) -> None:
-        params, tensors, given = state
+        params, sums = state
         self.__init__(params)  # type: ignore[misc]
-        self.restore([t if g else None for t, g in zip(tensors, given, strict=True)])
+        self.restore(sums)
+
+    def _make(self, places: Sequence[int]) -> None:
+        """Make the sums of these parameters, where there are none yet."""
+        lacking = [i for i in places if self.tensors[i] is None]
+        for i in lacking:
+            param = self.params[i]
+            dtype = param.dtype if param.is_complex() else COMPUTED[param.dtype]
+            made = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            self.tensors[i] = made
+        if not lacking:
+            return
+        alike: dict[Any, list[int]] = {}
+        for i, total in enumerate(self.tensors):
+            if total is not None:
+                alike.setdefault((total.dtype, total.device), []).append(i)
+        self.programs = []
+        for (_, device), of_kind in alike.items():
+            arrays = [array(self.tensors[i]) for i in of_kind]
+            choice = backends.choose(passes.accumulate, device.type != "cpu")
+            program = bind_alone(backends.load(choice), passes.accumulate, arrays)
+            self.programs.append((of_kind, program))
 
     @property
     def dtype(self) -> Any:
-        """The narrowest dtype among the sums, which factors must be finite in."""
-        dtypes = [NUMPY[COMPUTED[tensor.dtype]] for tensor in self.tensors]
-        return min(dtypes, key=lambda dtype: dtype.itemsize, default=np.dtype("f4"))
+        """The narrowest dtype of a sum, which factors must be finite in."""
+        known = [COMPUTED[p.dtype] for p in self.params if p.dtype in COMPUTED]
+        return NUMPY[torch.float32 if torch.float32 in known else torch.float64]
+
+    def fit(self, params: Sequence[Tensor]) -> bool:
+        """Whether they are of these parameters, as these are now."""
+        return [*map(id, params)] == [*map(id, self.params)] and all(
+            total is None
+            or (total.shape, total.device) == (param.shape, param.device)
+            and total.dtype
+            == (param.dtype if param.is_complex() else COMPUTED[param.dtype])
+            for total, param in zip(self.tensors, params, strict=True)
+        )
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Check that they are of these parameters."""
-        if [*map(id, params)] != [*map(id, self.params)]:
+        if not self.fit(params):
             raise RuntimeError(
-                "parameters were added since gradients were accumulated; step before, "
-                "or drop_accumulated()"
+                "parameters were added or changed since gradients were accumulated; "
+                "step before, or drop_accumulated()"
             )
-
-    @staticmethod
-    def lacks(grad: Tensor | None) -> bool:
-        """Whether a gradient has something that was not added."""
-        if grad is None:
-            return False
-        return not in_flat_buffer(grad) or bool(grad.any())
 
     @property
     def gradients(self) -> Gradients:
@@ -130,29 +145,32 @@ class Sums:
 
     def restore(self, saved: Sequence[Tensor | None]) -> None:
         """Take over sums that were saved."""
-        wanted = [tensor.shape for tensor in self.tensors]
-        shapes = [s if s is None else getattr(s, "shape", None) for s in saved]
-        if len(shapes) != len(wanted) or any(
-            value is not None and shape != there
-            for value, shape, there in zip(saved, shapes, wanted, strict=True)
+        if len(saved) != len(self.params) or any(
+            total is not None and getattr(total, "shape", None) != param.shape
+            for total, param in zip(saved, self.params, strict=True)
         ):
             raise ValueError(
                 f"the accumulated gradients of the state must be, for each of "
-                f"{len(wanted)} parameters, a tensor of its shape or None; nothing was "
-                f"loaded"
+                f"{len(self.params)} parameters, a tensor of its shape or None; "
+                f"nothing was loaded"
             )
-        for i, (tensor, value) in enumerate(zip(self.tensors, saved, strict=True)):
-            self.given[i] = value is not None
-            if value is not None:
-                tensor.copy_(value)
+        self._make([i for i, total in enumerate(saved) if total is not None])
+        for i, (tensor, total) in enumerate(zip(self.tensors, saved, strict=True)):
+            if tensor is not None and total is not None:
+                self.given[i] = True
+                tensor.copy_(total)
 
     def adding(self, factor: float, threads: int) -> list[Call]:
         """Return the calls that add what is in ``.grad``, times a factor, and reset
         it."""
         grads = [param.grad for param in self.params]
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        for i in places:
+            check_gradient(self.params[i], grads[i])
+        self._make(places)
         calls: list[Call] = []
-        for places, program in self.programs:
-            pairs = [(grads[i], self.tensors[i]) for i in places]
+        for of_kind, program in self.programs:
+            pairs = [(grads[i], self.tensors[i]) for i in of_kind]
             fitting = [None if g is None else fitted(g, like) for g, like in pairs]
             arrays = [None if g is None else array(g) for g in fitting]
             if not program.runner.take(arrays):
@@ -162,11 +180,10 @@ class Sums:
             calls.append(partial(len, fitting))
         given = self.given | [grad is not None for grad in grads]
         calls.append(partial(self.given.__setitem__, ..., given))
-        for param, grad in zip(self.params, grads, strict=True):
-            if grad is not None and in_flat_buffer(grad):
-                calls.append(grad.zero_)
-            elif grad is not None:
-                calls.append(partial(setattr, param, "grad", None))
+        for i in places:
+            param, grad = self.params[i], grads[i]
+            reset = partial(setattr, param, "grad", None)
+            calls.append(grad.zero_ if in_flat_buffer(grad) else reset)
         return calls
 
     def emptying(self) -> list[Call]:
@@ -177,9 +194,11 @@ class Sums:
         ]
 
 
-def computed(param: Tensor) -> torch.dtype:
-    """The dtype that steps of a parameter compute in, complex for complex ones."""
-    return param.dtype if param.is_complex() else COMPUTED[param.dtype]
+def is_left(grad: Tensor | None) -> bool:
+    """Whether a gradient in ``.grad`` has something that was not accumulated."""
+    if grad is None:
+        return False
+    return grad.layout is not torch.strided or bool(grad.detach().any())
 
 
 def fitted(grad: Tensor, like: Tensor) -> Tensor:

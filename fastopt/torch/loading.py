@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastopt.rule import Rule
 from fastopt.torch.arguments import EXTRAS, PAIRS
-from fastopt.torch.plan import Unsupported
+from fastopt.torch.memory import Unsupported
 from fastopt.torch.state import EMA, TRAINED, check_steps
 
 if TYPE_CHECKING:

@@ -41,6 +41,10 @@ C_TYPES: dict[torch.dtype, Any] = {
 }
 
 
+class Unsupported(RuntimeError):
+    """What fastopt has no kernels for."""
+
+
 def is_hollow(tensor: Tensor) -> bool:
     """Whether it has elements, but no memory of its own: a wrapper of other tensors, as
     DTensor, a FakeTensor, or what functorch makes."""
@@ -169,6 +173,47 @@ def room(
         for _ in range(streams)
     ]
     return [tuple(stream[i][:size] for stream in made) for i, size in enumerate(sizes)]
+
+
+def check_gradient(param: Tensor, grad: Tensor) -> None:
+    """That a gradient can be read, or copied first."""
+    check_memory("gradients", grad)
+    if grad.is_complex() and not param.is_complex():
+        raise ValueError(
+            f"a parameter of {param.dtype} has a gradient of {grad.dtype}; pass its "
+            f"real part"
+        )
+    if grad.shape != param.shape and not broadcasts(grad.shape, param.shape):
+        raise ValueError(
+            f"a parameter has shape {tuple(param.shape)}, but its gradient has "
+            f"{tuple(grad.shape)}"
+        )
+
+
+def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether torch repeats a tensor of a shape where another one is wanted."""
+    try:
+        return bool(torch.broadcast_shapes(shape, wanted) == torch.Size(wanted))
+    except RuntimeError:
+        return False
+
+
+def check_memory(what: str, tensor: Tensor) -> None:
+    """That a tensor's elements are in memory, one by one."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "sparse"
+        raise Unsupported(f"{kind} {what}")
+    shape = tuple(tensor.shape)
+    if is_cut_off(tensor):
+        raise RuntimeError(
+            f"one of the {what} has shape {shape}, but a storage of "
+            f"{tensor.untyped_storage().nbytes()} bytes, which was freed or made "
+            f"smaller; nothing was updated"
+        )
+    if is_hollow(tensor):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        kind = "wrapper" if plain else type(tensor).__name__
+        raise Unsupported(f"{what} without memory of their own ({kind}, shape {shape})")
 
 
 class Tensors:

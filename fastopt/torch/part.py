@@ -116,7 +116,10 @@ class Part:
                 for key in self.buffer_keys
                 if key in member.state
             }
-            average = streams.pop(EMA, None) if self.averaged else None
+            average = None
+            if self.averaged:
+                del streams[EMA]
+                average = array(member.state[EMA], count, shape)
             product = None if member.factors is None else member.factors.product
             ours = tuple(streams.values()) if product is None else ()
             segments.append(
@@ -144,7 +147,7 @@ class Part:
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
-            if self.any:
+            if self.any or self.averaged:
                 self._take_fitted([task])
         elif moved or not self._placed:
             np.take(found, self.places, out=self._here)
@@ -179,7 +182,7 @@ class Part:
         ]
         self._know(np.array(there))
         self._placed, self._given = False, given
-        if self.any:
+        if self.any or self.averaged:
             self._take_fitted(tasks, given.weights)
         return self.any
 
@@ -237,10 +240,13 @@ class Part:
         # In this order: a signal handler may step in between.
         self._steps = self.vectors[0].tobytes()
         self._t = int(self.vectors[0].item(0))
+
+    def forget(self) -> None:
+        """Forget what was taken."""
         self._taken, self._given = [], None
         if not self.plain:
             self._copies = []
-            del self.program
+            self.__dict__.pop("program", None)
 
     def is_finite(self, run: int, factor: float) -> bool:
         """Whether the gradients of a run are finite, and only their squares not, which

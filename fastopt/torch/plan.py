@@ -21,16 +21,19 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
 from fastopt.torch.gradients import Gradients
-from fastopt.torch.memory import COMPUTED, is_cut_off, is_hollow, is_plain, watched
+from fastopt.torch.memory import (
+    COMPUTED,
+    Unsupported,
+    check_gradient,
+    check_memory,
+    is_plain,
+    watched,
+)
 from fastopt.torch.part import Part
 from fastopt.torch.state import Member, Names, Values, shapes_of
 from fastopt.torch.turns import Call, Turns
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
-
-
-class Unsupported(RuntimeError):
-    """What fastopt has no kernels for."""
 
 
 # Of each group the rule, its hyperparameters, and the sign of its gradients.
@@ -229,9 +232,16 @@ class Plan:
                 grads[place] = fitted.copy_(grad.detach())
                 tensors.found[place] = fitted.data_ptr()
         where = tensors.found, tensors.moved
-        found = [part for part in self.parts if part.take(grads, *where)]
+        taken = [part.take(grads, *where) for part in self.parts]
         tensors.moved = False
-        return found
+        return self._stepping(taken)
+
+    def _stepping(self, taken: list[bool]) -> list[Part]:
+        """The parts that a step changes: those with a gradient or, if there are any,
+        all parts with averages, which follow the parameters in any case."""
+        averaged = self.averaged and any(taken)
+        pairs = zip(self.parts, taken, strict=True)
+        return [part for part, there in pairs if there or averaged]
 
     @standard
     def take_given(self, given: Gradients) -> list[Part] | None:
@@ -246,7 +256,7 @@ class Plan:
                 if grad is not None:
                     check_gradient(param, grad)
         self._given = given
-        return [part for part in self.parts if part.take_given(given)]
+        return self._stepping([part.take_given(given) for part in self.parts])
 
     @standard
     def do(
@@ -372,12 +382,18 @@ class Plan:
                 calls.append(partial(there.update, entry))
         return [partial(state.update, fresh), *calls] if self._new else []
 
+    def forget(self, parts: list[Part]) -> None:
+        """Forget the gradients, which would be kept alive."""
+        self._given = None
+        for part in parts:
+            part.forget()
+
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
         """After a step: note what the next one needs to know. ``state``: what ``look``
         will be given."""
-        self._given = None  # which would keep the gradients
         for part in parts:
             part.end()
+        self.forget(parts)
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
         if self._new:
             self._new = {}
@@ -487,42 +503,6 @@ def check(
                 f"{tuple(shape)} in its state, where it has {tuple(tensor.shape)}; cut "
                 f"or pad the state as the parameter, or delete it"
             )
-
-
-def check_gradient(param: Tensor, grad: Tensor) -> None:
-    """That a gradient can be read, or copied first."""
-    check_memory("gradients", grad)
-    if grad.shape != param.shape and not broadcasts(grad.shape, param.shape):
-        raise ValueError(
-            f"a parameter has shape {tuple(param.shape)}, but its gradient has "
-            f"{tuple(grad.shape)}"
-        )
-
-
-def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether torch repeats a tensor of a shape where another one is wanted."""
-    try:
-        return bool(torch.broadcast_shapes(shape, wanted) == torch.Size(wanted))
-    except RuntimeError:
-        return False
-
-
-def check_memory(what: str, tensor: Tensor) -> None:
-    """That a tensor's elements are in memory, one by one."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else "sparse"
-        raise Unsupported(f"{kind} {what}")
-    shape = tuple(tensor.shape)
-    if is_cut_off(tensor):
-        raise RuntimeError(
-            f"one of the {what} has shape {shape}, but a storage of "
-            f"{tensor.untyped_storage().nbytes()} bytes, which was freed or made "
-            f"smaller; nothing was updated"
-        )
-    if is_hollow(tensor):
-        plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        kind = "wrapper" if plain else type(tensor).__name__
-        raise Unsupported(f"{what} without memory of their own ({kind}, shape {shape})")
 
 
 def in_fake_mode() -> bool:

@@ -20,9 +20,9 @@ from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import in_flat_buffer
-from fastopt.torch.gradients import Gradients, Sums, of_tasks
-from fastopt.torch.memory import HALVES
-from fastopt.torch.plan import Plan, Unsupported
+from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
+from fastopt.torch.memory import HALVES, Unsupported
+from fastopt.torch.plan import Plan
 from fastopt.torch.state import EMA, TRAINED, Names, evaluated
 from fastopt.torch.turns import Overtaken, Turns
 
@@ -131,14 +131,23 @@ class Stateful(Optimizer):
         ``step()`` takes, and reset them as ``zero_grad`` does.
 
         The sums of bfloat16 and float16 gradients are of float32. A ``state_dict``
-        contains them.
+        contains them. GradScaler cannot be used, because it looks at ``.grad``.
         """
         with self._turns.lock:
             done = False
             while not done:
                 self._turns.begin()
+                try:
+                    self._read(list(self.param_groups))
+                except Unsupported as reason:
+                    raise RuntimeError(
+                        f"{reason} are left to torch's own {type(self).__name__}, "
+                        f"which has no accumulate"
+                    ) from None
                 params = [param for param, _ in self._all()]
-                sums = self._sums or Sums(params)
+                sums = self._sums
+                if sums is None or not (sums.given.any() or sums.fit(params)):
+                    sums = Sums(params)
                 sums.check(params)
                 factor = checks.check_factor(grad_scale, sums.dtype)
                 calls = sums.adding(factor, self._threads())
@@ -170,7 +179,7 @@ class Stateful(Optimizer):
         if sums is None:
             return None
         sums.check(params)
-        if any(sums.lacks(param.grad) for param in params):
+        if any(is_left(param.grad) for param in params):
             raise RuntimeError(
                 "there are accumulated gradients, and others in .grad; call "
                 "accumulate() to add these, or zero_grad() to discard them"

@@ -21,7 +21,8 @@ from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.gradients import Gradients
 from fastopt.torch.hooks import hooked_step
-from fastopt.torch.plan import Plan, Read, Unsupported, zeroing
+from fastopt.torch.memory import Unsupported
+from fastopt.torch.plan import Plan, Read, zeroing
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.turns import Overtaken
 
@@ -188,8 +189,14 @@ class Stepping(Stateful):
                     other, self._given_plan = self._given_plan, None
                     other = self._update(other, scale, request, given=given)
                     self._given_plan = other
-            elif zero_grads:
-                uninterrupted(*zeroing(param.grad for param, _ in self._all()))
+            else:  # GradScaler has found an infinity or a NaN
+                calls = []
+                if self._sums is not None and grads is None:
+                    calls = self._sums.emptying()
+                if zero_grads:
+                    there = [param.grad for param, _ in self._all()]
+                    calls += zeroing(there if given is None else chain(*given.tasks))
+                uninterrupted(*calls)
             self._plan = plan
         return loss
 
@@ -345,6 +352,7 @@ class Stepping(Stateful):
             return plan
         last = self._sums.emptying() if self._sums is not None and given else []
         if not plan.do(parts, scale, request, self.__dict__, last):
+            plan.forget(parts)
             return None if plan.unused else plan
         if single is not None:
             state = {single: self.state[single]} if single in self.state else {}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -336,3 +337,117 @@ def test_what_a_mask_refuses():
     with pytest.raises(TypeError, match="rprop has no weight_decay"):
         ft.Rprop([p], weight_decay_mask=lambda name, p: False)
     ft.Rprop([p], weight_decay_mask=lambda name, p: True)
+
+
+# What is easily lost
+
+
+def test_sums_follow_added_and_changed_parameters():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = ft.SGD([w], lr=1.0)
+    w.grad = torch.ones(2)
+    opt.accumulate()
+    opt.step()
+    v = torch.nn.Parameter(torch.ones(1))
+    opt.add_param_group({"params": [v]})
+    w.data = torch.zeros(3, dtype=torch.float64)
+    w.grad = torch.full_like(w, 1e300)
+    opt.accumulate()
+    w.data = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="added or changed"):
+        opt.step()
+    w.data = torch.zeros(3, dtype=torch.float64)
+    opt.step()
+    assert w.tolist() == [-1e300] * 3 and v.item() == 1
+
+
+def test_a_skipped_step_keeps_no_gradients():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = ft.AdamW([w], nonfinite="skip")
+    opt.step(grads=[torch.ones(2)])
+    grad = torch.full((2,), float("nan"))
+    kept = weakref.ref(grad)
+    opt.step(grads=[grad])
+    del grad
+    assert opt.skipped == 1 and kept() is None
+
+
+def test_grad_scaler_s_infinity_drops_sums():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = ft.AdamW([w], fused=True)
+    w.grad = torch.full((2,), float("inf"))
+    opt.accumulate()
+    opt.found_inf, opt.grad_scale = torch.tensor(1.0), torch.tensor(2.0)
+    opt.step()
+    opt.found_inf = torch.tensor(0.0)
+    w.grad = torch.ones(2)
+    opt.accumulate()
+    opt.step()
+    assert torch.isfinite(w).all() and not torch.equal(w.detach(), torch.ones(2))
+    given = torch.ones(2)
+    opt.found_inf = torch.tensor(1.0)
+    opt.step(grads=[given], zero_grads=True)
+    assert not given.any()
+
+
+def test_a_task_without_weight_is_not_read():
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    opt = ft.SGD([w], lr=1e-200, nonfinite="skip")
+    tasks = [[torch.tensor([value], dtype=w.dtype)] for value in (float("nan"), 1e200)]
+    opt.step(grads=tasks, weights=torch.tensor([0.0, 1.0], requires_grad=True))
+    assert opt.skipped == 0 and w.item() == 0
+
+
+def test_sums_of_parameters_that_others_hold_frozen():
+    """A parameter without a gradient may be of any kind."""
+    w, ones = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+    others = [
+        torch.nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False),
+        torch.nn.Parameter(torch.ones(2, device="meta")),
+        torch.nn.UninitializedParameter(),
+    ]
+    opt = ft.SGD([w, *others], lr=0.5)
+    w.grad = ones.clone()
+    opt.accumulate()
+    w.grad = ones.clone()
+    opt.accumulate(grad_scale=2.0)
+    w.grad = torch.zeros(2)  # nothing is in it
+    opt.step()
+    assert torch.equal(w.detach(), ones - 1.5)
+    w.grad = ones.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        opt.accumulate()
+    with pytest.raises(ValueError, match="pass its real part"):
+        opt.step(grads=[1j * ones, None, None, None])
+    with pytest.raises(RuntimeError, match="which has no accumulate"):
+        ft.Muon([torch.nn.Parameter(torch.ones(2, 2))]).accumulate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_of_factored_parameters(dtype):
+    """NumPy's and the compiled step agree, of parameters that keep their shape."""
+    results = []
+    for backend in ("numpy", "cython"):
+        params = [torch.nn.Parameter(p) for p in draw(0, dtype, [(4, 5), (3,), ()])]
+        opt = ft.Adafactor(params, ema=0.9, backend=backend)
+        for k in range(2):
+            opt.step(grads=draw(k + 1, dtype, [(4, 5), (3,), ()]))
+        results.append([*params, *opt.ema_params()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16])
+def test_averages_follow_parameters_without_gradients(other):
+    w = torch.nn.Parameter(torch.ones(2))
+    v = torch.nn.Parameter(torch.ones(2, dtype=other))
+    opt = ft.SGD([w, v], lr=0.5, ema=0.5)
+    opt.step(grads=[torch.ones(2), torch.ones(2, dtype=other)])
+    assert [e.tolist() for e in opt.ema_params()] == [[0.75] * 2] * 2
+    opt.step(grads=[torch.ones(2), None])
+    assert [e.tolist() for e in opt.ema_params()] == [[0.375] * 2, [0.625] * 2]
+    w.grad = torch.zeros(2)
+    opt.step()
+    assert [e.tolist() for e in opt.ema_params()] == [[0.1875] * 2, [0.5625] * 2]
+    opt.zero_grad()
+    opt.step()  # nothing at all
+    assert opt.ema_params()[1].tolist() == [0.5625] * 2
