@@ -19,7 +19,10 @@ sys.path.insert(0, str(ROOT / "csrc"))  # an isolated build has no such entry
 from render import CSRC, renderer  # noqa: E402
 
 RENDERED = ROOT / "build" / "kernels"
-# What native code sees, and the kernels' table has to be; and what is compiled.
+# What kernels are made of, which take long to compile; and all that is compiled.
+OF_KERNELS = [
+    CSRC / name for name in ("kernels.pyx.in", "table.pxi.in", "gram.h", "render.py")
+]
 SOURCES = [
     ROOT / "fastopt" / "include" / "fastopt.h",
     ROOT / "fastopt" / "__init__.pxd",
@@ -56,14 +59,14 @@ def write(name, text):
     return str(source.relative_to(ROOT))
 
 
-def extension(name, text, flags=()):
+def extension(name, text, flags=(), sources=SOURCES):
     return Extension(
         f"fastopt.{name}",
         [write(f"{name}.pyx", text)],
         extra_compile_args=[*FLAGS, *flags],
         optional=True,  # or packing fails if it was not built
         # A source distribution takes in what an extension depends on.
-        depends=[str(path.relative_to(ROOT)) for path in SOURCES],
+        depends=[str(path.relative_to(ROOT)) for path in sources],
         include_dirs=["csrc", "fastopt/include"],
     )
 
@@ -74,7 +77,8 @@ def extensions():
     for name in ("table.pxi", "scalars.pxi"):
         write(name, render(f"{name}.in"))
     for isa, flags in ISAS.items():
-        yield extension(f"_kernels_{isa}", render("kernels.pyx.in", isa=isa), flags)
+        text = render("kernels.pyx.in", isa=isa)
+        yield extension(f"_kernels_{isa}", text, flags, OF_KERNELS)
     for name in ("driver", "tensors", "xla", "process"):
         yield extension(f"_{name}", (CSRC / f"{name}.pyx").read_text(encoding="utf-8"))
 
