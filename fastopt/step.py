@@ -143,6 +143,7 @@ class Program:
             rows = 1 + max((segment.row for segment in segments), default=0)
             carry = np.zeros((2, rows, len(rule.carry)))
         self.carry = carry
+        self.numbers: int = carry.shape[2]  # that the rule carries, for each row
         self.scalars = rule.scalars if scalars is None else scalars
         self.runner: Any = module.bind(rule, segments, self.count, carry)
 
@@ -260,13 +261,13 @@ def execute(
         advance_factors(program, rows, request)
     if rule.settle is not None:
         if total is None and "settle" in runner.fuses:
-            program.carried[:] = [key.carry for key in keys]
+            if program.numbers:
+                program.carried[:] = [key.carry for key in keys]
             steps = [key.t for key in keys]
             return [partial(runner.settled, rows, request, steps)]
         rows = settle(program, keys, rows, request, total)
-    count = program.carry.shape[2]
-    if count:
-        program.carried_next[:] = [row[-count:] for row in rows]
+    if program.numbers:
+        program.carried_next[:] = [row[-program.numbers :] for row in rows]
     # Runners copy a row that is the same object as the one before.
     scalars: list[Row] = []
     same: dict[int, Row] = {}

@@ -120,7 +120,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
     """As :func:`numpy_ref.bind`. This step also checks its gradients; it returns
     False, and has done nothing, if one of them needs a closer look. Its method
     ``at`` takes hyperparameters and computes the scalars itself; ``settled`` does a
-    measured step in batches, if ``batches``."""
+    measured step in batches, if it fuses "settle"."""
     measure = MEASURES.get(rule.measure) if rule.measure else None
     if rule.update not in KERNELS or (rule.measure and not measure):
         raise ValueError(

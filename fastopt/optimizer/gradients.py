@@ -38,12 +38,9 @@ def take(
     """Give the gradients of each task to a runner, and return them as it took them. A
     runner that checks them itself takes plain arrays as they are. Otherwise each is
     converted and checked, which also finds the words for a refusal."""
-
-    def taken(tasks: list[list[Any]]) -> bool:
-        return runner.take(tasks[0] if weights is None else tasks, weights)
-
-    if "scalars" in runner.fuses and taken(tasks):
-        return tasks
+    if "scalars" in runner.fuses:
+        if runner.take(tasks[0] if weights is None else tasks, weights):
+            return tasks
     fitting: list[list[Any]] = [
         [
             fit(params, i, grad, spans, "" if weights is None else f"[{k}]")
@@ -51,7 +48,7 @@ def take(
         ]
         for k, task in enumerate(tasks)
     ]
-    if not taken(fitting):
+    if not runner.take(fitting[0] if weights is None else fitting, weights):
         raise RuntimeError("the kernel refused gradients found to fit")
     return fitting
 

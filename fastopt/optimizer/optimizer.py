@@ -25,9 +25,10 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, filling, uninterrupted
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
-from fastopt.step import Key, Request, examine, execute
+from fastopt.step import Key, Request, examine, execute, plain
 
 ACCUMULATED: Any = object()  # stands for the accumulated gradients
+NOTHING = None, None, "propagate", None, False  # is asked of most steps
 AS_GIVEN = 1.0  # compared by identity, so that the default needs no check
 
 
@@ -229,14 +230,18 @@ class Optimizer(Bindings):
                     pending = self._look_for_accumulated(grads)
                     if pending is not None:
                         gradients = pending.gradients
-                    request = Request(
-                        checks.check_limit("clip_norm", clip_norm),
-                        checks.check_limit("clip_value", clip_value),
-                        checks.check_nonfinite(nonfinite),
-                        0.0 if self.ema is None else 1 - self.ema,
-                        zero_grads or pending is not None,
-                        threads,
-                    )
+                    asked = clip_norm, clip_value, nonfinite, self.ema, zero_grads
+                    if asked == NOTHING and pending is None:
+                        request = plain(threads)
+                    else:
+                        request = Request(
+                            checks.check_limit("clip_norm", clip_norm),
+                            checks.check_limit("clip_value", clip_value),
+                            checks.check_nonfinite(nonfinite),
+                            0.0 if self.ema is None else 1 - self.ema,
+                            zero_grads or pending is not None,
+                            threads,
+                        )
                     tasks = [gradients] if weights is None else gradients
                     self._step_in_full(tasks, weights, values, grad_scale, request)
             finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt.backends import cython_cpu
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
@@ -167,7 +168,13 @@ def bind(
             carry[:, len(carried) :] = carried[0]
     written = [*arrays, *(a for made in buffers.values() for a in made)]
     program = Program(
-        module, rule, segments, factors=factors, count=completed, carry=carry
+        module,
+        rule,
+        segments,
+        factors=factors,
+        count=completed,
+        carry=carry,
+        scalars=cython_cpu.scalars(rule.scalars) if module is cython_cpu else None,
     )
     if "scalars" in program.runner.fuses:
         program.runner.watch(params.watch.ndarrays)
