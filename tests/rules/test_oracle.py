@@ -246,7 +246,9 @@ def mutants(function):
             exec(compile(tree, "mutant", "exec"), names)
             changed = names[element.__name__]
             if element is not function:
-                names = function.__globals__ | {element.__name__: changed}
+                # A rule in passes calls its functions by other names than theirs.
+                called = [n for n, v in function.__globals__.items() if v is element]
+                names = function.__globals__ | dict.fromkeys(called, changed)
                 changed = types.FunctionType(function.__code__, names)
             yield ast.unparse(node), changed
 
