@@ -26,6 +26,7 @@ class Gradients(NamedTuple):
 
     tasks: list[list[Tensor | None]]  # for each task, a gradient for each parameter
     weights: list[float] | None  # of the tasks; None: there is one
+    summed: bool = False  # whether they are accumulated sums
 
     @property
     def first(self) -> list[Tensor | None]:
@@ -141,7 +142,8 @@ class Sums:
     @property
     def gradients(self) -> Gradients:
         pairs = zip(self.tensors, self.given.tolist(), strict=True)
-        return Gradients([[total if given else None for total, given in pairs]], None)
+        task = [total if given else None for total, given in pairs]
+        return Gradients([task], None, True)
 
     def restore(self, saved: Sequence[Tensor | None]) -> None:
         """Take over sums that were saved."""

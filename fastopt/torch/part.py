@@ -390,26 +390,6 @@ class Part:
             ]
         return calls
 
-    def estimate(self, values: Sequence[Values], threads: int) -> list[Call]:
-        """The calls that put an estimate into the state, from gradients of another
-        kind."""
-        of: Any = self.rule.estimate
-        (buffer, rule), grads = of, []
-        self._check_steps()
-        streams = [member.state[self.names.key(buffer)] for member in self.members]
-        arrays, keys = list(map(array, streams)), []
-        program = bind_alone(self.module, rule, arrays, range(len(arrays)))
-        for stream, member, steps in zip(
-            streams, self.members, self.vectors[0], strict=True
-        ):
-            keys.append(Key(int(steps) + 1, (), values[member.group]))
-            grad = member.param.grad
-            made = torch.empty_like(stream)
-            grads.append(None if grad is None else made.copy_(grad.detach()))
-        program.runner.take([None if grad is None else array(grad) for grad in grads])
-        self._taken = grads
-        return execute(program, keys, plain(threads))
-
     def _load_factors(self) -> None:
         """Put the averages of rows and columns where the step takes the old ones."""
         now = self.program.count.item(0) % 2
@@ -445,3 +425,24 @@ def copy(member: Member, tensor: Tensor) -> Tensor:
 def laid_out(member: Member, tensor: Tensor) -> Tensor:
     """A gradient that lies in memory as its parameter does."""
     return fitted(tensor, member.param)
+
+
+def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
+    """The calls that put an estimate into the state, from gradients of another
+    kind."""
+    of: Any = part.rule.estimate
+    (buffer, rule), grads = of, []
+    part._check_steps()
+    streams = [member.state[part.names.key(buffer)] for member in part.members]
+    arrays, keys = list(map(array, streams)), []
+    program = bind_alone(part.module, rule, arrays, range(len(arrays)))
+    for stream, member, steps in zip(
+        streams, part.members, part.vectors[0], strict=True
+    ):
+        keys.append(Key(int(steps) + 1, (), values[member.group]))
+        grad = member.param.grad
+        made = torch.empty_like(stream)
+        grads.append(None if grad is None else made.copy_(grad.detach()))
+    program.runner.take([None if grad is None else array(grad) for grad in grads])
+    part._taken = grads
+    return execute(program, keys, plain(threads))

@@ -22,6 +22,7 @@ from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.gradients import Gradients
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
+from fastopt.torch.part import estimate
 from fastopt.torch.plan import Plan, Read, zeroing
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.turns import Overtaken
@@ -43,9 +44,8 @@ class Stepping(Stateful):
         Decay of a moving average of the parameters, updated in the same pass; it is in
         the state under "ema", and in ``ema_params()``.
     weight_decay_mask
-        Where weight decay applies: a callable of a parameter's name (empty if torch was
-        not given names) and the parameter, which returns a bool. ``lambda name, param:
-        param.ndim > 1`` spares vectors.
+        Where weight decay applies: a callable of a parameter's name (empty if torch has
+        none) and the parameter, such as ``lambda name, param: param.ndim > 1``.
     threads
         At most so many; by default as many as torch uses, within the container's quota.
     backend
@@ -56,7 +56,7 @@ class Stepping(Stateful):
     grad_norm
         The norm of all gradients in the last step that needed it.
     skipped
-        How often ``nonfinite="skip"`` has left a step out.
+        How many steps ``nonfinite="skip"`` has left out.
     """
 
     _step_supports_amp_scaling = False  # but of instances with fused=True, as torch's
@@ -103,12 +103,10 @@ class Stepping(Stateful):
         self._warn_of_shares(clip_norm is not None, nonfinite)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
-        """Once, where what is asked needs all parameters, but each process has some."""
+        """Warn once if a step needs all parameters, of which each process has some."""
         if not self._warned:
-            params = [param for param, _ in self._all()]
-            self._warned = sharding.warn(
-                type(self).__name__, params, self._rules, clip_norm, nonfinite
-            )
+            of = [param for param, _ in self._all()], self._rules
+            self._warned = sharding.warn(type(self).__name__, *of, clip_norm, nonfinite)
 
     @Arguments
     def __signature__(cls) -> inspect.Signature:
@@ -139,8 +137,8 @@ class Stepping(Stateful):
             parameter, in order. With ``weights``, a list of such lists, one for each
             task. They are only read.
         weights
-            A number for each task. The step is that of the weighted sum of the tasks'
-            gradients, which is never written to memory (see ``fastopt.multitask``).
+            A number for each task. The step is that of the weighted sum of their
+            gradients, which is never written to memory.
         clip_norm
             The most that the norm of all gradients together may be; larger ones are
             shrunk to it as by ``clip_grad_norm_``, but stay as they are in ``.grad``.
@@ -164,13 +162,11 @@ class Stepping(Stateful):
         if nonfinite is AS_MADE:
             nonfinite = self.nonfinite
         made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
-        own = self.__dict__
-        given = None
-        if grads is not None or weights is not None or self._sums is not None:
-            given = self._given(grads, weights)
-        usual = made == NOTHING_ASKED and given is None
-        turns = self._turns
+        own, turns, given = self.__dict__, self._turns, None
         with turns.lock:
+            if grads is not None or weights is not None or self._sums is not None:
+                given = self._given(grads, weights)
+            usual = made == NOTHING_ASKED and given is None
             # Taken away during the step, so that whoever comes in between, be it by an
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
@@ -187,8 +183,7 @@ class Stepping(Stateful):
                     plan = self._update(plan, scale, request)
                 else:
                     other, self._given_plan = self._given_plan, None
-                    other = self._update(other, scale, request, given=given)
-                    self._given_plan = other
+                    self._given_plan = self._update(other, scale, request, given=given)
             else:  # GradScaler has found an infinity or a NaN
                 calls = []
                 if self._sums is not None and grads is None:
@@ -244,7 +239,7 @@ class Stepping(Stateful):
         without = spared(self.weight_decay_mask, groups, self._rules)
         plan = Plan(*of, self.ema is not None, self.backend, spared=without)
         calls = plan.entries(self.state)
-        calls += chain(*[p.estimate(plan.values, self._threads()) for p in plan.parts])
+        calls += chain(*[estimate(p, plan.values, self._threads()) for p in plan.parts])
         try:
             self._turns.commit(calls)
         except Overtaken:
@@ -320,6 +315,8 @@ class Stepping(Stateful):
                 return None
             except Overtaken:  # in a signal handler, say
                 plan = None
+                if given and given.summed and not self._given(None, None):
+                    return None  # which has taken the sums
 
     def _attempt(
         self,

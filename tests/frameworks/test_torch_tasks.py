@@ -266,6 +266,23 @@ def test_sums_are_saved_copied_and_dropped():
         opt.load_state_dict({**saved, "accumulated": saved["accumulated"][:-1]})
 
 
+def test_a_step_within_a_step_takes_the_sums():
+    """As one of a signal handler may; the outer step then has nothing to do."""
+    w, within = torch.nn.Parameter(torch.ones(2)), []
+
+    def mask(name, param):  # is called when a step is planned
+        if within:
+            within.pop()()
+        return True
+
+    opt = ft.AdamW([w], lr=0.1, weight_decay_mask=mask)
+    w.grad = torch.ones(2)
+    opt.accumulate()
+    within.append(opt.step)
+    opt.step()
+    assert not within and opt.state[w]["step"] == 1
+
+
 def test_what_accumulation_refuses():
     p = torch.nn.Parameter(torch.ones(2))
     opt = ft.AdamW([p], lr=0.1)
