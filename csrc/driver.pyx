@@ -126,7 +126,7 @@ cdef struct Tools:
 
 
 cdef class Kernels:
-    """The kernels of an instruction set, from the capsule of its module."""
+    """The kernels of an instruction set, from the capsule of their module."""
     cdef const Table* table
     cdef Tools tools[2]
     cdef readonly str ISA
@@ -155,15 +155,15 @@ cdef class Kernels:
         raise no_kernel(name)
 
 
-# Rows of the table that follow one another.
+# A range of rows of the table.
 cdef struct Rows:
     int64_t first, last
-    int64_t given  # their elements with a gradient
-    int64_t chunks  # and the chunks of these
-    bint kept  # a begin does their sums, and a finish their update
+    int64_t given  # the number of elements with a gradient
+    int64_t chunks  # and of chunks of these
+    bint kept  # whether begin measures them and finish updates them
 
 
-# All that a step needs. What is zero is not done.
+# All that a step needs. A part of a step whose field is zero is left out.
 cdef struct Job:
     const Tools* tools
     kernel_t kernel, finish
@@ -247,7 +247,7 @@ cdef inline int64_t chunks_of(int64_t length) noexcept nogil:
 cdef inline void prepare(
     const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
 ) noexcept nogil:
-    """A copy of the row whose gradients from ``start`` on are combined, and clipped."""
+    """Copy the row, with gradients from ``start`` on that are combined and clipped."""
     cdef const int64_t* row = job.table + r * job.columns
     cdef const char* limits = limits_of(job, row) if job.clipping else NULL
     memcpy(local, row, job.columns * sizeof(int64_t))
@@ -273,7 +273,7 @@ cdef inline void cut_off(
 cdef inline void multiply(
     const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
 ) noexcept nogil:
-    """Make what is factored, from ``start`` on, for a copy of the row."""
+    """Make the factored state from ``start`` on, for a copy of the row."""
     cdef const int64_t* factors = job.products + 4 * r
     if job.products and factors[0]:
         job.tools.product(factors, start, n, scratch)
@@ -281,7 +281,7 @@ cdef inline void multiply(
 
 
 cdef inline void zero(const Job* job, int64_t r, int64_t start, int64_t n) noexcept nogil:
-    """Set the gradients to zero, those of all tasks."""
+    """Set the gradients of all tasks to zero."""
     cdef int64_t k, address
     for k in range(max(<int64_t> 1, job.task_count)):
         address = job.table[r * job.columns + 1]
@@ -294,8 +294,8 @@ cdef inline void zero(const Job* job, int64_t r, int64_t start, int64_t n) noexc
 cdef inline void move(
     const Job* job, int64_t r, const int64_t* row, bint kept, int64_t start, int64_t n
 ) noexcept nogil:
-    """Update these elements: by the rule's kernel or, where a begin has done all but that,
-    move the parameters by what it kept."""
+    """Update these elements with the rule's kernel or, if begin has done the rest, move the
+    parameters by what it kept."""
     cdef int64_t pair[2]
     if kept:
         pair[0], pair[1] = row[0], job.kept_at[r]
@@ -307,7 +307,7 @@ cdef inline void move(
 cdef void move_beside(
     const Job* job, int64_t r, bint kept, int64_t first, int64_t n
 ) noexcept nogil:
-    """The update, and what else there is to do, block by block."""
+    """Update block by block, with everything else that the step does."""
     cdef const int64_t* row = job.table + r * job.columns
     cdef int64_t start = first, m, end = first + n
     cdef int64_t pair[2]
@@ -329,7 +329,7 @@ cdef void move_beside(
 
 
 cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noexcept nogil:
-    """Do elements [begin, end) of these segments laid end to end."""
+    """Update elements [begin, end) of these segments, counted from the first to the last."""
     cdef int64_t r, first, last, head, start = 0
     cdef const int64_t* row = job.table + rows.first * job.columns
     cdef bint beside = (
@@ -360,7 +360,8 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
 
 
 cdef int64_t elements(const Job* job, const Rows* rows) noexcept nogil:
-    """Those that an update works on: with averages, which follow the others, all."""
+    """Count the elements that an update works on: all of them if averages are kept, because
+    averages follow parameters without a gradient, too."""
     cdef int64_t r, total = 0
     if job.averages == NULL:
         return rows.given
@@ -372,7 +373,7 @@ cdef int64_t elements(const Job* job, const Rows* rows) noexcept nogil:
 # Sums over segments ---------------------------------------------------------------------
 
 cdef Rows rows_from(const Job* job, int64_t first, int64_t most) noexcept nogil:
-    """As many rows as have ``most`` bytes together, but at least one."""
+    """Return the rows from ``first`` on that have ``most`` bytes together, at least one."""
     cdef int64_t length, r = first
     cdef Rows rows = Rows(first, first, 0, 0, False)
     while r < job.rows:
@@ -392,7 +393,7 @@ cdef void measure_chunks(
     const Job* job, measure_t measure, int64_t terms, const Rows* rows, int64_t begin,
     int64_t end
 ) noexcept nogil:
-    """Sum up chunks [begin, end) of those of these segments."""
+    """Measure chunks [begin, end) of these segments."""
     cdef int64_t r, c, start, n, length, before = 0
     cdef const int64_t* row = job.table + rows.first * job.columns
     cdef int64_t local[MOST_COLUMNS + 1]
@@ -415,7 +416,7 @@ cdef void measure_chunks(
 
 
 cdef double in_chunks(const double* sums, int64_t stride, int64_t chunks) noexcept nogil:
-    """The sum of chunks, in their order."""
+    """Add up the sums of chunks, in their order."""
     cdef double total = 0
     cdef int64_t c
     for c in range(chunks):
@@ -424,13 +425,13 @@ cdef double in_chunks(const double* sums, int64_t stride, int64_t chunks) noexce
 
 
 cdef bint make_room(Job* job, int64_t chunks, int64_t terms) noexcept nogil:
-    """Whether there is memory for these sums."""
+    """Allocate memory for sums. Return whether there was any."""
     job.partials = <double*> malloc((chunks + 1) * terms * sizeof(double))
     return job.partials != NULL
 
 
 cdef void clear(Job* job) noexcept nogil:
-    """Forget what belongs to one step."""
+    """Free and reset what belongs to one step."""
     job.clipping = job.zeroing = False
     free(job.partials)
     free(job.kept)
@@ -441,7 +442,8 @@ cdef void clear(Job* job) noexcept nogil:
 
 ctypedef void (*part_t)(void* work, int k) noexcept nogil
 
-# The update of some rows and the sums of others, in so many elements and chunks a part.
+# The update of some rows and the measuring of others, shared among parts: each has
+# ``share`` elements of the first and ``chunks`` chunks of the others.
 cdef struct Turn:
     Job* job
     Rows batch, after
@@ -476,7 +478,7 @@ cdef void turn_part(void* work, int k) noexcept nogil:
 cdef void take_turn(
     Job* job, Rows batch, Rows after, measure_t measure, int64_t terms
 ) noexcept nogil:
-    """Update one batch, and take the sums of another."""
+    """Update one batch and measure another."""
     cdef Turn turn
     cdef int64_t parts = 1
     turn.job, turn.batch, turn.after, turn.measure = job, batch, after, measure
@@ -506,7 +508,7 @@ cdef void measure_all(Job* job, Rows rows, measure_t measure, int64_t terms) noe
 cdef bint settle(
     const Job* job, int64_t s, int64_t n, const double* sums, double* carry
 ) noexcept nogil:
-    """Put the results of settle in place of a set's numbers; whether it has any."""
+    """Replace numbers of a set by the results of settle. Return whether it succeeded."""
     cdef double* numbers = job.numbers + s * job.stride + job.handed
     cdef double taken[MOST_NUMBERS]
     cdef int returned
@@ -520,8 +522,8 @@ cdef bint settle(
 
 
 cdef void keep(Job* job, Rows* rows, int64_t at) noexcept nogil:
-    """Have a batch done by begin and finish, if they exist and what they keep is not too
-    much for the cache."""
+    """Choose begin and finish for a batch if the rule has them and what they keep fits into
+    the cache."""
     cdef int64_t r
     at = (at + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
     rows.kept = job.begin != NULL and rows.given * job.itemsize <= BATCH
@@ -532,15 +534,16 @@ cdef void keep(Job* job, Rows* rows, int64_t at) noexcept nogil:
 
 
 cdef int step_in_batches(Job* job, const double* old, double* new) noexcept nogil:
-    """A step whose sums are over each row, of which each is a set, too. No settle of such
-    a rule divides by zero (tests/kernels/test_bits.py), or arrays would have changed."""
+    """Do a step with norms of each row, where each row has its own set of scalars. No settle
+    of such a rule may divide by zero, because arrays have changed by then;
+    tests/kernels/test_bits.py checks this for ours."""
     cdef int64_t r, k, length, turn = 0
     cdef double sums[MOST_NUMBERS]
     cdef const double* partials
     cdef Rows none = Rows(0, 0, 0, 0, False), batch = none, after
     cdef Rows rows = rows_from(job, 0, INT64_MAX)
-    # Of two halves, the last batch's is read while this one's is written, if they are not
-    # done apart.
+    # There are two halves: one is read for the last batch while the other is written for
+    # this one, unless the two are done one after the other.
     cdef int64_t room = min(<int64_t> BATCH, rows.given * job.itemsize) + CACHE_LINE
     if not make_room(job, rows.chunks, job.terms):
         return NO_MEMORY

@@ -1,4 +1,4 @@
-# What Python sees: scalars, and steps over fixed segments.
+# What Python calls: compiled scalars, and steps over fixed segments.
 
 cdef enum:
     C_CONTIGUOUS = 0x0001  # among NumPy's flags
@@ -6,7 +6,7 @@ cdef enum:
 
 cdef extern from *:
     """
-    /* An ndarray's fields, which stand so in every NumPy from 1.7 on. To read them takes
+    /* The fields of an ndarray, in the order of every NumPy from 1.7 on. Reading them takes
        no call. */
     typedef struct {
         PyObject_HEAD
@@ -29,18 +29,18 @@ WITHOUT_SETTLE = frozenset(["step", "scalars"])
 WITH_SETTLE = WITHOUT_SETTLE | {"settle"}
 
 
-# An array that steps write to, and what it was when they were bound to it.
+# An array that steps write to, as it was when the step was bound to it.
 cdef struct Watched:
     fastopt_ndarray* array
     char* data
     PyObject* dtype
     int nd, flags
-    Py_ssize_t dimensions[64]  # which is the most that NumPy has
+    Py_ssize_t dimensions[64]  # the most that NumPy allows
 
 
 cdef class Scalars:
-    """A rule's scalars or settle, compiled: the bits and the errors of the Python
-    function, which is called for these."""
+    """A rule's compiled scalars or settle. It has the bits of the Python function, which is
+    called to raise its errors."""
     cdef const Scalar* scalar
     cdef object function
 
@@ -61,14 +61,13 @@ cdef class Scalars:
 
 
 cdef class Step:
-    """Steps over fixed segments, as those of numpy_ref.py, with one kernel: a compiled one
-    by name, or one of Numba's by address.
+    """Runs steps over fixed segments (see fastopt.step.Runner) with one kernel: a compiled
+    one by name, or one of Numba's by address.
 
-    ``settled`` is sums, settle and step in one, for sums over each segment. ``take``
-    returns False if some gradient is not a plain C-contiguous ndarray of its
-    parameter's shape and dtype away from all that a step writes; the caller knows how
-    to say which and why. ``at`` is take, scalars and step in one. With weights, ``take``
-    gets a list of gradients for each task.
+    ``take`` returns False unless every gradient is a plain C-contiguous ndarray of its
+    parameter's shape and dtype that does not overlap what a step writes; the caller finds
+    out which one and why. ``at`` takes gradients, computes scalars and steps in one call.
+    ``settled`` measures, settles and steps, for norms of each segment.
     """
     cdef Job job
     cdef int64_t* spans  # begin and end of all that a step writes, sorted
@@ -175,8 +174,8 @@ cdef class Step:
         free(self.watched)
 
     def watch(self, list arrays):
-        """Have ``at`` look whether these ndarrays are what they are now, and those that
-        are said to be so writeable."""
+        """Have ``at`` check that these ndarrays have not changed since, and that those which
+        are given as such are writeable."""
         cdef int64_t i
         cdef Watched* now
         free(self.watched)
@@ -197,7 +196,7 @@ cdef class Step:
         self.watched_count = len(arrays)
 
     cpdef bint unchanged(self) except -1:
-        """Whether all that is watched is as it was."""
+        """Whether no watched array has changed."""
         cdef int64_t i
         cdef const Watched* then
         cdef const fastopt_ndarray* array
@@ -218,7 +217,8 @@ cdef class Step:
         return True
 
     cdef bint overlaps(self, int64_t begin, int64_t end) noexcept:
-        """Whether [begin, end) touches what a step writes, which is apart: a search."""
+        """Whether [begin, end) overlaps what a step writes: a binary search, because the
+        spans do not overlap each other."""
         cdef int64_t low = 0, high = self.span_count, middle
         while low < high:
             middle = (low + high) // 2
@@ -226,13 +226,14 @@ cdef class Step:
                 low = middle + 1
             else:
                 high = middle
-        # The last that begins before our end; empty ones are in nobody's way.
+        # Now low is behind the last span that begins before our end. Skip empty spans.
         while low > 0 and self.spans[2 * low - 2] == self.spans[2 * low - 1]:
             low -= 1
         return low > 0 and begin < end and self.spans[2 * low - 1] > begin
 
     cdef int64_t accept(self, grads) except -2:
-        """Put the gradients' addresses into the table; their elements, -1 if unfit."""
+        """Put the addresses of the gradients into the table. Return the number of their
+        elements, or -1 if one of them does not fit."""
         cdef Py_buffer view
         cdef int64_t r = 0, total = 0
         cdef int64_t* row = self.job.table
@@ -268,8 +269,8 @@ cdef class Step:
         return total if r == self.job.rows else -1
 
     cdef int64_t accept_tasks(self, list tasks, weights) except -2:
-        """The same with gradients of several tasks; in the table then stands one of
-        those that there are, to say so."""
+        """Accept the gradients of several tasks. The table keeps the address of any task's
+        gradient, to mark the segment as active."""
         cdef int64_t r, k, count = len(tasks)
         cdef int64_t* row = self.job.table
         free(self.job.tasks)
@@ -301,8 +302,8 @@ cdef class Step:
         return self.accept_tasks(grads, weights) >= 0
 
     def place(self, addresses):
-        """Take gradients by their addresses, an array of int64 with 0 for none; that
-        they fit, the caller knows, but for what they overlap."""
+        """Take gradients by their addresses, an array of int64 with 0 for none. The caller
+        has checked that they fit; only overlaps are checked here."""
         # Not a memoryview, for which Cython writes 20,000 lines of C.
         cdef Py_buffer view
         PyObject_GetBuffer(addresses, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
@@ -335,7 +336,7 @@ cdef class Step:
     # Numbers ---------------------------------------------------------------------------
 
     cdef int note(self, int64_t r, row, int64_t skip, int64_t count) except -1:
-        """Note the numbers of a set, which stand in the row after ``skip`` others."""
+        """Store ``count`` numbers of a set, which follow ``skip`` others in the row."""
         cdef int64_t k
         cdef double* numbers = self.job.numbers + r * self.job.stride
         cdef tuple values = row
@@ -348,7 +349,7 @@ cdef class Step:
         return 0
 
     cdef int note_all(self, list rows, int64_t count) except -1:
-        """Note all rows, which begin with the factor for the gradients."""
+        """Store all rows. Each begins with the factor for the gradients."""
         cdef Job* job = &self.job
         cdef int64_t r, stride = job.stride
         cdef tuple row
@@ -366,7 +367,7 @@ cdef class Step:
         return 0
 
     cdef int accept_request(self, request) except -1:
-        """Note what is asked besides the update."""
+        """Store what is asked besides the update."""
         cdef Job* job = &self.job
         job.clip_value, job.threads = request.clip_value, request.threads
         job.clipping, job.zeroing = job.clip_value < INFINITY, request.zero_grads
@@ -377,7 +378,7 @@ cdef class Step:
     # Steps -----------------------------------------------------------------------------
 
     def calls(self, list rows, request=None):
-        """The step as one call for uninterrupted."""
+        """Return the step as one call for ``uninterrupted``."""
         return [partial(self, rows, request)]
 
     def __call__(self, list rows, request=None):
@@ -421,8 +422,8 @@ cdef class Step:
         return self.note(r, constants, 0, job.scalar_count)
 
     def at(self, list grads, list hyperparameters, double grad_scale, int threads):
-        """Take the gradients and do a plain step, and compute the scalars here, from
-        the hyperparameters of each set, at half the cost."""
+        """Take the gradients and do a plain step. The scalars are computed here from the
+        hyperparameters of each set, at half the cost."""
         cdef Job* job = &self.job
         cdef int64_t r
         cdef double* old = self.carry + self.count[0] % 2 * job.sets * job.carried
@@ -446,7 +447,8 @@ cdef class Step:
         return True
 
     def settled(self, list rows, request, list steps):
-        """No Python code runs in between that an interrupt could stop."""
+        """Do a step of a rule with norms. No Python code runs within it, so an interrupt
+        comes before or after."""
         cdef Job* job = &self.job
         cdef double* old = self.carry + self.count[0] % 2 * job.sets * job.carried
         cdef double* new = self.carry + (self.count[0] + 1) % 2 * job.sets * job.carried

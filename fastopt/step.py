@@ -1,6 +1,7 @@
 """A step, described once.
 
-Every optimizer goes through this file, whatever framework its parameters belong to:
+Every step that Python does goes through this file, whatever framework the parameters
+belong to. C, JAX and ``@njit`` call ``csrc/native.pxi`` instead.
 
 - ``Request`` is what the caller asks of a step besides the rule's update.
 - ``Key`` is what a row of scalars is computed from. It has its own step count, so
@@ -144,7 +145,7 @@ class Program:
             carry = np.zeros((2, rows, len(rule.carry)))
         self.carry = carry
         self.numbers: int = carry.shape[2]  # that the rule carries, for each row
-        self.scalars = rule.scalars if scalars is None else scalars
+        self.scalars = module.scalars(rule) if scalars is None else scalars
         self.runner: Any = module.bind(rule, segments, self.count, carry)
 
     @property

@@ -31,7 +31,7 @@ from fastopt.rules.floor import FLOORS
 from fastopt.rules.muon import direction
 from fastopt.rules.passes import PASSES
 
-__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
@@ -96,11 +96,16 @@ def kernels() -> Any:
 
 
 @functools.cache
-def scalars(function: Function) -> Any:
-    """The compiled form of a rule's ``scalars`` or ``settle``; None if it is not
-    fastopt's own."""
+def compiled(function: Function) -> Any:
+    """Return the compiled form of a rule's ``scalars`` or ``settle``, or the function
+    itself if it is not fastopt's own."""
     name = SCALARS.get(function)
-    return name and driver().Scalars(function, name)
+    return driver().Scalars(function, name) if name else function
+
+
+def scalars(rule: Rule) -> Any:
+    """As :func:`numpy_ref.scalars`, compiled: the bits and the errors are the same."""
+    return compiled(rule.scalars)
 
 
 def missing() -> str | None:
@@ -173,7 +178,7 @@ def step(
     bound: Step = driver().Step(
         kernels(),
         *functions,
-        scalars(rule.scalars) or rule.scalars,
+        scalars(rule),
         addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
@@ -183,7 +188,7 @@ def step(
         scalar_count=rule.scalar_count,
         terms=rule.terms,
         measured=rule.measure_count,
-        settle=scalars(rule.settle) if rule.settle and rule.by_segment else None,
+        settle=settle_of(rule),
         settle_count=rule.settle_count,
         count_address=count.ctypes.data,
         carry_address=carry.ctypes.data,
@@ -192,6 +197,12 @@ def step(
         keep=(segments, count, carry),
     )
     return bound
+
+
+def settle_of(rule: Rule) -> Any:
+    """Return the compiled settle of a rule whose norms are those of each segment."""
+    ours = rule.settle in SCALARS and rule.by_segment
+    return compiled(rule.settle) if ours else None
 
 
 def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:

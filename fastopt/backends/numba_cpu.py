@@ -49,7 +49,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
 
 # Columns of the table, as in the compiled backend: p, g, state..., length, row.
 PARAM, GRAD, LENGTH, ROW = 0, 1, -2, -1
@@ -486,14 +486,16 @@ def kernel(rule: Rule, what: str, segments: Sequence[Segment]) -> Any:
 def bind_alone(
     rule: Rule, segments: Sequence[Segment], count: Array, carry: Array
 ) -> Step:
-    """The same without the compiled backend."""
-    return Alone(rule, segments, count, carry)
+    return Alone(rule, segments, count, carry)  # without the compiled backend
+
+
+def scalars(rule: Rule) -> Any:
+    return (numpy_ref if cython_cpu.missing() else cython_cpu).scalars(rule)
 
 
 def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
-    """As :func:`numpy_ref.gram`; that, if the compiled backend is missing."""
-    made = numpy_ref.gram if cython_cpu.missing() else cython_cpu.gram
-    return made(tasks, threads)
+    gram = numpy_ref.gram if cython_cpu.missing() else cython_cpu.gram
+    return gram(tasks, threads)
 
 
 class Alone(Step):

@@ -2,9 +2,9 @@
 
 Every backend is a module with the same functions: ``bind`` takes segments and returns
 the runner that does steps over them (see :class:`fastopt.step.Runner`); ``as_array``
-and ``state_arena`` provide arrays and memory for state where it works; ``gram``
-multiplies the gradients of several tasks; ``missing`` says why the backend cannot be
-used, if so.
+and ``state_arena`` provide arrays and memory for state where it works; ``scalars``
+returns a rule's scalars, compiled if possible; ``gram`` multiplies the gradients of
+several tasks; ``missing`` says why the backend cannot be used, if so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = ["as_array", "bind", "gram", "missing", "state_arena"]
+__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
 
 NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
 
@@ -37,6 +37,11 @@ NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
 def missing() -> str | None:
     """Why this backend cannot be used, or None; this one always can."""
     return None
+
+
+def scalars(rule: Rule) -> Any:
+    """Return a rule's ``scalars``, compiled where the backend can compile them."""
+    return rule.scalars
 
 
 def sum_in_order(terms: Array) -> float:

@@ -337,7 +337,7 @@ def check_limit(name: str, value: Any) -> float:
 
 
 def check_nonfinite(value: Any) -> str:
-    if value not in ("propagate", "skip", "raise"):
+    if not isinstance(value, str) or value not in ("propagate", "skip", "raise"):
         raise ValueError(
             f'nonfinite must be "propagate", "skip" or "raise", got {shown(value)}'
         )

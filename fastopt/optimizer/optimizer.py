@@ -28,7 +28,6 @@ from fastopt.runtime.threads import forked
 from fastopt.step import Key, Request, examine, execute, plain
 
 ACCUMULATED: Any = object()  # stands for the accumulated gradients
-NOTHING = None, None, "propagate", None, False  # is asked of most steps
 AS_GIVEN = 1.0  # compared by identity, so that the default needs no check
 
 
@@ -230,8 +229,15 @@ class Optimizer(Bindings):
                     pending = self._look_for_accumulated(grads)
                     if pending is not None:
                         gradients = pending.gradients
-                    asked = clip_norm, clip_value, nonfinite, self.ema, zero_grads
-                    if asked == NOTHING and pending is None:
+                    asked = (
+                        clip_norm is not None
+                        or clip_value is not None
+                        or zero_grads
+                        or nonfinite != "propagate"
+                        or self.ema is not None
+                        or pending is not None
+                    )
+                    if not asked:
                         request = plain(threads)
                     else:
                         request = Request(

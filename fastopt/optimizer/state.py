@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.backends import cython_cpu
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
@@ -174,7 +173,6 @@ def bind(
         factors=factors,
         count=completed,
         carry=carry,
-        scalars=cython_cpu.scalars(rule.scalars) if module is cython_cpu else None,
     )
     if "scalars" in program.runner.fuses:
         program.runner.watch(params.watch.ndarrays)

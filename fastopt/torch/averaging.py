@@ -15,7 +15,6 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
 from fastopt.torch.state import TRAINED, evaluated
 from fastopt.torch.step import Stepping
-from fastopt.torch.turns import Overtaken
 
 
 class Averaging(Stepping):
@@ -40,22 +39,19 @@ class Averaging(Stepping):
         self, evaluating: bool, change: Callable[[Tensor, dict[str, Any]], list[Call]]
     ) -> None:
         """Change the mode and all parameters, at the same instant."""
-        with self._turns.lock, torch.no_grad():
-            done = False
-            while not done:
-                self._turns.begin()
-                calls = [call for of in self._all() for call in change(*of)]
-                # Without plans, so that the next step asks for the mode.
-                mode: dict[str, Any] = {
-                    "_evaluating": evaluating,
-                    "_plan": None,
-                    "_plans": {},
-                }
-                try:
-                    self._turns.commit([*calls, partial(self.__dict__.update, mode)])
-                    done = True
-                except Overtaken:  # by a step of a signal handler, say
-                    done = False
+
+        def calls() -> list[Call]:
+            # Without plans, so that the next step asks for the mode.
+            mode: dict[str, Any] = {
+                "_evaluating": evaluating,
+                "_plan": None,
+                "_plans": {},
+            }
+            changes = [call for of in self._all() for call in change(*of)]
+            return [*changes, partial(self.__dict__.update, mode)]
+
+        with torch.no_grad():
+            self._turns.change(calls)
 
     def _to_average(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
         state = self.state.get(param)

@@ -17,12 +17,19 @@ from fastopt.rule import shown
 from fastopt.rules import passes
 from fastopt.step import Key, Program, execute, plain
 from fastopt.torch.flat import in_flat_buffer
-from fastopt.torch.memory import COMPUTED, NUMPY, array, check_gradient, same_layout
+from fastopt.torch.memory import (
+    COMPUTED,
+    NUMPY,
+    array,
+    check_gradient,
+    computed,
+    same_layout,
+)
 from fastopt.torch.turns import Call
 
 
 class Gradients(NamedTuple):
-    """What a step takes in place of the gradients in ``.grad``."""
+    """Gradients that a step takes in place of those in ``.grad``."""
 
     tasks: list[list[Tensor | None]]  # for each task, a gradient for each parameter
     weights: list[float] | None  # of the tasks; None: there is one
@@ -30,19 +37,19 @@ class Gradients(NamedTuple):
 
     @property
     def first(self) -> list[Tensor | None]:
-        """For each parameter, the first gradient that there is."""
+        """The first gradient of each parameter, or None if no task has one."""
         of_params = zip(*self.tasks, strict=True)
         return [next((g for g in of if g is not None), None) for of in of_params]
 
     def total(self, place: int) -> Any:
-        """The weighted sum of the gradients of a parameter."""
+        """Return the weighted sum of the gradients of a parameter."""
         weights = self.weights or [1.0]
         pairs = zip((task[place] for task in self.tasks), weights, strict=True)
         return sum(g * weight for g, weight in pairs if g is not None and weight)
 
 
 def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
-    """Check what ``step`` was given as ``grads`` and ``weights``."""
+    """Check the arguments ``grads`` and ``weights`` of ``step``."""
     if grads is None:
         raise TypeError("weights need the gradients of each task: step(grads=...)")
     tasks = [grads] if weights is None else grads
@@ -77,8 +84,8 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
 
 
 class Sums:
-    """Sums of gradients, in the dtype of the computation, until a step takes them. A
-    parameter has one from its first gradient on."""
+    """Sums of gradients for the next step, in the dtype of the state. The sum of a
+    parameter is made when its first gradient comes."""
 
     def __init__(self, params: Sequence[Tensor]):
         self.params = list(params)
@@ -95,13 +102,13 @@ class Sums:
         self.restore(sums)
 
     def _make(self, places: Sequence[int]) -> None:
-        """Make the sums of these parameters, where there are none yet."""
+        """Make sums for those of these parameters that have none."""
         lacking = [i for i in places if self.tensors[i] is None]
         for i in lacking:
             param = self.params[i]
-            dtype = param.dtype if param.is_complex() else COMPUTED[param.dtype]
-            made = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            self.tensors[i] = made
+            self.tensors[i] = torch.zeros_like(
+                param, dtype=computed(param), requires_grad=False
+            )
         if not lacking:
             return
         alike: dict[Any, list[int]] = {}
@@ -117,22 +124,21 @@ class Sums:
 
     @property
     def dtype(self) -> Any:
-        """The narrowest dtype of a sum, which factors must be finite in."""
+        """The narrowest dtype of the sums. Factors must be finite in it."""
         known = [COMPUTED[p.dtype] for p in self.params if p.dtype in COMPUTED]
         return NUMPY[torch.float32 if torch.float32 in known else torch.float64]
 
     def fit(self, params: Sequence[Tensor]) -> bool:
-        """Whether they are of these parameters, as these are now."""
+        """Whether the sums fit these parameters as they are now."""
         return [*map(id, params)] == [*map(id, self.params)] and all(
             total is None
-            or (total.shape, total.device) == (param.shape, param.device)
-            and total.dtype
-            == (param.dtype if param.is_complex() else COMPUTED[param.dtype])
+            or (total.shape, total.device, total.dtype)
+            == (param.shape, param.device, computed(param))
             for total, param in zip(self.tensors, params, strict=True)
         )
 
     def check(self, params: Sequence[Tensor]) -> None:
-        """Check that they are of these parameters."""
+        """Refuse parameters that the sums do not fit."""
         if not self.fit(params):
             raise RuntimeError(
                 "parameters were added or changed since gradients were accumulated; "
@@ -146,7 +152,7 @@ class Sums:
         return Gradients([task], None, True)
 
     def restore(self, saved: Sequence[Tensor | None]) -> None:
-        """Take over sums that were saved."""
+        """Load sums that were saved."""
         if len(saved) != len(self.params) or any(
             total is not None and getattr(total, "shape", None) != param.shape
             for total, param in zip(saved, self.params, strict=True)
@@ -163,8 +169,8 @@ class Sums:
                 tensor.copy_(total)
 
     def adding(self, factor: float, threads: int) -> list[Call]:
-        """Return the calls that add what is in ``.grad``, times a factor, and reset
-        it."""
+        """Return the calls that add the gradients in ``.grad``, times a factor, and
+        reset them."""
         grads = [param.grad for param in self.params]
         places = [i for i, grad in enumerate(grads) if grad is not None]
         for i in places:
@@ -178,7 +184,7 @@ class Sums:
             if not program.runner.take(arrays):
                 raise RuntimeError("the kernel refused gradients found to fit")
             calls += execute(program, [Key(1, (), (), factor)], plain(threads))
-            # Arrays do not keep a tensor's memory.
+            # This keeps the tensors alive until here: the arrays do not own memory.
             calls.append(partial(len, fitting))
         given = self.given | [grad is not None for grad in grads]
         calls.append(partial(self.given.__setitem__, ..., given))
@@ -197,14 +203,15 @@ class Sums:
 
 
 def is_left(grad: Tensor | None) -> bool:
-    """Whether a gradient in ``.grad`` has something that was not accumulated."""
+    """Whether ``.grad`` has a gradient that was not accumulated and is not zero."""
     if grad is None:
         return False
     return grad.layout is not torch.strided or bool(grad.detach().any())
 
 
 def fitted(grad: Tensor, like: Tensor) -> Tensor:
-    """A gradient in the layout and dtype of another tensor: itself, or a copy."""
+    """Return a gradient in the layout and dtype of another tensor, copied if it has
+    others."""
     if same_layout(grad, like):
         return grad.detach()
     return torch.empty_like(like, requires_grad=False).copy_(grad.detach())

@@ -45,6 +45,11 @@ class Unsupported(RuntimeError):
     """What fastopt has no kernels for."""
 
 
+def computed(param: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's state: complex if the parameter is."""
+    return param.dtype if param.is_complex() else COMPUTED[param.dtype]
+
+
 def is_hollow(tensor: Tensor) -> bool:
     """Whether it has elements, but no memory of its own: a wrapper of other tensors, as
     DTensor, a FakeTensor, or what functorch makes."""

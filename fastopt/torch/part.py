@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.backends import cython_cpu
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
@@ -25,20 +24,12 @@ from fastopt.torch.state import EMA, FACTORS, Member, Names, Values
 from fastopt.torch.turns import Call
 
 
-def compiled(rule: Rule) -> Callable[..., tuple[float, ...]]:
-    """The rule's scalars, as native code if there is any."""
-    native: Callable[..., tuple[float, ...]] | None = None
-    if cython_cpu.missing() is None:
-        native = cython_cpu.scalars(rule.scalars)
-    return native or rule.scalars
-
-
 class Part:
     """Steps over some members.
 
-    ``take`` the gradients, then make the calls of ``update``. Only these calls write
-    what a user sees. Where kernels cannot work in a parameter's memory (bfloat16, or
-    memory with gaps), there is a new program for each step, over copies.
+    First ``take`` the gradients, then make the calls that ``update`` returns. Only
+    these calls write what a user sees. If kernels cannot work in a parameter's memory,
+    because it is bfloat16 or has gaps, each step has a new program over copies.
     """
 
     def __init__(
@@ -66,7 +57,7 @@ class Part:
         self.carried = len(self.vectors) - 1
         carry = rule.carry if names.carry is None else names.carry
         self.counted = [key for key in (names.steps, *map(names.key, carry)) if key]
-        self.scalars = names.scalars or compiled(rule)
+        self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
         self._given: Gradients | None = None  # in place of those in ``.grad``
@@ -142,8 +133,8 @@ class Part:
     # A step ---------------------------------------------------------------------------
 
     def take(self, grads: Sequence[Any], found: Array, moved: bool) -> bool:
-        """Take the gradients, of which some may have ``moved`` since the last step;
-        whether there are any."""
+        """Take the gradients, some of which may have ``moved`` since the last step.
+        Return whether there are any."""
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
@@ -173,7 +164,7 @@ class Part:
         return False
 
     def take_given(self, given: Gradients) -> bool:
-        """Take gradients that are not in ``.grad``; whether there are any."""
+        """Take gradients that are not in ``.grad``. Return whether there are any."""
         tasks = [
             [task[member.place] for member in self.members] for task in given.tasks
         ]
@@ -209,8 +200,8 @@ class Part:
         weights: list[float] | None = None,
         copied: bool = False,
     ) -> None:
-        """Give the runner a gradient for each run and task, which begins with one of
-        these tensors, or a copy of it."""
+        """Give the runner the gradient of each run, for each task, or a copy of it. The
+        tensors are those of the first member of each run."""
         shaped = self.rule.factored
         arrays = [
             [
@@ -242,15 +233,15 @@ class Part:
         self._t = int(self.vectors[0].item(0))
 
     def forget(self) -> None:
-        """Forget what was taken."""
+        """Release the gradients."""
         self._taken, self._given = [], None
         if not self.plain:
             self._copies = []
             self.__dict__.pop("program", None)
 
     def is_finite(self, run: int, factor: float) -> bool:
-        """Whether the gradients of a run are finite, and only their squares not, which
-        may be in float64 alone."""
+        """Whether the gradients of a run are finite although their squares overflow.
+        This happens in float64 only: other squares are summed in a wider dtype."""
         members = [self.members[i] for i in self.runs[run]]
         given = self._given
         return members[0].dtype in (torch.float64, torch.complex128) and all(
@@ -262,8 +253,8 @@ class Part:
         )
 
     def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
-        """What the scalars of each run are computed from: the hyperparameters and the
-        factor for the gradients of its group, its steps, and what it carries."""
+        """Return the key of each run. It has the hyperparameters of the run's group,
+        the factor for its gradients, its step count, and the numbers it carries."""
         now = self._bytes()
         if now != self._seen or self._mask != self._known:
             self._sort()
@@ -362,7 +353,7 @@ class Part:
         after = [steps]
         for column in carried.T:
             after.append(column[self.run_of])
-            # Again, because a compiled settle writes it during the step.
+            # Read it again after the step: a compiled settle writes it then.
             calls.append(partial(column.take, self.run_of, out=after[-1]))
         # The kinds fit the new state, unless settle changes what each run carries.
         settles = self.carried and rule.settle
@@ -391,7 +382,7 @@ class Part:
         return calls
 
     def _load_factors(self) -> None:
-        """Put the averages of rows and columns where the step takes the old ones."""
+        """Copy the averages of rows and columns from the state to the factors."""
         now = self.program.count.item(0) % 2
         for member in self.members:
             if member.factors is not None:
@@ -400,7 +391,7 @@ class Part:
                 member.factors.sets[now] = np.concatenate(kept, axis=-1)
 
     def _keep_factors(self) -> list[Call]:
-        """Return the calls that put the new averages into the state."""
+        """Return the calls that copy the new averages to the state."""
         calls: list[Call] = []
         after = 1 - self.program.count.item(0) % 2
         for member, active in zip(self.members, self.active, strict=True):
@@ -416,20 +407,20 @@ class Part:
 
 
 def copy(member: Member, tensor: Tensor) -> Tensor:
-    """A parameter, or its gradient, where kernels can work in it."""
+    """Copy a parameter or its gradient to memory that kernels can work in."""
     param = member.param
     made = torch.empty(param.shape, dtype=member.dtype, device=param.device)
     return made.copy_(tensor.detach())
 
 
 def laid_out(member: Member, tensor: Tensor) -> Tensor:
-    """A gradient that lies in memory as its parameter does."""
+    """Return a gradient in the layout of its parameter."""
     return fitted(tensor, member.param)
 
 
 def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
-    """The calls that put an estimate into the state, from gradients of another
-    kind."""
+    """Return the calls that put an estimate into the state. The gradients are of
+    another kind than those of a step."""
     of: Any = part.rule.estimate
     (buffer, rule), grads = of, []
     part._check_steps()

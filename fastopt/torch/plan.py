@@ -57,8 +57,8 @@ class Plan:
     given
         Gradients in place of those in ``.grad``.
     spared
-        The parameters without weight decay. Then ``read`` has the values of every group
-        twice, at last without it.
+        Parameters without weight decay. If there is a mask for it, ``read`` has the
+        values of all groups, followed by the values of all groups without weight decay.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Plan:
         pairs = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
         if single is not None:
             pairs = [(single, 0)]
-        # The values of a group without weight decay stand behind those of all groups.
+        # A spared parameter takes its group's second values, which have no decay.
         pairs = [(p, i + (len(groups) if p in spared else 0)) for p, i in pairs]
         self._params = [param for param, _ in pairs]
         self._given = given
@@ -237,16 +237,16 @@ class Plan:
         return self._stepping(taken)
 
     def _stepping(self, taken: list[bool]) -> list[Part]:
-        """The parts that a step changes: those with a gradient or, if there are any,
-        all parts with averages, which follow the parameters in any case."""
+        """Return the parts that a step changes: those with a gradient or, if averages
+        are kept, all parts, because averages follow parameters without gradients."""
         averaged = self.averaged and any(taken)
         pairs = zip(self.parts, taken, strict=True)
         return [part for part, there in pairs if there or averaged]
 
     @standard
     def take_given(self, given: Gradients) -> list[Part] | None:
-        """Give gradients that are not in ``.grad`` to the parts; those that have some.
-        None if the plan does not know what to do with one."""
+        """Give the parts gradients that are not in ``.grad``. Return the parts that the
+        step changes, or None if a parameter with a gradient is not planned."""
         for task in given.tasks:
             for grad, param, planned in zip(
                 task, self._params, self._planned, strict=True
@@ -306,10 +306,10 @@ class Plan:
             factors = [factor * shrink for factor in factors]
         if request.zero_grads:
             apart = self._given is not None or self._overlap()
-            # Kernels set to zero what they read, which is copies of these.
-            copied = [m.param for p in parts if apart or not p.plain for m in p.members]
-            given = self._given is not None
-            last += zeroing(self._grads() if given else [p.grad for p in copied])
+            # Kernels set to zero what they read, which may be copies of these.
+            members = [m for p in parts if apart or not p.plain for m in p.members]
+            copied = [member.param.grad for member in members]
+            last += zeroing(copied if self._given is None else self._grads())
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
         measured: dict[int, list[Sums]] = {}
@@ -336,7 +336,7 @@ class Plan:
         return True
 
     def _grads(self) -> list[Tensor | None]:
-        """The gradients that a step takes."""
+        """Return the gradients that the step takes."""
         if self._given is None:
             return [param.grad for param in self._params]
         return [grad for task in self._given.tasks for grad in task]
@@ -383,14 +383,14 @@ class Plan:
         return [partial(state.update, fresh), *calls] if self._new else []
 
     def forget(self, parts: list[Part]) -> None:
-        """Forget the gradients, which would be kept alive."""
+        """Release the gradients."""
         self._given = None
         for part in parts:
             part.forget()
 
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
-        """After a step: note what the next one needs to know. ``state``: what ``look``
-        will be given."""
+        """Note what the next step needs to know. ``state`` is what ``look`` will be
+        given."""
         for part in parts:
             part.end()
         self.forget(parts)

@@ -21,6 +21,7 @@ from fastopt.torch.memory import (
     COMPUTED,
     NUMPY,
     array,
+    computed,
     is_plain,
     like,
     numbers,
@@ -61,10 +62,9 @@ class Member:
         alone: bool,
     ):
         self.param, self.place, self.group, self.state = param, place, group, state
-        self.alone = alone  # whether it is a segment by itself in any case
+        self.alone = alone  # whether it is always a segment by itself
         self.plain = plain  # whether steps work in its own memory
-        dtype = COMPUTED[param.dtype]
-        self.dtype = param.dtype if param.is_complex() else dtype  # of its state
+        self.dtype = computed(param)  # of its state
         self.factors: Factors | None = None
 
     def has(self, tensor: Any) -> bool:

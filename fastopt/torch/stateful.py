@@ -24,7 +24,7 @@ from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
 from fastopt.torch.memory import HALVES, Unsupported
 from fastopt.torch.plan import Plan
 from fastopt.torch.state import EMA, TRAINED, Names, evaluated
-from fastopt.torch.turns import Overtaken, Turns
+from fastopt.torch.turns import Call, Turns
 
 NEVER: Any = object()  # no attribute is this
 KEPT = (
@@ -127,46 +127,42 @@ class Stateful(Optimizer):
 
     @standard
     def accumulate(self, *, grad_scale: float = 1.0) -> None:
-        """Add the gradients in ``.grad``, times a factor, to sums that the next
-        ``step()`` takes, and reset them as ``zero_grad`` does.
+        """Add the gradients in ``.grad``, times a factor, to sums for the next
+        ``step()``, and reset them as ``zero_grad`` does.
 
-        The sums of bfloat16 and float16 gradients are of float32. A ``state_dict``
-        contains them. GradScaler cannot be used, because it looks at ``.grad``.
+        The sums of bfloat16 and float16 gradients are float32. A ``state_dict``
+        contains the sums. GradScaler cannot be used, because it reads ``.grad``.
         """
-        with self._turns.lock:
-            done = False
-            while not done:
-                self._turns.begin()
-                try:
-                    self._read(list(self.param_groups))
-                except Unsupported as reason:
-                    raise RuntimeError(
-                        f"{reason} are left to torch's own {type(self).__name__}, "
-                        f"which has no accumulate"
-                    ) from None
-                params = [param for param, _ in self._all()]
-                sums = self._sums
-                if sums is None or not (sums.given.any() or sums.fit(params)):
-                    sums = Sums(params)
-                sums.check(params)
-                factor = checks.check_factor(grad_scale, sums.dtype)
-                calls = sums.adding(factor, self._threads())
-                calls.append(partial(self.__dict__.update, _sums=sums))
-                try:
-                    self._turns.commit(calls)
-                    done = True
-                except Overtaken:
-                    done = False
+
+        def calls() -> list[Call]:
+            try:
+                self._read(list(self.param_groups))
+            except Unsupported as reason:
+                raise RuntimeError(
+                    f"{reason} are left to torch's own {type(self).__name__}, which "
+                    f"has no accumulate"
+                ) from None
+            params = [param for param, _ in self._all()]
+            sums = self._sums
+            if sums is None or not (sums.given.any() or sums.fit(params)):
+                sums = Sums(params)
+            sums.check(params)
+            factor = checks.check_factor(grad_scale, sums.dtype)
+            adding = sums.adding(factor, self._threads())
+            return [*adding, partial(self.__dict__.update, _sums=sums)]
+
+        self._turns.change(calls)
 
     def drop_accumulated(self) -> None:
-        """Forget what :meth:`accumulate` has added since the last step."""
+        """Discard the sums of :meth:`accumulate`."""
         with self._turns.lock:
             uninterrupted(
                 self._turns.overtake, partial(self.__dict__.update, _sums=None)
             )
 
     def _given(self, grads: Any, weights: Any) -> Gradients | None:
-        """The gradients that a step takes in place of those in ``.grad``."""
+        """Return the gradients that a step takes in place of those in ``.grad``: those
+        that it was given, the accumulated sums, or None if there are neither."""
         params = [param for param, _ in self._all()]
         sums = self._sums if self._sums is not None and self._sums.given.any() else None
         if grads is not None or weights is not None:

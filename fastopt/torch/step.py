@@ -25,10 +25,9 @@ from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import estimate
 from fastopt.torch.plan import Plan, Read, zeroing
 from fastopt.torch.stateful import Stateful
-from fastopt.torch.turns import Overtaken
+from fastopt.torch.turns import Call, Overtaken
 
 AS_MADE: Any = object()  # an argument of step: as the optimizer was made
-NOTHING_ASKED = None, None, "propagate", None, False
 
 
 class Stepping(Stateful):
@@ -161,12 +160,12 @@ class Stepping(Stateful):
             clip_value = self.clip_value
         if nonfinite is AS_MADE:
             nonfinite = self.nonfinite
-        made = clip_norm, clip_value, nonfinite, self.ema, zero_grads
         own, turns, given = self.__dict__, self._turns, None
         with turns.lock:
             if grads is not None or weights is not None or self._sums is not None:
                 given = self._given(grads, weights)
-            usual = made == NOTHING_ASKED and given is None
+            usual = nonfinite == "propagate" and not zero_grads and given is None
+            usual &= clip_norm is None and clip_value is None and self.ema is None
             # Taken away during the step, so that whoever comes in between, be it by an
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
@@ -178,7 +177,8 @@ class Stepping(Stateful):
                     return loss
             scale = self._scale()
             if scale is not None:
-                request = self._request(*made)
+                asked = clip_norm, clip_value, nonfinite, self.ema, zero_grads
+                request = self._request(*asked)
                 if given is None:
                     plan = self._update(plan, scale, request)
                 else:
@@ -227,24 +227,19 @@ class Stepping(Stateful):
         page says. Nothing else changes."""
         if not any(rule.estimate for rule in self._rules):
             raise TypeError(f"{type(self).__name__} does not use estimates")
-        with self._turns.lock:
-            while not self._estimate():
-                pass
 
-    def _estimate(self) -> bool:
-        """Whether it is done, or another change came first."""
-        self._turns.begin()
-        groups = list(self.param_groups)
-        of = self._names, groups, self.state, self._read(groups)
-        without = spared(self.weight_decay_mask, groups, self._rules)
-        plan = Plan(*of, self.ema is not None, self.backend, spared=without)
-        calls = plan.entries(self.state)
-        calls += chain(*[estimate(p, plan.values, self._threads()) for p in plan.parts])
-        try:
-            self._turns.commit(calls)
-        except Overtaken:
-            return False
-        return True
+        def calls() -> list[Call]:
+            groups = list(self.param_groups)
+            of = self._names, groups, self.state, self._read(groups)
+            without = spared(self.weight_decay_mask, groups, self._rules)
+            plan = Plan(*of, self.ema is not None, self.backend, spared=without)
+            threads, entries = self._threads(), plan.entries(self.state)
+            return [
+                *entries,
+                *chain(*[estimate(p, plan.values, threads) for p in plan.parts]),
+            ]
+
+        self._turns.change(calls)
 
     def _request(
         self,

@@ -47,6 +47,19 @@ class Turns:
                 raise Overtaken from None
             raise
 
+    def change(self, prepare: Callable[[], Iterable[Call]]) -> None:
+        """Make a change, which consists of the compiled calls that ``prepare`` returns.
+        Prepare it again if another change came first, such as a signal handler's."""
+        with self.lock:
+            done = False
+            while not done:
+                self.begin()
+                try:
+                    self.commit(prepare())
+                    done = True
+                except Overtaken:
+                    done = False
+
     @staticmethod
     def overtaken(error: KeyError) -> bool:
         """Whether it was the claim that failed."""

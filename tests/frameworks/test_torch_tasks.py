@@ -468,3 +468,15 @@ def test_averages_follow_parameters_without_gradients(other):
     opt.zero_grad()
     opt.step()  # nothing at all
     assert opt.ema_params()[1].tolist() == [0.5625] * 2
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "clip_value"])
+def test_limits_that_are_arrays_are_named(name):
+    """Core and torch alike say which argument does not fit."""
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    opt, core = ft.AdamW([w]), fastopt.adamw(np.ones(2))
+    for step in (opt.step, lambda **more: core.step(np.ones(2), **more)):
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            step(**{name: np.ones(2)})
+    assert core.steps == 0 and not opt.state

@@ -268,7 +268,7 @@ def test_compiled_scalars_are_the_rules_own(rule, values):
             expected = rule.scalars(t, *given)
         except ValueError as error:  # what is drawn is not always legal
             with pytest.raises(ValueError) as raised:
-                cython_cpu.scalars(rule.scalars)(t, *given)
+                cython_cpu.compiled(rule.scalars)(t, *given)
             assert str(raised.value) == str(error)
             with pytest.raises(AssertionError, match="left to Python"):
                 alone(t, *given)
@@ -302,7 +302,7 @@ def test_compiled_settles_are_the_rules_own(rule):
 def test_compiled_scalars_refuse_what_the_rules_do():
     if cython_cpu.missing():
         pytest.skip(f"cython backend: {cython_cpu.missing()}")
-    sgd, adam = map(cython_cpu.scalars, (fastopt.sgd.scalars, fastopt.adam.scalars))
+    sgd, adam = map(cython_cpu.compiled, (fastopt.sgd.scalars, fastopt.adam.scalars))
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         sgd(1, 0.1, 0.0, 0.0, 0.0, True)
     for scalars in (adam, fastopt.adam.scalars):

@@ -99,7 +99,7 @@ def run():
 expected = run()
 cython_cpu.driver = lambda: serial
 cython_cpu.kernels = lambda: serial.Kernels(table)
-cython_cpu.scalars.cache_clear()
+cython_cpu.compiled.cache_clear()
 assert numpy.array_equal(expected, run())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
