@@ -2,7 +2,7 @@
 # by column.
 
 cdef inline int64_t pair_of(int64_t row, int64_t column) noexcept nogil:
-    """Where a pair of arrays has its sum; column <= row."""
+    """The index of the sum of a pair of arrays; column <= row."""
     return row * (row + 1) // 2 + column
 
 
@@ -29,8 +29,8 @@ cdef void gram_part(void* work, int k) noexcept nogil:
 
 
 def gram(Kernels kernels, list addresses, int64_t length, bint double, int threads):
-    """The products of every two of several arrays of so many elements, a symmetric
-    matrix."""
+    """Return the products of every two arrays, a symmetric matrix. The arrays have ``length``
+    elements."""
     cdef Job job
     cdef Gram work
     cdef int64_t count = len(addresses), pairs = pair_of(count, 0), i, j
@@ -63,8 +63,8 @@ def gram(Kernels kernels, list addresses, int64_t length, bint double, int threa
         free(work.lanes)
 
 
-# The tiles of a segment, row by row of them, matrix by matrix. Sums by row stand after
-# those of the tiles to the left, and by column after those of the tiles above.
+# The tiles of a segment, matrix by matrix and row by row. The sums by row of a tile follow
+# those of the tiles to its left, the sums by column those of the tiles above it.
 cdef struct Tiles:
     Job* job
     int64_t r, height, width, across, down, matrices, share

@@ -1,4 +1,4 @@
-# For native code, see fastopt.h.
+# What native code calls, as fastopt.h declares it.
 
 cdef enum:
     A_NUMBER = -1
@@ -7,7 +7,7 @@ cdef enum:
     MOST_THREADS = 1024  # OpenMP ends a process whose threads it cannot start
 
 
-# What native code gets to see of a rule, and the rest.
+# A rule: first what native code sees of it, then the rest.
 cdef struct Native:
     Rule about
     bint by_segment
@@ -17,13 +17,13 @@ cdef struct Native:
     kernel_t finishes[2]
     measure_t measures[2]
     measure_t begins[2]
-    # Of the hyperparameters: the bounds, which are yes or no, which must be off.
+    # For each hyperparameter: its bounds, whether it is a flag, and whether it must be off.
     double* least
     double* below
     char* flags
     char* off
-    # Of the state and then the carry: what it starts as, a number, a hyperparameter (from
-    # 0 on) or the parameter itself.
+    # For each state buffer and then each carried number: what it starts as. That is a
+    # number, a hyperparameter (by index) or the parameter itself.
     double* first
     int64_t* first_of
 
@@ -32,7 +32,7 @@ cdef Api api
 cdef const Tools* native_tools
 cdef int default_threads
 cdef bint native_apart
-cdef int process  # that OpenMP's threads are in; -1 in a fork that began without any
+cdef int process  # with OpenMP's threads; -1 in a fork that began without any
 cdef list kept = []  # the names, as bytes
 
 
@@ -101,8 +101,8 @@ cdef int check_segment(
     const Native* native, const Segment* segment, int64_t itemsize,
     const double* carry, int64_t carried
 ) noexcept nogil:
-    """Pointers, and that nothing in a segment overlaps; among several that would take
-    longer than many a step."""
+    """Check pointers, and that nothing within a segment overlaps. Overlaps between segments
+    are not checked, which would take longer than many a step."""
     cdef int64_t i, j, count = native.about.state_count
     cdef int64_t nbytes = segment.n * itemsize
     cdef int64_t begin[MOST_COLUMNS]
@@ -379,7 +379,7 @@ cdef const char** all_lasting(names) except NULL:
 
 
 cdef Native* native_of(Kernels kernels, entry) except NULL:
-    """A rule as native code sees it; ``entry`` is an Entry of native.py."""
+    """Make the native form of a rule from an Entry of native.py."""
     cdef Native* native = <Native*> room(sizeof(Native))
     cdef Rule* about = &native.about
     cdef double* defaults
@@ -432,7 +432,7 @@ cdef Native* native_of(Kernels kernels, entry) except NULL:
 def native_table(
     Kernels kernels, list entries, int threads, bint forked, int64_t last_cache
 ):
-    """The table in its capsule: made once, for as long as the process lives."""
+    """Make the table, in a capsule. It is made once and lives as long as the process."""
     global default_threads, process, native_tools, native_apart
     cdef const Rule** rules = <const Rule**> room(len(entries) * sizeof(void*))
     cdef int64_t k
@@ -450,7 +450,7 @@ def native_table(
 
 
 def native_addresses():
-    """Of the functions in the table, by name, for Numba."""
+    """Return the addresses of the functions in the table by name, for Numba."""
     return {
         "find": <size_t> native_find,
         "start": <size_t> native_start,
@@ -459,5 +459,5 @@ def native_addresses():
 
 
 def native_errors():
-    """The words for what they return, from 0 on."""
+    """Return the messages of the error codes, from 0 on."""
     return [native_error(code).decode() for code in range(NO_MEMORY + 1)]

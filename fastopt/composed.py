@@ -1,5 +1,6 @@
-"""The text of the functions that a rule in passes (:meth:`Rule.in_passes`) computes
-with, in one. ``csrc/render.py`` runs this file, so it imports nothing of NumPy's.
+"""Composes the passes of a rule (:meth:`Rule.in_passes`) into its ``update`` and
+``measure``. ``csrc/render.py`` runs this file during the build, so it must not import
+NumPy.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 
 def text(direction: Sequence[str], apply: Sequence[str], states: int) -> str:
-    """An ``update`` and a ``measure``, made of ``direction``, ``terms`` and ``apply``;
-    the arguments are the names of what ``direction`` and ``apply`` take."""
+    """Return the source of ``update`` and ``measure``, which call ``direction``,
+    ``terms`` and ``apply``. The arguments are the parameter names of ``direction`` and
+    ``apply``, and the number of state buffers."""
     names, (p, *state) = ", ".join(direction), (direction[0], *direction[2:][:states])
     both, (_, u, *scalars) = ", ".join([*direction, *apply[2:]]), apply
     new = "".join(f" {name}," for name in state)
@@ -28,7 +30,7 @@ def measure({names}):
 """
 
 
-# What the functions of a rule in passes take.
+# What the passes must take.
 TAKEN = {
     "direction": "(p, g, *state, *scalars)",
     "terms": "(p, u) and nothing else",
@@ -37,7 +39,8 @@ TAKEN = {
 
 
 def functions(direction: Any, measure: Any, apply: Any, states: int) -> tuple[Any, Any]:
-    """These functions; TypeError if the passes do not take what they must."""
+    """Return ``update`` and ``measure``. Raise TypeError if a pass takes the wrong
+    arguments."""
     parts = {"direction": direction, "terms": measure, "apply": apply}
     taken: list[tuple[str, ...]] = []
     for what, function in parts.items():
@@ -58,7 +61,7 @@ def functions(direction: Any, measure: Any, apply: Any, states: int) -> tuple[An
                 f"give it another name in one of them, for it is another number"
             )
     code = text(taken[0], taken[2], states)
-    # Under this name, tracebacks and inspect find the text.
+    # Tracebacks and inspect find the source under this name.
     file = f"<{direction.__module__}.{direction.__name__} in passes>"
     linecache.cache[file] = len(code), None, code.splitlines(True), file
     made: dict[str, Any] = {"__name__": direction.__module__, **parts}

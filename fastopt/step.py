@@ -1,7 +1,8 @@
 """A step, described once.
 
-Every step that Python does goes through this file, whatever framework the parameters
-belong to. C, JAX and ``@njit`` call ``csrc/native.pxi`` instead.
+Whatever framework the parameters belong to, a step in Python goes through this file.
+Only plain steps take a shortcut with the same result: the compiled ``Step.at``, and
+torch's ``Plan.again``. C, JAX and ``@njit`` call ``csrc/native.pxi`` instead.
 
 - ``Request`` is what the caller asks of a step besides the rule's update.
 - ``Key`` is what a row of scalars is computed from. It has its own step count, so
@@ -41,7 +42,7 @@ class Request(NamedTuple):
     clip_norm: float = math.inf  # limit for the norm of all gradients, scaled
     clip_value: float = math.inf  # limit for each element, scaled
     nonfinite: str = "propagate"  # or "skip" or "raise"
-    ema_weight: float = 0.0  # of the new parameters in their moving average
+    ema_weight: float = 0.0  # weight of the new parameters in their average; 0: none
     zero_grads: bool = False
     threads: int = 1
 
@@ -67,7 +68,7 @@ class Runner(Protocol):
     ``fuses`` names what the runner does in one compiled call:
 
     - "step": the update with everything that a request asks for. Otherwise ``calls``
-      returns several calls, which compute nothing.
+      computes the results, and the several calls that it returns only write them.
     - "scalars": ``at(grads, hyperparameters, grad_scale, threads)`` is a plain step. It
       checks gradients and the arrays given to ``watch`` itself. ``place`` takes
       gradients by their addresses.

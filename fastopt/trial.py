@@ -1,4 +1,4 @@
-"""A rule's functions are tried on small arrays, before any of a user's is touched."""
+"""Tries the functions of a rule on small arrays before a user's arrays are touched."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from fastopt.backends.cuda_kernels import (
     sums_kernel,
     tiles_kernel,
 )
-from fastopt.backends.numpy_ref import Step, pairs_of
+from fastopt.backends.numpy_ref import Step, pairs_of, scalars
 from fastopt.memory.arrays import on_device
 from fastopt.memory.factored import in_order
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
@@ -40,6 +40,8 @@ from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.atomic import Call
 from fastopt.step import PLAIN, Request, Row
+
+__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time

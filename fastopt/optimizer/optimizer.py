@@ -142,7 +142,8 @@ class Optimizer(Bindings):
         ----------
         grads
             Gradients in the structure, shapes and dtype of the parameters; ``None`` in
-            place of one leaves that parameter and its state alone. They are only read.
+            place of one leaves that parameter and its state alone. They are only read,
+            unless ``zero_grads`` is set.
             With groups: a list with the gradients of each. By default those that were
             accumulated, which start at zero again.
         weights
@@ -229,15 +230,9 @@ class Optimizer(Bindings):
                     pending = self._look_for_accumulated(grads)
                     if pending is not None:
                         gradients = pending.gradients
-                    asked = (
-                        clip_norm is not None
-                        or clip_value is not None
-                        or zero_grads
-                        or nonfinite != "propagate"
-                        or self.ema is not None
-                        or pending is not None
-                    )
-                    if not asked:
+                    limits = clip_norm is not None or clip_value is not None
+                    others = zero_grads or pending is not None or self.ema is not None
+                    if not (limits or others or nonfinite != "propagate"):
                         request = plain(threads)
                     else:
                         request = Request(

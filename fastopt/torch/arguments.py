@@ -70,6 +70,14 @@ def spared(
     without: set[torch.Tensor] = set()
     if mask is None:
         return without
+    try:
+        inspect.signature(mask).bind("", None)
+    except TypeError as error:
+        raise TypeError(
+            f"weight_decay_mask must take the name and the parameter: {error}"
+        ) from None
+    except ValueError:  # some functions written in C have no signature
+        pass
     for group in groups:
         params = group["params"]
         names = group.get("param_names") or [""] * len(params)

@@ -72,7 +72,10 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
             )
         for i, grad in enumerate(task):
             if grad is not None and not isinstance(grad, Tensor):
-                raise TypeError(f"{name}[{i}] must be a tensor or None, got {grad!r}")
+                raise TypeError(
+                    f"{name}[{i}] must be a tensor or None, got {shown(grad)}; "
+                    f"gradients of several tasks need weights="
+                )
         lists.append(list(task))
     if weights is not None:
         if isinstance(weights, Tensor):
@@ -90,6 +93,7 @@ class Sums:
     def __init__(self, params: Sequence[Tensor]):
         self.params = list(params)
         self.tensors: list[Tensor | None] = [None] * len(self.params)
+        # Which parameters got a gradient since the last step.
         self.given = np.zeros(len(self.params), bool)
         self.programs: list[tuple[list[int], Program]] = []
 
@@ -184,8 +188,8 @@ class Sums:
             if not program.runner.take(arrays):
                 raise RuntimeError("the kernel refused gradients found to fit")
             calls += execute(program, [Key(1, (), (), factor)], plain(threads))
-            # This keeps the tensors alive until here: the arrays do not own memory.
-            calls.append(partial(len, fitting))
+            # An array does not keep a tensor's memory, so a later call holds these.
+            calls.append(fitting.clear)
         given = self.given | [grad is not None for grad in grads]
         calls.append(partial(self.given.__setitem__, ..., given))
         for i in places:

@@ -435,5 +435,5 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
         made = torch.empty_like(stream)
         grads.append(None if grad is None else made.copy_(grad.detach()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])
-    part._taken = grads
-    return execute(program, keys, plain(threads))
+    # An array does not keep a tensor's memory, so the last call holds the gradients.
+    return [*execute(program, keys, plain(threads)), grads.clear]

@@ -46,7 +46,7 @@ class Stepping(Stateful):
         Where weight decay applies: a callable of a parameter's name (empty if torch has
         none) and the parameter, such as ``lambda name, param: param.ndim > 1``.
     threads
-        At most so many; by default as many as torch uses, within the container's quota.
+        The most to use; by default as many as torch uses, within the container's quota.
     backend
         Of CPU tensors: "cython", "numba" or "numpy"; by default the fastest.
 
@@ -58,7 +58,7 @@ class Stepping(Stateful):
         How many steps ``nonfinite="skip"`` has left out.
     """
 
-    _step_supports_amp_scaling = False  # but of instances with fused=True, as torch's
+    _step_supports_amp_scaling = False  # True in instances with fused=True, as in torch
     _warned = False  # that this process has a share of the parameters
 
     def __init__(
@@ -134,7 +134,7 @@ class Stepping(Stateful):
         grads
             Gradients in place of those in ``.grad``: a tensor or None for each
             parameter, in order. With ``weights``, a list of such lists, one for each
-            task. They are only read.
+            task. They are only read, unless ``zero_grads`` is set.
         weights
             A number for each task. The step is that of the weighted sum of their
             gradients, which is never written to memory.
@@ -147,7 +147,7 @@ class Stepping(Stateful):
             What to do about an infinity or a NaN in the gradients: "propagate" it,
             "skip" the step or "raise" FloatingPointError.
         zero_grads
-            Set the gradients to zero when they have been read.
+            Set the gradients that the step has used to zero: ``grads``, if given.
         """
         loss = None
         if closure is not None:
@@ -269,7 +269,7 @@ class Stepping(Stateful):
         return 1.0 if scale is None else 1 / float(scale)
 
     def _check_mode(self) -> None:
-        """That this is the time for steps."""
+        """Refuse a step in eval mode, if the class has one."""
 
     def _read(self, groups: list[dict[str, Any]]) -> Read:
         self._check_mode()
@@ -294,8 +294,8 @@ class Stepping(Stateful):
         single: Tensor | None = None,
         given: Gradients | None = None,
     ) -> Plan | None:
-        """A step of all parameters, or of a ``single`` one: by a plan, or by a new one
-        if that is out of date. The plan that now is."""
+        """Do a step of all parameters, or of a ``single`` one, with this plan or, if it
+        is out of date, with a new one. Return the plan to keep."""
         while True:
             self._turns.begin()
             groups = list(self.param_groups)  # a handler may add one

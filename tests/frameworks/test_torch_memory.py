@@ -353,3 +353,32 @@ def test_the_core_refuses_tensors_without_memory_of_their_own():
         assert w.tolist() == [1, 1, 1] and opt.steps == 0
     empty = torch.ones(0)
     fastopt.adamw([empty]).step([torch.ones(0)])  # has no memory either, and needs none
+
+
+@pytest.mark.parametrize("change", ["estimate", "accumulate"])
+def test_a_change_holds_the_memory_of_copied_gradients(change, monkeypatch):
+    """A gradient in another layout is copied. An array of the copy does not keep its
+    memory, which must stay as it is until the kernels have read it."""
+
+    def changed(overwrite):
+        params = params_of(draw(SQUARES, torch.float32))
+        opt = ft.SophiaG(params, lr=0.1)
+        for param, grad in zip(params, draw(SQUARES, torch.float32, 1), strict=True):
+            param.grad = grad.t()
+        commit = opt._turns.commit
+
+        def commit_later(calls):
+            calls, taken = list(calls), []
+            if overwrite:  # memory that was freed is what is handed out first
+                taken = [torch.full((4, 4), float("nan")) for _ in range(100)]
+            commit(calls)
+            del taken
+
+        monkeypatch.setattr(opt._turns, "commit", commit_later)
+        getattr(opt, change)()
+        estimates = [opt.state[param].get("h") for param in params]
+        return estimates if change == "estimate" else opt._sums.tensors
+
+    expected, tensors = changed(False), changed(True)
+    assert all(map(torch.equal, tensors, expected))
+    assert all(bool(tensor.any()) for tensor in tensors)

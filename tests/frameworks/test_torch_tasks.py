@@ -159,6 +159,7 @@ REFUSED = [
     (dict(weights=[1.0]), TypeError, "weights need the gradients of each task"),
     (dict(grads=torch.ones(2)), TypeError, "grads must be a list"),
     (dict(grads=[torch.ones(2)] * 2), ValueError, "2 gradients for 1 parameters"),
+    (dict(grads=[[torch.ones(2)]]), TypeError, "several tasks need weights="),
     (dict(grads=[np.ones(2)]), TypeError, r"grads\[0\] must be a tensor or None"),
     (dict(grads=[torch.ones(3)]), ValueError, "has shape"),
     (dict(grads=[[torch.ones(2)]], weights=[1, 2]), ValueError, "there are 1 tasks"),
@@ -349,6 +350,8 @@ def test_what_a_mask_refuses():
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match="must be a callable"):
         ft.AdamW([p], weight_decay_mask=[True])
+    with pytest.raises(TypeError, match="must take the name and the parameter"):
+        ft.AdamW([p], weight_decay_mask=lambda p: True)
     with pytest.raises(TypeError, match="must return True or False"):
         ft.AdamW([p], weight_decay_mask=lambda name, p: None)
     with pytest.raises(TypeError, match="rprop has no weight_decay"):

@@ -3,6 +3,7 @@ compiled, and the launch up to the driver. With a GPU also its bits there."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -18,8 +19,8 @@ import pytest
 from cases import closure_rule
 
 import fastopt
-from fastopt import RULES, Rule
-from fastopt.backends import cuda_driver, cuda_kernels
+from fastopt import RULES, Rule, backends
+from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
 from fastopt.backends.cuda_kernels import Beside
 from fastopt.language import reached
 from fastopt.memory.segments import Segment
@@ -38,6 +39,13 @@ needs_compiler = pytest.mark.skipif(
     or not cuda_kernels.nvvm.is_available(),
     reason=f"the CUDA compiler is not installed: {cuda_driver.HOW_TO_GET}",
 )
+
+
+@pytest.mark.parametrize("name", backends.MODULES)
+def test_a_backend_has_the_functions_of_the_reference(name):
+    module = importlib.import_module(backends.MODULES[name])
+    assert module.__all__ == numpy_ref.__all__
+    assert all(callable(getattr(module, function)) for function in module.__all__)
 
 
 # The bits
