@@ -28,9 +28,22 @@ from typing import Any, overload
 import numpy as np
 
 from fastopt.memory.segments import Array
-from fastopt.optimizer.checks import check_count
+from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.refusals import is_function, items, named
 from fastopt.rule import check_hyperparameter
+
+# Types of fields that say which numbers are allowed.
+Positive = float
+NonNegative = float  # at least 0
+Count = int  # at least 0; an int is at least 1
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "float": lambda name, value: check_hyperparameter("", name, value, 1.0),
+    "Positive": check_positive,
+    "NonNegative": lambda name, value: check_hyperparameter("lr", name, value, 1.0),
+    "int": lambda name, value: check_count(name, value, 1),
+    "Count": lambda name, value: check_count(name, value, 0),
+    "bool": lambda name, value: check_hyperparameter("", name, value, False),
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +56,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, name = getattr(self, field.name), field.name
-            if field.type in ("float", "bool"):
-                kind = 1.0 if field.type == "float" else False
-                value = check_hyperparameter("", name, value, kind)
-            elif field.type == "int":
-                value = check_count(
-                    name, value, 0 if name in ("begin", "warmup") else 1
-                )
-            object.__setattr__(self, name, value)
+            kind, _, optional = str(field.type).partition(" | ")
+            value = getattr(self, field.name)
+            if kind in _CHECKS and not (optional and value is None):
+                value = _CHECKS[kind](field.name, value)
+                object.__setattr__(self, field.name, value)
 
     @overload
     def __call__(self, t: float) -> float: ...
@@ -84,11 +93,6 @@ class Schedule:
     def at(self, t: float) -> float:
         """The formula, for ``t`` of at least 0."""
         raise NotImplementedError
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
 def _mix(start: float, end: float, x: float) -> float:
@@ -173,18 +177,11 @@ class exponential(Schedule):
     """
 
     lr: float
-    gamma: float
+    gamma: Positive
     steps: int = 1
-    begin: int = 0
+    begin: Count = 0
     staircase: bool = False
     end: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive("gamma", self.gamma)
-        if self.end is not None:
-            end = check_hyperparameter("", "end", self.end, 1.0)
-            object.__setattr__(self, "end", end)
 
     def at(self, t: float) -> float:
         since = max(t - self.begin, 0)
@@ -205,14 +202,8 @@ class inverse_power(Schedule):
     """
 
     lr: float
-    c: float = 1.0
-    p: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive("p", self.p)
-        if self.c < 0:
-            raise ValueError(f"c must be at least 0, got {self.c!r}")
+    c: NonNegative = 1.0
+    p: Positive = 0.5
 
     def at(self, t: float) -> float:
         # sqrt is rounded correctly, a power need not be.
@@ -231,14 +222,13 @@ class inverse_sqrt(Schedule):
     """
 
     lr: float
-    warmup: int = 0
+    warmup: Count = 0
     timescale: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale = self.timescale
-        scale = self.warmup or 10_000 if scale is None else scale
-        object.__setattr__(self, "timescale", check_count("timescale", scale, 1))
+        scale = self.timescale or self.warmup or 10_000
+        object.__setattr__(self, "timescale", scale)
 
     def at(self, t: float) -> float:
         if t < self.warmup:
@@ -262,13 +252,9 @@ class polynomial(Schedule):
 
     lr: float
     steps: int
-    power: float = 1.0
+    power: Positive = 1.0
     end: float = 0.0
-    begin: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive("power", self.power)
+    begin: Count = 0
 
     def at(self, t: float) -> float:
         x = min(max(t - self.begin, 0) / self.steps, 1.0)
@@ -288,7 +274,7 @@ class linear(Schedule):
     lr: float
     steps: int
     end: float = 0.0
-    begin: int = 0
+    begin: Count = 0
 
     def at(self, t: float) -> float:
         x = min(max(t - self.begin, 0) / self.steps, 1.0)
@@ -310,11 +296,7 @@ class cosine(Schedule):
     lr: float
     steps: int
     end: float = 0.0
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive("power", self.power)
+    power: Positive = 1.0
 
     def at(self, t: float) -> float:
         if t >= self.steps:
@@ -338,14 +320,13 @@ class warmup_cosine(Schedule):
 
     lr: float
     steps: int
-    warmup: int
+    warmup: Count
     start: float = 0.0
     end: float = 0.0
-    power: float = 1.0
+    power: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("power", self.power)
         _room(self.steps, self.warmup + 1, "at least warmup + 1 =")
 
     def at(self, t: float) -> float:
@@ -405,15 +386,13 @@ class onecycle(Schedule):
     lr: float
     steps: int
     pct_start: float = 0.3
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
+    div_factor: Positive = 25.0
+    final_div_factor: Positive = 1e4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.pct_start <= 1:
             raise ValueError(f"pct_start must be in [0, 1], got {self.pct_start!r}")
-        _positive("div_factor", self.div_factor)
-        _positive("final_div_factor", self.final_div_factor)
 
     def at(self, t: float) -> float:
         start = self.lr / self.div_factor
@@ -444,18 +423,12 @@ class cyclic(Schedule):
     steps_up: int = 2000
     steps_down: int | None = None
     mode: str = "triangular"
-    gamma: float = 1.0
+    gamma: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in ("triangular", "triangular2", "exp_range"):
-            raise ValueError(
-                f'mode must be "triangular", "triangular2" or "exp_range", got '
-                f"{self.mode!r}"
-            )
-        _positive("gamma", self.gamma)
-        down = self.steps_up if self.steps_down is None else self.steps_down
-        object.__setattr__(self, "steps_down", check_count("steps_down", down, 1))
+        check_choice("mode", self.mode, "triangular", "triangular2", "exp_range")
+        object.__setattr__(self, "steps_down", self.steps_down or self.steps_up)
 
     def at(self, t: float) -> float:
         up, down = self.steps_up, self.steps_down or 0
@@ -485,17 +458,14 @@ class wsd(Schedule):
     lr: float
     steps: int
     decay: int
-    warmup: int = 0
+    warmup: Count = 0
     start: float = 0.0
     end: float = 0.0
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shape not in ("cosine", "linear", "1-sqrt"):
-            raise ValueError(
-                f'shape must be "cosine", "linear" or "1-sqrt", got {self.shape!r}'
-            )
+        check_choice("shape", self.shape, "cosine", "linear", "1-sqrt")
         _room(self.steps, self.warmup + self.decay, "at least warmup + decay =")
 
     def at(self, t: float) -> float:

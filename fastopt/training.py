@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from fastopt.memory.arrays import as_array, on_device, read_only, to_host
 from fastopt.memory.flat import FlatBuffer, expanded, flatten
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves, rebuild
-from fastopt.optimizer.checks import check_count, check_layout
+from fastopt.optimizer.checks import check_choice, check_count, check_layout
 from fastopt.optimizer.refusals import (
     RETURNS,
     check_arrays,
@@ -50,38 +50,48 @@ def improves(metric: Any, best: float | None, mode: str, margin: float) -> bool:
     return value < best - margin if mode == "min" else value > best + margin
 
 
-def check_mode(name: str, mode: Any, modes: tuple[str, str]) -> str:
-    if not isinstance(mode, str) or mode not in modes:
-        raise ValueError(f'{name} must be "{modes[0]}" or "{modes[1]}", got {mode!r}')
-    return str(mode)
-
-
 def check_at_least_zero(name: str, value: Any) -> float:
     return float(check_hyperparameter("lr", name, value, 1.0))
 
 
-def check_run(run: Any) -> None:
-    if not isinstance(run, Run):
-        raise TypeError(
-            f"as a callback it is called by minimize, with a Run, got {named(run)}; in "
-            f"a loop of your own use its step(metric, ...)"
-        )
+class Watch:
+    """What a metric was so far, and when it was best."""
+
+    best: float | None
+    _nothing: ClassVar[Mapping[str, Any]]  # what is remembered before the first look
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        vars(self).update(self._nothing)  # at the same instant
+
+    def _begin(self, run: Any) -> None:
+        """Check what a callback of :func:`minimize` is given. At the start of a run,
+        forget what was seen before, or loaded."""
+        if not isinstance(run, Run):
+            raise TypeError(
+                f"as a callback it is called by minimize, with a Run, got "
+                f"{named(run)}; in a loop of your own use its step(metric, ...)"
+            )
+        if not run.steps:
+            self.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, in plain numbers and arrays."""
+        return {name: getattr(self, name) for name in self._nothing}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        if not isinstance(saved, Mapping) or saved.keys() != self._nothing.keys():
+            got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+            raise TypeError(f"expected the keys {', '.join(self._nothing)}; got {got}")
+        best = saved["best"]
+        if best is not None and not (is_number(best) and math.isfinite(float(best))):
+            raise ValueError(f"best must be a finite number or None, got {best!r}")
+        check_seen(saved)
+        vars(self).update(saved)
 
 
-def take_over(watch: Any, saved: Any) -> None:
-    """Set what a ``state_dict`` of it has saved."""
-    wanted = watch.state_dict().keys()
-    if not isinstance(saved, Mapping) or saved.keys() != wanted:
-        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-        raise TypeError(f"expected the keys {', '.join(wanted)}; got {got}")
-    best = saved["best"]
-    if best is not None and not (is_number(best) and math.isfinite(float(best))):
-        raise ValueError(f"best must be a finite number or None, got {best!r}")
-    check_seen(saved)
-    vars(watch).update(saved)
-
-
-class ReduceLROnPlateau:
+class ReduceLROnPlateau(Watch):
     """Multiply the learning rates by ``factor`` when a metric has not improved for more
     than ``patience`` looks at it: at the look ``patience + 1``, as torch counts.
 
@@ -118,7 +128,7 @@ class ReduceLROnPlateau:
     Notes
     -----
     A metric that is NaN or infinite is no improvement. The learning rates must be
-    numbers: a schedule has its own idea of them.
+    numbers: a schedule has its own idea of them. The optimizer's state has them.
 
     Example
     -------
@@ -129,9 +139,9 @@ class ReduceLROnPlateau:
     ([False, False, False, True], 0.1)
     """
 
-    best: float | None
     bad: int
     cooling: int
+    _nothing = {"best": None, "bad": 0, "cooling": 0}
 
     def __init__(
         self,
@@ -144,21 +154,18 @@ class ReduceLROnPlateau:
         cooldown: int = 0,
         min_lr: float = 0.0,
     ):
-        self.mode = check_mode("mode", mode, ("min", "max"))
+        self.mode = check_choice("mode", mode, "min", "max")
         self.factor = check_at_least_zero("factor", factor)
         if not 0 < self.factor < 1:
             raise ValueError(f"factor must be between 0 and 1, got {factor!r}")
         self.patience = check_count("patience", patience, 0)
         self.threshold = check_at_least_zero("threshold", threshold)
-        modes = ("rel", "abs")
-        self.threshold_mode = check_mode("threshold_mode", threshold_mode, modes)
+        self.threshold_mode = check_choice(
+            "threshold_mode", threshold_mode, "rel", "abs"
+        )
         self.cooldown = check_count("cooldown", cooldown, 0)
         self.min_lr = check_at_least_zero("min_lr", min_lr)
         self.reset()
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        vars(self).update(best=None, bad=0, cooling=0)  # at the same instant
 
     def step(self, metric: float, opt: Any) -> bool:
         """Look at a metric; whether learning rates of the optimizer were reduced."""
@@ -202,23 +209,12 @@ class ReduceLROnPlateau:
         return reduced
 
     def __call__(self, run: Run) -> None:
-        """As a callback of :func:`minimize`: the loss is the metric, and what was seen
-        before, or loaded, is forgotten."""
-        check_run(run)
-        if not run.steps:
-            self.reset()
+        """As a callback of :func:`minimize`, take the loss as the metric."""
+        self._begin(run)
         self.step(run.loss, run.opt)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was seen, in plain numbers; the rates are in the optimizer's."""
-        return {"best": self.best, "bad": self.bad, "cooling": self.cooling}
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
-        take_over(self, saved)
-
-
-class EarlyStopping:
+class EarlyStopping(Watch):
     """Stop when a metric has not improved for ``patience`` looks in a row: at the look
     ``patience``, as Keras and Lightning count.
 
@@ -260,22 +256,18 @@ class EarlyStopping:
     (2.0, 1)
     """
 
-    best: float | None
     best_look: int
     best_params: Any
     looks: int
     wait: int
+    _nothing = {"best": None, "best_look": -1, "best_params": None}
+    _nothing |= {"looks": 0, "wait": 0}
 
     def __init__(self, patience: int, *, min_delta: float = 0.0, mode: str = "min"):
         self.patience = check_count("patience", patience, 1)
         self.min_delta = check_at_least_zero("min_delta", min_delta)
-        self.mode = check_mode("mode", mode, ("min", "max"))
+        self.mode = check_choice("mode", mode, "min", "max")
         self.reset()
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        nothing = {"best": None, "best_look": -1, "best_params": None}
-        vars(self).update(nothing, looks=0, wait=0)  # at the same instant
 
     def step(self, metric: float, params: Any = None) -> bool:
         """Look at a metric; whether to stop. If it is best, parameters are copied."""
@@ -298,24 +290,15 @@ class EarlyStopping:
         write(params, self.best_params)
 
     def __call__(self, run: Run) -> bool:
-        """As a callback of :func:`minimize`: the loss is the metric, and what was seen
-        before, or loaded, is forgotten."""
-        check_run(run)
-        if not run.steps:
-            self.reset()
+        """As a callback of :func:`minimize`, take the loss as the metric."""
+        self._begin(run)
         return self.step(run.loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, in plain numbers and arrays."""
-        names = ("best", "best_look", "best_params", "looks", "wait")
-        saved = {name: getattr(self, name) for name in names}
+        saved = super().state_dict()
         if saved["best_params"] is not None:
             saved["best_params"] = copied(saved["best_params"])
         return saved
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
-        take_over(self, saved)
 
 
 def copied(tree: Any, name: str = "params") -> Any:

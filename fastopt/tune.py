@@ -15,7 +15,7 @@ import numpy as np
 from fastopt.lookahead import Lookahead
 from fastopt.memory.arrays import to_host
 from fastopt.memory.segments import Array
-from fastopt.optimizer.checks import check_count
+from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import (
     RETURNS,
@@ -76,10 +76,7 @@ class LRRangeTest:
             If the test cannot say: there is no fall, none that stands out of the noise,
             or no end of it.
         """
-        if how not in ("valley", "steepest", "minimum"):
-            raise ValueError(
-                f'how must be "valley", "steepest" or "minimum", got {how!r}'
-            )
+        check_choice("how", how, "valley", "steepest", "minimum")
         lrs, s = self.lrs, self.smoothed
         if len(s) < 3:
             raise ValueError(
@@ -262,17 +259,9 @@ def lr_range_test(
 
 def both_ways(values: Array, beta: float) -> Array:
     """Averages of values, weighted with ``beta**distance`` in both directions."""
-
-    def sums(values: Array) -> Array:
-        total, found = 0.0, []
-        for value in values:
-            total = beta * total + float(value)
-            found.append(total)
-        return np.array(found)
-
-    ones = np.ones(len(values))
-    total, weight = (sums(v) + sums(v[::-1])[::-1] - v for v in (values, ones))
-    averages: Array = total / weight
+    places = np.arange(len(values))
+    weights = beta ** abs(places - places[:, None])
+    averages: Array = weights @ values / weights.sum(axis=1)
     return averages
 
 
@@ -315,40 +304,6 @@ def going_back(rng: Any) -> Callable[[], None]:
 
 
 # The batch size ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Average:
-    """A mean of numbers, older ones weighing less, and its standard error."""
-
-    beta: float
-    count: int = 0
-    weight: float = 0.0
-    weight2: float = 0.0
-    total: float = 0.0
-    total2: float = 0.0
-
-    def with_number(self, value: float) -> Average:
-        return Average(
-            self.beta,
-            self.count + 1,
-            self.beta * self.weight + 1,
-            self.beta**2 * self.weight2 + 1,
-            self.beta * self.total + value,
-            self.beta * self.total2 + value * value,
-        )
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.weight if self.count else math.nan
-
-    @property
-    def error(self) -> float:
-        if self.count < 2:
-            return math.inf
-        numbers = self.weight**2 / self.weight2  # of equal weight that were as good
-        variance = self.total2 / self.weight - self.mean**2
-        return math.sqrt(max(variance, 0.0) / (numbers - 1))
 
 
 class GradientNoiseScale:
@@ -401,8 +356,9 @@ class GradientNoiseScale:
         self.beta = float(check_hyperparameter("", "beta", beta, 1.0))
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must be in (0, 1], got {beta!r}")
-        self._noise, self._signal = Average(self.beta), Average(self.beta)
-        self._both = Average(self.beta)  # their sum: for their covariance
+        self._count, self._weight, self._squared_weights = 0, 0.0, 0.0
+        # Weighted sums of noise and signal, and of their products.
+        self._sums, self._products = np.zeros(2), np.zeros((2, 2))
 
     def update(self, grads: Sequence[Any]) -> None:
         """Count the gradients of two or more batches, at the same parameters: a list,
@@ -442,23 +398,35 @@ class GradientNoiseScale:
             )
         noise = self.batch_size * count / (count - 1) * max(mean - big, 0.0)
         signal = (count * big - mean) / (count - 1)
+        both, beta = np.array([noise, signal]), self.beta
         vars(self).update(  # all at the same instant
-            _noise=self._noise.with_number(noise),
-            _signal=self._signal.with_number(signal),
-            _both=self._both.with_number(noise + signal),
+            _count=self._count + 1,
+            _weight=beta * self._weight + 1,
+            _squared_weights=beta**2 * self._squared_weights + 1,
+            _sums=beta * self._sums + both,
+            _products=beta * self._products + np.outer(both, both),
         )
 
     @property
     def noise(self) -> float:
-        return self._noise.mean
+        return float(self._sums[0]) / self._weight if self._count else math.nan
 
     @property
     def signal(self) -> float:
-        return self._signal.mean
+        return float(self._sums[1]) / self._weight if self._count else math.nan
+
+    def _covariance(self) -> Array:
+        """The covariance matrix of the two means."""
+        mean = self._sums / self._weight
+        numbers = self._weight**2 / self._squared_weights  # as good, of equal weight
+        covariance: Array = self._products / self._weight - np.outer(mean, mean)
+        return covariance / (numbers - 1)
 
     @property
     def resolved(self) -> bool:
-        return self._signal.count >= 10 and self.signal > 8 * self._signal.error
+        if self._count < 10:
+            return False
+        return self.signal > 8 * math.sqrt(max(self._covariance()[1, 1], 0.0))
 
     @property
     def value(self) -> float:
@@ -469,16 +437,13 @@ class GradientNoiseScale:
         if not self.resolved:
             return math.nan
         # The ratio's, to first order.
-        noise, signal = self._noise.error**2, self._signal.error**2
-        twice_covariance = self._both.error**2 - noise - signal
-        square = noise + self.value * (self.value * signal - twice_covariance)
+        slope = np.array([1.0, -self.value])
+        square = float(slope @ self._covariance() @ slope)
         return math.sqrt(max(square, 0.0)) / self.signal
 
     def __repr__(self) -> str:
         if not self.resolved:
-            return (
-                f"<gradient noise scale: unresolved after {self._signal.count} updates>"
-            )
+            return f"<gradient noise scale: unresolved after {self._count} updates>"
         value, error = float(f"{self.value:.3g}"), float(f"{self.error:.2g}")
         return f"<gradient noise scale: {value:g} ± {error:g} examples>"
 
@@ -543,16 +508,13 @@ def scale_hyperparameters(
     >>> fastopt.scale_hyperparameters({"lr": 0.001, "beta1": 0.875}, 4, "sqrt")
     {'lr': 0.002, 'beta1': 0.5}
     """
-    ratio = float(check_hyperparameter("", "batch_ratio", batch_ratio, 1.0))
-    if ratio <= 0:
-        raise ValueError(f"batch_ratio must be above 0, got {batch_ratio!r}")
+    ratio = check_positive("batch_ratio", batch_ratio)
     if not isinstance(hyperparameters, Mapping):
         raise TypeError(
             f"hyperparameters must be a dict of them by name, such as opt.groups[0], "
             f"got {named(hyperparameters)}"
         )
-    if not isinstance(rule, str) or rule not in ("linear", "sqrt"):
-        raise ValueError(f'rule must be "linear" or "sqrt", got {rule!r}')
+    check_choice("rule", rule, "linear", "sqrt")
     if "lr" not in hyperparameters:
         raise ValueError(f"there is no lr in {dict(hyperparameters)!r}")
     for name, instead in (

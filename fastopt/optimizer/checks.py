@@ -330,18 +330,28 @@ def check_limit(name: str, value: Any) -> float:
     """A bound for gradients; None is no bound."""
     if value is None:
         return math.inf
+    return check_positive(name, value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return it as a float, or raise if it is no number above 0."""
     number = float(check_hyperparameter("", name, value, 1.0))
     if number <= 0:
         raise ValueError(f"{name} must be above 0, got {shown(value)}")
     return number
 
 
-def check_nonfinite(value: Any) -> str:
-    if not isinstance(value, str) or value not in ("propagate", "skip", "raise"):
-        raise ValueError(
-            f'nonfinite must be "propagate", "skip" or "raise", got {shown(value)}'
-        )
+def check_choice(name: str, value: Any, *choices: str) -> str:
+    """Return it if it is one of these words, or raise an error that names them."""
+    if not isinstance(value, str) or value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        wanted = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return str(value)
+
+
+def check_nonfinite(value: Any) -> str:
+    return check_choice("nonfinite", value, "propagate", "skip", "raise")
 
 
 def check_writeable(names: Sequence[str], grads: Sequence[Array | None]) -> None:

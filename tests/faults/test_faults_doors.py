@@ -217,8 +217,7 @@ def test_a_noise_scale_interrupted_at_lines(campaign):
         return scale
 
     def state(scale):
-        averages = scale._noise, scale._signal, scale._both
-        return plain([vars(average) for average in averages])
+        return plain(vars(scale))
 
     def update(scale):
         scale.update_norms([4.0, 3.0, 5.0], 1.25)
