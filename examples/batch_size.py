@@ -11,20 +11,15 @@ of magnitude, not more.
 Prints both and saves batch_size.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt.cli import demo
 
 TARGET, MOST = 0.35, 1200  # the loss at which runs end, and their most steps
-SIZES, RATES, SEEDS = (4, 16, 64, 256), (0.1, 0.2, 0.4, 0.8, 1.6), 3
-LOOK = 256  # the images of which the loss is taken, every LOOK_EVERY steps
-LOOK_EVERY = 2
+SIZES, RATES, SEEDS = (4, 16, 64, 256), (0.1, 0.2, 0.4, 0.8, 1.6), range(3)
+LOOK = 256  # the images of which the loss is taken, at every other step
 
 
 def noise_scale(params, data, rng):
@@ -45,7 +40,7 @@ def steps_to_target(size, lr, seed, data):
     params, rng = demo.mlp(seed), np.random.default_rng(seed)
     grads, opt = params.zeros_like(), fastopt.sgd(params, lr=lr)
     for step in range(MOST):
-        if step % LOOK_EVERY == 0:
+        if step % 2 == 0:
             loss, _ = demo.evaluate(params, x[:LOOK], y[:LOOK])
             if loss <= TARGET:
                 return step
@@ -57,7 +52,7 @@ def steps_to_target(size, lr, seed, data):
     return np.inf
 
 
-def main(folder):
+def main():
     data = demo.digits()
     x, y = data.train
     params, rng = demo.mlp(0), np.random.default_rng(0)
@@ -74,15 +69,13 @@ def main(folder):
         demo.backward(params, grads, x[rows], y[rows])
         opt.step(grads)
 
-    print(f"\nTo a loss of {TARGET}, by SGD, median of {SEEDS} seeds:")
+    print(f"\nTo a loss of {TARGET}, by SGD, median of {len(SEEDS)} seeds:")
     print("  batch  lr     steps  examples")
     steps = []
     with np.errstate(all="ignore"):
         for size in SIZES:
             taken = {
-                lr: np.median(
-                    [steps_to_target(size, lr, s, data) for s in range(SEEDS)]
-                )
+                lr: np.median([steps_to_target(size, lr, s, data) for s in SEEDS])
                 for lr in RATES
             }
             lr = min(taken, key=taken.get)
@@ -106,12 +99,10 @@ def main(folder):
     axes.loglog(sizes, steps * sizes, "s", color="C1", label="examples")
     axes.loglog(line, (fewest * (1 + slope / fewest / line)) * line, color="C1")
     axes.axvline(slope / fewest, color="0.5", linestyle="--", label="B, from the steps")
-    axes.set_xlabel("batch size")
-    axes.set_ylabel(f"to a loss of {TARGET}")
+    axes.set(xlabel="batch size", ylabel=f"to a loss of {TARGET}")
     axes.legend(frameon=False)
-    figure.savefig(folder / "batch_size.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    demo.run_example(main)

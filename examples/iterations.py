@@ -11,12 +11,8 @@ before it begins.
 Prints both and saves iterations.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt import schedules
@@ -90,7 +86,7 @@ def branches(data):
     return found, costs
 
 
-def main(folder):
+def main():
     data = demo.digits()
     stop = fastopt.EarlyStopping(PATIENCE)
     stopped, _ = learn_by_heart(data, stop)
@@ -117,18 +113,15 @@ def main(folder):
     left.semilogy(at, losses, label=f"the {FEW} images")
     left.semilogy(at, others, label="others")
     left.axvline(stopped.steps, color="0.5", linestyle="--", label="early stopping")
-    left.set_xlabel("steps")
-    left.set_ylabel("loss")
+    left.set(xlabel="steps", ylabel="loss")
     left.legend(frameon=False)
     names = "before the decay", "after it", "a cosine of this length"
     for name, values in zip(names, zip(*found.values(), strict=True), strict=True):
         right.loglog(list(found), values, "o-", label=name)
-    right.set_xlabel("steps in the run")
-    right.set_ylabel("training loss at its end")
+    right.set(xlabel="steps in the run", ylabel="training loss at its end")
     right.legend(frameon=False)
-    figure.savefig(folder / "iterations.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    demo.run_example(main)

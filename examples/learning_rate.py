@@ -9,12 +9,8 @@ rules at the end find their step size themselves.
 Prints what each of them says and saves learning_rate.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt.cli import demo
@@ -50,7 +46,7 @@ def trained(make, data):
     return float(np.median(np.nan_to_num(losses, nan=np.inf)))
 
 
-def main(folder):
+def main():
     data = demo.digits()
     figure = Figure(figsize=(12, 4.5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -85,18 +81,14 @@ def main(folder):
     }.items():
         loss = trained(make, data)
         print(f"  {name:<20} {loss:.4f}")
-        line = right.axhline(loss, linestyle="--")
-        line.set_color(f"C{len(right.lines) - 1}")
-        line.set_label(name)
+        color = f"C{len(right.lines)}"
+        right.axhline(loss, linestyle="--", color=color, label=name)
     right.axvline(test.suggestion(), color="#D55E00", label="valley")
-    right.set_ylim(top=3)
-    right.set_xlabel("learning rate")
-    right.set_ylabel(f"training loss after {STEPS} steps")
-    right.set_title("What a grid says")
+    right.set(xlabel="learning rate", ylabel=f"training loss after {STEPS} steps")
+    right.set(ylim=(None, 3), title="What a grid says")
     right.legend(frameon=False)
-    figure.savefig(folder / "learning_rate.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    demo.run_example(main)

@@ -10,12 +10,8 @@ their products alone, and need no sweep.
 Prints both losses of each and saves several_tasks.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt import multitask
@@ -68,22 +64,15 @@ def trained(weigh, data):
 
 def methods():
     rng = np.random.default_rng(0)
+    others = {*multitask.__all__} - {"gram", "pcgrad", "GradVac"}
     return {
-        "mean": multitask.mean,
-        "mgda": multitask.mgda,
         "pcgrad": lambda gram: multitask.pcgrad(gram, rng),
         "gradvac": multitask.GradVac(rng),
-        "cagrad": multitask.cagrad,
-        "imtl_g": multitask.imtl_g,
-        "aligned_mtl": multitask.aligned_mtl,
-        "nash_mtl": multitask.nash_mtl,
-        "fairgrad": multitask.fairgrad,
-        "dualproj": multitask.dualproj,
-        "upgrad": multitask.upgrad,
+        **{name: getattr(multitask, name) for name in sorted(others)},
     }
 
 
-def main(folder):
+def main():
     data = demo.digits()
     shares = (0.002, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
     front = [trained(lambda _, s=s: np.array([s, 1 - s]), data) for s in shares]
@@ -105,9 +94,8 @@ def main(folder):
     axes.set(xscale="log", xlabel="loss of the digits")
     axes.set(yscale="log", ylabel="error of the image")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(Path(folder) / "several_tasks.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1):
-        main(sys.argv[1] if len(sys.argv) > 1 else ".")
+    demo.run_example(main)

@@ -93,8 +93,7 @@ def coordinates(axes):
             away.append(np.linalg.norm(w - best))
         print(f"   {name:<28} {away[-1]:.2g}")
         axes.semilogy(away, label=name, linewidth=0.8)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("distance from the solution")
+    axes.set(xlabel="steps", ylabel="distance from the solution")
     axes.set_title("SGD stops where its noise is, unless its steps get smaller")
     axes.legend(frameon=False)
 

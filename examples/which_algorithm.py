@@ -9,12 +9,8 @@ seeds. All get the same first weights and the same batches.
 Prints a table and saves which_algorithm.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt import schedules
@@ -49,7 +45,7 @@ def train(make, lr, seed, data):
     return demo.evaluate(params, x, y)[0], demo.evaluate(params, *data.test)[1]
 
 
-def main(folder):
+def main():
     data = demo.digits()
     best, tried = {}, {}
     for algorithm, (make, first) in ALGORITHMS.items():
@@ -82,14 +78,11 @@ def main(folder):
         for algorithm in ALGORITHMS:
             lrs, losses = zip(*tried[algorithm, schedule].items(), strict=True)
             axes.loglog(lrs, losses, "o-", label=algorithm)
-        axes.set_title(schedule)
-        axes.set_xlabel("learning rate")
-    figure.axes[0].set_ylabel("training loss at the end")
-    figure.axes[0].set_ylim(top=3)
+        axes.set(title=schedule, xlabel="learning rate")
+    figure.axes[0].set(ylabel="training loss at the end", ylim=(None, 3))
     figure.axes[0].legend(frameon=False)
-    figure.savefig(folder / "which_algorithm.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    demo.run_example(main)

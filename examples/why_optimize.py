@@ -10,12 +10,8 @@ show that.
 Prints the losses and saves why_optimize.png. Needs pip install '.[demo]'.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt.cli import demo
@@ -52,17 +48,15 @@ def guesses(value_and_grad, shape, rng, near_the_best):
     return found
 
 
-def main(folder):
+def main():
     (x, y), (x_test, y_test) = demo.digits()
     x, x_test = (np.c_[part, np.ones(len(part))].astype(float) for part in (x, x_test))
     shape = (x.shape[1], 10)
     function = model(x, y, 10)
 
     curves = {
-        "guesses": guesses(function, shape, np.random.default_rng(0), False),
-        "guesses near the best": guesses(
-            function, shape, np.random.default_rng(0), True
-        ),
+        name: guesses(function, shape, np.random.default_rng(0), near_the_best)
+        for name, near_the_best in (("guesses", False), ("guesses near the best", True))
     }
     for name, rule, lr in (("gd", fastopt.gd, 0.5), ("adam", fastopt.adam, 0.05)):
         result = fastopt.minimize(function, np.zeros(shape), rule, LOOKS - 1, lr=lr)
@@ -88,13 +82,11 @@ def main(folder):
     axes = figure.subplots()
     for name, losses in curves.items():
         axes.semilogy(losses, label=name)
-    axes.set_xlabel("looks at the loss")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="looks at the loss", ylabel="loss")
     axes.set_title("A slope says where to go; a guess only where one is")
     axes.legend(frameon=False)
-    figure.savefig(folder / "why_optimize.png")
+    return figure
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    demo.run_example(main)

@@ -134,13 +134,10 @@ class LRRangeTest:
 
 def new_axes() -> Any:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.add_subplot()
+    return Figure(figsize=(8, 5), dpi=150, layout="constrained").add_subplot()
 
 
 def lr_range_test(

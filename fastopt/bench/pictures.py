@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastopt.bench.cases import title
@@ -68,8 +67,30 @@ def spread(ends: list[float], gap: float) -> list[float]:
     return places
 
 
-def label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
+def chart(heading: str, below: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """A figure with a heading, a smaller line below it, and room for labels at the
+    right."""
+    figure = Figure(figsize=(9, 5.6), dpi=150)
+    figure.subplots_adjust(left=0.09, right=0.75, top=0.87, bottom=0.11)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(heading, loc="left", weight="bold", pad=24)
+    axes.annotate(
+        below,
+        (0, 1),
+        (0, 8),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color="0.3",
+    )
+    return figure, axes
+
+
+def label_ends(axes: Axes, curves: dict[str, Curve], colors: dict[str, str]) -> None:
     """Each curve's name beside its end, and a thin line between the two."""
+    axes.autoscale_view()  # matplotlib would do it when it draws
     to_fraction = axes.transData + axes.transAxes.inverted()
     ends = [to_fraction.transform(list(curve.items())[-1]) for curve in curves.values()]
     places = spread([end[1] for end in ends], gap=0.052)
@@ -80,7 +101,7 @@ def label_ends(axes: Axes, curves: dict[str, Curve]) -> None:
             xytext=(1.06, place),
             xycoords="axes fraction",
             textcoords="axes fraction",
-            color=LINES[name].color,
+            color=colors[name],
             va="center",
             weight="bold" if name == "fastopt" else "normal",
             arrowprops={
@@ -100,10 +121,7 @@ def draw(
     y_label: str,
     set_up: Callable[[Axes], None],
 ) -> Figure:
-    figure = Figure(figsize=(9, 5.6), dpi=150)
-    FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.09, right=0.75, top=0.87, bottom=0.11)
-    axes = figure.add_subplot()
+    figure, axes = chart(heading, below, "elements (float32, one tensor)", y_label)
     for name, curve in curves.items():
         line = LINES[name]
         axes.plot(
@@ -119,20 +137,7 @@ def draw(
     axes.set_xscale("log")
     axes.margins(x=0.03)
     set_up(axes)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("elements (float32, one tensor)")
-    axes.set_ylabel(y_label)
-    axes.set_title(heading, loc="left", weight="bold", pad=24)
-    axes.annotate(
-        below,
-        (0, 1),
-        (0, 8),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        color="0.3",
-    )
-    label_ends(axes, curves)
+    label_ends(axes, curves, {name: line.color for name, line in LINES.items()})
     return figure
 
 

@@ -7,6 +7,7 @@ in another of the same layout, and the backward pass writes straight into the vi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 import fastopt
 from fastopt.bench.naive import Naive
+from fastopt.bench.pictures import chart, label_ends
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 
@@ -178,49 +179,34 @@ def compare(
 
 def picture(losses: dict[str, list[float]], path: Path) -> None:
     """The loss curves, each with its name at its end."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = chart(
+        f"{TRAIN // BATCH} steps on small batches beat one exact step",
+        f"A {INPUTS}-{HIDDEN}-{CLASSES} network on {TRAIN} of scikit-learn's digits",
+        "epochs (passes over the training images)",
+        "training loss (cross-entropy)",
+    )
     for run in RUNS:
         style = "--" if run.batch == TRAIN else "-"
         axes.semilogy(losses[run.rule.name], color=run.color, linestyle=style)
     axes.margins(x=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("epochs (passes over the training images)")
-    axes.set_ylabel("training loss (cross-entropy)")
-    axes.set_title(
-        f"{TRAIN // BATCH} steps on small batches beat one exact step",
-        loc="left",
-        weight="bold",
-        pad=24,
-    )
-    axes.annotate(
-        f"A {INPUTS}-{HIDDEN}-{CLASSES} network on {TRAIN} of scikit-learn's digits",
-        (0, 1),
-        (0, 8),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        color="0.3",
-    )
     for style, label in (
         ("--", "full batch: 1 step an epoch"),
         ("-", f"batches of {BATCH}: {TRAIN // BATCH} steps an epoch"),
     ):
         axes.plot([], color="0.3", linestyle=style, label=label)
     axes.legend(frameon=False)
-
-    # As near to the ends of their curves as lets each name have a line of its own.
-    low, high = np.log(axes.get_ylim())
-    below = -math.inf
-    for run in sorted(RUNS, key=lambda run: losses[run.rule.name][-1]):
-        name = run.rule.name
-        end = (math.log(losses[name][-1]) - low) / (high - low)
-        below = max(end, below + 0.05)
-        axes.annotate(
-            name, (1.015, below), xycoords="axes fraction", color=run.color, va="center"
-        )
+    curves = {name: dict(enumerate(values)) for name, values in losses.items()}
+    label_ends(axes, curves, {run.rule.name: run.color for run in RUNS})
     figure.savefig(path)
+
+
+def run_example(main: Callable[[], Figure]) -> None:
+    """Run the main function of an example, and save the figure that it returns, under
+    the example's name, in the folder that the command line names."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    with threadpool_limits(1, "blas"):
+        figure = main()
+    figure.savefig(folder / f"{Path(sys.argv[0]).stem}.png")
 
 
 def demo(output: Path, epochs: int, seed: int) -> None:
