@@ -32,11 +32,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import fastopt
+from fastopt.__main__ import at_least
 from fastopt.cli import demo
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
@@ -171,16 +172,7 @@ def loss(params: Any, x: Array, y: Array) -> float:
 
 def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> None:
     """Write the gradient of the loss into ``grads``."""
-    into = features(params, x)
-    hidden, log_p = demo.forward(params, into)
-    delta = np.exp(log_p)
-    delta[np.arange(len(y)), y] -= 1
-    delta /= len(y)
-    np.matmul(hidden.T, delta, out=grads["w2"])
-    delta.sum(axis=0, out=grads["b2"])
-    delta = delta @ params["w2"].T * (1 - hidden * hidden)
-    np.matmul(into.T, delta, out=grads["w1"])
-    delta.sum(axis=0, out=grads["b1"])
+    delta = demo.backward(params, grads, features(params, x), y)
     if "embedding" in params:
         delta = (delta @ params["w1"].T).reshape(-1, EMBEDDED)
         one_hot = np.eye(len(params["embedding"]), dtype=delta.dtype)[x.ravel()]
@@ -338,42 +330,27 @@ def as_json(
     return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     rules = {rule.name: rule for rule in (*fastopt.RULES, *CLASSES)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--rules", nargs="+", choices=rules, default=list(rules), metavar="RULE"
     )
-    parser.add_argument("--seeds", type=positive, default=5)
-    parser.add_argument("--steps", type=positive, default=3000, help="at most")
+    parser.add_argument("--seeds", type=at_least(1), default=5)
+    parser.add_argument("--steps", type=at_least(1), default=3000, help="at most")
     parser.add_argument("--backend", choices=["numpy", "cython", "numba"])
     parser.add_argument("--json", type=Path, metavar="PATH", help="to write to")
     options = parser.parse_args(arguments)
     console = Console()
     tasks = [task() for task in TASKS]
     results: list[Result] = []
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    numbers = options.seeds, options.steps
     # Products this small gain nothing from BLAS threads and, on a busy machine, wait.
-    with Progress(*columns, console=console) as bars, threadpool_limits(1, "blas"):
+    with threadpool_limits(1, "blas"):
         for task in tasks:
-            bar = bars.add_task(task.name, total=len(options.rules))
-            for name in options.rules:
-                results.append(
-                    train_all(
-                        task,
-                        rules[name],
-                        options.seeds,
-                        options.steps,
-                        options.backend,
-                    )
-                )
-                bars.update(bar, advance=1)
+            for name in track(options.rules, task.name, console=console):
+                result = train_all(task, rules[name], *numbers, options.backend)
+                results.append(result)
     for task in tasks:
         mine = [result for result in results if result.task == task.name]
         title = f"{task.name}: to a loss of {task.target:g}, median (min–max) of seeds"

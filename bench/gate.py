@@ -23,14 +23,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from fastopt.__main__ import at_least
 from fastopt.bench.contender import Case
 from fastopt.bench.measure import Worker, interval, rounds_of
 
@@ -259,17 +261,11 @@ def gate(
     """Measure with a progress bar, print the table, return the verdicts."""
     console = Console()
     cases = {name: CASES[name] for name in options.cases}
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bars:
+    with Progress(console=console) as bars:
         bar = bars.add_task(title, total=len(cases) * options.launches)
-        measured = compare(
-            base,
-            tree,
-            options.launches,
-            options.rounds,
-            cases,
-            lambda: bars.update(bar, advance=1),
-        )
+        tick = partial(bars.advance, bar)
+        numbers = options.launches, options.rounds
+        measured = compare(base, tree, *numbers, cases, tick)
     console.print(table(measured, title))
     return measured
 
@@ -288,15 +284,6 @@ def status(verdicts: dict[str, Verdict]) -> int:
     if any(v.slower for v in verdicts.values()):
         return 1
     return 2 if any(v.blind for v in verdicts.values()) else 0
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be >= {least}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ import numpy as np
 from numba import cuda
 
 import fastopt
-from fastopt.rule import Rule, sign
+from fastopt.rule import Rule
 from fastopt.rules.floor import FLOORS
 
 BURSTS, STEPS = 30, 10
@@ -36,23 +36,11 @@ WARM_UP = 3
 Step = Callable[[], object]
 
 
-def lion_scalars(t, lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0):
-    return lr, 1 - beta1, 1 - beta2, lr * weight_decay
-
-
-def lion_update(p, g, m, lr, a1, a2, decay):
-    p = p - (lr * sign(m + a1 * (g - m)) + decay * p)
-    return p, m + a2 * (g - m)
-
-
-# Chen et al. 2023, arXiv:2302.06675; here for its traffic, one state buffer.
-LION = Rule(lion_update, lion_scalars, state=("m",), name="lion")
-
 # Name -> the rule, its hyperparameters, its state buffers, torch's class and apex's.
 KINDS: dict[str, tuple[Rule, dict[str, float], int, str, str]] = {
     "adamw": (fastopt.adamw, {}, 2, "AdamW", "FusedAdam"),
     "sgd (momentum)": (fastopt.sgd, {"momentum": 0.9}, 1, "SGD", "FusedSGD"),
-    "lion": (LION, {}, 1, "", ""),
+    "lion": (fastopt.lion, {}, 1, "", ""),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fastopt
@@ -16,16 +16,14 @@ def png(text: str) -> Path:
     return Path(text)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            wanted = f"must be an integer >= {least}"
+            raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}")
+        return int(text)
 
-
-def seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
-    return int(text)
+    return number
 
 
 def size(text: str) -> int:
@@ -144,10 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=png, default="demo.png", help="the picture to write"
     )
     command.add_argument(
-        "--epochs", type=positive, default=100, help="passes over the training images"
+        "--epochs",
+        type=at_least(1),
+        default=100,
+        help="passes over the training images",
     )
     command.add_argument(
-        "--seed", type=seed, default=0, help="for the first weights and the batches"
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="for the first weights and the batches",
     )
     command.set_defaults(run=run_demo)
 
@@ -187,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help='beside fastopt and the floor, such as "torch fused" (default: all)',
     )
-    command.add_argument("--rounds", type=positive, help="(default: 15)")
+    command.add_argument("--rounds", type=at_least(1), help="(default: 15)")
     command.add_argument(
         "--quick", action="store_true", help="1e3, 1e5 and 1e6 only, in 5 rounds"
     )

@@ -123,13 +123,11 @@ def fastopt_flat(case: Case, backend: str) -> Contender:
 
 
 def fastopt_step(case: Case, params: Any, grads: Any, backend: str) -> Any:
-    step_options = {k: v for k, v in case.asked.items() if k != "ema"}
-    options = {
-        k: v for k, v in case.asked.items() if k == "ema"
-    }  # old versions have none
-    rule = fastopt_rule(case)
-    opt = rule(params, backend=backend, **options, **case.hyperparameters)
-    return partial(opt.step, grads, **step_options)
+    asked, options = dict(case.asked), case.hyperparameters
+    if "ema" in asked:  # old versions have none
+        options = {**options, "ema": asked.pop("ema")}
+    opt = fastopt_rule(case)(params, backend=backend, **options)
+    return partial(opt.step, grads, **asked)
 
 
 def fastopt_arrays(case: Case) -> Contender:
@@ -224,9 +222,11 @@ def torch_tensors(case: Case) -> list[Any]:
     return params
 
 
-def torch_contender(opt: Any, params: list[Any]) -> Contender:
+def torch_contender(
+    step: Callable[[], object], params: list[Any], **asked: Any
+) -> Contender:
     return Contender(
-        opt.step,
+        peers.torch_sequence(asked, step, params),
         lambda: [p.detach().numpy() for p in params],
         [p.grad for p in params],
     )
@@ -244,8 +244,7 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
     params = torch_tensors(case)
     values = peers.with_betas(every_hyperparameter(case))
     opt = optimizer(params, **values, **options, **how)
-    contender = torch_contender(opt, params)
-    return contender._replace(step=peers.torch_sequence(case.asked, opt.step, params))
+    return torch_contender(opt.step, params, **case.asked)
 
 
 def fastopt_torch(case: Case, flat: bool = False) -> Contender:
@@ -258,7 +257,7 @@ def fastopt_torch(case: Case, flat: bool = False) -> Contender:
         fastopt.torch.flatten_(params)
     values = peers.with_betas(every_hyperparameter(case))
     opt = getattr(fastopt.torch, name)(params, **values, **options, **case.asked)
-    return torch_contender(opt, params)
+    return torch_contender(opt.step, params)
 
 
 def torch_lamb(case: Case) -> Contender:
@@ -287,11 +286,7 @@ def torch_lamb(case: Case) -> Contender:
         ratio = torch.where((ratio > 0) & torch.isfinite(ratio), ratio, one)
         p.add_(u.mul_(ratio), alpha=-values["lr"])
 
-    return Contender(
-        step,
-        lambda: [p.detach().numpy() for p in params],
-        [p.grad for p in params],
-    )
+    return torch_contender(step, params)
 
 
 def torch_huge_pages(case: Case) -> Contender:
@@ -311,7 +306,7 @@ def deepspeed(case: Case) -> Contender:
         opt = DeepSpeedCPUAdam(params, **values, **options)
     except RuntimeError as error:  # it compiles its kernel on first use
         raise Unavailable(f"{error} {error.__cause__ or ''}".strip()) from error
-    return torch_contender(opt, params)
+    return torch_contender(opt.step, params)
 
 
 def timm(case: Case) -> Contender:
@@ -323,9 +318,7 @@ def timm(case: Case) -> Contender:
     if case.rule == "lamb":
         values["max_grad_norm"] = asked.pop("clip_norm", None)
     optimizer = getattr(importlib.import_module(f"timm.optim.{module}"), name)
-    opt = optimizer(params, **values)
-    contender = torch_contender(opt, params)
-    return contender._replace(step=peers.torch_sequence(asked, opt.step, params))
+    return torch_contender(optimizer(params, **values).step, params, **asked)
 
 
 def bitsandbytes(case: Case) -> Contender:
@@ -340,7 +333,7 @@ def bitsandbytes(case: Case) -> Contender:
         opt = getattr(optim, name)(params, **values)
     except NotImplementedError as error:
         raise Unavailable(str(error)) from error
-    return torch_contender(opt, params)
+    return torch_contender(opt.step, params)
 
 
 def optax(case: Case) -> Contender:

@@ -48,8 +48,8 @@ def read(path: Path) -> Report:
         Measured(
             Case(**m["case"]),
             {
-                name: Timing(t["seconds"], t["ratio"], tuple(t["interval"]))
-                for name, t in m["timings"].items()
+                name: Timing(**timing | {"interval": tuple(timing["interval"])})
+                for name, timing in m["timings"].items()
             },
             m["missing"],
         )

@@ -84,10 +84,11 @@ def evaluate(params: FlatBuffer, x: Array, y: Array) -> tuple[float, float]:
     return float(loss), float((log_probability.argmax(axis=1) == y).mean())
 
 
-def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> None:
-    """Write the gradient of the cross-entropy into ``grads``."""
+def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> Array:
+    """Write the gradient of the cross-entropy into ``grads``, and return that of the
+    first layer's sums."""
     hidden, log_probability = forward(params, x)
-    delta = np.exp(log_probability)
+    delta: Array = np.exp(log_probability)
     delta[np.arange(len(y)), y] -= 1
     delta /= len(y)
     np.matmul(hidden.T, delta, out=grads["w2"])
@@ -95,6 +96,7 @@ def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> None:
     delta = delta @ params["w2"].T * (1 - hidden * hidden)
     np.matmul(x.T, delta, out=grads["w1"])
     delta.sum(axis=0, out=grads["b1"])
+    return delta
 
 
 # Training and timing ----------------------------------------------------------------
