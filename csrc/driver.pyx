@@ -7,8 +7,8 @@ a) A job has a table of segments, a row each. The segments, laid end to end, are
    one stretch a thread, and a stretch where the parameters' first cache line ends. No
    operation here depends on its neighbours, so where the cuts fall does not change a bit.
 b) What a step does beside its rule goes block by block, while the block is in the cache.
-   Where a rule's state is factored, the block of it that a kernel takes is made just
-   before, in the cache. The gradients of several tasks are combined there, too.
+   Kernels take streams as they lie in memory, or blocks of them that are made just before,
+   in the cache: of gradients that are combined or clipped, and of factored state.
 c) Rules with sums over each segment go batch by batch: while the threads update one batch,
    they take the sums of the next (docs/performance.md).
 d) Each thread sets the modes of arithmetic that bits are promised for, and restores its
@@ -67,19 +67,21 @@ cdef extern from *:
     #define FASTOPT_OPENMP 0
     #endif
 
-    /* Room for two chunks of doubles, for each thread that asks for it: on stacks of
-       64 KiB there would be none. */
+    /* Room for chunks of doubles, for each thread that asks for it: on stacks of 64 KiB
+       there would be none. */
+    #define FASTOPT_MOST_MADE 2
     #if defined(_MSC_VER)
       #define FASTOPT_OF_THREAD __declspec(thread)
     #else
       #define FASTOPT_OF_THREAD __thread
     #endif
-    static FASTOPT_OF_THREAD double fastopt_scratch[2 * FASTOPT_CHUNK];
+    static FASTOPT_OF_THREAD double fastopt_scratch[FASTOPT_MOST_MADE * FASTOPT_CHUNK];
     """
     bint fastopt_has_avx2()
     bint fastopt_has_avx512()
     int fastopt_process() noexcept nogil
     double* fastopt_scratch
+    int FASTOPT_MOST_MADE  # blocks of a segment that are made at a time
     bint FASTOPT_OPENMP
 
 cdef extern from "arithmetic.h":
@@ -163,6 +165,17 @@ cdef struct Rows:
     bint kept  # whether begin measures them and finish updates them
 
 
+# Makes elements [start, start + n) of a row's stream: its gradient or k-th state.
+ctypedef void (*make_t)(
+    const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
+) noexcept nogil
+
+# A stream of state. With ``make``, it does not lie in memory as kernels take it.
+cdef struct Stream:
+    make_t make
+    int64_t parts[4]  # what its blocks are made of
+
+
 # All that a step needs. A part of a step whose field is zero is left out.
 cdef struct Job:
     const Tools* tools
@@ -177,7 +190,8 @@ cdef struct Job:
     int64_t* table
     int64_t given  # elements with a gradient
     int64_t* averages  # addresses
-    int64_t* products  # of each row as product_t takes them
+    make_t gradient  # makes blocks of the gradients; NULL: kernels take them from memory
+    Stream* streams  # those of each row's state; NULL: all are plain
     int64_t* tasks  # addresses: for each task those of its gradients
     int64_t task_count  # 0: there is one gradient, that in the table
     char* weights
@@ -238,46 +252,17 @@ cdef inline char* limits_of(const Job* job, const int64_t* row) noexcept nogil:
     return job.limits + row[job.columns - 1] * 3 * job.itemsize
 
 
+cdef inline const Stream* stream_of(const Job* job, int64_t r, int64_t k) noexcept nogil:
+    return job.streams + r * (job.columns - 4) + k
+
+
 cdef inline int64_t chunks_of(int64_t length) noexcept nogil:
     return (length + CHUNK - 1) // CHUNK
 
 
 # The update of segments -----------------------------------------------------------------
 
-cdef inline void prepare(
-    const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
-) noexcept nogil:
-    """Copy the row, with gradients from ``start`` on that are combined and clipped."""
-    cdef const int64_t* row = job.table + r * job.columns
-    cdef const char* limits = limits_of(job, row) if job.clipping else NULL
-    memcpy(local, row, job.columns * sizeof(int64_t))
-    if not (job.task_count or job.clipping):
-        return
-    local[1] = <int64_t> scratch - start * job.itemsize
-    if job.task_count:
-        job.tools.combine(
-            job.tasks + r, job.rows, job.task_count, job.weights, start, n, limits, scratch
-        )
-    else:
-        cut_off(job, local[1], row[1], start, n, limits)
-
-
-cdef inline void cut_off(
-    const Job* job, int64_t made, int64_t g, int64_t start, int64_t n, const char* limits
-) noexcept nogil:
-    cdef int64_t pair[2]
-    pair[0], pair[1] = made, g
-    job.tools.limit(pair, start, n, limits)
-
-
-cdef inline void multiply(
-    const Job* job, int64_t r, int64_t start, int64_t n, char* scratch, int64_t* local
-) noexcept nogil:
-    """Make the factored state from ``start`` on, for a copy of the row."""
-    cdef const int64_t* factors = job.products + 4 * r
-    if job.products and factors[0]:
-        job.tools.product(factors, start, n, scratch)
-        local[2] = <int64_t> scratch - start * job.itemsize
+include "blocks.pxi"
 
 
 cdef inline void zero(const Job* job, int64_t r, int64_t start, int64_t n) noexcept nogil:
@@ -312,13 +297,11 @@ cdef void move_beside(
     cdef int64_t start = first, m, end = first + n
     cdef int64_t pair[2]
     cdef int64_t local[MOST_COLUMNS]
-    cdef double* scratch = fastopt_scratch
     while start < end:
         m = min(<int64_t> BLOCK, end - start)
         if row[1] != 0:
             if not kept:
-                prepare(job, r, start, m, <char*> scratch, local)
-                multiply(job, r, start, m, <char*> (scratch + BLOCK), local)
+                make_blocks(job, r, job.columns - 2, start, m, local)
             move(job, r, row if kept else local, kept, start, m)
         if job.averages:
             pair[0], pair[1] = job.averages[r], row[0]
@@ -332,9 +315,7 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
     """Update elements [begin, end) of these segments, counted from the first to the last."""
     cdef int64_t r, first, last, head, start = 0
     cdef const int64_t* row = job.table + rows.first * job.columns
-    cdef bint beside = (
-        job.clipping or job.zeroing or job.averages or job.products or job.task_count
-    )
+    cdef bint beside = job.gradient or job.streams or job.zeroing or job.averages
     for r in range(rows.first, rows.last):
         if row[1] != 0 or job.averages:
             first = begin - start if begin > start else 0
@@ -395,19 +376,17 @@ cdef void measure_chunks(
 ) noexcept nogil:
     """Measure chunks [begin, end) of these segments."""
     cdef int64_t r, c, start, n, length, before = 0
+    cdef int64_t columns = 2 if measure == job.tools.square else job.columns - 2
     cdef const int64_t* row = job.table + rows.first * job.columns
     cdef int64_t local[MOST_COLUMNS + 1]
-    cdef double* scratch = fastopt_scratch
     for r in range(rows.first, rows.last if begin < end else 0):
         if row[1] != 0:
             length = row[job.columns - 2]
             for c in range(max(begin, before), min(end, before + chunks_of(length))):
                 start = (c - before) * CHUNK
                 n = min(<int64_t> CHUNK, length - start)
-                prepare(job, r, start, n, <char*> scratch, local)
+                make_blocks(job, r, columns, start, n, local)
                 local[job.columns] = job.kept_at[r]
-                if measure != job.tools.square:
-                    multiply(job, r, start, n, <char*> (scratch + CHUNK), local)
                 measure(
                     local, start, n, constants_of(job, row), job.partials + c * terms
                 )
@@ -483,6 +462,11 @@ cdef void take_turn(
     cdef int64_t parts = 1
     turn.job, turn.batch, turn.after, turn.measure = job, batch, after, measure
     turn.terms, turn.total = terms, elements(job, &batch)
+    job.gradient = NULL
+    if job.task_count:
+        job.gradient = combine_block
+    elif job.clipping:
+        job.gradient = clip_block
     if job.threads > 1 and turn.total + after.given >= SERIAL_BELOW:
         parts = job.threads
     turn.share = (turn.total // parts + CUT) // CUT * CUT

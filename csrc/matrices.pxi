@@ -130,7 +130,7 @@ cdef squares_of(Job* job, int64_t r):
     cdef int64_t length = job.table[(r + 1) * job.columns - 2], to_row, to_column
     cdef int parts = job.threads if length >= SERIAL_BELOW else 1
     tiles.job, tiles.r = job, r
-    tiles.height, tiles.width = job.products[4 * r + 2], job.products[4 * r + 3]
+    tiles.height, tiles.width = stream_of(job, r, 0).parts[2], stream_of(job, r, 0).parts[3]
     tiles.across = (tiles.width + TILE_COLUMNS - 1) // TILE_COLUMNS
     tiles.down = (tiles.height + TILE_ROWS - 1) // TILE_ROWS
     tiles.matrices = length // (tiles.height * tiles.width)

@@ -80,7 +80,7 @@ cdef class Step:
     cdef object keep, shapes, scalars_at, watched_arrays
 
     def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
-                  addresses, *, shapes, averages, products, bint double, int64_t sets,
+                  addresses, *, shapes, averages, list streams, bint double, int64_t sets,
                   int64_t scalar_count, int64_t terms, int64_t measured, Scalars settle,
                   int64_t settle_count, int64_t count_address, int64_t carry_address,
                   int64_t carried, int64_t last_cache, keep):
@@ -128,17 +128,29 @@ cdef class Step:
         job.kept_at = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
         if averages is not None:
             job.averages = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
-        if products is not None:
-            job.products = <int64_t*> calloc(4 * job.rows + 1, sizeof(int64_t))
+        if streams:
+            job.streams = <Stream*> calloc(job.rows * (job.columns - 4), sizeof(Stream))
         if not (
             self.spans and job.table and job.constants and job.limits and job.factors
             and job.numbers and job.steps and job.kept_at and (averages is None or job.averages)
-            and (products is None or job.products)
+            and (not streams or job.streams)
         ):
             raise MemoryError("no memory for the table of segments")
-        self.enter(addresses, averages, products)
+        self.enter(addresses, averages)
+        for row, column, *parts in streams:
+            self.enter_stream(row, column, parts)
 
-    cdef int enter(self, addresses, averages, products) except -1:
+    cdef int enter_stream(self, int64_t r, int64_t k, list parts) except -1:
+        """Have the blocks of a stream made from rows and columns."""
+        cdef Stream* stream = self.job.streams + r * (self.job.columns - 4) + k
+        if self.job.columns > 5:
+            raise ValueError("a rule with factored state has one state buffer")
+        stream.make = multiply_block
+        for c in range(4):
+            stream.parts[c] = parts[c]
+        return 0
+
+    cdef int enter(self, addresses, averages) except -1:
         cdef Job* job = &self.job
         cdef int64_t r, c
         written = []
@@ -151,8 +163,6 @@ cdef class Step:
                 here.append(averages[r])
             nbytes = addresses[r][job.columns - 2] * job.itemsize
             written += [(at, at + nbytes if at else 0) for at in here]
-            for c in range(4 if products is not None else 0):
-                job.products[4 * r + c] = products[r][c]
         written.sort()
         for r in range(self.span_count):
             self.spans[2 * r], self.spans[2 * r + 1] = written[r]
@@ -161,7 +171,7 @@ cdef class Step:
     def __dealloc__(self):
         free(self.job.table)
         free(self.job.averages)
-        free(self.job.products)
+        free(self.job.streams)
         free(self.job.constants)
         free(self.job.limits)
         free(self.job.factors)
@@ -525,7 +535,8 @@ cdef class Step:
         squares = []
         for r in range(job.rows):
             if (
-                job.products and job.products[4 * r] and row[1] and row[job.columns - 2]
+                job.streams and stream_of(job, r, 0).make and row[1]
+                and row[job.columns - 2]
             ):
                 s = row[job.columns - 1]
                 put_limits(job, s, rows[s][0])

@@ -156,10 +156,11 @@ class OnDevice(Step):
         self.buffers = []  # what the kernels take, and all the addresses' bits
         for segment in segments:
             average = () if segment.average is None else (segment.average,)
-            arrays = (segment.param, *segment.state, *average)
+            streams = (segment.param, *segment.state, *average)
+            arrays = [s for s in streams if not isinstance(s, Product)]
             bits = functools.reduce(operator.or_, map(address, arrays))
             self.buffers.append((tuple(map(operand, arrays)), bits))
-        most = max((s.param.size for s in segments if s.product), default=0)
+        most = max((s.param.size for s in segments if s.is_factored), default=0)
         self.room: Any = cuda.device_array(min(most, ROOM), self.dtype) if most else ()
         self.made: list[Any] = []  # where the gradients of several tasks are combined
 
@@ -187,20 +188,25 @@ class OnDevice(Step):
             for made, param, there in zip(self.made, params, given, strict=True)
         ]
 
-    def stretches(
-        self, product: Product, *arrays: Any
-    ) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
-        """Of a segment whose state is factored: parts of its arrays, the second of them
-        the state, with the launch that has to come before."""
-        shape = [factor.shape[1] for factor in product]
-        factors = [operand(factor) for factor in product]
-        first, *rest = (array.reshape(-1) for array in arrays)
-        for start in range(0, first.size, ROOM):
-            size = min(ROOM, first.size - start)
-            launch = launcher(-(-size // BLOCK), product_kernel, self.dtype)
-            part, *parts = (array[start : start + size] for array in (first, *rest))
-            made = (launch, size, start, *shape, *factors, operand(self.room))
-            yield made, [part, self.room[:size], *parts]
+    def blocks(
+        self, segment: Segment, *others: Any
+    ) -> Iterator[tuple[list[tuple[Any, ...]], list[Any]]]:
+        """Cut a segment, and other arrays of its size, into parts for whose factored
+        state there is room. Yield the launches that make it, and the parts."""
+        for start in range(0, segment.param.size, ROOM):
+            size = min(ROOM, segment.param.size - start)
+            launches: list[tuple[Any, ...]] = []
+            parts = []
+            for stream in (segment.param, *segment.state, *others):
+                if isinstance(stream, Product):
+                    launch = launcher(-(-size // BLOCK), product_kernel, self.dtype)
+                    shape = [part.shape[1] for part in stream]
+                    factors = [*map(operand, stream), operand(self.room)]
+                    launches.append((launch, size, start, *shape, *factors))
+                    parts.append(self.room[:size])
+                else:
+                    parts.append(stream.reshape(-1)[start : start + size])
+            yield launches, parts
 
     def squares(
         self, rows: Sequence[Row], request: Request
@@ -208,7 +214,7 @@ class OnDevice(Step):
         limits = limits_of(request)
         return [
             None
-            if segment.product is None or grad is None or not grad.size
+            if not segment.is_factored or grad is None or not grad.size
             else square_sums(grad, (rows[segment.row][0], *limits), self.dtype)
             for segment, grad in zip(self.segments, self.grads, strict=True)
         ]
@@ -247,12 +253,11 @@ class OnDevice(Step):
             for segment, grad, size in zip(
                 self.segments, self.grads, sizes, strict=True
             ):
-                if size and what == "rule" and segment.product is not None:
-                    for before, (p, v, g) in self.stretches(
-                        segment.product, segment.param, grad
-                    ):
-                        before[0](*before[1:])
-                        launch(segment, (p, v), g)
+                if size and what == "rule" and segment.is_factored:
+                    for before, (*arrays, g) in self.blocks(segment, grad):
+                        for make, *arguments in before:
+                            make(*arguments)
+                        launch(segment, arrays, g)
                 elif size:
                     state = segment.state if what == "rule" else ()
                     launch(segment, (segment.param, *state), grad)
@@ -302,15 +307,12 @@ class OnDevice(Step):
                 if averaged:  # then only the average moves
                     of = passes.average, NOTHING, segment.param, buffers[-1:], bits
                     add(*of, (1.0, *weight))
-            elif segment.product is None:
+            elif not segment.is_factored:
                 add(self.rule, beside, grad, buffers, bits, scalars)
             else:
                 average = (segment.average,) if averaged else ()
-                for before, (p, v, g, *rest) in self.stretches(
-                    segment.product, segment.param, grad, *average
-                ):
-                    launches.append(before)
-                    arrays = (p, v, *rest)
+                for before, (*arrays, g) in self.blocks(segment, *average, grad):
+                    launches += before
                     bits = functools.reduce(operator.or_, map(address, arrays))
                     given = tuple(map(operand, arrays))
                     add(self.rule, beside, g, given, bits, scalars)

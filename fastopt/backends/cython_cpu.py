@@ -24,7 +24,7 @@ from fastopt.backends.numpy_ref import Step
 from fastopt.language import Function
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
-from fastopt.memory.segments import Array, Segment
+from fastopt.memory.segments import Array, Product, Segment, Stream
 from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES, RULES
 from fastopt.rules.floor import FLOORS
@@ -164,12 +164,11 @@ def step(
 ) -> Step:
     """The step over these segments with kernels, ours by name, or Numba's by address:
     for the update, what is measured, and the first and the last of two passes."""
-    nothing = (0,) * len(rule.state)
     addresses = [
         (
             address(segment.param),
             0,
-            *(nothing if segment.product else map(address, segment.state)),
+            *map(address, segment.state),
             segment.param.size,
             segment.row,
         )
@@ -182,7 +181,12 @@ def step(
         addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
-        products=products_of(segments) if rule.factored else None,
+        streams=[
+            (row, k, *map(address, stream), *(part.shape[1] for part in stream))
+            for row, segment in enumerate(segments)
+            for k, stream in enumerate(segment.state)
+            if isinstance(stream, Product)
+        ],
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
         scalar_count=rule.scalar_count,
@@ -219,19 +223,9 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
     return products
 
 
-def address(array: Array) -> int:
-    return int(array.ctypes.data)
-
-
-def products_of(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
-    """Of what stands for state: the addresses of rows and columns, and how many there
-    are of each; zeros where nothing does."""
-    return [
-        (*map(address, factors), *(factor.shape[1] for factor in factors))
-        if (factors := segment.product)
-        else (0,) * 4
-        for segment in segments
-    ]
+def address(stream: Stream) -> int:
+    """Where an array begins; 0 for a stream whose blocks are made."""
+    return 0 if isinstance(stream, Product) else int(stream.ctypes.data)
 
 
 def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:

@@ -508,11 +508,10 @@ class Alone(Step):
         super().__init__(rule, segments, count)
         dtype = segments[0].param.dtype
         self.rule, self.kernel = rule, kernel(rule, "update", segments)
-        nothing = (0,) * len(rule.state)
         self.table = np.array(
             [
                 (s.param.ctypes.data, 0)
-                + (tuple(buffer.ctypes.data for buffer in s.state) or nothing)
+                + tuple(map(cython_cpu.address, s.state))
                 + (s.param.size, s.row)
                 for s in segments
             ],
@@ -526,7 +525,7 @@ class Alone(Step):
 
     @standard
     def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
-        if any(segment.product is not None for segment in self.segments):
+        if any(segment.is_factored for segment in self.segments):
             return super().calls(rows, request)
         for row in rows:
             if len(row) != self.width:

@@ -22,7 +22,7 @@ from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
 from fastopt.memory.order import CHUNK, LANES
-from fastopt.memory.segments import Array, Segment
+from fastopt.memory.segments import Array, Product, Segment
 from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
@@ -144,13 +144,16 @@ class Step:
             grad = self.clip(grad, grad, self.type(-limit), self.type(limit))
         return np.asarray(grad)
 
-    def state_of(self, segment: Segment) -> tuple[Array, ...]:
-        """The state buffers, or what stands for them."""
-        if segment.product is None:
-            return tuple(self.instead.get(id(a), a) for a in segment.state)
-        rows, columns = segment.product
-        product = rows[:, :, None] * columns[:, None, :]
-        return (product.reshape(segment.param.shape),)
+    def state_of(self, segment: Segment) -> list[Array]:
+        """The state as rules see it."""
+        state = []
+        for stream in segment.state:
+            if isinstance(stream, Product):
+                product = stream.rows[:, :, None] * stream.columns[:, None, :]
+                state.append(product.reshape(segment.param.shape))
+            else:
+                state.append(self.instead.get(id(stream), stream))
+        return state
 
     @standard
     def squares(
@@ -159,7 +162,7 @@ class Step:
         found: list[tuple[Array, Array] | None] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
-                if segment.product is None or self.grads[i] is None:
+                if not segment.is_factored or self.grads[i] is None:
                     found.append(None)
                     continue
                 grad = self.grad(i, rows[segment.row][0], request.clip_value)
@@ -200,8 +203,11 @@ class Step:
                     grad = self.grad(i, factor, request.clip_value)
                     used = map(self.type, constants)
                     new = self.update(p, grad, *self.state_of(segment), *used)
-                    written = (p, *segment.state) if segment.product is None else (p,)
-                    results += zip(written, new, strict=False)
+                    results += [
+                        (stream, value)
+                        for stream, value in zip((p, *segment.state), new, strict=True)
+                        if not isinstance(stream, Product)
+                    ]
                     p = new[0]
                 if segment.average is not None:
                     weight = self.type(request.ema_weight)

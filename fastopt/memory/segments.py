@@ -10,18 +10,27 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class Product(NamedTuple):
-    """A factor for every row and every column of each of several matrices."""
+    """Factored state: a factor for every row and every column of each of several
+    matrices. Kernels take blocks of the products, which are made just before."""
 
     rows: Array  # matrices x rows
     columns: Array  # matrices x columns
 
 
+# An operand of kernels, as it is stored: an array as kernels take it, or something from
+# which the blocks that they take are made.
+Stream: TypeAlias = Array | Product
+
+
 class Segment(NamedTuple):
-    """One stretch of memory that a kernel walks: C-contiguous arrays of one shape and
-    dtype, which kernels see as flat. On a GPU they are device arrays."""
+    """Streams of one length that kernels walk side by side. The arrays are C-contiguous
+    and of one dtype; kernels see them as flat. On a GPU they are device arrays."""
 
     param: Array
-    state: tuple[Array, ...]
+    state: tuple[Stream, ...]
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
-    product: Product | None = None  # what kernels take for the last of the state
+
+    @property
+    def is_factored(self) -> bool:
+        return any(isinstance(stream, Product) for stream in self.state)

@@ -147,10 +147,9 @@ def bind(
     segments = [
         Segment(
             array,
-            tuple(streams) if of is None else (),
+            tuple(streams) if of is None else (of.product,),
             row,
             averages[i] if averages else None,
-            of and of.product,
         )
         for i, (array, row, of, *streams) in enumerate(
             zip(arrays, row_of, factors, *buffers.values(), strict=True)

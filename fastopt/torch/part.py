@@ -111,11 +111,10 @@ class Part:
             if self.averaged:
                 del streams[EMA]
                 average = array(member.state[EMA], count, shape)
-            product = None if member.factors is None else member.factors.product
-            ours = tuple(streams.values()) if product is None else ()
-            segments.append(
-                Segment(array(param, count, shape), ours, r, average, product)
-            )
+            state = tuple(streams.values())
+            if member.factors is not None:
+                state = (member.factors.product,)
+            segments.append(Segment(array(param, count, shape), state, r, average))
         self.program = Program(
             self.module,
             self.rule,
