@@ -1,15 +1,17 @@
 """A rule's own code as formulas: what it computes once, and for each element.
 
-Its functions are read as syntax trees, line by line; a line gives a new name (``=``) or
-a new value (an arrow). Constants that are short are put where they are used, functions
-that a rule calls where it calls them. What has no formula here is refused, rather than
-written wrongly. `Formulas` reads, `Latex` writes.
+`Formulas` reads a rule. `Call` reads a function as a syntax tree, line by line, and
+gives each value a name of its own, such as ``m#3``; constants that are short are put
+where they are used, functions that a rule calls where it calls them. `Section.show`
+then chooses the names that a reader sees: the code's own, with a prime where that name
+is still needed for another value. A line gives a new name (``=``) or a new value (an
+arrow). `Latex` writes the lines. Code that has no formula here is refused.
 """
 
 import ast
-import builtins
 import copy
 import inspect
+import itertools
 import math
 import re
 import textwrap
@@ -50,13 +52,13 @@ BEFORE = {  # arguments, so many; GitHub allows no \operatorname
     "log": (r"\ln", 1),
     "exp": (r"\exp", 1),
 }
-COMPARISONS = {
-    ast.Lt: "<",
-    ast.LtE: r"\le",
-    ast.Gt: ">",
-    ast.GtE: r"\ge",
-    ast.Eq: "=",
-    ast.NotEq: r"\ne",
+COMPARISONS = {  # and their opposites
+    ast.Lt: ("<", ast.GtE),
+    ast.LtE: (r"\le", ast.Gt),
+    ast.Gt: (">", ast.LtE),
+    ast.GtE: (r"\ge", ast.Lt),
+    ast.Eq: ("=", ast.NotEq),
+    ast.NotEq: (r"\ne", ast.Eq),
 }
 WORDS = dict.fromkeys((ast.And, ast.BitAnd), r" \text{ and } ")
 WORDS |= dict.fromkeys((ast.Or, ast.BitOr), r" \text{ or } ")
@@ -94,35 +96,33 @@ class Latex:
         return tex if level >= at_least else parenthesised(tex)
 
     def number(self, node):
-        if isinstance(node, ast.Name):
-            return self.symbol(node.id), ATOM
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return digits(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return f"-{self(node.operand, PRODUCT)}", SUM
-        if isinstance(node, ast.IfExp):
-            return self.choice(node), CHOICE
-        if isinstance(node, ast.BinOp):
-            left, op, right = node.left, node.op, node.right
-            if isinstance(op, ast.Add):
-                return f"{self(left, SUM)} + {self(right, PRODUCT)}", SUM
-            if isinstance(op, ast.Sub):
-                return f"{self(left, SUM)} - {self(right, PRODUCT)}", SUM
-            if isinstance(op, ast.Mult):
+        match node:
+            case ast.Name(name):
+                return self.symbol(name), ATOM
+            case ast.Constant(float() | int() as value) if type(value) is not bool:
+                return digits(value)
+            case ast.UnaryOp(ast.USub(), operand):
+                return f"-{self(operand, PRODUCT)}", SUM
+            case ast.IfExp():
+                return self.choice(node), CHOICE
+            case ast.BinOp(left, ast.Add() | ast.Sub() as op, right):
+                sign = "+" if isinstance(op, ast.Add) else "-"
+                return f"{self(left, SUM)} {sign} {self(right, PRODUCT)}", SUM
+            case ast.BinOp(_, ast.Mult(), _):
                 return self.product(node), PRODUCT
-            if isinstance(op, ast.Div):
+            case ast.BinOp(left, ast.Div(), right):
                 return rf"\frac{{{self(left)}}}{{{self(right)}}}", PRODUCT
-            if isinstance(op, ast.Pow):
+            case ast.BinOp(left, ast.Pow(), right):
                 return f"{self(left, ATOM)}^{{{self(right)}}}", POWER
-        if isinstance(node, ast.Call):
-            name, arguments = node.func.value, node.args
-            if name == "sum":  # over elements
-                return rf"\sum {self(*arguments, PRODUCT)}", PRODUCT
-            if name in AROUND and len(arguments) == 1:
-                return self(*arguments).join(AROUND[name]), ATOM
-            if name in BEFORE and len(arguments) == BEFORE[name][1]:
-                inside = r",\ ".join(map(self, arguments))
-                return BEFORE[name][0] + parenthesised(inside), ATOM
+            case ast.Call(ast.Constant("sum"), [term]):  # over elements
+                return rf"\sum {self(term, PRODUCT)}", PRODUCT
+            case ast.Call(ast.Constant(name), [argument]) if name in AROUND:
+                return self(argument).join(AROUND[name]), ATOM
+            case ast.Call(ast.Constant(name), arguments) if name in BEFORE:
+                tex, count = BEFORE[name]
+                if len(arguments) == count:
+                    inside = r",\ ".join(map(self, arguments))
+                    return tex + parenthesised(inside), ATOM
         raise Unsupported(node)
 
     def product(self, node):
@@ -149,40 +149,39 @@ class Latex:
         return r"\begin{cases} " + r" \\ ".join(rows) + r" \end{cases}"
 
     def condition(self, node):
-        if isinstance(node, ast.Name):  # a flag
-            return self.symbol(node.id), ATOM
-        if isinstance(node, ast.Compare) and {*map(type, node.ops)} <= {*COMPARISONS}:
-            tex = self(node.left, SUM)
-            for op, other in zip(node.ops, node.comparators, strict=True):
-                tex += f" {COMPARISONS[type(op)]} {self(other, SUM)}"
-            return tex, COMPARISON
-        parts = getattr(node, "values", None)
-        if isinstance(node, ast.BinOp):
-            parts = [node.left, node.right]
-        if parts and type(node.op) in WORDS:
-            conditions = [self.condition(part) for part in parts]
-            texts = [
-                tex if level >= COMPARISON else parenthesised(tex)
-                for tex, level in conditions
-            ]
-            return WORDS[type(node.op)].join(texts), CHOICE
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            tex, level = self.condition(node.operand)
-            tex = tex if level >= SUM else parenthesised(tex)
-            return rf"\text{{not }} {tex}", CHOICE
-        raise Unsupported(node)
+        match node:
+            case ast.Name(name):  # a flag
+                return self.symbol(name), ATOM
+            case ast.Compare(left, ops, others) if {*map(type, ops)} <= {*COMPARISONS}:
+                tex = self(left, SUM)
+                for op, other in zip(ops, others, strict=True):
+                    tex += f" {COMPARISONS[type(op)][0]} {self(other, SUM)}"
+                return tex, COMPARISON
+            case ast.UnaryOp(ast.Not(), operand):
+                tex, level = self.condition(operand)
+                tex = tex if level >= SUM else parenthesised(tex)
+                return rf"\text{{not }} {tex}", CHOICE
+            case ast.BoolOp(op, parts):
+                pass
+            case ast.BinOp(left, ast.BitAnd() | ast.BitOr() as op, right):
+                parts = [left, right]
+            case _:
+                raise Unsupported(node)
+        texts = []
+        for part in parts:
+            tex, level = self.condition(part)
+            alike = isinstance(part, ast.BoolOp) and type(part.op) is type(op)
+            texts.append(tex if alike or level >= COMPARISON else parenthesised(tex))
+        return WORDS[type(op)].join(texts), CHOICE
 
     def lines(self, lines):
         """Lines one below the other; unless there are any, nothing."""
         rows = []
         for line in lines:
-            names = r",\ ".join(map(self.symbol, line.names))
-            values = r",\ ".join(map(self, line.values))
-            if len(line.names) > 1:
-                names, values = parenthesised(names), parenthesised(values)
             relation = "=" if line.new else r"\leftarrow"
             when = line.when and rf" \quad \text{{if }} {self.condition(line.when)[0]}"
-            rows.append(f"{names} &{relation} {values}{when or ''}")
+            name, value = self.symbol(line.name), self(line.value)
+            rows.append(f"{name} &{relation} {value}{when or ''}")
         body = " \\\\\n".join(rows)
         return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}" if rows else ""
 
@@ -226,80 +225,135 @@ def factors_of(node):
     return [node]
 
 
-OPPOSITES = {
-    ast.Lt: ast.GtE,
-    ast.GtE: ast.Lt,
-    ast.Gt: ast.LtE,
-    ast.LtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-}
+# Names ------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A name that gets a value."""
+
+    name: str
+    value: ast.expr
+    new: bool  # the name's first value
+    when: ast.expr | None = None  # under which condition alone
+
+
+class Value(NamedTuple):
+    """A value under a name of its own."""
+
+    id: str
+    value: ast.expr
+    when: ast.expr | None = None  # under which condition it is not the old one
+    old: ast.expr | None = None
+
+
+NUMBERS = itertools.count()
+
+
+def unique(name):
+    return f"{name}#{next(NUMBERS)}"
+
+
+def plain(id):
+    """The name that the code has for it."""
+    return id.partition("#")[0]
+
+
+def fresh(name, used):
+    """The name, with primes if it has another meaning."""
+    while name in used:
+        name += "'"
+    return name
+
+
+class Section:
+    """A part of what a rule computes: a function's ``values``, one after the other.
+
+    ``inputs`` are the ids of what it starts with, such as the parameter, the gradient
+    and the state; ``outputs`` has the ids of the values that replace some of them.
+    ``show`` makes ``lines`` of the values, and ``names`` of the inputs.
+    """
+
+    def __init__(self, what="", rule=None, inputs=()):
+        self.what, self.rule, self.inputs = what, rule, [*inputs]
+        self.values, self.outputs, self.lines, self.names = [], {}, [], []
+
+    def bind(self, name, value, *condition):
+        """Give a value an id of its own; return the id as an expression."""
+        self.values.append(Value(unique(name), value, *condition))
+        return load(self.values[-1].id)
+
+    def replace(self, results):
+        """Note what replaces inputs, or numbers to carry: a value that is there already
+        if it goes by no input's name, or another value."""
+        left = {id: value for id, value in results.items() if not is_name(value, id)}
+        names = {value.id: plain(value.id) for value in self.values}
+        inputs = {*map(plain, self.inputs)}
+        for id, value in [*left.items()]:
+            there = isinstance(value, ast.Name) and names.pop(value.id, None)
+            if there and there not in inputs - {plain(id)}:
+                self.outputs[id] = left.pop(id).id
+        while left:  # first the one whose old value no other one needs
+            needed = {id: names_of(*(left[o] for o in left if o != id)) for id in left}
+            id = next((id for id in left if id not in needed[id]), next(iter(left)))
+            self.outputs[id] = self.bind(plain(id), left.pop(id)).id
+
+    def needed(self, start=0):
+        """The ids that values need from this one on."""
+        return names_of(*(part for value in self.values[start:] for part in value[1:]))
+
+    def show(self, names, taken, after):
+        """Choose a name for each value, and make the lines.
+
+        ``names`` has what ids are called, and gets more. The names that are ``taken``
+        have a meaning in other sections, which need the ids in ``after``.
+        """
+        for id in self.inputs:
+            names.setdefault(id, fresh(plain(id), taken))
+        self.names = [names[id] for id in self.inputs]
+        wanted = {new: names.get(old, old) for old, new in self.outputs.items()}
+        own = {*self.names, *wanted.values()}
+        outside = {names[id] for id in self.needed() if id in names} - own
+        defined = own | outside
+        for k, (id, value, when, old) in enumerate(self.values):
+            later = self.needed(k + 1) | {*wanted} | after
+            used = {names.get(other, other) for other in later - {id}} | outside
+            used |= taken - own if id in after else set()
+            name = fresh(wanted.get(id, plain(id)), used)
+            value, when, old = (renamed(part, names) for part in (value, when, old))
+            if old and not is_name(old, name):  # then it needs a value, too
+                value, when = ast.IfExp(when, value, old), None
+            self.lines.append(Line(name, value, name not in defined, when))
+            names[id] = name
+            defined.add(name)
+        for id, name in wanted.items():
+            if names[id] != name:
+                self.lines.append(Line(name, load(names[id]), False))
+
+    def uses(self, name):
+        return any(name in names_of(line.value, line.when) for line in self.lines)
+
+
+def show(sections):
+    """Choose the names in sections that follow each other."""
+    names = {id: id for id in sections[0].inputs}
+    taken = {*names}
+    for k, section in enumerate(sections):
+        after = set().union(*(later.needed() for later in sections[k + 1 :]))
+        section.show(names, taken, after)
+        taken |= {names[value.id] for value in section.values if value.id in after}
 
 
 # Functions --------------------------------------------------------------------------
 
 
-class Line(NamedTuple):
-    """Names that get values, all at the same time."""
+class Call(ast.NodeTransformer):
+    """A call of a function: its values go to a section, and what it returns to
+    ``results``; ``refused`` are the statements that raise errors."""
 
-    names: tuple
-    values: tuple
-    new: bool  # a name's first value
-    when: ast.expr | None = None  # under which condition alone
-
-
-class Lines(list):
-    """Lines, and the names that have a meaning in them so far."""
-
-    def __init__(self, defined=()):
-        super().__init__()
-        self.defined = set(defined)
-        self.when = None  # the condition for what comes now
-
-    def fresh(self, name, taken=()):
-        """The name, with primes if it has another meaning."""
-        while name in self.defined or name in taken:
-            name += "'"
-        return name
-
-    def define(self, pairs, always=False):
-        """Lines for values that are all taken before any of the names gets its own."""
-        when = None if always else self.when
-        left = [(name, value) for name, value in pairs if not is_name(value, name)]
-        while left:
-            for name, value in left:  # the first whose old value no other one needs
-                if name not in names_of(*(v for n, v in left if n != name)):
-                    new = name not in self.defined
-                    self.append(Line((name,), (value,), new, when))
-                    left.remove((name, value))
-                    break
-            else:
-                self.append(Line(*zip(*left, strict=True), new=False, when=when))
-                left = []
-        self.defined.update(name for name, _ in pairs)
-
-
-class Reader:
-    """A call of a function: its lines go to ``lines``, its results to ``results``.
-
-    ``given`` are the arguments. Those that are names of ``own`` may get new values, and
-    so may ``targets``, which the caller will give the results; nothing else that is
-    ``taken``, for it has a meaning outside.
-    """
-
-    def __init__(self, function, given, lines, own=(), taken=(), targets=()):
-        self.lines, self.targets, self.outside = lines, targets, reached(function)
+    def __init__(self, function, values, section, when=None):
         tree = tree_of(function)
-        self.values = dict(zip(arguments(function), given, strict=True))
-        # A name in the code -> what it is called once it is assigned to.
-        self.names = {
-            name: value.id
-            for name, value in self.values.items()
-            if isinstance(value, ast.Name) and value.id in own
-        }
-        fixed = [value for n, value in self.values.items() if n not in self.names]
-        self.taken = names_of(*fixed) | set(taken)
-        self.wish(tree.body[-1])
+        self.names = dict(zip(arguments(function), values, strict=True))
+        self.section, self.when, self.outside = section, when, reached(function)
         self.refused, self.results = [], None
         for statement in tree.body:
             if self.results is not None:
@@ -308,156 +362,116 @@ class Reader:
         if self.results is None:
             raise Unsupported(tree)
 
-    def wish(self, last):
-        """Call what is returned as the caller will, unless that is needed as it was."""
-        returned = parts_of(last.value) if isinstance(last, ast.Return) else []
-        for value, target in zip(returned, self.targets, strict=False):
-            if not target or target in self.names.values():
-                continue
-            if isinstance(value, ast.Name):
-                others = [v for name, v in self.values.items() if name != value.id]
-                if target not in names_of(*others):
-                    self.names.setdefault(value.id, target)
-
     def read(self, node):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            pass  # a docstring
-        elif isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
-            if node.orelse or self.lines.when:
+        match node:
+            case ast.Expr(ast.Constant()):
+                pass  # a docstring
+            case ast.If(_, [ast.Raise(), *_], orelse):
+                if orelse or self.when:
+                    raise Unsupported(node)
+                self.refused.append(node)
+            case ast.If():
+                self.branches(node)
+            case ast.Return(ast.expr() as value):
+                self.results = self.several(value)
+            case ast.Assign([place], value):
+                self.assign(node, parts_of(place), value)
+            case ast.AugAssign(place, op, value):
+                self.assign(node, [place], ast.BinOp(place, op, value))
+            case _:
                 raise Unsupported(node)
-            self.refused.append(node)
-        elif isinstance(node, ast.If) and not chosen([node]):
-            self.branches(node)
-        elif isinstance(node, ast.Return) and node.value is not None:
-            self.results = self.several(node.value, self.targets)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-            names = [target(part) for part in node.targets[0].elts]
-            wanted = [self.names.get(name, name) for name in names]
-            values = self.several(node.value, wanted)
-            if len(values) != len(names) or len(node.targets) != 1:
-                raise Unsupported(node)
-            self.assign(list(zip(names, values, strict=True)))
-        else:
-            if isinstance(node, ast.AugAssign):
-                old = load(target(node.target))
-                value = ast.BinOp(old, node.op, node.value)
-                node = ast.Assign([node.target], value)
-            if not chosen([node]):
-                raise Unsupported(node)
-            name, value = chosen([node])
-            values = self.several(value, [self.names.get(name, name)])
-            if len(values) != 1:
-                raise Unsupported(node)
-            self.assign([(name, values[0])])
 
     def branches(self, node):
         """Lines of which each says under which condition."""
-        start, outer = len(self.lines), self.lines.when
-        before, after = set(self.lines.defined), set()
-        test = self.value(node.test)
+        outer, test = self.when, self.value(node.test)
         for condition, body in ((test, node.body), (negated(test), node.orelse)):
-            both = [*conditions_of(outer), *conditions_of(condition)]
-            when = ast.BoolOp(ast.And(), both) if len(both) > 1 else condition
-            self.lines.defined = set(before)
+            both = [outer, condition]
+            self.when = ast.BoolOp(ast.And(), both) if outer else condition
             for statement in body:
-                changed = {name for line in self.lines[start:] for name in line.names}
-                if changed & names_of(when) or isinstance(statement, ast.Return):
+                if isinstance(statement, ast.Return):
                     raise Unsupported(statement)
-                self.lines.when = when
                 self.read(statement)
-            after |= self.lines.defined
-        self.lines.when, self.lines.defined = outer, after
+        self.when = outer
 
-    def assign(self, pairs):
-        pairs = [pair for pair in pairs if pair[0] != "_"]
-        for name, _ in pairs:
-            if name not in self.names:
-                new = name
-                while new in self.taken or new in self.names.values():
-                    new += "'"
-                self.names[name] = new
-        when, new = self.lines.when, []
-        for name, value in pairs:
-            old, name = self.values.get(name), self.names[name]
-            if when and old and not is_name(old, name):  # then it needs a value, too
-                self.lines.define([(name, ast.IfExp(when, value, old))], always=True)
-            else:
-                new.append((name, value))
-        self.lines.define(new)
-        self.values |= {name: load(self.names[name]) for name, _ in pairs}
-
-    def several(self, node, targets=()):
-        """The values of a tuple, or the one of anything else."""
-        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Tuple):
-            if len(parts_of(node.orelse)) != len(node.body.elts):
+    def assign(self, node, places, value):
+        values, names = self.several(value), {}
+        if len(values) != len(places):
+            raise Unsupported(node)
+        for place, value in zip(places, values, strict=True):
+            if not isinstance(place, ast.Name):
                 raise Unsupported(node)
-            pairs = zip(node.body.elts, parts_of(node.orelse), strict=True)
-            return [self.value(ast.IfExp(node.test, a, b)) for a, b in pairs]
-        if isinstance(node, ast.Call) and inspect.isfunction(self.callee(node)):
-            return self.called(node, targets)
+            if self.when:
+                old = self.names.get(place.id)
+                value = self.section.bind(place.id, value, self.when, old)
+            elif not isinstance(value, ast.Name):
+                value = self.section.bind(place.id, value)
+            names[place.id] = value
+        self.names |= names
+
+    def several(self, node):
+        """The values of a tuple, or the one of anything else."""
+        match node:
+            case ast.IfExp(test, ast.Tuple(yes), orelse):
+                no = parts_of(orelse)
+                if len(no) != len(yes):
+                    raise Unsupported(node)
+                pairs = zip(yes, no, strict=True)
+                return [self.value(ast.IfExp(test, a, b)) for a, b in pairs]
+            case ast.Call() if inspect.isfunction(self.callee(node)):
+                return self.called(node)
         return [self.value(part) for part in parts_of(node)]
 
     def value(self, node):
-        """An expression in the formula's names."""
-        if isinstance(node, ast.Name):
-            if node.id in self.values:
-                return self.values[node.id]
-            if type(self.outside.get(node.id)) in (int, float):  # the file's constant
-                return ast.Constant(self.outside[node.id])
-            raise Unsupported(node)
-        if isinstance(node, ast.Call):
-            return self.call(node)
-        node = copy.copy(node)
-        for field, old in ast.iter_fields(node):
-            if isinstance(old, ast.expr):
-                setattr(node, field, self.value(old))
-            elif isinstance(old, list):
-                new = [self.value(x) if isinstance(x, ast.expr) else x for x in old]
-                setattr(node, field, new)
-        return node
+        """An expression, with ids in place of the code's names."""
+        return self.visit(copy.deepcopy(node))
 
-    def callee(self, node):
-        """The name of a function that is known, or a function of the rule's own. By
-        identity: a rule may import a primitive under any name."""
-        called, function = None, node.func
-        if isinstance(function, ast.Name) and function.id not in self.values:
-            called = self.outside.get(function.id)
-        elif isinstance(function, ast.Attribute):
-            if self.outside.get(ast.unparse(function.value)) is math:
-                called = getattr(math, function.attr, None)
-        return called.__name__ if any(called is known for known in KNOWN) else called
+    def visit_Name(self, node):
+        if node.id in self.names:
+            return self.names[node.id]
+        value = self.outside.get(node.id)
+        if type(value) in (int, float):  # the file's constant
+            return ast.Constant(value)
+        raise Unsupported(node)
 
-    def call(self, node):
+    def visit_Call(self, node):
         callee = self.callee(node)
         if inspect.isfunction(callee):
             results = self.called(node)
             if len(results) == 1:
                 return results[0]
         elif isinstance(callee, str) and not node.keywords:
-            given = [self.value(part) for part in node.args]
-            if callee == "where" and len(given) == 3:
-                return ast.IfExp(*given)
-            if callee in IGNORED and len(given) == 1:
-                return given[0]
-            return ast.Call(ast.Constant(callee), given, [])
+            values = [self.value(part) for part in node.args]
+            if callee == "where" and len(values) == 3:
+                return ast.IfExp(*values)
+            if callee in IGNORED and len(values) == 1:
+                return values[0]
+            return ast.Call(ast.Constant(callee), values, [])
         raise Unsupported(node)
 
-    def called(self, node, targets=()):
+    def callee(self, node):
+        """The name of a function that is known, or a function of the rule's own. By
+        identity: a rule may import a primitive under any name."""
+        called = None
+        match node.func:
+            case ast.Name(name) if name not in self.names:
+                called = self.outside.get(name)
+            case ast.Attribute(module, name):
+                if self.outside.get(ast.unparse(module)) is math:
+                    called = getattr(math, name, None)
+        return called.__name__ if any(called is known for known in KNOWN) else called
+
+    def called(self, node):
         """The results of a function of the rule's own, whose lines come before."""
-        helper, given = self.callee(node), []
+        helper = self.callee(node)
         names = arguments(helper)
         if node.keywords or len(node.args) != len(names):
             raise Unsupported(node)
-        live = self.taken | names_of(*self.values.values()) | {*self.names.values()}
-        for name, part in zip(names, node.args, strict=True):
-            value = self.value(part)
-            if not is_short(value):
-                name = self.lines.fresh(name, live | set(targets))
-                self.lines.define([(name, value)])
-                value = load(name)
-            given.append(value)
-        taken = live | self.lines.defined
-        return Reader(helper, given, self.lines, (), taken, targets).results
+        values = [self.value(part) for part in node.args]
+        values = [
+            value if is_short(value) else self.section.bind(name, value, self.when)
+            for name, value in zip(names, values, strict=True)
+        ]
+        return Call(helper, values, self.section, self.when).results
 
 
 def tree_of(function):
@@ -473,53 +487,24 @@ def arguments(function):
 
 def reached(function):
     """What the function's names mean outside of it."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    inside = {name: cell.cell_contents for name, cell in cells}
-    return vars(builtins) | function.__globals__ | inside
+    names = inspect.getclosurevars(function)
+    return {**names.builtins, **names.globals, **names.nonlocals}
 
 
 def load(name):
     return ast.Name(name, ast.Load())
 
 
-def target(node):
-    if not isinstance(node, ast.Name):
-        raise Unsupported(node)
-    return node.id
-
-
 def parts_of(node):
     return node.elts if isinstance(node, ast.Tuple) else [node]
 
 
-def chosen(statements):
-    """A name and its value, if to give it one is all that statements do."""
-    (node, *more) = statements or [None]
-    if more:
-        return None
-    if isinstance(node, ast.If):
-        yes, no = chosen(node.body), chosen(node.orelse)
-        if yes and no and yes[0] == no[0]:
-            return yes[0], ast.IfExp(node.test, yes[1], no[1])
-    elif isinstance(node, ast.Assign) and len(node.targets) == 1:
-        if isinstance(node.targets[0], ast.Name):
-            return node.targets[0].id, node.value
-    return None
-
-
-def conditions_of(node):
-    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
-        return node.values
-    return [node] if node else []
-
-
 def negated(condition):
-    if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
-        return condition.operand
-    if isinstance(condition, ast.Compare) and len(condition.ops) == 1:
-        op = OPPOSITES.get(type(condition.ops[0]))
-        if op:
-            return ast.Compare(condition.left, [op()], condition.comparators)
+    match condition:
+        case ast.UnaryOp(ast.Not(), operand):
+            return operand
+        case ast.Compare(left, [op], others) if type(op) in COMPARISONS:
+            return ast.Compare(left, [COMPARISONS[type(op)][1]()], others)
     return ast.UnaryOp(ast.Not(), condition)
 
 
@@ -528,36 +513,25 @@ def is_name(node, name):
 
 
 def names_of(*nodes):
-    parts = [part for node in nodes for part in ast.walk(node)]
+    parts = [part for node in nodes if node for part in ast.walk(node)]
     return {part.id for part in parts if isinstance(part, ast.Name)}
 
 
+def renamed(node, names):
+    node = copy.deepcopy(node)
+    for part in ast.walk(node) if node else ():
+        if isinstance(part, ast.Name):
+            part.id = names.get(part.id, part.id)
+    return node
+
+
 def is_short(node):
-    parts = list(ast.walk(node))
-    leaves = [
-        part
-        for part in parts
-        if isinstance(part, ast.Name)
-        or (isinstance(part, ast.Constant) and not isinstance(part.value, str))
-    ]
-    branches = any(isinstance(part, ast.IfExp) for part in parts)
-    return len(leaves) <= SHORT and not branches
+    kinds = [type(part) for part in ast.walk(node)]
+    leaves = kinds.count(ast.Name) + kinds.count(ast.Constant) - kinds.count(ast.Call)
+    return leaves <= SHORT and ast.IfExp not in kinds
 
 
 # Rules ------------------------------------------------------------------------------
-
-
-class Section(NamedTuple):
-    """A part of what a rule computes."""
-
-    what: str  # the function
-    rule: object  # of which: the rule or a variant
-    lines: Lines
-    names: tuple = ()  # of the parameter, the gradient if it is taken, the state
-
-    def uses(self, name):
-        values = [value for line in self.lines for value in line.values]
-        return name in names_of(*values)
 
 
 class Formulas:
@@ -565,93 +539,66 @@ class Formulas:
     hyperparameters, in ``refused``."""
 
     def __init__(self, rule):
-        self.rule, self.sections, self.refused = rule, [], []
-        self.host = names = arguments(rule.scalars)
-        lines = Lines(names)
-        reader = Reader(rule.scalars, [*map(load, names)], lines, names)
-        self.refused += reader.refused
-        self.rules = [rule, *rule.variants.values()]
+        self.rule, self.rules = rule, [rule, *rule.variants.values()]
+        host = arguments(rule.scalars)
+        scalars = Section("scalars", rule, host)
+        call = Call(rule.scalars, [*map(load, host)], scalars)
+        results, self.refused, self.sections = call.results, call.refused, [scalars]
         takers = [arguments(r.update)[2 + len(r.state) :] for r in self.rules]
         if rule.settle:
-            took = arguments(rule.settle)
+            names = arguments(rule.settle)
             first = 2 + rule.terms
-            handed = len(reader.results) - len(took) + first
+            sums, names = names[2:first], names[first:]
+            handed = len(results) - len(names)
             takes = [arguments(rule.measure)[2 + len(rule.state) :], *takers]
-            names = [*max(takes, key=len)[:handed], *took[first:]]
-            constants = self.constants(reader.results, [names], lines)
-            self.add("scalars", rule, lines)
-            sums, lines = took[2:first], Lines()
-            names, measured = self.element(rule.measure, rule, constants, lines)
-            sums = [lines.fresh(name, self.taken(constants)) for name in sums]
-            totals = [ast.Call(ast.Constant("sum"), [x], []) for x in measured]
-            lines.define(list(zip(sums, totals, strict=True)))
-            self.add("measure", rule, lines, names)
-            own = [*took[:2], *sums]
-            lines = Lines({*own, *self.taken(constants)})
-            given = [*map(load, own), *constants[handed:]]
-            # The numbers to carry are the last of the results.
-            last = getattr(tree_of(rule.settle).body[-1], "value", None)
-            kept = len(parts_of(last)) - len(rule.carry)
-            targets = [*[""] * kept, *rule.carry]
-            reader = Reader(rule.settle, given, lines, own, self.host, targets)
-            takers = [taker[handed:] for taker in takers]
-            settled = self.constants(reader.results, takers, lines, rule.carry)
+            names = [*max(takes, key=len)[:handed], *names]
+            constants = constants_for(scalars, names, results)
+            measure, terms = self.element("measure", rule.measure, rule, constants)
+            totals = [ast.Call(ast.Constant("sum"), [term], []) for term in terms]
+            totals = [*map(measure.bind, sums, totals)]
+            settle = Section("settle", rule, [total.id for total in totals])
+            values = [load("t"), load("n"), *totals, *constants[handed:]]
+            results = Call(rule.settle, values, settle).results
+            names = max(takers, key=len)[handed:]
+            settled = constants_for(settle, names, results, rule.carry)
             settled = [*constants[:handed], *settled]
-            self.add("settle", rule, lines)
+            self.sections.append(settle)
         else:
-            constants = self.constants(reader.results, takers, lines, rule.carry)
-            self.add("scalars", rule, lines)
-            settled = constants
+            names = max(takers, key=len)
+            settled = constants = constants_for(scalars, names, results, rule.carry)
         for variant in self.rules:
-            self.new("update", variant.update, variant, settled)
+            update, results = self.element("update", variant.update, variant, settled)
+            first, _, *state = update.inputs
+            # The moments before the parameter.
+            new = [*results[1:], results[0]]
+            update.replace(dict(zip([*state, first], new, strict=True)))
         if rule.evaluate:
-            self.new("evaluate", rule.evaluate, rule, constants)
+            evaluate, results = self.element("evaluate", rule.evaluate, rule, constants)
+            evaluate.bind("x", *results)
+        show(self.sections)
+        self.sections = [section for section in self.sections if section.lines]
 
-    def taken(self, constants):
-        """What has a meaning outside of a function that is given these."""
-        return names_of(*constants) | {*self.host}
-
-    def add(self, what, rule, lines, names=()):
-        if lines:
-            self.sections.append(Section(what, rule, lines, tuple(names)))
-
-    def constants(self, results, takers, lines, carry=()):
-        """What other functions get of these results: short ones as they are, others by
-        the name that the function gives them, and a line here that says so."""
-        kept = len(results) - len(carry)
-        carried = list(zip(carry, results[kept:], strict=True))
-        changing = {name for name, value in carried if not is_name(value, name)}
-        constants = []
-        for name, value in zip(max(takers, key=len), results[:kept], strict=False):
-            if not is_short(value) or names_of(value) & changing:
-                name = lines.fresh(name)
-                lines.define([(name, value)])
-                value = load(name)
-            constants.append(value)
-        lines.define(carried)
-        return constants
-
-    def new(self, what, function, rule, constants):
-        """A section for the new parameter and state of an element."""
-        lines = Lines()
-        gradient = what == "update"
-        names, results = self.element(function, rule, constants, lines, gradient)
-        if gradient:
-            first, *rest = zip([names[0], *names[2:]], results, strict=True)
-            lines.define([*rest, first])  # the moments before the parameter
-        else:
-            x = lines.fresh("x", self.taken(constants))
-            lines.define([(x, *results)])
-        self.add(what, rule, lines, names)
-
-    def element(self, function, rule, constants, lines, gradient=True):
-        """What an element's values are called, and the results for it."""
+    def element(self, what, function, rule, constants):
+        """A section for the values of an element, and the results for it."""
         names = arguments(function)
-        buffers = names[: 1 + gradient + len(rule.state)]
-        used = constants[: len(names) - len(buffers)]
-        taken = self.taken(used)
-        own = [lines.fresh(name, taken) for name in buffers]
-        lines.defined.update(own)
-        targets = [own[0], *own[2:]] if gradient else []
-        given = [*map(load, own), *used]
-        return own, Reader(function, given, lines, own, taken, targets).results
+        count = 1 + (what != "evaluate") + len(rule.state)
+        section = Section(what, rule, map(unique, names[:count]))
+        self.sections.append(section)
+        values = [*map(load, section.inputs), *constants[: len(names) - count]]
+        return section, Call(function, values, section).results
+
+
+def constants_for(section, names, results, carry=()):
+    """What other functions get of these results: short ones as they are, others by the
+    name that the function gives them, and a line here that says so."""
+    kept = len(results) - len(carry)
+    carried = dict(zip(carry, results[kept:], strict=True))
+    changing = {name for name, value in carried.items() if not is_name(value, name)}
+    constants = [
+        value
+        if is_short(value) and not names_of(value) & changing
+        else section.bind(fresh(name, section.inputs), value)
+        for name, value in zip(names, results[:kept], strict=False)
+    ]
+    section.replace(carried)
+    return constants

@@ -344,7 +344,7 @@ def sections(formulas, latex):
             count = f", with {math('n')} elements" if section.uses("n") else ""
             yield f"From these sums{once}{count}:"
         elif section.what == "evaluate":
-            x = math(latex.symbol(section.lines[-1].names[0]))
+            x = math(latex.symbol(section.lines[-1].name))
             yield f"What `opt.eval_params()` gives, {x}:"
         elif rule is lookahead:
             slow, p = map(latex.symbol, section.names)
@@ -371,9 +371,8 @@ def products(rule, latex):
         yield code(latex.lines(section.lines), "math")
     about, block = re.split(r"\n+(?=```math)", inspect.cleandoc(orthogonalize.__doc__))
     yield from (escaped(about), block)
-    names = formula.arguments(adjustment)
-    given, lines = [formula.load(name) for name in names], formula.Lines(names)
-    (factor,) = formula.Reader(adjustment, given, lines, names).results
+    values = map(formula.load, formula.arguments(adjustment))
+    (factor,) = formula.Call(adjustment, values, formula.Section()).results
     yield f"This, times a factor, goes into {v}:"
     yield code(rf"v \leftarrow {latex(factor)} \, X", "math")
 
