@@ -7,12 +7,13 @@ cached caller, nothing holds that another fastopt could have changed.
 
 # What Numba compiles takes what it infers, of which its stubs know nothing.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# mypy: disable-error-code="import-untyped,attr-defined"
+# mypy: disable-error-code="import-untyped,attr-defined,call-overload"
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import njit
@@ -28,14 +29,21 @@ __all__ = ["start", "step"]
 
 native.table()
 SYMBOLS = {}
-for name, address in cython_cpu.driver().native_addresses().items():
+for name, pointer in cython_cpu.driver().native_addresses().items():
     SYMBOLS[name] = f"fastopt_native_{name}"
-    llvm.add_symbol(SYMBOLS[name], address)
+    llvm.add_symbol(SYMBOLS[name], pointer)
 ERRORS = tuple(cython_cpu.driver().native_errors())
 RULES = {entry.name: entry for entry in native.entries()}
 
 BYTES = ir.IntType(8).as_pointer()
-WORD, INT, DOUBLE = ir.IntType(64), ir.IntType(32), ir.DoubleType()
+WORD, INT = ir.IntType(64), ir.IntType(32)
+# The rule, whether the dtype is float64, and addresses: numbers, carry, segments.
+ARRAYS = (nt.uintp, nt.uintp, nt.uintp, nt.int64)
+START = nt.ExternalFunction(SYMBOLS["start"], nt.int32(nt.int64, nt.int32, *ARRAYS))
+STEP = nt.ExternalFunction(
+    SYMBOLS["step"],
+    nt.int32(nt.int64, nt.int32, nt.int64, *ARRAYS, nt.float64, nt.int32),
+)
 
 
 def step(
@@ -165,76 +173,42 @@ def sizes_differ(typingctx, p, arrays):
     return nt.boolean(p, arrays), codegen
 
 
-def data(context, builder, kind, value):
-    """The address of an array's elements; NULL for None."""
-    if not isinstance(kind, nt.Array):
-        return ir.Constant(BYTES, None)
-    return builder.bitcast(
-        context.make_array(kind)(context, builder, value).data, BYTES
-    )
-
-
-def segment(context, builder, kinds, values):
-    """A fastopt_segment on the stack: of p, g (or None) and the state."""
-    (p, g, state), (p_value, g_value, states) = kinds, values
-    count = len(state)
-    room = cgutils.alloca_once(builder, ir.ArrayType(BYTES, max(count, 1)))
-    for k, value in enumerate(cgutils.unpack_tuple(builder, states)):
-        place = builder.gep(room, [INT(0), INT(k)])
-        builder.store(data(context, builder, state[k], value), place)
-    size = context.make_array(p)(context, builder, p_value).nitems
-    kind = ir.LiteralStructType([BYTES, BYTES, BYTES, WORD])
-    made = cgutils.alloca_once(builder, kind)
-    parts = (
-        data(context, builder, p, p_value),
-        data(context, builder, g, g_value),
-        builder.bitcast(room, BYTES),
-        size,
-    )
-    for k, part in enumerate(parts):
-        builder.store(part, builder.gep(made, [INT(0), INT(k)]))
-    return builder.bitcast(made, BYTES)
-
-
-def call(context, builder, name, arguments):
-    kind = ir.FunctionType(INT, [argument.type for argument in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, SYMBOLS[name])
-    return builder.sext(builder.call(function, arguments), WORD)
-
-
 @intrinsic
-def call_start(typingctx, rule, p, state, hyperparameters, carry):
+def segment(typingctx, p, g, state):
+    """The address of a fastopt_segment, on the stack, of p, g (or None) and state."""
+
     def codegen(context, builder, signature, args):
-        kinds = signature.args
-        at = segment(
-            context, builder, (kinds[1], nt.none, kinds[2]), (args[1], None, args[2])
-        )
-        numbers = [data(context, builder, kinds[k], args[k]) for k in (3, 4)]
-        dtype = INT(int(kinds[1].dtype == nt.float64))
-        one = WORD(1)
-        return call(context, builder, "start", [args[0], dtype, *numbers, at, one])
+        def data(kind, value):
+            if not isinstance(kind, nt.Array):
+                return ir.Constant(BYTES, None)
+            array = context.make_array(kind)(context, builder, value)
+            return builder.bitcast(array.data, BYTES)
 
-    return nt.int64(rule, p, state, hyperparameters, carry), codegen
+        def stored(kind, parts):
+            room = cgutils.alloca_once(builder, kind)
+            for k, part in enumerate(parts):
+                builder.store(part, builder.gep(room, [INT(0), INT(k)]))
+            return builder.bitcast(room, BYTES)
 
+        states = cgutils.unpack_tuple(builder, args[2])
+        buffers = [*map(data, signature.args[2], states)]
+        size = context.make_array(p)(context, builder, args[0]).nitems
+        parts = [*map(data, signature.args[:2], args[:2])]
+        parts += [stored(ir.ArrayType(BYTES, max(len(buffers), 1)), buffers), size]
+        kind = ir.LiteralStructType([BYTES, BYTES, BYTES, WORD])
+        return builder.ptrtoint(stored(kind, parts), WORD)
 
-@intrinsic
-def call_step(typingctx, rule, t, p, g, state, hyperparameters, carry, scale, threads):
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        at = segment(context, builder, kinds[2:5], args[2:5])
-        numbers = [data(context, builder, kinds[k], args[k]) for k in (5, 6)]
-        dtype = INT(int(kinds[2].dtype == nt.float64))
-        threads = builder.trunc(args[8], INT)
-        arguments = [args[0], dtype, args[1], *numbers, at, WORD(1), args[7], threads]
-        return call(context, builder, "step", arguments)
-
-    given = (rule, nt.int64, p, g, state, hyperparameters, carry, nt.float64, nt.int64)
-    return nt.int64(*given), codegen
+    return nt.uintp(p, g, state), codegen
 
 
 @njit
 def length(array):
     return 0 if array is None else array.size
+
+
+@njit
+def address(array):
+    return np.uintp(0) if array is None else array.ctypes.data
 
 
 @njit
@@ -261,37 +235,20 @@ def check_code(code):
 
 @overload(step, prefer_literal=True)
 def step_in_njit(
-    rule,
-    t,
-    p,
-    g,
-    state,
-    hyperparameters,
-    carry=None,
-    grad_scale=1.0,
-    threads=0,
+    rule, t, p, g, state, hyperparameters, carry=None, grad_scale=1.0, threads=0
 ):
     check(rule, p, {"g": g}, state, hyperparameters, carry)
+    double = int(p.dtype == nt.float64)
 
     def implementation(
-        rule,
-        t,
-        p,
-        g,
-        state,
-        hyperparameters,
-        carry=None,
-        grad_scale=1.0,
-        threads=0,
+        rule, t, p, g, state, hyperparameters, carry=None, grad_scale=1.0, threads=0
     ):
         about = check_counts(
             find(rule), p, (g, *state), len(state), hyperparameters.size, length(carry)
         )
-        check_code(
-            call_step(
-                about, t, p, g, state, hyperparameters, carry, grad_scale, threads
-            )
-        )
+        numbers, carried = address(hyperparameters), address(carry)
+        at = segment(p, g, state)
+        check_code(STEP(about, double, t, numbers, carried, at, 1, grad_scale, threads))
 
     return implementation
 
@@ -299,11 +256,14 @@ def step_in_njit(
 @overload(start, prefer_literal=True)
 def start_in_njit(rule, p, state, hyperparameters, carry=None):
     check(rule, p, {}, state, hyperparameters, carry)
+    double = int(p.dtype == nt.float64)
 
     def implementation(rule, p, state, hyperparameters, carry=None):
         about = check_counts(
             find(rule), p, state, len(state), hyperparameters.size, length(carry)
         )
-        check_code(call_start(about, p, state, hyperparameters, carry))
+        numbers, carried = address(hyperparameters), address(carry)
+        at = segment(p, None, state)
+        check_code(START(about, double, numbers, carried, at, 1))
 
     return implementation
