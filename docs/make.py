@@ -1,11 +1,12 @@
-"""The README's table of rules and a page for each, from the rules themselves.
+"""The README's tables and a page for each rule, from measurements and rules.
 
     python docs/make.py            write them
-    python docs/make.py --check    exit 1 if they are not what the rules say
+    python docs/make.py --check    exit 1 if they are not up to date
 
-All of it is read from the rules: names, defaults and state from the rule, formulas
-from its code (formula.py), and words from the module's docstring, whose first sentence
-is the summary and whose first paragraph names the paper: authors and year, such as
+The table of speed is made from a file of ``fastopt bench``, which the README's comment
+names. All else is made from the rules: names, defaults and state from the rule,
+formulas from its code (formula.py), and words from the module's docstring, whose first
+sentence is the summary and whose first paragraph names the paper: authors and year, as
 "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al. 2023", and after it, where there is
 one, "arXiv:1412.6980". Further paragraphs say what differs from other people's code.
 """
@@ -22,6 +23,8 @@ import formula
 
 import fastopt
 from fastopt import backends
+from fastopt.bench import report
+from fastopt.bench.cases import title
 from fastopt.muon import adjustment, orthogonalize
 from fastopt.rules import CLASS_RULES
 from fastopt.rules.lookahead import lookahead
@@ -30,9 +33,6 @@ from fastopt.rules.muon import direction, muon
 CLASSES = {rule: rule.name.capitalize() for rule in CLASS_RULES}
 CATALOGUE = (*fastopt.RULES, *CLASSES)
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = re.compile(
-    r"(<!-- rules: made by docs/make\.py -->\n).*?(<!-- /rules -->)", re.S
-)
 ROWS = re.compile(r"(?<= --- \|)\n((?:\|.*\n)*)")  # of a table of Markdown
 
 ARXIV = r"arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
@@ -165,11 +165,29 @@ def catalogue(rules, folder):
     )
 
 
-def readme(text, rules):
-    if not TABLE.search(text):
-        raise ValueError("README.md has no <!-- rules: made by ... --> to fill")
-    made = catalogue(rules, "docs/rules/")
-    return TABLE.sub(lambda marked: f"{marked[1]}{made}{marked[2]}", text)
+def marked(text, name):
+    """The place of a table in the README: the comment before it, which may name what it
+    is made from, and the comment after it."""
+    before = rf"<!-- {name}: made by docs/make\.py(?: from (?P<source>\S+))? -->\n"
+    match = re.search(
+        rf"(?P<before>{before}).*?(?P<after><!-- /{name} -->)", text, re.S
+    )
+    if not match:
+        raise ValueError(f"README.md has no <!-- {name}: made by ... --> to fill")
+    return match
+
+
+def readme(root, text, rules):
+    """The README with its tables."""
+    measured = report.read(root / marked(text, "speed")["source"]).measured
+    speed = report.markdown([m for m in measured if title(m.case) == "adamw"])
+    for name, new in (
+        ("speed", f"{speed}\n"),
+        ("rules", catalogue(rules, "docs/rules/")),
+    ):
+        place = marked(text, name)
+        text = text[: place.end("before")] + new + text[place.start("after") :]
+    return text
 
 
 def index(rules):
@@ -393,7 +411,8 @@ def wanted(root, rules):
     """What is to stand in which file; None for a page that has no rule."""
     folder = root / "docs" / "rules"
     files = dict.fromkeys(folder.glob("*.md"))
-    files[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), rules)
+    path = root / "README.md"
+    files[path] = readme(root, path.read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
     path = root / "docs" / "parity.md"
     files[path] = parity(path.read_text("utf-8"), rules)
@@ -432,7 +451,7 @@ def main(root=ROOT):
             path.write_text(text, encoding="utf-8")
     if options.check and changes:
         names = ", ".join(str(path.relative_to(root)) for path in changes)
-        sys.exit(f"not what the rules say: {names}; run python docs/make.py")
+        sys.exit(f"not up to date: {names}; run python docs/make.py")
 
 
 if __name__ == "__main__":

@@ -567,6 +567,7 @@ def repository(tmp_path):
     """A copy of what docs/make.py reads and writes."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
     return tmp_path
 
 
@@ -604,9 +605,11 @@ def test_stale_missing_and_left_over_files(repository):
     readme.write_text(readme.read_text("utf-8").replace("| 12 |", "| 8 |"), "utf-8")
     names = {path.name for path in make.stale(repository)}
     assert names == {"adam.md", "gone.md", "README.md"}
-    readme.write_text("# No place for a table\n")
-    with pytest.raises(ValueError, match="has no <!-- rules"):
-        make.stale(repository)
+    text = readme.read_text("utf-8")
+    for name in ("rules", "speed"):
+        readme.write_text(text.replace(f"<!-- {name}: made by", "no place"), "utf-8")
+        with pytest.raises(ValueError, match=f"has no <!-- {name}"):
+            make.stale(repository)
 
 
 def test_rows_of_what_was_compared_are_kept_and_added(repository):

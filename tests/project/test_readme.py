@@ -31,15 +31,16 @@ def test_the_rule_is_the_file():
 
 
 def test_the_table_is_the_measurement(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import readme
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make
 
     from fastopt.bench import report
 
-    assert readme.filled(README) == README
-    assert report.read(readme.measurement(README)).machine["cpu"] in README
+    assert make.readme(ROOT, README, make.CATALOGUE) == README
+    source = ROOT / make.marked(README, "speed")["source"]
+    assert report.read(source).machine["cpu"] in README
     with pytest.raises(ValueError, match="has no <!-- speed"):
-        readme.filled("")
+        make.readme(ROOT, "", make.CATALOGUE)
 
 
 def test_ci_runs_the_command():
