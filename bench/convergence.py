@@ -311,23 +311,16 @@ def as_json(
     tasks: Sequence[Task], results: Sequence[Result], backend: str | None
 ) -> str:
     """A loss that is not finite becomes null: JSON has no other name for it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(v) for name, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     record = {
         "fastopt": fastopt.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "backend": backend or "default",
         "targets": {task.name: task.target for task in tasks},
-        "results": [plain(asdict(result)) for result in results],
+        "results": list(map(asdict, results)),
     }
-    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=1, allow_nan=False) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

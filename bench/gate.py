@@ -20,8 +20,8 @@ import argparse
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -179,23 +179,15 @@ def slow_down(source: Path, factor: float) -> Path:
 # Launches ---------------------------------------------------------------------------
 
 
-@contextmanager
-def processes(contender: str, builds: dict[str, Path]) -> Iterator[dict[str, Worker]]:
-    workers: dict[str, Worker] = {}
-    try:
-        for name, folder in builds.items():
-            workers[name] = Worker(contender, folder)
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.close(3)
-
-
 def launch(
     contender: str, case: Case, builds: dict[str, Path], rounds: int
 ) -> dict[str, float]:
     """Each build's time as a multiple of the base's, in new processes."""
-    with processes(contender, builds) as workers:
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name, folder in builds.items():
+            workers[name] = Worker(contender, folder)
+            stack.callback(workers[name].close, 3)
         for worker in workers.values():
             worker.ask("prepare", case=asdict(case))
         seconds = rounds_of(workers, list(workers), rounds, lambda: None)

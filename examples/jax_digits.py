@@ -4,19 +4,18 @@
 
 Forward, backward and the step are one compiled function; parameters and state are
 donated to it, so the step is in place. The learning rate is warmed up and decays, as a
-function of the step, which does not compile anything again. Needs jax and scikit-learn.
+function of the step, which does not compile anything again. Needs jax and
+pip install '.[demo]'.
 """
-
-import argparse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
 
 import fastopt.jax
+from fastopt.cli import demo
 
-WIDTHS = (64, 256, 128, 10)
+WIDTHS, EPOCHS, BATCH = (64, 256, 128, 10), 20, 64
 
 
 def make(key):
@@ -42,17 +41,9 @@ def loss(params, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    asked = parser.parse_args()
-
-    data, target = load_digits(return_X_y=True)
-    data, target = (data / 16).astype(np.float32), target.astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(data))
-    test, train = order[:360], order[360:]
-    batches = len(train) // asked.batch
-    total = asked.epochs * batches
+    (x, y), (x_test, y_test) = demo.digits()
+    batches = len(x) // BATCH
+    total = EPOCHS * batches
 
     def schedule(done):
         warm = jnp.minimum(1.0, (done + 1) / 20)
@@ -69,12 +60,11 @@ def main():
     params = make(jax.random.key(0))
     state = opt.init(params)
     rng = np.random.default_rng(1)
-    for epoch in range(asked.epochs):
-        for batch in rng.permutation(train)[: batches * asked.batch].reshape(
-            batches, -1
-        ):
-            params, state, value = advance(params, state, data[batch], target[batch])
-        accuracy = (logits(params, data[test]).argmax(axis=1) == target[test]).mean()
+    for epoch in range(EPOCHS):
+        order = rng.permutation(len(x))[: batches * BATCH]
+        for batch in order.reshape(batches, -1):
+            params, state, value = advance(params, state, x[batch], y[batch])
+        accuracy = (logits(params, x_test).argmax(axis=1) == y_test).mean()
         print(f"epoch {epoch + 1}: loss {value:.4f}, test accuracy: {accuracy:.3f}")
 
 

@@ -7,16 +7,11 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "torch"  # before keras is imported
 
 import keras
-import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import fastopt.keras
+from fastopt.cli import demo
 
-images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype(np.float32)
-x, x_test, y, y_test = train_test_split(images, labels, random_state=0)
-
+(x, y), (x_test, y_test) = demo.digits()
 keras.utils.set_random_seed(0)
 model = keras.Sequential(
     [
@@ -26,7 +21,7 @@ model = keras.Sequential(
     ]
 )
 optimizer = fastopt.keras.adamw(
-    keras.optimizers.schedules.CosineDecay(3e-3, 12 * 22),
+    keras.optimizers.schedules.CosineDecay(3e-3, 12 * 20),
     weight_decay=0.1,
     global_clipnorm=1.0,
 )

@@ -2,11 +2,10 @@
 its optimizer, only the name is fastopt's."""
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from thinc.api import Config, fix_random_seed, registry
 
 import fastopt.thinc  # noqa: F401  not needed once fastopt is installed
+from fastopt.cli import demo
 
 CONFIG = """
 [model]
@@ -28,16 +27,14 @@ grad_clip = 1.0
 @schedules = "warmup_linear.v1"
 initial_rate = 5e-3
 warmup_steps = 50
-total_steps = 440
+total_steps = 400
 """
 
-images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype(np.float32)
-x, x_test, y, y_test = train_test_split(images, labels, random_state=0)
+(x, y), (x_test, y_test) = demo.digits()
 wanted = np.eye(10, dtype=np.float32)[y]
 
-made = registry.resolve(Config().from_str(CONFIG))
-model, optimizer = made["model"], made["optimizer"]
+parts = registry.resolve(Config().from_str(CONFIG))
+model, optimizer = parts["model"], parts["optimizer"]
 fix_random_seed(0)
 model.initialize(x[:5], wanted[:5])
 for epoch in range(1, 21):

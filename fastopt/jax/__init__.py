@@ -367,10 +367,6 @@ class Optimizer:
     # How ------------------------------------------------------------------------------
 
     @property
-    def _by_segment(self) -> bool:
-        return self.variant.by_segment
-
-    @property
     def _unit_lr(self) -> dict[str, float]:
         """In place of an lr that is left to what follows."""
         return {"lr": 1.0} if self.hyperparameters.get("lr", 1.0) is None else {}
@@ -384,30 +380,27 @@ class Optimizer:
             )
 
     def _carry_shape(self, leaves: Sequence[Any]) -> tuple[int, int, int]:
-        return len(leaves) if self._by_segment else 1, len(self.variant.carry), 2
-
-    def _known(self, state: Any) -> State:
-        if not isinstance(state, State):
-            raise TypeError(
-                f"state must be a fastopt.jax.State, got {type(state).__name__}; of a "
-                f"dict that was restored, State(**it) makes one"
-            )
-        buffers = named(state.buffers, self.name, self.variant.state)
-        return state._replace(buffers=buffers)
+        rows = len(leaves) if self.variant.by_segment else 1
+        return rows, len(self.variant.carry), 2
 
     def _fitting(
         self, state: Any, params: Any, theirs: str = "params"
     ) -> tuple[State, list[list[Any]]]:
         """The state, if it is one for these parameters, and the leaves of its buffers,
         in order."""
-        state = self._known(state)
+        if not isinstance(state, State):
+            raise TypeError(
+                f"state must be a fastopt.jax.State, got {type(state).__name__}; of a "
+                f"dict that was restored, State(**it) makes one"
+            )
+        trees = named(state.buffers, self.name, self.variant.state)
         shape = self._carry_shape(jax.tree.leaves(params))
         count, carry = completed(state.count), carried(state.carry, shape)
         buffers = [
-            fitting(f"state.buffers[{name!r}]", state.buffers[name], params, theirs)
+            fitting(f"state.buffers[{name!r}]", trees[name], params, theirs)
             for name in self.variant.state
         ]
-        return State(count, carry, state.buffers), buffers
+        return State(count, carry, trees), buffers
 
     def _numbers(
         self, changes: Mapping[str, Any], count: Any
@@ -464,7 +457,7 @@ class Optimizer:
             if not which:
                 continue
             # Of a rule over segments, each array has its own row.
-            rows = np.array(which) if self._by_segment else np.arange(len(old))
+            rows = np.array(which) if self.variant.by_segment else np.arange(len(old))
             aliased = [stream[k] for stream in streams for k in which]
             operands = [
                 *(*given, old[rows] if len(rows) < len(old) else old),

@@ -119,7 +119,7 @@ def gram(
     for k, task in enumerate(given):
         found.append([])
         checks.collect(layout, task, "", found[k], f"tasks[{k}]", "tasks[0]")
-    paths = _paths(given[0])
+    paths = [path for path, _ in leaves(given[0])]
     arrays = [
         [
             None
@@ -133,11 +133,6 @@ def gram(
     threads = available() if threads is None else checks.check_threads(threads)
     products: Array = module.gram(arrays, 1 if forked[0] else threads)
     return products
-
-
-def _paths(task: Any) -> list[str]:
-    """Return the paths of a task's gradients, for messages."""
-    return [path for path, _ in leaves(task)]
 
 
 def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:

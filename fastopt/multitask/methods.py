@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastopt.multitask.matrices import (
     preferences,
     reciprocals,
 )
+from fastopt.optimizer import checks
 from fastopt.rule import check_hyperparameter
 from fastopt.runtime.arithmetic import standard
 
@@ -138,31 +139,32 @@ def pcgrad(gram: Any, rng: np.random.Generator) -> Weights:
     array([2. , 1.5])
     """
     matrix = checked_gram(gram)
-    total = np.zeros(len(matrix))
-    for i, others in _orders(rng, len(matrix)):
-        weights = np.zeros(len(matrix))
-        weights[i] = 1.0
-        for j in others:
-            product = matrix[j] @ weights
-            if product < 0 and matrix[j, j] > 0:
-                weights[j] -= product / matrix[j, j]
-        total += weights
-    return total
+
+    def adjust(i: int, j: int, weights: Weights) -> None:
+        product = matrix[j] @ weights
+        if product < 0 and matrix[j, j] > 0:
+            weights[j] -= product / matrix[j, j]
+
+    return _adjusted(rng, len(matrix), adjust)
 
 
-def _orders(
-    rng: np.random.Generator, count: int
-) -> Sequence[tuple[int, Sequence[int]]]:
-    """Each task, and the others in a random order."""
+def _adjusted(
+    rng: np.random.Generator, count: int, adjust: Callable[[int, int, Weights], None]
+) -> Weights:
+    """Add up the weights of all tasks, each adjusted to all others in a random order.
+    ``adjust(i, j, weights)`` does that to the weights of task i for task j."""
     if not isinstance(rng, np.random.Generator):
         raise TypeError(
             f"rng must be a NumPy Generator, such as np.random.default_rng(0), "
             f"got {rng!r}"
         )
-    return [
-        (i, rng.permutation([j for j in range(count) if j != i]).tolist())
-        for i in range(count)
-    ]
+    total = np.zeros(count)
+    for i in range(count):
+        weights = np.eye(count)[i]
+        for j in rng.permutation([j for j in range(count) if j != i]).tolist():
+            adjust(i, j, weights)
+        total += weights
+    return total
 
 
 class GradVac:
@@ -200,7 +202,7 @@ class GradVac:
     """
 
     def __init__(self, rng: np.random.Generator, beta: float = 1e-2):
-        _orders(rng, 0)
+        _adjusted(rng, 0, lambda i, j, weights: None)  # checks it
         self.rng = rng
         self.beta = float(check_hyperparameter("beta", "beta", beta, 1.0))
         self.targets: Weights | None = None
@@ -218,23 +220,20 @@ class GradVac:
             )
         targets = np.array(targets, np.float64)
         norms = np.sqrt(np.maximum(matrix.diagonal(), 0.0))
-        total = np.zeros(count)
-        for i, others in _orders(self.rng, count):
-            weights = np.zeros(count)
-            weights[i] = 1.0
-            for j in others:
-                norm = math.sqrt(max(0.0, float(weights @ matrix @ weights)))
-                if norm == 0 or norms[j] == 0:
-                    continue  # there is no angle
-                cosine = float(matrix[j] @ weights) / (norm * norms[j])
-                cosine, target = min(1.0, max(-1.0, cosine)), float(targets[i, j])
-                if cosine < target:
-                    sine, wanted = math.sqrt(1 - cosine**2), math.sqrt(1 - target**2)
-                    weights[j] += (
-                        norm * (target * sine - cosine * wanted) / (norms[j] * wanted)
-                    )
-                targets[i, j] += self.beta * (cosine - target)
-            total += weights
+
+        def adjust(i: int, j: int, weights: Weights) -> None:
+            norm = math.sqrt(max(0.0, float(weights @ matrix @ weights)))
+            if norm == 0 or norms[j] == 0:
+                return  # there is no angle
+            cosine = float(matrix[j] @ weights) / (norm * norms[j])
+            cosine, target = min(1.0, max(-1.0, cosine)), float(targets[i, j])
+            if cosine < target:
+                sine, wanted = math.sqrt(1 - cosine**2), math.sqrt(1 - target**2)
+                change = norm * (target * sine - cosine * wanted)
+                weights[j] += change / (norms[j] * wanted)
+            targets[i, j] += self.beta * (cosine - target)
+
+        total = _adjusted(self.rng, count, adjust)
         self.targets = targets
         return total
 
@@ -394,9 +393,7 @@ def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
     >>> multitask.fairgrad([[1.0, 0.0], [0.0, 1.0]]).round(4)
     array([1.2599, 1.2599])
     """
-    alpha = float(check_hyperparameter("alpha", "alpha", alpha, 1.0))
-    if alpha <= 0:
-        raise ValueError(f"alpha must be above 0, got {alpha!r}")
+    alpha = checks.check_positive("alpha", alpha)
     matrix = checked_gram(gram)
     norms, cosines = norms_and_cosines(matrix)
     there = norms > 0
