@@ -93,33 +93,36 @@ cdef ExchangeAPI* exchange(type kind) except NULL:
     return api
 
 
-cdef list entries_of(dicts):
-    """What dicts hold, one after the other."""
-    return [value for entries in dicts for value in entries.values()]
+cdef inline bint follows(list objects, PyObject* value, Py_ssize_t* place) noexcept:
+    """Whether the object at a place is this one; if so, the place moves on."""
+    if place[0] == PyList_GET_SIZE(objects):
+        return False
+    if value != PyList_GET_ITEM(objects, place[0]):
+        return False
+    place[0] += 1
+    return True
 
 
-cdef bint holds(dict_, list values, Py_ssize_t* place):
+cdef bint holds(dict_, list objects, Py_ssize_t* place):
     """Whether a dict's values are these objects, from a place on, which moves on."""
     cdef Py_ssize_t at = 0
     cdef PyObject* value
     while PyDict_Next(dict_, &at, NULL, &value):
-        if place[0] == PyList_GET_SIZE(values):
+        if not follows(objects, value, place):
             return False
-        if value != PyList_GET_ITEM(values, place[0]):
-            return False
-        place[0] += 1
     return True
 
 
 cdef class Tensors:
     cdef ExchangeAPI* api
-    cdef list params, counts, options, keys, values, entries, buffers
+    cdef list params, options, buffers
+    cdef list objects  # the parameters, with None after each group, and the state
     cdef object grad_of, is_neg, is_conj
     cdef bytes planned
     cdef bint single
     cdef int64_t* words  # of each parameter, then of each buffer
-    cdef int64_t* at  # of self.found
-    cdef readonly object found
+    cdef int64_t* at  # of self.addresses
+    cdef readonly object addresses
     cdef public bint moved
     cdef readonly bint same_options
     cdef readonly list odd
@@ -134,16 +137,22 @@ cdef class Tensors:
         self.single = single
         self.planned = bytes(planned)
         self.note(groups)
-        self.keys, self.values = list(state), list(state.values())
-        self.entries = entries_of([v for v in self.values if type(v) is dict])
+        self.objects = []
+        if not single:
+            for group in groups:
+                self.objects += [*group["params"], None]
+        for key, value in state.items():
+            self.objects += [key, value]
+            if type(value) is dict:
+                self.objects += value.values()
         # What reads the attribute, without looking for it each time.
         kind = type(params[0])
         self.grad_of, self.is_neg, self.is_conj = kind.grad, kind.is_neg, kind.is_conj
         for param in params:
             if type(param).grad is not self.grad_of:
                 raise AttributeError("parameters with gradients of different kinds")
-        self.found = zeros(len(params), "int64")
-        self.at = <int64_t*> <intptr_t> self.found.ctypes.data
+        self.addresses = zeros(len(params), "int64")
+        self.at = <int64_t*> <intptr_t> self.addresses.ctypes.data
         self.words = <int64_t*> calloc(
             (len(params) + len(buffers) + 1) * WORDS, sizeof(int64_t)
         )
@@ -159,8 +168,7 @@ cdef class Tensors:
         free(self.words)
 
     def note(self, list groups):
-        self.options = entries_of(groups)
-        self.counts = [len(group["params"]) for group in groups]
+        self.options = [value for group in groups for value in group.values()]
 
     cdef bint read(self, tensor, DLTensor* view) except -1:
         """Where a tensor lies; False if it has no memory to lie in."""
@@ -222,44 +230,29 @@ cdef class Tensors:
 
     cdef bint as_noted(self, list groups, state):
         """Whether the parameters and the entries of the state are the same objects."""
-        cdef Py_ssize_t g, i, k = 0, place = 0, at = 0
+        cdef Py_ssize_t i, k = 0, place = 0, at = 0
         cdef PyObject* key
         cdef PyObject* value
         cdef list params
         self.same_options = True
-        if PyList_GET_SIZE(groups) != PyList_GET_SIZE(self.counts):
-            return False
-        for g, group in enumerate(groups):
-            if self.same_options and not holds(group, self.options, &at):
-                self.same_options = False
+        for group in groups:
+            self.same_options = self.same_options and holds(group, self.options, &at)
             if self.single:
                 continue
             params = group["params"]
-            if PyList_GET_SIZE(params) != <Py_ssize_t> self.counts[g]:
-                return False
             for i in range(PyList_GET_SIZE(params)):
-                if k == PyList_GET_SIZE(self.params):
+                if not follows(self.objects, PyList_GET_ITEM(params, i), &k):
                     return False
-                if PyList_GET_ITEM(params, i) != PyList_GET_ITEM(self.params, k):
-                    return False
-                k += 1
-        if k != PyList_GET_SIZE(self.params) and not self.single:
-            return False
-        if at != PyList_GET_SIZE(self.options):
-            self.same_options = False
-        k = at = 0
+            if not follows(self.objects, <PyObject*> None, &k):
+                return False
+        self.same_options = self.same_options and at == PyList_GET_SIZE(self.options)
         while PyDict_Next(state, &place, &key, &value):
-            if (
-                k == PyList_GET_SIZE(self.keys)
-                or key != PyList_GET_ITEM(self.keys, k)
-                or value != PyList_GET_ITEM(self.values, k)
-            ):
+            if not (follows(self.objects, key, &k) and follows(self.objects, value, &k)):
                 return False
             if type(<object> value) is dict:
-                if not holds(<object> value, self.entries, &at):
+                if not holds(<object> value, self.objects, &k):
                     return False
-            k += 1
-        return k == PyList_GET_SIZE(self.keys) and at == PyList_GET_SIZE(self.entries)
+        return k == PyList_GET_SIZE(self.objects)
 
     def look(self, list groups, state):
         cdef Py_ssize_t i, count = PyList_GET_SIZE(self.params)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.optimizer import checks
+from fastopt.optimizer.groups import Group
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.rules.adafactor import adafactor
 
@@ -87,12 +87,6 @@ class Adafactor(Optimizer):
         ema: float | None = None,
         weight_decay_mask: Any = None,
     ):
-        _, own = checks.split_groups(params)
-        if own:  # whose eps1 may be None, too
-            params = [
-                {k: v for k, v in group.items() if k != "eps1" or v is not None}
-                for group in params
-            ]
         super().__init__(
             adafactor,
             params,
@@ -105,18 +99,18 @@ class Adafactor(Optimizer):
             eps2=eps2,
             d=d,
             weight_decay=weight_decay,
-            **({} if eps1 is None else {"eps1": eps1}),
+            eps1=eps1,
         )
-        for group, given in zip(self.groups, own or [{}], strict=True):
-            if given.get("eps1", eps1) is None:
-                group["eps1"] = self._epsilon
 
-    @property
-    def _epsilon(self) -> float:
-        return float(np.finfo(self._params.arrays[0].dtype).eps)
-
-    def add_group(self, group: Mapping[str, Any]) -> None:
-        """Add parameters: ``{"params": ..., "lr": ...}``, as in the beginning."""
-        if isinstance(group, Mapping) and group.get("eps1") is None:
-            group = {**group, "eps1": self._epsilon}
-        super().add_group(group)
+    def _new_group(
+        self,
+        number: int,
+        named: bool,
+        own: Mapping[str, Any],
+        common: Mapping[str, Any],
+        steps: int = 0,
+    ) -> tuple[Group, dict[str, Any]]:
+        if own.get("eps1", common.get("eps1")) is None:
+            epsilon = np.finfo(self._params.arrays[0].dtype).eps
+            own = {**own, "eps1": float(epsilon)}
+        return super()._new_group(number, named, own, common, steps)

@@ -206,7 +206,7 @@ class Lookahead:
 
 def checked(k: Any, alpha: Any) -> dict[str, Any]:
     """The hyperparameters, if they are good."""
-    given = {"k": k, "alpha": alpha}
-    values = [check_hyperparameter(n, n, value, 1.0) for n, value in given.items()]
+    pairs = ("k", k), ("alpha", alpha)
+    values = [check_hyperparameter(name, name, value, 1.0) for name, value in pairs]
     lookahead.scalars(1, *values)
     return {"k": int(values[0]), "alpha": float(values[1])}

@@ -19,6 +19,7 @@ from fastopt.memory.flat import expanded
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
+from fastopt.optimizer.gradients import Gradients
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.state import Bound, bind_alone, fill
@@ -81,23 +82,23 @@ def on_its_device(array: Any) -> Any:
             library = importlib.import_module(name)
         except ImportError:
             continue
-        given = {} if name == "cupy" else {"device": "cuda"}
-        return getattr(library, convert)(array, **given)
+        options = {} if name == "cupy" else {"device": "cuda"}
+        return getattr(library, convert)(array, **options)
     raise RuntimeError(
         "Muon on a GPU needs the matrix products of CuPy or torch; install one of them"
     )
 
 
-def check_group(name: str, tree: Any, given: Mapping[str, Any]) -> None:
+def check_group(name: str, tree: Any, own: Mapping[str, Any]) -> None:
     """That what a group sets for itself is for arrays that it has."""
-    use_muon = given.get("use_muon", True)
+    use_muon = own.get("use_muon", True)
     if not isinstance(use_muon, (bool, np.bool_)):
         raise TypeError(f'{name}["use_muon"] must be True or False, got {use_muon!r}')
-    found = [leaf for _, leaf in leaves(expanded(tree))]
-    if use_muon and any(getattr(leaf, "ndim", 0) == 2 for leaf in found):
+    arrays = [leaf for _, leaf in leaves(expanded(tree))]
+    if use_muon and any(getattr(leaf, "ndim", 0) == 2 for leaf in arrays):
         return
     for key in ("lr", "weight_decay", "eps"):
-        if key in given and f"adamw_{key}" not in given:
+        if key in own and f"adamw_{key}" not in own:
             raise TypeError(
                 f'{name}["{key}"] is for matrices, and all arrays of this group go to '
                 f'AdamW; set "adamw_{key}"'
@@ -164,9 +165,8 @@ class Muon(Optimizer):
     _separately = True
     _in_one_call = False  # matrices are made orthogonal within a step
     _matrices: list[int]  # those of the segments that go through products
-    _pass: (
-        tuple[list[Array], Program] | None
-    )  # before the step, if their updates are kept
+    # Before the step, if their updates are kept.
+    _pass: tuple[list[Array], Program] | None
 
     def __init__(
         self,
@@ -190,8 +190,8 @@ class Muon(Optimizer):
         weight_decay_mask: Any = None,
     ):
         trees, own = checks.split_groups(params)
-        for number, (tree, given) in enumerate(zip(trees, own or [{}], strict=True)):
-            check_group(f"groups[{number}]", tree, given)
+        for number, (tree, group) in enumerate(zip(trees, own or [{}], strict=True)):
+            check_group(f"groups[{number}]", tree, group)
         super().__init__(
             muon,
             params,
@@ -233,8 +233,8 @@ class Muon(Optimizer):
         return commit
 
     def _check_use_muon(self, changes: Sequence[Mapping[str, Any]]) -> None:
-        for i, (group, given) in enumerate(zip(self.groups, changes, strict=True)):
-            now, new = group["use_muon"], given.get("use_muon", group["use_muon"])
+        for i, (group, changed) in enumerate(zip(self.groups, changes, strict=True)):
+            now, new = group["use_muon"], changed.get("use_muon", group["use_muon"])
             if not isinstance(new, (bool, np.bool_)) or bool(new) is not now:
                 raise ValueError(
                     f"use_muon of groups[{i}] is {now} and cannot become {new!r}: it "
@@ -272,25 +272,23 @@ class Muon(Optimizer):
 
     def _calls(
         self,
-        tasks: list[list[Any]],
-        weights: list[float] | None,
+        gradients: Gradients,
         values: Sequence[Values],
         factor: float,
         request: Request,
     ) -> list[Call]:
         sets = [dict(zip(muon.hyperparameters, v, strict=True)) for v in values]
-        updates = self._updates(tasks, weights, sets, factor, request)
+        updates = self._updates(gradients, sets, factor, request)
         v, runner = self._bound.buffers["v"], self._bound.program.runner
         writes = [filling(v[i], update) for i, update in updates.items()]
         if self.backend == "numpy":  # which reads now what it writes later
             runner.instead = {id(v[i]): update for i, update in updates.items()}
             writes = []
-        return [*writes, *super()._calls(tasks, weights, values, factor, request)]
+        return [*writes, *super()._calls(gradients, values, factor, request)]
 
     def _updates(
         self,
-        tasks: list[list[Any]],
-        weights: list[float] | None,
+        gradients: Gradients,
         sets: Sequence[Mapping[str, Any]],
         factor: float,
         request: Request,
@@ -301,22 +299,20 @@ class Muon(Optimizer):
             return updates
         t = self.steps + 1
         keys = [Key(t, (), (s["momentum"], s["nesterov"]), factor) for s in sets]
-        of_matrices = [[task[i] for i in self._matrices] for task in tasks]
+        of_matrices = [[task[i] for i in self._matrices] for task in gradients.tasks]
         room, program = self._pass or self._new_pass(self._bound, self._matrices)
-        grads = of_matrices[0] if weights is None else of_matrices
-        if not program.runner.take(grads, weights):
-            raise RuntimeError("the kernel refused gradients found to fit")
+        gradients._replace(tasks=of_matrices).give(program.runner)
         alone = Request(clip_value=request.clip_value, threads=request.threads)
         uninterrupted(*execute(program, keys, alone))
         for i, update in zip(self._matrices, room, strict=True):
-            if all(task[i] is None for task in tasks) or not update.size:
+            if all(task[i] is None for task in gradients.tasks) or not update.size:
                 continue
-            given = sets[self._params.set_of[i]]
+            values = sets[self._params.set_of[i]]
             rows, columns = update.shape
             there = on_its_device(update)
             with np.errstate(all="ignore"):
-                orthogonalize(there, int(given["ns_steps"]), given["eps"])
-                there *= adjustment(rows, columns, given["match_rms_adamw"])
+                orthogonalize(there, int(values["ns_steps"]), values["eps"])
+                there *= adjustment(rows, columns, values["match_rms_adamw"])
             if on_device(update):
                 if isinstance(there, np.ndarray):  # the simulator
                     fill(update, there)

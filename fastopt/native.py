@@ -15,7 +15,7 @@ import numpy as np
 
 from fastopt.memory.segments import Array
 from fastopt.optimizer.refusals import check_rule
-from fastopt.rule import Rule, check_hyperparameter, limits
+from fastopt.rule import Rule, limits
 from fastopt.runtime import threads
 
 
@@ -129,15 +129,5 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
     [0.5, 0.9, 0.999, 1e-08, 0.01]
     """
     check_rule("rule", rule)
-    for key in changes.keys() - rule.hyperparameters.keys():
-        raise TypeError(
-            f"{rule.name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(rule.hyperparameters) or 'none'}"
-        )
-    changes = rule.complete(changes)
-    values = {
-        key: check_hyperparameter(key, key, changes.get(key, default), default)
-        for key, default in rule.hyperparameters.items()
-    }
-    rule.scalars(1, *rule.first_carry(values), *values.values())
-    return np.array([float(value) for value in values.values()])
+    rule.check_names(changes)
+    return np.array(list(map(float, rule.checked(rule.complete(changes)).values())))

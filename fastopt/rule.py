@@ -14,7 +14,7 @@ import re
 import reprlib
 import sys
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -391,6 +391,29 @@ class Rule:
                     raise ValueError(f"{other} is 0 at first; give {name}, too")
                 values[name] = first
         return values
+
+    def check_names(self, names: Iterable[str], where: str = "") -> None:
+        """Check that the rule has hyperparameters of these names."""
+        for name in names:
+            if name not in self.hyperparameters:
+                raise TypeError(
+                    f"{where}{self.name} has no hyperparameter {name!r}; it has "
+                    f"{', '.join(self.hyperparameters) or 'none'}"
+                )
+
+    def checked(
+        self, values: Mapping[str, Any], called: Callable[[str], str] = str
+    ) -> dict[str, Hyperparameter]:
+        """Check hyperparameters, each one and all of them together in a first step.
+        Return numbers, the defaults among them, in the order of ``scalars``."""
+        numbers = {
+            key: check_hyperparameter(
+                key, called(key), values.get(key, default), default
+            )
+            for key, default in self.hyperparameters.items()
+        }
+        self.scalars(1, *self.first_carry(numbers), *numbers.values())
+        return numbers
 
     @computed_once
     def switches(self) -> frozenset[str]:

@@ -126,11 +126,7 @@ def optimizer(
             f"{rule.name} has no compiled kernels, which fastopt.jax needs; there are "
             f"some for {', '.join(ours.name for ours in RULES)}"
         )
-    for key in hyperparameters.keys() - rule.hyperparameters.keys():
-        raise TypeError(
-            f"{rule.name} has no hyperparameter {key!r}; it has "
-            f"{', '.join(rule.hyperparameters) or 'none'}"
-        )
+    rule.check_names(hyperparameters)
     for key, other in rule.follows.items():
         if key not in hyperparameters and isinstance(
             hyperparameters.get(other), jax.Array

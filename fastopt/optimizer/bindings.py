@@ -13,10 +13,11 @@ from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending
+from fastopt.optimizer.gradients import Gradients
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.refusals import check_rule
-from fastopt.optimizer.state import Bound, bind, fill
+from fastopt.optimizer.state import Bound, fill
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
@@ -71,30 +72,19 @@ class Bindings:
         self.rule, self.backend = rule, backend
         self.threads = available() if threads is None else threads
         self.ema = ema
-        if self._params.masked and "weight_decay" not in rule.hyperparameters:
-            raise TypeError(
-                f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
-            )
+        if self._params.masked:
+            checks.check_decays(rule)
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
         self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
         self._averages = None if ema is None else self._params.like()
-        given = [dict(group) for group in own or [{}]]
-        groups = tuple(
-            Group(
-                rule,
-                f"groups[{number}]" if own else "",
-                number,
-                self._assign,
-                self._params.arrays[0].dtype,
-                changes.pop("frozen", False),
-            )
-            for number, changes in enumerate(given)
+        groups, values = zip(
+            *[
+                self._new_group(number, bool(own), given, hyperparameters)
+                for number, given in enumerate(own or [{}])
+            ],
+            strict=True,
         )
-        values = [
-            group.begin({**hyperparameters, **changes}, 0)
-            for group, changes in zip(groups, given, strict=True)
-        ]
         # From now on, assignment is to hyperparameters.
         self._commit(values, self._bind(values, groups=groups), groups=groups)
 
@@ -114,18 +104,10 @@ class Bindings:
             raise RuntimeError(
                 "there are accumulated gradients; step or drop_accumulated() first"
             )
-        changes = {k: v for k, v in group.items() if k not in ("params", "frozen")}
+        changes = {k: v for k, v in group.items() if k != "params"}
         params = self._params.with_group(group["params"])
         number = len(self.groups)
-        new = Group(
-            self.rule,
-            f"groups[{number}]",
-            number,
-            self._assign,
-            params.arrays[0].dtype,
-            group.get("frozen", False),
-        )
-        values = new.begin(changes, self.steps)
+        new, values = self._new_group(number, True, changes, {}, self.steps)
         before = vars(self).get("_bound", self._bound_before)
         on = before.on | {name for name in self.rule.switches if values[name]}
         self._check_results([new], [values], on, params, self.steps)
@@ -138,6 +120,21 @@ class Bindings:
             partial(vars(self).update, changes, _bound_before=before),
             partial(vars(self).pop, "_bound", None),
         )
+
+    def _new_group(
+        self,
+        number: int,
+        named: bool,
+        own: Mapping[str, Any],
+        common: Mapping[str, Any],
+        steps: int = 0,
+    ) -> tuple[Group, dict[str, Any]]:
+        """A group, and its first hyperparameters: its own, and those in common."""
+        prefix, dtype = f"groups[{number}]" * named, self._params.arrays[0].dtype
+        frozen = own.get("frozen", False)
+        group = Group(self.rule, prefix, number, self._assign, dtype, frozen)
+        changes = {key: value for key, value in own.items() if key != "frozen"}
+        return group, group.begin({**common, **changes}, steps)
 
     def _bind_added(self) -> Bound:
         """Bind to the groups that were added, in one go however many they are."""
@@ -220,8 +217,8 @@ class Bindings:
         one without that state does (with finite numbers), and the state survives.
         """
         values = [
-            group.checked(given, self.steps)
-            for group, given in zip(self.groups, changes, strict=True)
+            group.checked(changed, self.steps)
+            for group, changed in zip(self.groups, changes, strict=True)
         ]
         bound, switches = self._bound, self.rule.switches
         if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
@@ -262,9 +259,9 @@ class Bindings:
         if not self._params.differ:
             return values
         names = list(self.groups[0])
-        by_name = [dict(zip(names, given, strict=True)) for given in values]
+        by_name = [dict(zip(names, row, strict=True)) for row in values]
         sets = self._sets(by_name, self._params)
-        return [tuple(given.values()) for given in sets]
+        return [tuple(row.values()) for row in sets]
 
     def _sets(
         self, values: Sequence[Mapping[str, Any]], params: Parameters
@@ -292,13 +289,13 @@ class Bindings:
         the parameters' dtype."""
         rule, dtype = self.rule.variant(on), params.arrays[0].dtype
         now = [
-            dict(zip(given, group.at(steps, given), strict=True))
-            for group, given in zip(groups, values, strict=True)
+            dict(zip(named, group.at(steps, named), strict=True))
+            for group, named in zip(groups, values, strict=True)
         ]
         sets = self._sets(now, params)
-        for given in sets[known:]:
-            carry = rule.first_carry(given)
-            constants = rule.scalars(steps + 1, *carry, *given.values())
+        for named in sets[known:]:
+            carry = rule.first_carry(named)
+            constants = rule.scalars(steps + 1, *carry, *named.values())
             surplus = bool(self.rule.variants)
             check_results(rule, steps + 1, constants, dtype, surplus=surplus)
         return sets
@@ -333,7 +330,7 @@ class Bindings:
         kept = (
             {"state": before.state, "carried": before.program.carried} if before else {}
         )
-        return bind(
+        return Bound(
             self._module,
             rule.variant(on),
             frozenset(on),
@@ -361,8 +358,8 @@ class Bindings:
         uninterrupted(
             *also,
             *[
-                group.committing(given, flag)
-                for group, given, flag in zip(groups, values, flags, strict=True)
+                group.committing(named, flag)
+                for group, named, flag in zip(groups, values, flags, strict=True)
             ],
             partial(vars(self).update, changes, _bound=bound, groups=groups),
         )
@@ -405,20 +402,22 @@ class Bindings:
     def _start(self, values: list[Values]) -> None:
         """Before the first step: the parameters may have got their values by now."""
         names, rule = list(self.groups[0]), self._bound.rule
-        sets = [dict(zip(names, given, strict=True)) for given in values]
+        sets = [dict(zip(names, row, strict=True)) for row in values]
         since = dict.fromkeys(rule.state, 0)
         if self._estimated and rule.estimate is not None:
             del since[rule.estimate[0]]  # the estimate has set this buffer
         self._bound.start(sets, since)
 
-    def _without_frozen(self, grads: list[Any]) -> list[Any]:
+    def _without_frozen(self, gradients: Gradients) -> Gradients:
         """Replace the gradients of frozen groups by None."""
         if not any(group.frozen for group in self.groups):
-            return grads
-        return [
-            None if self.groups[number].frozen else grad
-            for number, grad in zip(self._params.group_of, grads, strict=True)
+            return gradients
+        frozen = [self.groups[number].frozen for number in self._params.group_of]
+        tasks = [
+            [None if off else grad for off, grad in zip(frozen, task, strict=True)]
+            for task in gradients.tasks
         ]
+        return gradients._replace(tasks=tasks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -14,7 +14,8 @@ from fastopt.memory.arrays import as_array, read_only, span
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
-from fastopt.rule import check_hyperparameter, shown
+from fastopt.rule import Rule, check_hyperparameter, shown
+from fastopt.step import Request
 
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
@@ -61,8 +62,8 @@ def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
         array = np.asarray(value)
         array.flags.writeable = False  # zero_grads=True would not reach the scalar
         return array
-    found: Array = module.as_array(name, value)
-    return found
+    converted: Array = module.as_array(name, value)
+    return converted
 
 
 def check_layout(name: str, array: Array, updated: bool = False) -> None:
@@ -181,7 +182,7 @@ def collect(
     tree: Any,
     grads: Any,
     path: str,
-    found: list[Any],
+    gathered: list[Any],
     name: str = "grads",
     like: str = "params",
 ) -> None:
@@ -233,29 +234,29 @@ def collect(
         children = list(zip(range(len(tree)), tree, grads, strict=True))
     else:
         same_layout = type(grads) is FlatBuffer and grads.shapes == tree
-        found.append(grads.data if same_layout else grads)
+        gathered.append(grads.data if same_layout else grads)
         return
     for key, child, grad in children:
         if child is None:  # most are; a call for each would be most of the time
-            found.append(grad)
+            gathered.append(grad)
         else:
-            collect(child, grad, f"{path}[{key!r}]", found, name, like)
+            collect(child, grad, f"{path}[{key!r}]", gathered, name, like)
 
 
 def split_tasks(name: str, tasks: Any) -> list[Any]:
     """The gradients of each of several tasks."""
     if isinstance(tasks, (list, tuple)):
-        found = list(tasks)
+        split = list(tasks)
     elif getattr(tasks, "shape", ()):
-        found = [tasks[k] for k in range(tasks.shape[0])]
+        split = [tasks[k] for k in range(tasks.shape[0])]
     else:
         raise TypeError(
             f"{name} must be a list with the gradients of each task, or an array with "
             f"a row for each, got {type(tasks).__name__}"
         )
-    if not found:
+    if not split:
         raise ValueError(f"{name} is empty; pass the gradients of at least one task")
-    return found
+    return split
 
 
 def check_weights(
@@ -277,8 +278,8 @@ def check_weights(
         finite = np.isfinite(weights.astype(dtype))
     for k in np.flatnonzero(~finite).tolist():
         raise ValueError(f"{name}[{k}] must be finite in {dtype}, got {weights[k]}")
-    found: list[float] = weights.astype(np.float64).tolist()
-    return found
+    numbers: list[float] = weights.astype(np.float64).tolist()
+    return numbers
 
 
 def check_threads(threads: Any) -> int:
@@ -352,6 +353,33 @@ def check_choice(name: str, value: Any, *choices: str) -> str:
 
 def check_nonfinite(value: Any) -> str:
     return check_choice("nonfinite", value, "propagate", "skip", "raise")
+
+
+def check_request(
+    clip_norm: Any,
+    clip_value: Any,
+    nonfinite: Any,
+    ema: float | None,
+    zero_grads: bool,
+    threads: int,
+) -> Request:
+    """What is asked of a step, from the arguments of ``step``."""
+    return Request(
+        check_limit("clip_norm", clip_norm),
+        check_limit("clip_value", clip_value),
+        check_nonfinite(nonfinite),
+        0.0 if ema is None else 1 - ema,
+        zero_grads,
+        threads,
+    )
+
+
+def check_decays(rule: Rule) -> None:
+    """Check that a rule has something for a mask to switch off."""
+    if "weight_decay" not in rule.hyperparameters:
+        raise TypeError(
+            f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
+        )
 
 
 def check_writeable(names: Sequence[str], grads: Sequence[Array | None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,66 +16,78 @@ from fastopt.optimizer.parameters import Parameters
 from fastopt.step import Runner
 
 
-def of_tasks(
-    params: Parameters, grads: Any, weights: Any
-) -> tuple[list[list[Any]], list[float]]:
-    """The gradients of each of several tasks, lists, and their weights."""
-    tasks = checks.split_tasks("grads", grads)
-    gradients: list[list[Any]] = []
-    for k, task in enumerate(tasks):
-        gradients.append([])
-        checks.collect(params.layout, task, "", gradients[k], f"grads[{k}]")
-    return gradients, checks.check_weights(weights, len(tasks), params.arrays[0].dtype)
+class Gradients(NamedTuple):
+    """The gradients of a step."""
+
+    tasks: list[list[Any]]  # for each task, a gradient or None for each parameter
+    weights: list[float] | None = None  # of the tasks; None: there is one
+
+    def offer(self, runner: Runner) -> bool:
+        """Let a runner take them. Return False if one needs a closer look."""
+        tasks: list[Any] = self.tasks if self.weights else self.tasks[0]
+        return runner.take(tasks, self.weights)
+
+    def give(self, runner: Runner) -> None:
+        """Let a runner take them, after that look."""
+        if not self.offer(runner):
+            raise RuntimeError("the kernel refused gradients found to fit")
+
+    @property
+    def labels(self) -> list[str]:
+        """What messages call each task."""
+        return [f"[{k}]" for k in range(len(self.tasks))] if self.weights else [""]
+
+    def fitting(
+        self, params: Parameters, spans: Sequence[tuple[int, int]]
+    ) -> Gradients:
+        """Convert and check each of them."""
+        tasks = [
+            [fit(params, i, grad, spans, label) for i, grad in enumerate(task)]
+            for label, task in zip(self.labels, self.tasks, strict=True)
+        ]
+        return Gradients(tasks, self.weights)
+
+    def check_writeable(self, params: Parameters) -> None:
+        """Check that they can be set to zero."""
+        places = range(len(params.arrays))
+        names = [grad_name(params, i, label) for label in self.labels for i in places]
+        checks.check_writeable(names, [grad for task in self.tasks for grad in task])
+
+    def are_finite(self, i: int, grad_scale: float) -> bool:
+        """Whether those of the i-th parameter are finite together. This is asked where
+        their squares are not: those of finite float64 may overflow."""
+        there = [None if task[i] is None else to_host(task[i]) for task in self.tasks]
+        if any(grad is not None and grad.dtype != np.float64 for grad in there):
+            return False
+        with np.errstate(all="ignore"):
+            grad = np.asarray(combined(there, self.weights or [1.0]))
+            return bool(np.isfinite(grad * grad_scale).all())
+
+
+def of_tasks(params: Parameters, grads: Any, weights: Any) -> Gradients:
+    """The gradients of several tasks, as lists, and their weights."""
+    tasks: list[list[Any]] = []
+    for k, task in enumerate(checks.split_tasks("grads", grads)):
+        tasks.append([])
+        checks.collect(params.layout, task, "", tasks[k], f"grads[{k}]")
+    dtype = params.arrays[0].dtype
+    return Gradients(tasks, checks.check_weights(weights, len(tasks), dtype))
 
 
 def take(
     params: Parameters,
     runner: Runner,
-    tasks: list[list[Any]],
+    gradients: Gradients,
     spans: Sequence[tuple[int, int]],
-    weights: list[float] | None = None,
-) -> list[list[Any]]:
-    """Give the gradients of each task to a runner, and return them as it took them. A
-    runner that checks them itself takes plain arrays as they are. Otherwise each is
-    converted and checked, which also finds the words for a refusal."""
-    if "scalars" in runner.fuses:
-        if runner.take(tasks[0] if weights is None else tasks, weights):
-            return tasks
-    fitting: list[list[Any]] = [
-        [
-            fit(params, i, grad, spans, "" if weights is None else f"[{k}]")
-            for i, grad in enumerate(task)
-        ]
-        for k, task in enumerate(tasks)
-    ]
-    if not runner.take(fitting[0] if weights is None else fitting, weights):
-        raise RuntimeError("the kernel refused gradients found to fit")
-    return fitting
-
-
-def check_writeable(
-    params: Parameters, tasks: Sequence[Sequence[Any]], weights: Any
-) -> None:
-    """Check that the gradients can be set to zero."""
-    names = [
-        grad_name(params, i, "" if weights is None else f"[{k}]")
-        for k, task in enumerate(tasks)
-        for i in range(len(task))
-    ]
-    checks.check_writeable(names, [grad for task in tasks for grad in task])
-
-
-def finite(
-    grads: Sequence[Any], weights: Sequence[float] | None, grad_scale: float
-) -> bool:
-    """Whether the gradients of a parameter, one for each task, are finite together.
-    This is asked where their squares are not: those of finite float64 may overflow."""
-    there = [None if grad is None else to_host(grad) for grad in grads]
-    if any(grad is not None and grad.dtype != np.float64 for grad in there):
-        return False
-    with np.errstate(all="ignore"):
-        grad = np.asarray(combined(there, weights or [1.0]))
-        return bool(np.isfinite(grad * grad_scale).all())
+) -> Gradients:
+    """Give gradients to a runner, and return them as it took them. A runner that checks
+    them itself takes plain arrays as they are. Otherwise each is converted and checked,
+    which also finds the words for a refusal."""
+    if "scalars" in runner.fuses and gradients.offer(runner):
+        return gradients
+    gradients = gradients.fitting(params, spans)
+    gradients.give(runner)
+    return gradients
 
 
 def grad_name(params: Parameters, i: int, task: str = "") -> str:

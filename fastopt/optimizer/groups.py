@@ -97,18 +97,13 @@ class Group(MutableMapping[str, Any]):
 
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Our values with these changes, if they are good after ``steps`` steps."""
+        if "frozen" in changes:
+            raise TypeError(
+                "frozen is no hyperparameter but an attribute of a group; set "
+                f"opt.groups[{self.number}].frozen"
+            )
+        self._rule.check_names(changes, f"{self._prefix}: " if self._prefix else "")
         for key, value in changes.items():
-            if key not in self._values:
-                if key == "frozen":
-                    raise TypeError(
-                        "frozen is no hyperparameter but an attribute of a group; set "
-                        f"opt.groups[{self.number}].frozen"
-                    )
-                group = f"{self._prefix}: " if self._prefix else ""
-                raise TypeError(
-                    f"{group}{self._rule.name} has no hyperparameter {key!r}; it has "
-                    f"{', '.join(self._values) or 'none'}"
-                )
             check_schedule(self._name(key), value)
         values = {**self._values, **changes}
         now = self._checked(values, steps, values)

@@ -10,14 +10,7 @@ from fastopt.memory.flat import FlatBuffer
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.accumulation import Pending, new_pending
 from fastopt.optimizer.bindings import Bindings
-from fastopt.optimizer.gradients import (
-    check_writeable,
-    finite,
-    fit,
-    grad_name,
-    of_tasks,
-    take,
-)
+from fastopt.optimizer.gradients import Gradients, fit, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
@@ -202,7 +195,7 @@ class Optimizer(Bindings):
                         raise TypeError(
                             "weights need the gradients of each task: step(grads, ...)"
                         )
-                    gradients, weights = of_tasks(self._params, grads, weights)
+                    gradients = of_tasks(self._params, grads, weights)
                     compiled = None
                 elif layout is None:  # a single array
                     gradients = [grads]
@@ -235,16 +228,12 @@ class Optimizer(Bindings):
                     if not (limits or others or nonfinite != "propagate"):
                         request = plain(threads)
                     else:
-                        request = Request(
-                            checks.check_limit("clip_norm", clip_norm),
-                            checks.check_limit("clip_value", clip_value),
-                            checks.check_nonfinite(nonfinite),
-                            0.0 if self.ema is None else 1 - self.ema,
-                            zero_grads or pending is not None,
-                            threads,
-                        )
-                    tasks = [gradients] if weights is None else gradients
-                    self._step_in_full(tasks, weights, values, grad_scale, request)
+                        zeros = zero_grads or pending is not None
+                        asked = clip_norm, clip_value, nonfinite, self.ema, zeros
+                        request = checks.check_request(*asked, threads)
+                    if weights is None:
+                        gradients = Gradients([gradients])
+                    self._step_in_full(gradients, values, grad_scale, request)
             finally:
                 busy[0] = False
         except BaseException:  # perhaps an interrupt at the first of these lines
@@ -279,21 +268,19 @@ class Optimizer(Bindings):
     @standard
     def _step_in_full(
         self,
-        tasks: list[list[Any]],
-        weights: list[float] | None,
+        gradients: Gradients,
         values: list[Values],
         grad_scale: float,
         request: Request,
     ) -> None:
-        """Do a step with everything that a request may ask for. ``tasks`` has the
-        gradients of each task; without weights there is one."""
+        """Do a step with everything that a request may ask for."""
         bound, params = self._bound, self._params
         program, first = bound.program, bound.steps == 0
-        tasks = list(map(self._without_frozen, tasks))
-        params.check_unchanged(program.runner, tasks)
-        tasks = take(params, program.runner, tasks, bound.spans, weights)
+        gradients = self._without_frozen(gradients)
+        params.check_unchanged(program.runner, gradients.tasks)
+        gradients = take(params, program.runner, gradients, bound.spans)
         if request.zero_grads:
-            check_writeable(params, tasks, weights)
+            gradients.check_writeable(params)
         if first and (bound.rule.starts or bound.rule.carry or bound.averages):
             self._start(values)
         factor = grad_scale
@@ -301,25 +288,25 @@ class Optimizer(Bindings):
         if request.needs_norm:
 
             def is_finite(_: int, i: int) -> bool:
-                return finite([task[i] for task in tasks], weights, grad_scale)
+                return gradients.are_finite(i, grad_scale)
 
             norm, nonfinite, shrink = examine([program], factor, request, is_finite)
             changes["_grad_norm"] = norm
             if nonfinite and request.nonfinite == "raise":
                 self._grad_norm = norm
-                task = "" if weights is None else "[...]"
+                task = "[...]" if gradients.weights else ""
                 names = [grad_name(params, i, task) for _, i in nonfinite]
                 raise FloatingPointError(
                     f"infinity or NaN in {', '.join(names)}; nothing was updated"
                 )
             if nonfinite and request.nonfinite == "skip":
-                unread = [g for task in tasks for g in task if g is not None]
+                unread = [g for of in gradients.tasks for g in of if g is not None]
                 calls += [filling(g, 0.0) for g in unread if request.zero_grads]
                 changes["_skipped"] = self._skipped + 1
                 self._finish(calls, changes)
                 return
             factor *= shrink
-        own = self._calls(tasks, weights, values, factor, request)
+        own = self._calls(gradients, values, factor, request)
         more = self._with_step(own) if self._with_step else ()
         if first:  # what is done before it need not be done again
             changes |= self._unplanned(params, self.threads)
@@ -333,8 +320,7 @@ class Optimizer(Bindings):
 
     def _calls(
         self,
-        tasks: list[list[Any]],
-        weights: list[float] | None,
+        gradients: Gradients,
         values: Sequence[Values],
         factor: float,
         request: Request,
@@ -358,8 +344,8 @@ class Optimizer(Bindings):
         if pending is None:
             pending = new_pending(self._module, self._params.arrays)
         runner = pending.program.runner
-        (gradients,) = take(self._params, runner, [gradients], pending.spans)
-        pending, calls = pending.added(gradients, grad_scale, self._threads_now)
+        taken = take(self._params, runner, Gradients([gradients]), pending.spans)
+        pending, calls = pending.added(taken.tasks[0], grad_scale, self._threads_now)
         unplanned = self._unplanned(self._params, self.threads)
         self._finish(calls, {"_pending": pending, "_spare": None, **unplanned})
 
@@ -386,10 +372,11 @@ class Optimizer(Bindings):
         if not self.steps:
             self._start(values)
         program = bind_alone(self._module, rule, arrays, self._params.set_of)
+        there = self._without_frozen(Gradients([gradients]))
         # They must not be the parameters either, to which this step writes nothing.
         fitting = [
             fit(self._params, i, grad, self._bound.spans)
-            for i, grad in enumerate(self._without_frozen(gradients))
+            for i, grad in enumerate(there.tasks[0])
         ]
         program.runner.take(fitting)
         keys = [Key(self.steps + 1, (), given, grad_scale) for given in values]

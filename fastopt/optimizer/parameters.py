@@ -120,7 +120,7 @@ class Parameters:
     def parts(self) -> list[list[Part]]:
         """Of each segment the arrays in it: one, or those of a FlatBuffer."""
         trees = list(map(expanded, self.trees)) if self._separate else self.trees
-        given = [
+        entries = [
             (f"[{number}]{path}", leaf)
             for number, tree in enumerate(trees)
             for path, leaf in leaves(tree)
@@ -129,7 +129,7 @@ class Parameters:
             [(path + within, shape) for within, shape in leaf.shapes]
             if isinstance(leaf, FlatBuffer)
             else [(path, tuple(array.shape))]
-            for (path, leaf), array in zip(given, self.arrays, strict=True)
+            for (path, leaf), array in zip(entries, self.arrays, strict=True)
         ]
 
     def with_group(self, tree: Any) -> Parameters:
@@ -174,7 +174,7 @@ class Parameters:
         watch = self.watch
         if not watch.foreign:
             return at
-        return lambda *given: watch.unchanged() and at(*given)
+        return lambda *arguments: watch.unchanged() and at(*arguments)
 
     def _decaying(self, paths: Sequence[str], first: int) -> list[bool]:
         """For the arrays from the ``first`` on, which have these paths, whether weight
@@ -208,9 +208,9 @@ class Parameters:
         """New arrays like these: in the structure of the parameters, in which a
         FlatBuffer stands for one; and one for each segment."""
         segments: list[Array | None] = []  # None: not in a FlatBuffer
-        given = [leaf for _, leaf in leaves(self.trees)]
+        originals = [leaf for _, leaf in leaves(self.trees)]
         trees: list[FlatBuffer | None] = []
-        for leaf in given:
+        for leaf in originals:
             if isinstance(leaf, FlatBuffer):
                 flat = leaf.zeros_like()
                 trees.append(flat)
@@ -231,10 +231,10 @@ class Parameters:
 def owners(*leaves: Any) -> list[Array]:
     """NumPy's arrays among these, and those whose memory they are in. NumPy resizes
     none that there is a weak reference to, not even with ``refcheck=False``."""
-    found: dict[int, Array] = {}
+    arrays: dict[int, Array] = {}
     for leaf in leaves:
         array = leaf.data if isinstance(leaf, FlatBuffer) else leaf
-        while isinstance(array, np.ndarray) and id(array) not in found:
-            found[id(array)] = array
+        while isinstance(array, np.ndarray) and id(array) not in arrays:
+            arrays[id(array)] = array
             array = array.base
-    return list(found.values())
+    return list(arrays.values())

@@ -142,24 +142,24 @@ def split(what: str, part: Sequence[Part], item: Any) -> dict[str, Any]:
 
 def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
     """The saved array for a segment, of those for the arrays that are in it."""
-    found = [pieces[name] for name, _ in part]
-    if len(part) == 1 or all(piece is None for piece in found):
-        return found[0]
-    for piece, (name, shape) in zip(found, part, strict=True):
+    arrays = [pieces[name] for name, _ in part]
+    if len(part) == 1 or all(piece is None for piece in arrays):
+        return arrays[0]
+    for piece, (name, shape) in zip(arrays, part, strict=True):
         if piece is None:
             raise ValueError(
                 f"{what} has nothing for {name}, but something for others that are in "
                 f"one FlatBuffer with it here; load it where they are apart"
             )
         got = getattr(piece, "shape", type(piece).__name__)
-        if got != shape or piece.dtype != found[0].dtype:
+        if got != shape or piece.dtype != arrays[0].dtype:
             raise ValueError(
                 f"{what} of {name} has shape {got}, but the parameter has {shape}"
                 if got != shape
-                else f"{what} has dtype {piece.dtype} for {name}, {found[0].dtype} "
+                else f"{what} has dtype {piece.dtype} for {name}, {arrays[0].dtype} "
                 f"for {part[0][0]}"
             )
-    return np.concatenate([piece.reshape(-1) for piece in found])
+    return np.concatenate([piece.reshape(-1) for piece in arrays])
 
 
 def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
@@ -218,11 +218,11 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
     """A saved state against the optimizer that is to load it; in the order of its
     parameters."""
     rule, groups = opt.rule, opt.groups
-    if not isinstance(saved, Mapping) or any(key not in saved for key in KEYS[:1]):
-        got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-        raise TypeError(
-            f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
-        )
+    known = isinstance(saved, Mapping)
+    got = list(saved) if known else type(saved).__name__
+    wanted = f"expected a state_dict() with the keys {', '.join(KEYS)}; got {got}"
+    if not known or "format" not in saved:
+        raise TypeError(wanted)
     number = saved["format"]
     formats = (FORMAT, WITHOUT_NAMES)
     if not isinstance(number, (int, float, np.number)) or number not in formats:
@@ -232,10 +232,7 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
         )
     unnamed = {"params"} if saved["format"] == WITHOUT_NAMES else set()
     if any(key not in saved for key in {*KEYS} - unnamed):
-        raise TypeError(
-            f"expected a state_dict() with the keys {', '.join(KEYS)}; "
-            f"got {list(saved)}"
-        )
+        raise TypeError(wanted)
     if not isinstance(saved["rule"], str) or saved["rule"] != rule.name:
         raise ValueError(
             f"the state is of rule {shown(saved['rule'])}, this optimizer's is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -23,18 +23,77 @@ from fastopt.runtime.atomic import filling
 from fastopt.step import Key, Program
 
 
-@dataclass(frozen=True)
 class Bound:
-    """What applies at present: the rule, or one of its variants, and its buffers."""
+    """What applies at present: the rule, or one of its variants, and its buffers.
 
-    on: frozenset[str]  # the switches that selected it
-    rule: Rule
-    params: Parameters
-    buffers: dict[str, list[Array]]  # the state, as far as it is not factored
-    factors: list[Factors | None]  # and the rest of it
-    averages: list[Array] | None
-    program: Program
-    spans: list[tuple[int, int]]  # of all that a step writes, by address
+    It begins with what there is of the state and of the carried numbers, for the first
+    of the parameters; the rest is new. ``values`` are the hyperparameters of each set.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        rule: Rule,
+        on: frozenset[str],
+        params: Parameters,
+        values: Sequence[Mapping[str, Any]],
+        *,
+        state: Mapping[str, list[Array]],
+        averages: list[Array] | None,
+        carried: Array | None,
+        steps: int,
+    ):
+        self.rule, self.params, self.averages = rule, params, averages
+        self.on = on  # the switches that selected the rule
+        arrays = params.arrays
+        since = {name: len(state.get(name, ())) for name in rule.state}
+        self.buffers = {name: list(state.get(name, ())) for name in rule.state}
+        # Of what is factored, buffers are empty, and the state is in ``factors``.
+        likes = [np.empty(0, a.dtype) if is_factored(rule, a) else a for a in arrays]
+        self.factors: list[Factors | None] = [None] * len(arrays)
+        for i, array in enumerate(arrays):
+            if is_factored(rule, array):
+                (kept,) = self.buffers.values()
+                there = kept[i] if i < len(kept) else None
+                self.factors[i] = Factors(module, array, there)
+                kept[i : i + 1] = [] if there is None else [likes[i]]
+        for first in set(since.values()) - {len(arrays)}:
+            names = [name for name in rule.state if since[name] == first]
+            fresh = zeros(module.state_arena, likes[first:], len(names))
+            for name, streams in zip(names, fresh, strict=True):
+                self.buffers[name] += streams
+        row_of = range(len(arrays)) if rule.by_segment else params.set_of
+        segments = [
+            Segment(
+                array,
+                tuple(streams) if of is None else (of.product,),
+                row,
+                averages[i] if averages else None,
+            )
+            for i, (array, row, of, *streams) in enumerate(
+                zip(arrays, row_of, self.factors, *self.buffers.values(), strict=True)
+            )
+        ]
+        carry = np.zeros((2, len(self.sets), len(rule.carry)))
+        for row, of_set in enumerate(self.sets):
+            carry[:, row] = rule.first_carry(values[of_set])
+        if carried is not None:
+            carry[:, : len(carried)] = carried
+            if rule.measure is not None and not rule.by_segment:  # it is of all arrays
+                carry[:, len(carried) :] = carried[0]
+        self.program = Program(
+            module,
+            rule,
+            segments,
+            factors=self.factors,
+            count=np.array([steps], np.int64),
+            carry=carry,
+        )
+        if "scalars" in self.program.runner.fuses:
+            self.program.runner.watch(params.watch.ndarrays)
+        written = [*arrays, *chain(*self.buffers.values()), *(averages or ())]
+        self.spans = checks.spans_of(written)  # by address
+        self.start(values, since)
 
     @property
     def steps(self) -> int:
@@ -66,10 +125,10 @@ class Bound:
             if name not in self.rule.starts:
                 continue
             for i in range(first, len(params.arrays)):
-                of, given = self.rule.starts[name], values[params.set_of[i]]
+                start, named = self.rule.starts[name], values[params.set_of[i]]
                 fill(
                     self.buffers[name][i],
-                    params.arrays[i] if of == "p" else self.rule.start(of, given),
+                    params.arrays[i] if start == "p" else self.rule.start(start, named),
                 )
         if not self.steps:
             for row, of_set in enumerate(self.sets):
@@ -111,82 +170,6 @@ class Bound:
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
     filling(array, value)()
-
-
-def bind(
-    module: ModuleType,
-    rule: Rule,
-    on: frozenset[str],
-    params: Parameters,
-    values: Sequence[Mapping[str, Any]],
-    *,
-    state: Mapping[str, list[Array]],
-    averages: list[Array] | None,
-    carried: Array | None,
-    steps: int,
-) -> Bound:
-    """Bind a rule to parameters, with what there is of its state, for the first of
-    them; the rest is new. ``values``: now, for each set of the hyperparameters."""
-    arrays = params.arrays
-    since = {name: len(state.get(name, ())) for name in rule.state}
-    buffers = {name: list(state.get(name, ())) for name in rule.state}
-    # Of what is factored, buffers are empty.
-    likes = [np.empty(0, a.dtype) if is_factored(rule, a) else a for a in arrays]
-    factors: list[Factors | None] = [None] * len(arrays)
-    for i, array in enumerate(arrays):
-        if is_factored(rule, array):
-            (kept,) = buffers.values()
-            factors[i] = Factors(module, array, kept[i] if i < len(kept) else None)
-            kept[i : i + 1] = [likes[i]] if i < len(kept) else []
-    for first in set(since.values()) - {len(arrays)}:
-        names = [name for name in rule.state if since[name] == first]
-        made = zeros(module.state_arena, likes[first:], len(names))
-        for name, fresh in zip(names, made, strict=True):
-            buffers[name] += fresh
-    row_of = range(len(arrays)) if rule.by_segment else params.set_of
-    segments = [
-        Segment(
-            array,
-            tuple(streams) if of is None else (of.product,),
-            row,
-            averages[i] if averages else None,
-        )
-        for i, (array, row, of, *streams) in enumerate(
-            zip(arrays, row_of, factors, *buffers.values(), strict=True)
-        )
-    ]
-    completed = np.array([steps], np.int64)
-    sets = params.set_of if rule.by_segment else range(len(params.sets))
-    carry = np.zeros((2, len(sets), len(rule.carry)))
-    for row, of_set in enumerate(sets):
-        carry[:, row] = rule.first_carry(values[of_set])
-    if carried is not None:
-        carry[:, : len(carried)] = carried
-        if rule.measure is not None and not rule.by_segment:  # it is of all arrays
-            carry[:, len(carried) :] = carried[0]
-    written = [*arrays, *(a for made in buffers.values() for a in made)]
-    program = Program(
-        module,
-        rule,
-        segments,
-        factors=factors,
-        count=completed,
-        carry=carry,
-    )
-    if "scalars" in program.runner.fuses:
-        program.runner.watch(params.watch.ndarrays)
-    bound = Bound(
-        on=on,
-        rule=rule,
-        params=params,
-        buffers=buffers,
-        factors=factors,
-        averages=averages,
-        program=program,
-        spans=checks.spans_of([*written, *(averages or ())]),
-    )
-    bound.start(values, since)
-    return bound
 
 
 def bind_alone(

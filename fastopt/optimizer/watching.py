@@ -116,29 +116,21 @@ def parts(original: Any, array: Array) -> Iterator[tuple[str, Any]]:
 
 def refuse(name: str, then: Look, now: Look, writing: bool) -> None:
     """Raise the error that says what was changed."""
-    for what, error in (("dtype", TypeError), ("shape", ValueError)):
+    made, strides = "when the optimizer was made", now.strides or "those of C order"
+    changes: dict[str, str] = {
+        "dtype": f"had dtype {then.dtype} {made}, and has {now.dtype} now",
+        "shape": f"had shape {then.shape} {made}, and has {now.shape} now",
+        "strides": f"had other strides {made} than now, {strides}",
+        "address": "has been moved to other memory since the optimizer was made",
+        "negative": f"has another sign than its memory had {made} (torch's negative "
+        f"bit has changed)",
+    }
+    for what, change in changes.items():
         if getattr(now, what) != getattr(then, what):
-            raise error(
-                f"{name} had {what} {getattr(then, what)} when the optimizer was made, "
-                f"and has {getattr(now, what)} now; {UNDO}"
-            )
-    if now.strides != then.strides:
-        raise ValueError(
-            f"{name} had other strides when the optimizer was made than now, "
-            f"{now.strides or 'those of C order'}; {UNDO}"
-        )
-    if now.address != then.address:
-        raise ValueError(
-            f"{name} has been moved to other memory since the optimizer was made; "
-            f"{UNDO}"
-        )
-    if now.negative != then.negative:
-        raise ValueError(
-            f"{name} has another sign than its memory had when the optimizer was made "
-            f"(torch's negative bit has changed); {UNDO}"
-        )
+            error = TypeError if what == "dtype" else ValueError
+            raise error(f"{name} {change}; {UNDO}")
     if writing and not now.writeable:
         raise ValueError(
-            f"{name} was writeable when the optimizer was made, and is read-only now, "
-            f"but parameters are updated in place; {UNDO}"
+            f"{name} was writeable {made}, and is read-only now, but parameters are "
+            f"updated in place; {UNDO}"
         )

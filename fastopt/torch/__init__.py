@@ -47,8 +47,8 @@ def __getattr__(name: str) -> type[_classes.OfRule]:
     """The class of a rule that torch has not, made when it is first asked for."""
     if name not in _OTHERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = globals()[name] = optimizer(_OTHERS[name], name)
-    return made
+    kind = globals()[name] = optimizer(_OTHERS[name], name)
+    return kind
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastopt.optimizer import checks
 from fastopt.rule import Rule
 
 PAIRS = {  # hyperparameters that torch has in a tuple
@@ -90,10 +91,7 @@ def spared(
             if not decays:
                 without.add(param)
     for rule in rules if without else ():
-        if "weight_decay" not in rule.hyperparameters:
-            raise TypeError(
-                f"{rule.name} has no weight_decay for a weight_decay_mask to spare"
-            )
+        checks.check_decays(rule)
     return without
 
 
@@ -168,16 +166,18 @@ def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> 
     return "\n\n".join([*about, arguments, EXAMPLE.format(name=name)])
 
 
+def called(name: str) -> str:
+    """What messages call a hyperparameter of a rule."""
+    pair, i = PAIRS.get(name, (None, 0))
+    return name if pair is None else f"{pair}[{i}]"
+
+
 @functools.cache
 def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
     """What reads each hyperparameter of a rule from a group."""
 
     def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
         pair, i = PAIRS.get(name, (None, 0))
-
-        def read(group: Mapping[str, Any]) -> Any:
-            return group[name] if pair is None else group[pair][i]
-
-        return read
+        return (lambda g: g[name]) if pair is None else (lambda g: g[pair][i])
 
     return [reader(name) for name in rule.hyperparameters]

@@ -12,13 +12,14 @@ import torch
 
 from fastopt import rules
 from fastopt.optimizer.refusals import check_rule
-from fastopt.rule import Rule, check_hyperparameter
+from fastopt.rule import Rule
 from fastopt.rules.adafactor import adafactor
 from fastopt.rules.muon import muon
 from fastopt.torch.arguments import (
     EXTRAS,
     PAIRS,
     Arguments,
+    called,
     docstring,
     number,
     refuse_schedules,
@@ -33,6 +34,7 @@ MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
 
 
 class SGD(Stepping, torch.optim.SGD):
+    _default_rule = rules.sgd
     _names = Names(steps=None)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -46,6 +48,7 @@ class SGD(Stepping, torch.optim.SGD):
 
 
 class Adam(Stepping, torch.optim.Adam):
+    _default_rule = rules.adam
     _names = Names(MOMENTS)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -56,10 +59,11 @@ class Adam(Stepping, torch.optim.Adam):
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    pass
+    _default_rule = rules.adamw
 
 
 class NAdam(Stepping, torch.optim.NAdam):
+    _default_rule = rules.nadam
     _names = Names(MOMENTS, torchs=True)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -67,6 +71,7 @@ class NAdam(Stepping, torch.optim.NAdam):
 
 
 class RAdam(Stepping, torch.optim.RAdam):
+    _default_rule = rules.radam
     _names = Names(MOMENTS)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -74,10 +79,8 @@ class RAdam(Stepping, torch.optim.RAdam):
 
 
 class Adamax(Stepping, torch.optim.Adamax):
+    _default_rule = rules.adamax
     _names = Names({"m": "exp_avg", "u": "exp_inf"})
-
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return rules.adamax
 
 
 class RMSprop(Stepping, torch.optim.RMSprop):
@@ -85,6 +88,7 @@ class RMSprop(Stepping, torch.optim.RMSprop):
     "square_avg", which only a ``state_dict`` has: torch's difference of two means
     cancels."""
 
+    _default_rule = rules.rmsprop
     _names = Names({"v": "square_avg"})
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -106,8 +110,7 @@ class RMSprop(Stepping, torch.optim.RMSprop):
 
 
 class Adagrad(Stepping, torch.optim.Adagrad):
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return rules.adagrad
+    _default_rule = rules.adagrad
 
     def share_memory(self) -> None:
         super().share_memory()
@@ -115,13 +118,11 @@ class Adagrad(Stepping, torch.optim.Adagrad):
 
 
 class Adadelta(Stepping, torch.optim.Adadelta):
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return rules.adadelta
+    _default_rule = rules.adadelta
 
 
 class Rprop(Stepping, torch.optim.Rprop):
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return rules.rprop
+    _default_rule = rules.rprop
 
 
 def asgd_scalars(
@@ -140,17 +141,13 @@ def asgd_scalars(
 
 
 class ASGD(Averaging, torch.optim.ASGD):
+    _default_rule = rules.asgd
     _names = Names(carry={"eta": "lr", "mu": 1.0}, scalars=asgd_scalars, torchs=True)
-
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return rules.asgd
 
 
 class Adafactor(Stepping, torch.optim.Adafactor):
+    _default_rule = adafactor
     _names = Names({"v": "variance"}, real=True)
-
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return adafactor
 
     def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
         values = super()._values(group, rule)
@@ -162,28 +159,17 @@ class Adafactor(Stepping, torch.optim.Adafactor):
 class Muon(Stepping, torch.optim.Muon):
     """As torch's, and by torch: its time is that of its products of matrices."""
 
+    _default_rule = muon
     _names = Names(steps=None)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise Unsupported("products of matrices")
 
 
-for _kind, _rule in (
-    (SGD, rules.sgd),
-    (Adam, rules.adam),
-    (AdamW, rules.adamw),
-    (NAdam, rules.nadam),
-    (RAdam, rules.radam),
-    (Adamax, rules.adamax),
-    (RMSprop, rules.rmsprop),
-    (Adagrad, rules.adagrad),
-    (Adadelta, rules.adadelta),
-    (Rprop, rules.rprop),
-    (ASGD, rules.asgd),
-    (Adafactor, adafactor),
-    (Muon, muon),
-):
-    _kind.__doc__ = docstring(_kind, _rule, _kind.__name__, _kind.__doc__, own=False)
+_kinds = SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD
+for _kind in (*_kinds, Adafactor, Muon):
+    _about = _kind._default_rule, _kind.__name__, _kind.__doc__
+    _kind.__doc__ = docstring(_kind, *_about, own=False)
 
 
 # Rules that torch has not -----------------------------------------------------------
@@ -221,13 +207,9 @@ class OfRule(Stepping):
         first = self.rule.complete(checked)
         for name in follows:
             param_group[name] = checked[name] = number(first[name])
-        values = {}
-        for name, default in self.rule.hyperparameters.items():
-            pair, i = PAIRS.get(name, (None, 0))
-            value = checked[name] if pair is None else checked[pair][i]
-            shown = name if pair is None else f"{pair}[{i}]"
-            values[name] = check_hyperparameter(name, shown, number(value), default)
-        self.rule.scalars(1, *self.rule.first_carry(values), *values.values())
+        values = super()._values(checked, self.rule)
+        named = zip(self.rule.hyperparameters, values, strict=True)
+        self.rule.checked(dict(named), called)
         super().add_param_group(param_group)
 
 
@@ -260,7 +242,7 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
         *extras(),
     ]
     on = [(), *rule.variants]
-    made = type(
+    kind = type(
         name or title(rule),
         (Averaging, OfRule) if rule.evaluate else (OfRule,),
         {
@@ -272,8 +254,8 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
             "__module__": sys._getframe(1).f_globals.get("__name__", __name__),
         },
     )
-    made.__doc__ = docstring(made, rule, made.__name__, None, own=True)
-    return made
+    kind.__doc__ = docstring(kind, rule, kind.__name__, None, own=True)
+    return kind
 
 
 def title(rule: Rule) -> str:
@@ -285,9 +267,9 @@ def title(rule: Rule) -> str:
     def spelled(word: str) -> str:
         for ending in ("", "w"):
             letters = "-?".join(word.removesuffix(ending))
-            found = re.search(rf"\b{letters}", text, re.I)
-            if found and word.endswith(ending):
-                word = found[0].replace("-", "") + ending.upper()
+            match = re.search(rf"\b{letters}", text, re.I)
+            if match and word.endswith(ending):
+                word = match[0].replace("-", "") + ending.upper()
                 break
         return word[:1].upper() + word[1:]
 

@@ -87,9 +87,9 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
                     f"memory of its own and cannot lie in a buffer; nothing was moved"
                 )
     with torch.no_grad():
-        made = [flattened(alike) for alike in kinds.values()]
-        uninterrupted(*[move for _, moves in made for move in moves])
-    return [flat for flat, _ in made]
+        buffers = [flattened(alike) for alike in kinds.values()]
+        uninterrupted(*[move for _, moves in buffers for move in moves])
+    return [flat for flat, _ in buffers]
 
 
 def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastopt import backends
-from fastopt.optimizer import checks
+from fastopt.optimizer import checks, gradients
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import shown
 from fastopt.rules import passes
@@ -28,12 +28,10 @@ from fastopt.torch.memory import (
 from fastopt.torch.turns import Call
 
 
-class Gradients(NamedTuple):
+class Gradients(gradients.Gradients):
     """Gradients that a step takes in place of those in ``.grad``."""
 
-    tasks: list[list[Tensor | None]]  # for each task, a gradient for each parameter
-    weights: list[float] | None  # of the tasks; None: there is one
-    summed: bool = False  # whether they are accumulated sums
+    __slots__ = ()
 
     @property
     def first(self) -> list[Tensor | None]:
@@ -153,7 +151,7 @@ class Sums:
     def gradients(self) -> Gradients:
         pairs = zip(self.tensors, self.given.tolist(), strict=True)
         task = [total if given else None for total, given in pairs]
-        return Gradients([task], None, True)
+        return Gradients([task])
 
     def restore(self, saved: Sequence[Tensor | None]) -> None:
         """Load sums that were saved."""
@@ -185,8 +183,7 @@ class Sums:
             pairs = [(grads[i], self.tensors[i]) for i in of_kind]
             fitting = [None if g is None else fitted(g, like) for g, like in pairs]
             arrays = [None if g is None else array(g) for g in fitting]
-            if not program.runner.take(arrays):
-                raise RuntimeError("the kernel refused gradients found to fit")
+            Gradients([arrays]).give(program.runner)
             calls += execute(program, [Key(1, (), (), factor)], plain(threads))
             # An array does not keep a tensor's memory, so a later call holds these.
             calls.append(fitting.clear)

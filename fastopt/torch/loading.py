@@ -76,11 +76,10 @@ def check_keys(
     names = opt._names
     if names.steps is None:
         return  # torch's SGD begins its momentum at any time
-    carry = rule.carry if names.carry is None else names.carry
     buffers = {names.key(name) for name in rule.state}
     if rule.factored and "row_var" in state:
         buffers = {"row_var", "col_var"}
-    needed = {*buffers, names.steps, *map(names.key, carry)}
+    needed = {*buffers, names.steps, *names.carried(rule)}
     lacking = [key for key in sorted(needed) if state.get(key) is None]
     known = {names.key(name) for one in rule.all for name in one.state} | needed
     strange = sorted({*state} - known - BESIDE) if foreign else []

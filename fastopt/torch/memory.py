@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastopt.memory.arena import state_arena
 from fastopt.memory.segments import Array
 
 native: Any
@@ -34,10 +34,6 @@ HALVES = (torch.bfloat16, torch.float16)
 NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
-}
-C_TYPES: dict[torch.dtype, Any] = {
-    torch.float32: ctypes.c_float,
-    torch.float64: ctypes.c_double,
 }
 
 
@@ -138,8 +134,7 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
         address = tensor.data_ptr()
         if not address:
             raise RuntimeError(f"{type(tensor).__name__} has no memory for a kernel")
-        at = (C_TYPES[dtype] * count).from_address(address)
-        return np.frombuffer(at, NUMPY[dtype]).reshape(shape)
+        return at_address(address, count, NUMPY[dtype]).reshape(shape)
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
     from fastopt.backends import cuda_driver
@@ -147,6 +142,14 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
     return cuda_driver.as_array(
         "params", real.as_strided((count,), (1,)).reshape(shape)
     )
+
+
+def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -> Array:
+    """So many numbers in memory, as an array that keeps some objects alive."""
+    memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    memory.kept = kept
+    array: Array = np.frombuffer(memory, dtype)
+    return array
 
 
 def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
@@ -158,26 +161,6 @@ def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
         if plain
         else flat.view(param.shape)
     )
-
-
-def room(
-    params: Sequence[Array], streams: int, device: torch.device, dtype: torch.dtype
-) -> list[tuple[Tensor, ...]]:
-    """Zeros for the state of parameters, whose arrays these are: for each, ``streams``
-    tensors of numbers in a row."""
-    if device.type == "cpu":
-        return [
-            tuple(map(torch.from_numpy, arrays))
-            for arrays in state_arena(params, streams)
-        ]
-    unit = 256 // dtype.itemsize
-    sizes = [param.size for param in params]
-    padded = [-(-size // unit) * unit for size in sizes]
-    made = [
-        torch.zeros(sum(padded), dtype=dtype, device=device).split(padded)
-        for _ in range(streams)
-    ]
-    return [tuple(stream[i][:size] for stream in made) for i, size in enumerate(sizes)]
 
 
 def check_gradient(param: Tensor, grad: Tensor) -> None:
@@ -250,77 +233,69 @@ class Tensors:
         self.params, self.planned, self.buffers = params, planned, buffers
         self.single, self.same_options = single, True
         self.note(groups)
-        self.entries = self._entries(state)
-        pairs = zip(params, planned, strict=True)
-        self.places = [self._place(param) if yes else (0,) for param, yes in pairs]
-        self.addresses = [self._place(tensor) for tensor in buffers]
-        self.found = np.zeros(len(params), np.int64)
+        self.objects = self._objects(groups, state)
+        self.places = self._places()
+        self.addresses = np.zeros(len(params), np.int64)
         self.moved = False
         self.odd: list[int] | None = None
 
     def note(self, groups: list[dict[str, Any]]) -> None:
         """Note that the options have been read."""
         self.options = [value for group in groups for value in group.values()]
-        self.counts = [len(group["params"]) for group in groups]
 
-    @staticmethod
-    def _entries(state: dict[Any, Any]) -> list[Any]:
-        entries: list[Any] = []
+    def _objects(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
+        """The parameters, with None after each group, and the entries of the state."""
+        parts = [] if self.single else [(*group["params"], None) for group in groups]
         for key, value in state.items():
-            entries += (key, value, *(value.values() if type(value) is dict else ()))
-        return entries
+            parts.append((key, value, *(value.values() if type(value) is dict else ())))
+        return list(chain.from_iterable(parts))
 
-    @staticmethod
-    def _place(tensor: Tensor) -> tuple[Any, ...]:
-        """Where a tensor is, and how it lies there."""
-        if tensor.layout is not torch.strided or tensor.is_nested or is_hollow(tensor):
-            return (type(tensor), tensor.layout)
-        strides = tuple(
-            0 if size == 1 or not tensor.numel() else stride
-            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        flipped = tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())
-        address = tensor.data_ptr() or -2
-        return address, tensor.dtype, tensor.device, tensor.shape, strides, flipped
+    def _places(self) -> list[tuple[Any, ...]]:
+        pairs = zip(self.params, self.planned, strict=True)
+        of_params = [place(param) if planned else (0,) for param, planned in pairs]
+        return of_params + list(map(place, self.buffers))
 
     def look(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
     ) -> list[Tensor | None] | None:
         """The gradients, if all is as it was, or else None.
 
-        ``found`` has their addresses: 0 for None, and -1 for what is not in memory as
-        its parameter, whose places ``odd`` has. ``moved``: not all are those that were
+        ``addresses`` are theirs: 0 for None, and -1 for what is not in memory as its
+        parameter, whose places ``odd`` has. ``moved``: not all are those that were
         there when it was last set to False. ``same_options``: those of the groups are
         those that were noted.
         """
         options = [value for group in groups for value in group.values()]
         self.same_options = same(self.options, options)
-        now = self.params
-        if not self.single:
-            if [len(group["params"]) for group in groups] != self.counts:
+        if not same(self.objects, self._objects(groups, state)):
+            return None
+        if self._places() != self.places:
+            return None
+        grads = [param.grad for param in self.params]
+        now = np.zeros(len(grads), np.int64)
+        for i, grad in enumerate(grads):
+            if grad is not None and not self.planned[i]:
                 return None
-            now = [param for group in groups for param in group["params"]]
-        if not same(now, self.params) or not same(self._entries(state), self.entries):
-            return None
-        pairs = zip(now, self.planned, strict=True)
-        if [self._place(p) if yes else (0,) for p, yes in pairs] != self.places:
-            return None
-        if [self._place(tensor) for tensor in self.buffers] != self.addresses:
-            return None
-        grads = [param.grad for param in now]
-        odd, found = [], np.zeros(len(now), np.int64)
-        for i, (grad, place) in enumerate(zip(grads, self.places, strict=True)):
-            if grad is None:
-                continue
-            if not self.planned[i]:
-                return None
-            address, *how = self._place(grad)
-            found[i] = address if tuple(how) == place[1:] else -1
-            odd += [i] if found[i] == -1 else []
-        self.moved |= not np.array_equal(found, self.found)
-        self.found[:] = found
-        self.odd = odd or None
+            if grad is not None:
+                address, *how = place(grad)
+                now[i] = address if how == [*self.places[i][1:]] else -1
+        self.moved |= not np.array_equal(now, self.addresses)
+        self.addresses[:] = now
+        self.odd = np.flatnonzero(now == -1).tolist() or None
         return grads
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor is, and how it lies there."""
+    if tensor.layout is not torch.strided or tensor.is_nested or is_hollow(tensor):
+        return (type(tensor), tensor.layout)
+    strides = tuple(
+        0 if size == 1 or not tensor.numel() else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    flipped = tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())
+    address = tensor.data_ptr() or -2
+    return address, tensor.dtype, tensor.device, tensor.shape, strides, flipped
 
 
 def same(first: list[Any], second: list[Any]) -> bool:

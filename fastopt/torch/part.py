@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ from torch import Tensor
 
 from fastopt.memory.segments import Array, Segment
 from fastopt.optimizer.state import bind_alone
-from fastopt.rule import Rule
 from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import state
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import array, numbers
-from fastopt.torch.runs import merged, neighbours
-from fastopt.torch.state import EMA, FACTORS, Member, Names, Values
+from fastopt.torch.runs import find_runs
+from fastopt.torch.state import EMA, FACTORS, Kind, Member, Values
 from fastopt.torch.turns import Call
 
 
@@ -32,31 +30,16 @@ class Part:
     because it is bfloat16 or has gaps, each step has a new program over copies.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        module: ModuleType,
-        names: Names,
-        members: list[Member],
-        values: Sequence[Values],
-        averaged: bool,
-        wave: int = 0,
-    ):
-        self.rule, self.module, self.names = rule, module, names
+    def __init__(self, kind: Kind, wave: int = 0):
+        rule, names, module, self.averaged, members = kind
+        self.rule, self.names, self.module, self.members = rule, names, module, members
         self.wave = wave  # steps come after those of the waves before
-        self.members, self.averaged = members, averaged
         self.plain, self.device = members[0].plain, members[0].param.device
         self.over_all = rule.measure is not None and rule.over == "all"
-        keys = [names.key(name) for name in rule.state]
-        fresh = [all(m.state.get(key) is None for key in keys) for m in members]
-        self.vectors = state.vectors(rule, names, members, values, fresh)
-        runs = neighbours(rule, members, self.vectors)
-        self.buffer_keys = state.make(
-            rule, names, members, values, averaged, module, runs
-        )
+        self.vectors = state.vectors(kind)
+        self.buffer_keys = state.make(kind, find_runs(kind, self.vectors))
         self.carried = len(self.vectors) - 1
-        carry = rule.carry if names.carry is None else names.carry
-        self.counted = [key for key in (names.steps, *map(names.key, carry)) if key]
+        self.counted = [key for key in (names.steps, *names.carried(rule)) if key]
         self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
@@ -68,7 +51,7 @@ class Part:
         self._seen: list[bytes] = []
         self.runs = [[i] for i in range(len(members))]
         if self.plain:
-            self.runs = merged(rule, members, self.vectors, self.buffer_keys)
+            self.runs = find_runs(kind, self.vectors, self.buffer_keys)
         sizes = [len(run) for run in self.runs]
         self.run_of = np.repeat(np.arange(len(sizes)), sizes)  # of each member
         if self.plain:
@@ -78,8 +61,8 @@ class Part:
     def buffers(self) -> list[Tensor]:
         """The tensors of the state to watch: what steps work in, and the counts."""
         keys = [*self.buffer_keys, *self.counted, *FACTORS]
-        found = [m.state.get(key) for m in self.members for key in keys]
-        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+        entries = [m.state.get(key) for m in self.members for key in keys]
+        return [tensor for tensor in entries if isinstance(tensor, Tensor)]
 
     @property
     def merged(self) -> bool:
@@ -131,7 +114,7 @@ class Part:
 
     # A step ---------------------------------------------------------------------------
 
-    def take(self, grads: Sequence[Any], found: Array, moved: bool) -> bool:
+    def take(self, grads: Sequence[Any], addresses: Array, moved: bool) -> bool:
         """Take the gradients, some of which may have ``moved`` since the last step.
         Return whether there are any."""
         if not self.plain:
@@ -140,7 +123,7 @@ class Part:
             if self.any or self.averaged:
                 self._take_fitted([task])
         elif moved or not self._placed:
-            np.take(found, self.places, out=self._here)
+            np.take(addresses, self.places, out=self._here)
             self._know(self._here != 0)
             self._placed = self._place(grads)
             self.usual &= self._placed
@@ -155,25 +138,23 @@ class Part:
         """Whether the native step has noted where the gradients are, and need not be
         told again before they move."""
         runner = self.program.runner
-        native = "scalars" in runner.fuses
-        if native and runner.place(self._here):
+        if "scalars" in runner.fuses and runner.place(self._here):
             return True
-        # A native runner does not take gradients that overlap what it writes.
-        self._give([[grads[place] for place in self.places]], copied=native)
+        self._give([[grads[place] for place in self.places]])
         return False
 
-    def take_given(self, given: Gradients) -> bool:
+    def take_given(self, gradients: Gradients) -> bool:
         """Take gradients that are not in ``.grad``. Return whether there are any."""
         tasks = [
-            [task[member.place] for member in self.members] for task in given.tasks
+            [task[member.place] for member in self.members] for task in gradients.tasks
         ]
         there = [
             any(g is not None for g in grads) for grads in zip(*tasks, strict=True)
         ]
         self._know(np.array(there))
-        self._placed, self._given = False, given
+        self._placed, self._given = False, gradients
         if self.any or self.averaged:
-            self._take_fitted(tasks, given.weights)
+            self._take_fitted(tasks, gradients.weights)
         return self.any
 
     def _take_fitted(
@@ -183,22 +164,15 @@ class Part:
         if not self.plain:
             self._copies = [copy(member, member.param) for member in self.members]
             self._bind(self._copies)
-        made = laid_out if self.plain else copy
-        fitting = [
-            [
-                g if g is None else made(m, g)
-                for m, g in zip(self.members, task, strict=True)
-            ]
-            for task in tasks
-        ]
-        self._give(fitting, weights)
 
-    def _give(
-        self,
-        tasks: list[list[Any]],
-        weights: list[float] | None = None,
-        copied: bool = False,
-    ) -> None:
+        def fit(member: Member, grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None
+            return fitted(grad, member.param) if self.plain else copy(member, grad)
+
+        self._give([list(map(fit, self.members, task)) for task in tasks], weights)
+
+    def _give(self, tasks: list[list[Any]], weights: list[float] | None = None) -> None:
         """Give the runner the gradient of each run, for each task, or a copy of it. The
         tensors are those of the first member of each run."""
         shaped = self.rule.factored
@@ -209,14 +183,13 @@ class Part:
             ]
             for task in tasks
         ]
-        if copied:
-            arrays = [[g if g is None else g.copy() for g in task] for task in arrays]
         self._taken = [tasks, arrays]  # arrays do not keep a tensor's memory
-        given = arrays[0] if weights is None else arrays
-        if not self.program.runner.take(given, weights):
-            if copied:
-                raise RuntimeError("the kernel refused gradients found to fit")
-            self._give(tasks, weights, copied=True)
+        runner = self.program.runner
+        if not Gradients(arrays, weights).offer(runner):
+            # A native runner does not take gradients that overlap what it writes.
+            copies = [[g if g is None else g.copy() for g in task] for task in arrays]
+            self._taken = copies
+            Gradients(copies, weights).give(runner)
 
     def end(self) -> None:
         """After a step: note what the next one needs to know, and forget the rest."""
@@ -242,14 +215,13 @@ class Part:
         """Whether the gradients of a run are finite although their squares overflow.
         This happens in float64 only: other squares are summed in a wider dtype."""
         members = [self.members[i] for i in self.runs[run]]
-        given = self._given
-        return members[0].dtype in (torch.float64, torch.complex128) and all(
-            bool(torch.isfinite(grad * factor).all())
-            for grad in (
-                member.param.grad if given is None else given.total(member.place)
-                for member in members
-            )
-        )
+        if members[0].dtype not in (torch.float64, torch.complex128):
+            return False
+        if self._given is None:
+            grads = [member.param.grad for member in members]
+        else:
+            grads = [self._given.total(member.place) for member in members]
+        return all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
 
     def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
         """Return the key of each run. It has the hyperparameters of the run's group,
@@ -261,10 +233,10 @@ class Part:
         keys: list[Any] = [None] * len(self.runs)
         for group, first, runs in self.kinds:
             steps, *carried = [vector.item(first) for vector in self.vectors]
-            given = values[group]
-            if self.rule.factored and None in given:
-                given = [self.eps if value is None else value for value in given]
-            key = Key(int(steps) + 1, carried, given, factors[group])
+            row = values[group]
+            if self.rule.factored and None in row:
+                row = [self.eps if value is None else value for value in row]
+            key = Key(int(steps) + 1, carried, row, factors[group])
             for run in runs:
                 keys[run] = key
         return keys
@@ -372,8 +344,8 @@ class Part:
             calls += self._keep_factors()
         if not self.plain:
             calls += [
-                partial(member.param.detach().copy_, made)
-                for member, made, active in zip(
+                partial(member.param.detach().copy_, new)
+                for member, new, active in zip(
                     self.members, self._copies, self.active, strict=True
                 )
                 if active
@@ -395,8 +367,8 @@ class Part:
         after = 1 - self.program.count.item(0) % 2
         for member, active in zip(self.members, self.active, strict=True):
             if member.factors is not None and active:
-                made = torch.from_numpy(member.factors.sets[after])
-                rows, columns = made.split(list(member.param.shape[-2:]), -1)
+                averages = torch.from_numpy(member.factors.sets[after])
+                rows, columns = averages.split(list(member.param.shape[-2:]), -1)
                 state: dict[str, Tensor] = member.state
                 calls += [
                     partial(state["row_var"].copy_, rows.unsqueeze(-1)),
@@ -408,20 +380,15 @@ class Part:
 def copy(member: Member, tensor: Tensor) -> Tensor:
     """Copy a parameter or its gradient to memory that kernels can work in."""
     param = member.param
-    made = torch.empty(param.shape, dtype=member.dtype, device=param.device)
-    return made.copy_(tensor.detach())
-
-
-def laid_out(member: Member, tensor: Tensor) -> Tensor:
-    """Return a gradient in the layout of its parameter."""
-    return fitted(tensor, member.param)
+    empty = torch.empty(param.shape, dtype=member.dtype, device=param.device)
+    return empty.copy_(tensor.detach())
 
 
 def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
     """Return the calls that put an estimate into the state. The gradients are of
     another kind than those of a step."""
-    of: Any = part.rule.estimate
-    (buffer, rule), grads = of, []
+    estimate: Any = part.rule.estimate
+    (buffer, rule), grads = estimate, []
     part._check_steps()
     streams = [member.state[part.names.key(buffer)] for member in part.members]
     arrays, keys = list(map(array, streams)), []
@@ -431,8 +398,8 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
     ):
         keys.append(Key(int(steps) + 1, (), values[member.group]))
         grad = member.param.grad
-        made = torch.empty_like(stream)
-        grads.append(None if grad is None else made.copy_(grad.detach()))
+        empty = torch.empty_like(stream)
+        grads.append(None if grad is None else empty.copy_(grad.detach()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])
     # An array does not keep a tensor's memory, so the last call holds the gradients.
     return [*execute(program, keys, plain(threads)), grads.clear]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +20,23 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
+from fastopt.torch.arguments import spared
 from fastopt.torch.gradients import Gradients
 from fastopt.torch.memory import (
     COMPUTED,
     Unsupported,
     check_gradient,
     check_memory,
+    computed,
     is_plain,
     watched,
 )
 from fastopt.torch.part import Part
-from fastopt.torch.state import Member, Names, Values, shapes_of
+from fastopt.torch.state import Kind, Member, Names, Values, shapes_of
 from fastopt.torch.turns import Call, Turns
+
+if TYPE_CHECKING:
+    from fastopt.torch.step import Stepping
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
 
@@ -40,51 +45,60 @@ USUAL, ALL = attrgetter("usual"), attrgetter("all")
 Read = tuple[list[Rule], Sequence[Values], list[float]]
 
 
+class Order(NamedTuple):
+    """A step that was asked for."""
+
+    request: Request
+    scale: float = 1.0  # for the gradients
+    single: Tensor | None = None  # the parameter to update; None: all of them
+    given: Gradients | None = None  # in place of those in ``.grad``
+    summed: bool = False  # whether these are accumulated sums
+
+    def entries(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        """The entries of the state that the step uses."""
+        if self.single is None:
+            return state
+        return {self.single: state[self.single]} if self.single in state else {}
+
+
 class Plan:
     """How to update the parameters of some groups: all of them, or a ``single`` one.
 
     Parameters
     ----------
-    names
-        What the state calls things.
+    optimizer
+        Whose parameters these are.
     groups, state
         The optimizer's. What is missing in the state is made, and put into it by the
         first step.
     read
-        Of each group the rule, its hyperparameters, and the sign of its gradients.
-    averaged
-        Whether a moving average of the parameters is kept.
+        Of each group the rule, its hyperparameters, and the sign of its gradients. If
+        there is a mask for weight decay, the same again without weight decay.
     given
         Gradients in place of those in ``.grad``.
-    spared
-        Parameters without weight decay. If there is a mask for it, ``read`` has the
-        values of all groups, followed by the values of all groups without weight decay.
     """
 
     def __init__(
         self,
-        names: Names,
+        optimizer: Stepping,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         read: Read,
-        averaged: bool,
-        backend: str | None,
         single: Tensor | None = None,
         given: Gradients | None = None,
-        spared: Set[Tensor] = frozenset(),
     ):
         self.rules, self.values, self.signs = read
-        self.averaged = averaged
+        self.averaged, names = optimizer.ema is not None, optimizer._names
+        without = spared(optimizer.weight_decay_mask, groups, optimizer._rules)
         pairs = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
         if single is not None:
             pairs = [(single, 0)]
         # A spared parameter takes its group's second values, which have no decay.
-        pairs = [(p, i + (len(groups) if p in spared else 0)) for p, i in pairs]
+        pairs = [(p, i + (len(groups) if p in without else 0)) for p, i in pairs]
         self._params = [param for param, _ in pairs]
-        self._given = given
         grads = [p.grad for p in self._params] if given is None else given.first
         keeps = [
-            bool(rule.state or rule.carry or names.steps or averaged)
+            bool(rule.state or rule.carry or names.steps or self.averaged)
             for rule in self.rules
         ]
         if in_fake_mode():
@@ -95,6 +109,10 @@ class Plan:
                 param, grad, names, self.rules[group], state.get(param), keeps[group]
             )
             for (param, group), grad in zip(pairs, grads, strict=True)
+        ]
+        named = [
+            dict(zip(rule.hyperparameters, values, strict=True))
+            for rule, values in zip(self.rules, self.values, strict=True)
         ]
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
@@ -108,16 +126,16 @@ class Plan:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = given is not None
-            member = Member(param, place, group, entry, plain, alone)
+            of = param, computed(param), place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain
-            alike.setdefault(key, []).append(member)
+            alike.setdefault(key, []).append(Member(*of, alone))
         self.parts = []
         for members in alike.values():
+            rule = self.rules[members[0].group]
+            module = module_for(rule, optimizer.backend, members[0].param)
             for wave, apart in enumerate(in_turn(members)):
-                rule = self.rules[apart[0].group]
-                module = module_for(rule, backend, apart[0].param)
-                of = names, apart, self.values, averaged, wave
-                self.parts.append(Part(rule, module, *of))
+                kind = Kind(rule, names, module, self.averaged, apart)
+                self.parts.append(Part(kind, wave))
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}
         self._merged = any(part.merged for part in self.parts)
@@ -140,7 +158,7 @@ class Plan:
         self._begins = np.array([m.param.data_ptr() for m in ours], np.int64)
         lengths = [m.param.numel() * m.param.element_size() for m in ours]
         self._lengths = np.array(lengths, np.int64)
-        self._found, self._overlaps = b"", False
+        self._looked_at, self._overlaps = b"", False
         # Plain tensors, with the parameters' counts of versions.
         self._aliases = {member.place: member.param.detach() for member in members}
         self._all_aliases = list(self._aliases.values())
@@ -168,8 +186,8 @@ class Plan:
         grads: list[Any] | None = tensors.look(groups, state)
         if self._merged and grads is not None and tensors.moved:
             if self._expected is None:
-                self._expected = tensors.found.copy()
-            elif (tensors.found != self._expected).any():
+                self._expected = tensors.addresses.copy()
+            elif (tensors.addresses != self._expected).any():
                 return None
         return grads
 
@@ -188,7 +206,7 @@ class Plan:
             return False
         if tensors.moved:
             for part in self.parts:
-                part.take(grads, tensors.found, True)
+                part.take(grads, tensors.addresses, True)
             tensors.moved = False
         calls = [turns.claim]
         for part in self.parts:
@@ -230,8 +248,8 @@ class Plan:
             if place in self._plain:
                 fitted = torch.empty_like(param, requires_grad=False)
                 grads[place] = fitted.copy_(grad.detach())
-                tensors.found[place] = fitted.data_ptr()
-        where = tensors.found, tensors.moved
+                tensors.addresses[place] = fitted.data_ptr()
+        where = tensors.addresses, tensors.moved
         taken = [part.take(grads, *where) for part in self.parts]
         tensors.moved = False
         return self._stepping(taken)
@@ -255,15 +273,13 @@ class Plan:
                     return None
                 if grad is not None:
                     check_gradient(param, grad)
-        self._given = given
         return self._stepping([part.take_given(given) for part in self.parts])
 
     @standard
     def do(
         self,
         parts: list[Part],
-        scale: float,
-        request: Request,
+        order: Order,
         optimizer: dict[str, Any],
         last: list[Call],
     ) -> bool:
@@ -271,19 +287,8 @@ class Plan:
         All that changes does so at once: parameters, state, gradients set to zero, and
         what the attributes of the ``optimizer`` say of it. The calls ``last`` belong to
         the step, whether it is skipped or not."""
-        with in_order({part.device for part in parts}):
-            return self._do(parts, scale, request, optimizer, last)
-
-    def _do(
-        self,
-        parts: list[Part],
-        scale: float,
-        request: Request,
-        optimizer: dict[str, Any],
-        last: list[Call],
-    ) -> bool:
-        turns = optimizer["_turns"]
-        factors = [sign * scale for sign in self.signs]
+        turns, request, given = optimizer["_turns"], order.request, order.given
+        factors = [sign * order.scale for sign in self.signs]
         if request.needs_norm:
             factor = abs(factors[0])
             programs = [part.program for part in parts]
@@ -300,16 +305,16 @@ class Plan:
                 skipped = optimizer["skipped"] + 1
                 last.append(partial(optimizer.update, skipped=skipped))
                 if request.zero_grads:
-                    last += zeroing(self._grads())
+                    last += zeroing(self._grads(given))
                 turns.commit(last)
                 return False
             factors = [factor * shrink for factor in factors]
         if request.zero_grads:
-            apart = self._given is not None or self._overlap()
+            apart = given is not None or self._overlap()
             # Kernels set to zero what they read, which may be copies of these.
             members = [m for p in parts if apart or not p.plain for m in p.members]
             copied = [member.param.grad for member in members]
-            last += zeroing(copied if self._given is None else self._grads())
+            last += zeroing(copied if given is None else self._grads(given))
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
         measured: dict[int, list[Sums]] = {}
@@ -335,24 +340,24 @@ class Plan:
             calls = []
         return True
 
-    def _grads(self) -> list[Tensor | None]:
+    def _grads(self, given: Gradients | None) -> list[Tensor | None]:
         """Return the gradients that the step takes."""
-        if self._given is None:
+        if given is None:
             return [param.grad for param in self._params]
-        return [grad for task in self._given.tasks for grad in task]
+        return [grad for task in given.tasks for grad in task]
 
     def _overlap(self) -> bool:
         """Whether gradients share memory with each other or with parameters, so that
         none may be set to zero before all have been read."""
-        found = self.tensors.found
-        if found.tobytes() != self._found:
-            begins = np.concatenate([found[self._at], self._begins])
+        addresses = self.tensors.addresses
+        if addresses.tobytes() != self._looked_at:
+            begins = np.concatenate([addresses[self._at], self._begins])
             ends = begins + np.tile(self._lengths, 2)
             there = (begins > 0) & (begins < ends)
             begins, ends = begins[there], ends[there]
             order = begins.argsort()
             self._overlaps = bool((begins[order][1:] < ends[order][:-1]).any())
-            self._found = found.tobytes()
+            self._looked_at = addresses.tobytes()
         return self._overlaps
 
     def _tell(self, parts: list[Part]) -> None:
@@ -382,18 +387,12 @@ class Plan:
                 calls.append(partial(there.update, entry))
         return [partial(state.update, fresh), *calls] if self._new else []
 
-    def forget(self, parts: list[Part]) -> None:
-        """Release the gradients."""
-        self._given = None
-        for part in parts:
-            part.forget()
-
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
         """Note what the next step needs to know. ``state`` is what ``look`` will be
         given."""
         for part in parts:
             part.end()
-        self.forget(parts)
+            part.forget()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
         if self._new:
             self._new = {}

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,19 +15,18 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.numpy_ref import evaluate
+from fastopt.memory.arena import state_arena
 from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule
 from fastopt.torch.memory import (
-    C_TYPES,
     COMPUTED,
     NUMPY,
     array,
-    computed,
+    at_address,
     is_plain,
     like,
     numbers,
-    room,
     same_layout,
 )
 
@@ -48,24 +49,25 @@ class Names(NamedTuple):
     def key(self, name: str) -> str:
         return self.keys.get(name, name)
 
+    def carried(self, rule: Rule) -> dict[str, str | float]:
+        """The key of each number that a parameter carries, and its first value."""
+        carry = rule.carry if self.carry is None else self.carry
+        return {self.key(name): first for name, first in carry.items()}
 
+
+@dataclass(eq=False)
 class Member:
     """A parameter that is updated, and its place among all parameters."""
 
-    def __init__(
-        self,
-        param: Tensor,
-        place: int,
-        group: int,
-        state: dict[str, Any],
-        plain: bool,
-        alone: bool,
-    ):
-        self.param, self.place, self.group, self.state = param, place, group, state
-        self.alone = alone  # whether it is always a segment by itself
-        self.plain = plain  # whether steps work in its own memory
-        self.dtype = computed(param)  # of its state
-        self.factors: Factors | None = None
+    param: Tensor
+    dtype: torch.dtype  # of its state
+    place: int
+    group: int
+    values: Mapping[str, Any]  # the group's hyperparameters
+    state: dict[str, Any]
+    plain: bool  # whether steps work in its own memory
+    alone: bool  # whether it is always a segment by itself
+    factors: Factors | None = None
 
     def has(self, tensor: Any) -> bool:
         """Whether a tensor of the state can be worked in as it is."""
@@ -81,23 +83,26 @@ class Member:
         return alike and is_plain(tensor, shaped=True)
 
 
-def make(
-    rule: Rule,
-    names: Names,
-    members: Sequence[Member],
-    values: Sequence[Values],
-    averaged: bool,
-    module: Any,
-    neighbours: Sequence[Sequence[int]],
-) -> list[str]:
-    """See that all members have their buffers; the keys of these. ``neighbours``: runs
-    of members that follow one another in memory, as their state is to do, too."""
-    keys = {name: names.key(name) for name in rule.state}
-    if averaged:
+class Kind(NamedTuple):
+    """Members that are stepped together, and what they have in common."""
+
+    rule: Rule
+    names: Names
+    module: ModuleType
+    averaged: bool  # whether moving averages of the parameters are kept
+    members: list[Member]
+
+
+def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
+    """See that all members have their buffers; the keys of these. The members of a run
+    follow one another in memory, as their state is to do, too."""
+    rule, members = kind.rule, kind.members
+    keys = {name: kind.names.key(name) for name in rule.state}
+    if kind.averaged:
         keys[EMA] = EMA
     apart = {
         (i, name)
-        for run in neighbours
+        for run in runs
         for name, key in keys.items()
         if not in_one_piece([members[i].state.get(key) for i in run])
         for i in run
@@ -106,7 +111,7 @@ def make(
     for i, member in enumerate(members):
         of_matrix = rule.factored and member.param.dim() > 1
         if of_matrix:
-            factor(member, module)
+            factor(member, kind.module)
         lacking = tuple(
             name
             for name, key in keys.items()
@@ -117,7 +122,6 @@ def make(
             batches.setdefault(lacking, []).append(member)
     for lacking, batch in batches.items():
         for member, streams in zip(batch, zeros(batch, len(lacking)), strict=True):
-            named = dict(zip(rule.hyperparameters, values[member.group], strict=True))
             for name, flat in zip(lacking, streams, strict=True):
                 tensor = like(member.param, flat, member.plain)
                 before, of = member.state.get(keys[name]), rule.starts.get(name)
@@ -126,7 +130,7 @@ def make(
                 elif of == "p" or name == EMA:
                     tensor.copy_(member.param.detach())
                 elif of is not None:
-                    flat.fill_(rule.start(of, named))
+                    flat.fill_(rule.start(of, member.values))
                 member.state[keys[name]] = tensor
     return list(keys.values())
 
@@ -141,27 +145,32 @@ def in_one_piece(tensors: Sequence[Any]) -> bool:
 
 def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
     """For each, so many zeroed buffers, of numbers in a row."""
-    first = members[0].param
-    dtype, on_cpu = COMPUTED[first.dtype], first.is_cpu
-    arrays = [
-        np.empty(numbers(member.param), NUMPY[dtype])  # never touched
-        if on_cpu and not member.plain
-        else array(member.param)
-        for member in members
+    first, sizes = members[0].param, [numbers(member.param) for member in members]
+    dtype = COMPUTED[first.dtype]
+    if first.is_cpu:
+        arrays = [
+            array(member.param) if member.plain else np.empty(size, NUMPY[dtype])
+            for member, size in zip(members, sizes, strict=True)
+        ]
+        return [tuple(map(torch.from_numpy, of)) for of in state_arena(arrays, streams)]
+    unit = 256 // dtype.itemsize
+    padded = [-(-size // unit) * unit for size in sizes]
+    rows = [
+        torch.zeros(sum(padded), dtype=dtype, device=first.device).split(padded)
+        for _ in range(streams)
     ]
-    return room(arrays, streams, first.device, dtype)
+    return [tuple(row[i][:size] for row in rows) for i, size in enumerate(sizes)]
 
 
 def shapes_of(rule: Rule, names: Names, param: Tensor) -> dict[str, tuple[int, ...]]:
     """What the tensors in a parameter's state must be like."""
-    counts = rule.carry if names.carry is None else names.carry
-    found = {names.key(name): () for name in counts}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.carried(rule), ())
     if names.steps is not None:
-        found[names.steps] = ()
+        shapes[names.steps] = ()
     if rule.factored and param.dim() > 1:
-        return {**found, EMA: tuple(param.shape), **factored_shapes(param)}
+        return {**shapes, EMA: tuple(param.shape), **factored_shapes(param)}
     keys = EMA, *map(names.key, rule.state)
-    return {**found, **dict.fromkeys(keys, tuple(param.shape))}
+    return {**shapes, **dict.fromkeys(keys, tuple(param.shape))}
 
 
 def factored_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
@@ -178,70 +187,55 @@ def factor(member: Member, module: Any) -> None:
         before: Any = member.state.get(key)
         kept = isinstance(before, Tensor) and before.dtype == member.dtype
         if not kept or before.is_neg():
-            made = torch.zeros(shape, dtype=member.dtype, device=param.device)
-            member.state[key] = made if before is None else made.copy_(before.detach())
+            new = torch.zeros(shape, dtype=member.dtype, device=param.device)
+            member.state[key] = new if before is None else new.copy_(before.detach())
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
     member.factors = Factors(module, shaped, None)
 
 
-def vectors(
-    rule: Rule,
-    names: Names,
-    members: Sequence[Member],
-    values: Sequence[Values],
-    fresh: Sequence[bool],
-) -> list[Array]:
+def vectors(kind: Kind) -> list[Array]:
     """Of each member the steps that it has done, and each number that the rule carries:
     vectors, of which the 0-d tensors in the state are views."""
-    torchs = torch.get_default_dtype() == torch.float64
-    own = torch.float64 if torchs else torch.float32  # of torch's own counts
+    rule, names, members = kind.rule, kind.names, kind.members
+    wide = torch.get_default_dtype() == torch.float64
+    own = torch.float64 if wide else torch.float32  # of torch's own counts
     if names.steps is None:  # the first step is that without a buffer
-        found = [np.array([float(not new) for new in fresh])]
+        keys = [names.key(name) for name in rule.state]
+        begun = [any(m.state.get(key) is not None for key in keys) for m in members]
+        vectors = [np.array(begun, float)]
     else:
-        key = names.steps
-        found = [vector(rule, key, members, [0.0] * len(members), own, key)]
-    for name, of in (rule.carry if names.carry is None else names.carry).items():
-        named = [
-            dict(zip(rule.hyperparameters, values[member.group], strict=True))
-            for member in members
-        ]
-        first = [rule.start(of, given) for given in named]
-        dtype = own if names.torchs else torch.float64
-        found.append(vector(rule, names.key(name), members, first, dtype))
-    return found
+        for member in members:
+            if (steps := member.state.get(names.steps)) is not None:
+                where = f"state[...][{names.steps!r}] of parameter {member.place}"
+                check_steps(where, steps)
+        vectors = [vector(kind, names.steps, [0.0] * len(members), own)]
+    dtype = own if names.torchs else torch.float64
+    for key, of in names.carried(rule).items():
+        first = [rule.start(of, member.values) for member in members]
+        vectors.append(vector(kind, key, first, dtype))
+    return vectors
 
 
-def vector(
-    rule: Rule,
-    key: str,
-    members: Sequence[Member],
-    first: list[float],
-    dtype: torch.dtype,
-    steps: str | None = None,
-) -> Array:
-    """One of these, from what there is in the state; ``steps``: the key of the steps,
-    if it is these."""
-    entries = [member.state.get(key) for member in members]
-    if key == steps:
-        for member, entry in zip(members, entries, strict=True):
-            if entry is not None:
-                check_steps(f"state[...][{key!r}] of parameter {member.place}", entry)
+def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Array:
+    """One of these, from what there is in the state."""
+    entries = [member.state.get(key) for member in kind.members]
     there = [entry for entry in entries if entry is not None]
     if len(there) == len(entries) and in_a_row(there):
-        return array_of(there)
-    if rule.measure is not None and rule.over == "all" and there:
+        kept = [entry.untyped_storage() for entry in there]
+        return at_address(there[0].data_ptr(), len(there), NUMPY[there[0].dtype], kept)
+    if kind.rule.measure is not None and kind.rule.over == "all" and there:
         first = [max(map(float, there))] * len(first)  # one number for all of them
-    found_in = {entry.dtype for entry in there if isinstance(entry, Tensor)}
-    if len(found_in) == 1 and found_in <= set(NUMPY):  # as torch loads it
-        (dtype,) = found_in
-    made = [
+    dtypes = {entry.dtype for entry in there if isinstance(entry, Tensor)}
+    if len(dtypes) == 1 and dtypes <= set(NUMPY):  # as torch loads it
+        (dtype,) = dtypes
+    numbers = [
         new if entry is None else float(entry)
         for entry, new in zip(entries, first, strict=True)
     ]
-    found: Array = np.array(made, NUMPY[dtype])
-    for i, member in enumerate(members):
-        member.state[key] = torch.from_numpy(found[i : i + 1]).reshape(())
-    return found
+    array: Array = np.array(numbers, NUMPY[dtype])
+    for i, member in enumerate(kind.members):
+        member.state[key] = torch.from_numpy(array[i : i + 1]).reshape(())
+    return array
 
 
 def check_steps(where: str, value: Any) -> None:
@@ -274,15 +268,6 @@ def in_a_row(entries: Sequence[Any]) -> bool:
     )
 
 
-def array_of(entries: Sequence[Tensor]) -> Array:
-    """These as one array, which keeps their memory."""
-    count, first = len(entries), entries[0]
-    memory: Any = (C_TYPES[first.dtype] * count).from_address(first.data_ptr())
-    memory.kept = [entry.untyped_storage() for entry in entries]
-    found: Array = np.frombuffer(memory, NUMPY[first.dtype])
-    return found
-
-
 def evaluated(
     param: Tensor, state: Mapping[str, Any], rule: Rule, names: Names, values: Values
 ) -> Tensor:
@@ -298,7 +283,7 @@ def evaluated(
     if param.is_complex():
         tensors = list(map(torch.view_as_real, tensors))
     arrays = [tensor.to(dtype).numpy() for tensor in tensors]
-    made = torch.from_numpy(evaluate(rule, arrays, scalars, NUMPY[dtype]))
-    made = torch.view_as_complex(made) if param.is_complex() else made
-    found: Tensor = made.to(param.device, param.dtype)
-    return found
+    tensor = torch.from_numpy(evaluate(rule, arrays, scalars, NUMPY[dtype]))
+    tensor = torch.view_as_complex(tensor) if param.is_complex() else tensor
+    result: Tensor = tensor.to(param.device, param.dtype)
+    return result

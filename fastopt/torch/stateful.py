@@ -42,6 +42,7 @@ class Stateful(Optimizer):
     """A ``torch.optim.Optimizer`` whose state is in memory that kernels work in."""
 
     _names = Names()
+    _default_rule: Rule  # whatever the options of a group are
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients
@@ -62,7 +63,7 @@ class Stateful(Optimizer):
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule for a group, with the options it has now; Unsupported if there is
         none."""
-        raise NotImplementedError
+        return self._default_rule
 
     @property
     def _rules(self) -> list[Rule]:
@@ -90,20 +91,20 @@ class Stateful(Optimizer):
         buffers = {self._names.key(name) for rule in self._rules for name in rule.state}
         calls = []
         for param, state in self._entries():
-            made = dict(self._outward(state))
-            for key in buffers & made.keys():
+            changed = dict(self._outward(state))
+            for key in buffers & changed.keys():
                 if param.dtype in HALVES:  # float32 here, but not there
-                    made[key] = made[key].to(param.dtype)
-            calls.append(partial(state.update, made))
+                    changed[key] = changed[key].to(param.dtype)
+            calls.append(partial(state.update, changed))
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
 
     def _to_our_form(self) -> None:
         calls = []
         for _, state in self._entries():
-            made = dict(state)
+            changed = dict(state)
             with torch.no_grad():
-                self._inward(made)
-            calls.append(partial(state.update, made))
+                self._inward(changed)
+            calls.append(partial(state.update, changed))
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=False))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
@@ -273,8 +274,8 @@ class Stateful(Optimizer):
     def ema_params(self) -> list[Tensor]:
         """Each parameter's moving average; before its first step, the parameter."""
         if self.ema is None:
-            made = f"{type(self).__name__}(..., ema=0.999)"
-            raise RuntimeError(f"ema_params() needs an optimizer made with ema: {made}")
+            call = f"{type(self).__name__}(..., ema=0.999)"
+            raise RuntimeError(f"ema_params() needs an optimizer made with ema: {call}")
         return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
 
     def eval_params(self) -> list[Tensor]:
@@ -285,14 +286,14 @@ class Stateful(Optimizer):
 
     @standard
     def _evaluated(self) -> list[Tensor]:
-        found = []
+        tensors = []
         for param, group in self._all():
             state = self.state.get(param)
             trained = state and TRAINED not in state
             if trained and any(rule.evaluate for rule in self._rules):
                 rule = self._rule(group)
                 values = self._values(group, rule)
-                found.append(evaluated(param, state, rule, self._names, values))
+                tensors.append(evaluated(param, state, rule, self._names, values))
             else:
-                found.append(param.detach())
-        return found
+                tensors.append(param.detach())
+        return tensors

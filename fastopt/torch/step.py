@@ -16,14 +16,13 @@ from fastopt.optimizer import checks
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.step import PLAIN, Request
+from fastopt.step import PLAIN
 from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
-from fastopt.torch.gradients import Gradients
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import estimate
-from fastopt.torch.plan import Plan, Read, zeroing
+from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.turns import Call, Overtaken
 
@@ -154,12 +153,9 @@ class Stepping(Stateful):
             self._check_mode()
             with torch.enable_grad():
                 loss = closure()
-        if clip_norm is AS_MADE:
-            clip_norm = self.clip_norm
-        if clip_value is AS_MADE:
-            clip_value = self.clip_value
-        if nonfinite is AS_MADE:
-            nonfinite = self.nonfinite
+        clip_norm = self.clip_norm if clip_norm is AS_MADE else clip_norm
+        clip_value = self.clip_value if clip_value is AS_MADE else clip_value
+        nonfinite = self.nonfinite if nonfinite is AS_MADE else nonfinite
         own, turns, given = self.__dict__, self._turns, None
         with turns.lock:
             if grads is not None or weights is not None or self._sums is not None:
@@ -178,12 +174,13 @@ class Stepping(Stateful):
             scale = self._scale()
             if scale is not None:
                 asked = clip_norm, clip_value, nonfinite, self.ema, zero_grads
-                request = self._request(*asked)
+                request = checks.check_request(*asked, self._threads())
+                order = Order(request, scale, None, given, summed=grads is None)
                 if given is None:
-                    plan = self._update(plan, scale, request)
+                    plan = self._update(plan, order)
                 else:
                     other, self._given_plan = self._given_plan, None
-                    self._given_plan = self._update(other, scale, request, given=given)
+                    self._given_plan = self._update(other, order)
             else:  # GradScaler has found an infinity or a NaN
                 calls = []
                 if self._sums is not None and grads is None:
@@ -199,10 +196,10 @@ class Stepping(Stateful):
         """Update one parameter, with its gradient, and leave all others alone."""
         self.check_single_steps()
         self._group_of(param)
-        made = self.clip_norm, self.clip_value, self.nonfinite, self.ema, False
+        asked = self.clip_norm, self.clip_value, self.nonfinite, self.ema, False
         with self._turns.lock:
-            request = self._request(*made)
-            plan = self._update(self._plans.pop(param, None), 1.0, request, param)
+            order = Order(checks.check_request(*asked, self._threads()), single=param)
+            plan = self._update(self._plans.pop(param, None), order)
             if plan is not None:
                 self._plans[param] = plan
 
@@ -230,9 +227,7 @@ class Stepping(Stateful):
 
         def calls() -> list[Call]:
             groups = list(self.param_groups)
-            of = self._names, groups, self.state, self._read(groups)
-            without = spared(self.weight_decay_mask, groups, self._rules)
-            plan = Plan(*of, self.ema is not None, self.backend, spared=without)
+            plan = Plan(self, groups, self.state, self._read(groups))
             threads, entries = self._threads(), plan.entries(self.state)
             return [
                 *entries,
@@ -241,30 +236,13 @@ class Stepping(Stateful):
 
         self._turns.change(calls)
 
-    def _request(
-        self,
-        clip_norm: float | None,
-        clip_value: float | None,
-        nonfinite: str,
-        ema: float | None,
-        zero_grads: bool,
-    ) -> Request:
-        return Request(
-            checks.check_limit("clip_norm", clip_norm),
-            checks.check_limit("clip_value", clip_value),
-            checks.check_nonfinite(nonfinite),
-            0.0 if ema is None else 1 - ema,
-            zero_grads,
-            self._threads(),
-        )
-
     @standard
     def _scale(self) -> float | None:
         """The factor by which GradScaler wants the gradients unscaled; None if it wants
         no step."""
         own = self.__dict__
-        found, scale = own.get("found_inf"), own.get("grad_scale")
-        if found is not None and float(found):
+        overflow, scale = own.get("found_inf"), own.get("grad_scale")
+        if overflow is not None and float(overflow):
             return None
         return 1.0 if scale is None else 1 / float(scale)
 
@@ -286,129 +264,94 @@ class Stepping(Stateful):
             rules, signs = rules * 2, signs * 2
         return rules, values, signs
 
-    def _update(
-        self,
-        plan: Plan | None,
-        scale: float,
-        request: Request,
-        single: Tensor | None = None,
-        given: Gradients | None = None,
-    ) -> Plan | None:
-        """Do a step of all parameters, or of a ``single`` one, with this plan or, if it
-        is out of date, with a new one. Return the plan to keep."""
+    def _update(self, plan: Plan | None, order: Order) -> Plan | None:
+        """Do a step with this plan or, if it is out of date, with a new one. Return the
+        plan to keep."""
         while True:
             self._turns.begin()
             groups = list(self.param_groups)  # a handler may add one
-            state: dict[Any, Any] = self.state
-            if single is not None:
-                groups = [self._group_of(single)]
-                state = {single: state[single]} if single in state else {}
+            if order.single is not None:
+                groups = [self._group_of(order.single)]
             try:
-                return self._attempt(plan, groups, state, scale, request, single, given)
+                return self._attempt(plan, groups, order)
             except Unsupported as reason:
-                self._unsupported(str(reason), scale, request, single, given)
+                self._unsupported(str(reason), order)
                 return None
             except Overtaken:  # in a signal handler, say
                 plan = None
-                if given and given.summed and not self._given(None, None):
+                if order.given and order.summed and not self._given(None, None):
                     return None  # which has taken the sums
 
     def _attempt(
-        self,
-        plan: Plan | None,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        scale: float,
-        request: Request,
-        single: Tensor | None,
-        given: Gradients | None,
+        self, plan: Plan | None, groups: list[dict[str, Any]], order: Order
     ) -> Plan | None:
+        request, given = order.request, order.given
         needs = request.clip_norm < math.inf, request.nonfinite
         if needs not in self._noted:
             self._noted.add(needs)
             self._warn_of_shares(*needs)
-        averaged = self.ema is not None
+        state, averaged = order.entries(self.state), self.ema is not None
         grads = None if plan is None else plan.look(groups, state, averaged)
         if plan is None or grads is None or not plan.options_hold:
             read = self._read(groups)
             if plan is None or grads is None or not plan.reread(groups, read):
-                plan = self._new_plan(groups, state, read, single, given)
+                plan = self._new_plan(groups, state, read, order)
                 if plan is None:
                     return None
                 grads = plan.look(groups, state, averaged) or []
         parts = plan.take(grads) if given is None else plan.take_given(given)
         if parts is None:  # a gradient where there was none before
-            plan = self._new_plan(groups, state, self._read(groups), single, given)
+            plan = self._new_plan(groups, state, self._read(groups), order)
             parts = plan.take_given(given) if plan and given else None
         if plan is None or not parts:
             return plan
         last = self._sums.emptying() if self._sums is not None and given else []
-        if not plan.do(parts, scale, request, self.__dict__, last):
-            plan.forget(parts)
-            return None if plan.unused else plan
-        if single is not None:
-            state = {single: self.state[single]} if single in self.state else {}
-        plan.end(parts, state)
-        return plan
+        with in_order({part.device for part in parts}):
+            done = plan.do(parts, order, self.__dict__, last)
+        if done:
+            plan.end(parts, order.entries(self.state))
+            return plan
+        for part in parts:
+            part.forget()
+        return None if plan.unused else plan
 
     def _new_plan(
         self,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         read: Read,
-        single: Tensor | None,
-        given: Gradients | None,
+        order: Order,
     ) -> Plan | None:
         """Plan anew; None if there is no gradient. Unsupported if there are no kernels
         for one."""
+        single, given = order.single, order.given
         params = [p for p, _ in self._all()] if single is None else [single]
         grads = [p.grad for p in params] if given is None else given.first
         if all(grad is None for grad in grads):
             return None
+        plan = Plan(self, groups, state, read, single, given)
+        if self._torchs:
+            self._to_our_form()
+            plan = Plan(self, groups, state, read, single, given)
+        return plan
 
-        def plan() -> Plan:
-            return Plan(
-                self._names,
-                groups,
-                state,
-                read,
-                self.ema is not None,
-                self.backend,
-                single,
-                given,
-                spared(self.weight_decay_mask, groups, self._rules),
-            )
-
-        first = plan()
-        if not self._torchs:
-            return first
-        self._to_our_form()
-        return plan()
-
-    def _unsupported(
-        self,
-        reason: str,
-        scale: float,
-        request: Request,
-        single: Tensor | None,
-        given: Gradients | None,
-    ) -> None:
+    def _unsupported(self, reason: str, order: Order) -> None:
         """Let torch's own step do what fastopt has no kernels for."""
         name, theirs = type(self).__name__, super().step.__func__
         if theirs is Optimizer.step:
             raise RuntimeError(f"{name} does not support {reason}")
-        asked = request._replace(threads=PLAIN.threads) != PLAIN
-        if asked or given is not None or self.weight_decay_mask is not None:
+        asked = order.request._replace(threads=PLAIN.threads) != PLAIN
+        if asked or order.given is not None or self.weight_decay_mask is not None:
             raise RuntimeError(
                 f"{reason} are left to torch's own {name}, which has no clip_norm, "
                 f"clip_value, nonfinite, ema, zero_grads, grads, weights and "
                 f"weight_decay_mask"
             )
-        if scale != 1:
+        if order.scale != 1:
             with torch.no_grad():
                 for param, _ in self._all():
                     if param.grad is not None:
-                        param.grad.mul_(scale)
+                        param.grad.mul_(order.scale)
         if not self._torchs:
             self._to_torchs_form()
         ours = "grad_scale", "found_inf"
@@ -416,8 +359,9 @@ class Stepping(Stateful):
         kept = {key: own.pop(key) for key in ours if key in own}
         kept["param_groups"] = own["param_groups"]
         try:
-            if single is not None:
-                self.param_groups = [{**self._group_of(single), "params": [single]}]
+            if order.single is not None:
+                group = self._group_of(order.single)
+                self.param_groups = [{**group, "params": [order.single]}]
             if getattr(theirs, "hooked", False):  # ours has called the hooks
                 theirs = theirs.__wrapped__
             theirs(self)
