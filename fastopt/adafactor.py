@@ -82,24 +82,18 @@ class Adafactor(Optimizer):
         eps2: Any = 1e-3,
         d: Any = 1.0,
         weight_decay: Any = 0.0,
-        backend: str | None = None,
-        threads: int | None = None,
-        ema: float | None = None,
-        weight_decay_mask: Any = None,
+        **options: Any,
     ):
         super().__init__(
             adafactor,
             params,
-            backend=backend,
-            threads=threads,
-            ema=ema,
-            weight_decay_mask=weight_decay_mask,
             lr=lr,
             beta2_decay=beta2_decay,
             eps2=eps2,
             d=d,
             weight_decay=weight_decay,
             eps1=eps1,
+            **options,
         )
 
     def _new_group(

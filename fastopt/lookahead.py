@@ -80,7 +80,7 @@ class Lookahead:
         self._make_room()
 
     def _make_room(self) -> None:
-        """The slow weights, those of new parameters beginning as they are."""
+        """Make the slow weights; those of new parameters begin as these are."""
         opt, arrays = self.opt, self.opt._params.arrays
         (slow,) = zeros(opt._module.state_arena, arrays, 1)
         values = [*self._slow, *arrays[len(self._slow) :]]
@@ -90,7 +90,7 @@ class Lookahead:
         vars(self).update(_slow=slow, _pull=pull)
 
     def step(self, *grads: Any, **asked: Any) -> None:
-        """A step of the inner optimizer, and what is due after it; see there."""
+        """Do a step of the inner optimizer, and what is due after it; see there."""
         self._prepare()
         try:
             self.opt.step(*grads, **asked)
@@ -99,15 +99,14 @@ class Lookahead:
 
     @exclusive
     def _prepare(self) -> None:
-        """Before a step: have it do what is due after it, too."""
+        """Before a step, arrange that it also does what is due after it."""
         opt = self.opt
         self._synchronize()
         if opt.steps == 0:
             for slow, param in self._pairs():
                 fill(slow, param)
         if (opt.steps + 1) % self.k == 0:
-            unplanned = opt._unplanned(opt._params, opt.threads)
-            vars(opt).update(unplanned, _with_step=self._due)
+            vars(opt).update(opt._unplanned(), _with_step=self._due)
 
     def _pairs(self) -> list[tuple[Array, Array]]:
         return list(zip(self._slow, self.opt._params.arrays, strict=True))
@@ -123,14 +122,14 @@ class Lookahead:
         uninterrupted(*self._moving(opt.steps, {}))
 
     def _due(self, step: Sequence[Call]) -> list[Call]:
-        """What is due after a step that these calls make."""
+        """Return the calls that are due after a step that these calls make."""
         steps = self.opt.steps + 1
         return [] if steps % self.k else self._moving(steps, written(step))
 
     def _moving(self, steps: int, values: Mapping[int, Any]) -> list[Call]:
-        """Calls that move the slow weights, if these have not been moved after so many
-        steps, and then the parameters. These will have such values by then, by their
-        identities; the others will be what is in their memory."""
+        """Return the calls that move the slow weights, unless they have been moved
+        after so many steps, and then the parameters. ``values`` has, by identity, what
+        arrays will contain by then; the others will contain what they do now."""
         opt, arrays = self.opt, self.opt._params.arrays
         moving = [not opt.groups[number].frozen for number in opt._params.group_of]
         calls: list[Call] = []
@@ -205,7 +204,7 @@ class Lookahead:
 
 
 def checked(k: Any, alpha: Any) -> dict[str, Any]:
-    """The hyperparameters, if they are good."""
+    """Return the hyperparameters, if they are valid."""
     pairs = ("k", k), ("alpha", alpha)
     values = [check_hyperparameter(name, name, value, 1.0) for name, value in pairs]
     lookahead.scalars(1, *values)

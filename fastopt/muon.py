@@ -63,7 +63,7 @@ def orthogonalize(u: Any, ns_steps: int, eps: float) -> None:
 
 
 def adjustment(rows: float, columns: float, match_rms_adamw: bool) -> float:
-    """The factor for the learning rate of a matrix."""
+    """Return the factor for the learning rate of a matrix."""
     return (
         0.2 * math.sqrt(max(rows, columns))
         if match_rms_adamw
@@ -72,7 +72,7 @@ def adjustment(rows: float, columns: float, match_rms_adamw: bool) -> float:
 
 
 def on_its_device(array: Any) -> Any:
-    """A numba device array as one of a library that has products there."""
+    """Return a device array of numba's as one of a library that has products there."""
     if not on_device(array):
         return array
     if not hasattr(array, "__cuda_array_interface__"):  # numba's simulator
@@ -90,7 +90,7 @@ def on_its_device(array: Any) -> Any:
 
 
 def check_group(name: str, tree: Any, own: Mapping[str, Any]) -> None:
-    """That what a group sets for itself is for arrays that it has."""
+    """Check that what a group sets for itself is for arrays that it has."""
     use_muon = own.get("use_muon", True)
     if not isinstance(use_muon, (bool, np.bool_)):
         raise TypeError(f'{name}["use_muon"] must be True or False, got {use_muon!r}')
@@ -184,10 +184,7 @@ class Muon(Optimizer):
         adamw_beta2: Any = 0.999,
         adamw_eps: Any = 1e-8,
         adamw_weight_decay: Any = 1e-2,
-        backend: str | None = None,
-        threads: int | None = None,
-        ema: float | None = None,
-        weight_decay_mask: Any = None,
+        **options: Any,
     ):
         trees, own = checks.split_groups(params)
         for number, (tree, group) in enumerate(zip(trees, own or [{}], strict=True)):
@@ -195,10 +192,6 @@ class Muon(Optimizer):
         super().__init__(
             muon,
             params,
-            backend=backend,
-            threads=threads,
-            ema=ema,
-            weight_decay_mask=weight_decay_mask,
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -211,6 +204,7 @@ class Muon(Optimizer):
             adamw_beta2=adamw_beta2,
             adamw_eps=adamw_eps,
             adamw_weight_decay=adamw_weight_decay,
+            **options,
         )
 
     def add_group(self, group: Mapping[str, Any]) -> None:
@@ -260,9 +254,9 @@ class Muon(Optimizer):
     def _new_pass(
         self, bound: Bound, matrices: list[int]
     ) -> tuple[list[Array], Program]:
-        """Room for the updates of matrices, and the program that puts there what is to
-        be made orthogonal. It is copied into the state when all of it is ready; on a
-        device, where no step is made at one instant, it is the state."""
+        """Return room for the updates of matrices, and the program that puts there what
+        is to be made orthogonal. The room is copied into the state when all of it is
+        ready; on a device, where no step is made at one instant, it is the state."""
         room = [bound.buffers["v"][i] for i in matrices]
         if not any(map(on_device, room)):
             room = list(map(np.empty_like, room))
@@ -293,7 +287,7 @@ class Muon(Optimizer):
         factor: float,
         request: Request,
     ) -> dict[int, Any]:
-        """For each matrix that has a gradient, its update made orthogonal."""
+        """Return, for each matrix that has a gradient, its update made orthogonal."""
         updates: dict[int, Any] = {}
         if not self._matrices:
             return updates

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def entries() -> Iterator[Entry]:
-    """Every rule and every variant: ``sgd``, ``sgd+momentum``."""
+    """Yield every rule and every variant: ``sgd``, ``sgd+momentum``."""
     from fastopt.rules import RULES
 
     for rule in RULES:
@@ -65,7 +65,7 @@ def entries() -> Iterator[Entry]:
 
 
 def called(rule: Rule, on: Collection[str]) -> str:
-    """The name in the table of a rule with these options on."""
+    """Return the name in the table of a rule with these options on."""
     names = next((n for n in rule.variants if set(n) == set(on)), ())
     return "+".join([rule.name, *names])
 
@@ -98,7 +98,7 @@ def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
 
 @functools.cache
 def table() -> Any:
-    """The capsule with the table, or RuntimeError that says how to get kernels."""
+    """Return the capsule with the table. RuntimeError says how to get kernels."""
     from fastopt import backends
 
     backends.load("cython")

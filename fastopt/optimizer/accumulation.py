@@ -37,8 +37,8 @@ class Pending(NamedTuple):
     def added(
         self, grads: Sequence[Any], grad_scale: float, threads: int
     ) -> tuple[Pending, list[Call]]:
-        """What this will be with more gradients, which our runner has taken, and the
-        calls that add them."""
+        """Return what this will be with more gradients, which our runner has taken, and
+        the calls that add them."""
         given = [
             was or grad is not None for was, grad in zip(self.given, grads, strict=True)
         ]
@@ -47,7 +47,7 @@ class Pending(NamedTuple):
         return self._replace(given=given), calls
 
     def restored(self, saved: Sequence[Array | None]) -> Pending:
-        """New sums, as they were saved."""
+        """Return new sums, as they were saved."""
         for to, array in zip(self.sums, saved, strict=True):
             if array is not None:
                 filling(to, array)()
@@ -55,7 +55,7 @@ class Pending(NamedTuple):
 
 
 def new_pending(module: ModuleType, arrays: Sequence[Array]) -> Pending:
-    """Sums of nothing, for these parameters."""
+    """Return sums of nothing, for these parameters."""
     (sums,) = zeros(module.state_arena, arrays, 1)
     program = bind_alone(module, passes.accumulate, sums)
     return Pending(sums, [False] * len(sums), program, checks.spans_of(sums))

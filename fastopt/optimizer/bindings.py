@@ -112,7 +112,7 @@ class Bindings:
         on = before.on | {name for name in self.rule.switches if values[name]}
         self._check_results([new], [values], on, params, self.steps)
         changes = {"groups": (*self.groups, new), "_params": params, "_spare": None}
-        changes |= self._unplanned(params, self.threads)
+        changes |= self._unplanned(params)
         named = [] if self._params.grouped else [*self.groups]
         uninterrupted(
             *[g.committing(dict(g), prefix="groups[0]") for g in named],
@@ -129,7 +129,7 @@ class Bindings:
         common: Mapping[str, Any],
         steps: int = 0,
     ) -> tuple[Group, dict[str, Any]]:
-        """A group, and its first hyperparameters: its own, and those in common."""
+        """Return a group, and its first hyperparameters: its own and common ones."""
         prefix, dtype = f"groups[{number}]" * named, self._params.arrays[0].dtype
         frozen = own.get("frozen", False)
         group = Group(self.rule, prefix, number, self._assign, dtype, frozen)
@@ -176,7 +176,7 @@ class Bindings:
             if groups is None:
                 vars(self)["threads"] = threads
             else:
-                vars(self).update(self._unplanned(self._params, threads))
+                vars(self).update(self._unplanned(threads=threads))
                 if "_bound" in vars(self):
                     self._plan_steps()
         elif name == "ema":
@@ -210,8 +210,8 @@ class Bindings:
         frozen: Sequence[bool | None] | None = None,
         also: Iterable[Call] = (),
     ) -> None:
-        """Change hyperparameters, a mapping for each group; with an error, none. More
-        calls are made at the same instant.
+        """Change hyperparameters of each group; with an error, of none. More calls are
+        made at the same instant.
 
         What was once switched on stays so: with a switch off, a variant does what the
         one without that state does (with finite numbers), and the state survives.
@@ -254,7 +254,7 @@ class Bindings:
 
     @standard
     def _values(self, steps: int) -> list[Values]:
-        """The hyperparameters that hold now, for each set of them."""
+        """Return the hyperparameters that hold now, for each set of them."""
         values = [group.at(steps) for group in self.groups]
         if not self._params.differ:
             return values
@@ -266,8 +266,8 @@ class Bindings:
     def _sets(
         self, values: Sequence[Mapping[str, Any]], params: Parameters
     ) -> list[dict[str, Any]]:
-        """The values of the last so many groups for each of their sets: without decay
-        where it is masked."""
+        """Return the values of the last so many groups for each of their sets: without
+        decay where it is masked."""
         first = len(params.trees) - len(values)
         return [
             {**values[number - first], **dict.fromkeys(off, 0.0)}
@@ -284,9 +284,9 @@ class Bindings:
         steps: int,
         known: int = 0,
     ) -> list[dict[str, Any]]:
-        """The hyperparameters of the sets of these groups, the last ones, as they are
-        after so many steps; all but the ``known`` ones with scalars that are finite in
-        the parameters' dtype."""
+        """Return the hyperparameters of the sets of these groups, which are the last
+        ones, after so many steps. Check that the scalars of all but the ``known`` sets
+        are finite in the parameters' dtype."""
         rule, dtype = self.rule.variant(on), params.arrays[0].dtype
         now = [
             dict(zip(named, group.at(steps, named), strict=True))
@@ -301,8 +301,8 @@ class Bindings:
         return sets
 
     def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
-        """The hyperparameters that are 0 for an array, whatever they are in its group;
-        ``decays``: whether its weights decay."""
+        """Return the hyperparameters that are 0 for an array, whatever they are in its
+        group. ``decays``: whether its weights decay."""
         return () if decays else ("weight_decay",)
 
     @standard
@@ -316,9 +316,9 @@ class Bindings:
         groups: Sequence[Group] | None = None,
         **saved: Any,
     ) -> Bound:
-        """The variant for these values of the groups, and for more switches that are
-        ``on``, with its kernel and its state: what there was ``before`` or is
-        ``saved``, and else new. Averages and groups are ours, or others."""
+        """Return the variant for these values of the groups, and for more switches that
+        are ``on``, with its kernel and its state: what there was ``before`` or is
+        ``saved``, or a new one. Averages and groups are ours, or others."""
         params, groups = self._params, groups or self.groups
         params.watch.check()
         averages = averages or self._averages
@@ -353,7 +353,7 @@ class Bindings:
         """Take over what is ready, all at the same instant."""
         groups = groups or self.groups
         flags = frozen or [None] * len(groups)
-        changes |= self._unplanned(bound.params, self.threads)
+        changes |= self._unplanned(bound.params)
         changes |= self._following(values, bound)
         uninterrupted(
             *also,
@@ -368,13 +368,16 @@ class Bindings:
     def _following(
         self, values: Sequence[Mapping[str, Any]], bound: Bound
     ) -> dict[str, Any]:
-        """More attributes that follow from these."""
+        """Return more attributes that follow from these."""
         return {}
 
-    def _unplanned(self, params: Parameters, threads: int) -> dict[str, Any]:
-        """Attributes in place of a plan: with this one, every step is right, but slow;
-        an interrupt may come before there is another."""
-        plan = (params.layout, None, threads, None)
+    def _unplanned(
+        self, params: Parameters | None = None, threads: int | None = None
+    ) -> dict[str, Any]:
+        """Return attributes in place of a plan. Every step is right with them, but
+        slow, because an interrupt may come before there is a new plan."""
+        threads = self.threads if threads is None else threads
+        plan = ((params or self._params).layout, None, threads, None)
         return {"threads": threads, "_plan": plan, "_planned": False}
 
     def _plan_steps(self) -> None:
@@ -400,7 +403,8 @@ class Bindings:
         vars(self).update(_plan=plan, _planned=True)
 
     def _start(self, values: list[Values]) -> None:
-        """Before the first step: the parameters may have got their values by now."""
+        """Start the state before the first step, as the parameters may have got their
+        values by now."""
         names, rule = list(self.groups[0]), self._bound.rule
         sets = [dict(zip(names, row, strict=True)) for row in values]
         since = dict.fromkeys(rule.state, 0)

@@ -24,10 +24,8 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
-    """The parameters of each group and the hyperparameters each sets for itself.
-
-    Without groups: all parameters as one part, and None.
-    """
+    """Return the parameters of each group, and the hyperparameters that each sets for
+    itself; without groups, all parameters as one part, and None."""
     is_groups = (
         isinstance(params, (list, tuple))
         and len(params) > 0
@@ -55,8 +53,9 @@ def check_meant(params: Any, hyperparameters: Mapping[str, Any]) -> None:
 
 
 def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
-    """What a backend's module makes of an array that is only read; or of a scalar, for
-    a parameter without dimensions: arithmetic of NumPy's makes scalars of such."""
+    """Return what a backend's module makes of an array that is only read. A parameter
+    without dimensions may have a NumPy scalar as its gradient, because NumPy's
+    arithmetic returns such scalars."""
     without = param is None or param.ndim == 0
     if isinstance(value, np.generic) and without and module.as_array is as_array:
         array = np.asarray(value)
@@ -67,8 +66,8 @@ def as_gradient(module: Any, name: str, value: Any, param: Any = None) -> Array:
 
 
 def check_layout(name: str, array: Array, updated: bool = False) -> None:
-    """Kernels walk memory element by element, so it must be dense and in order. A copy
-    helps with what is only read; ``updated``: this is not, so a copy is of no use."""
+    """Check that an array is dense and in order, because kernels walk memory element by
+    element. ``updated``: the array is written to, so a copy would not help."""
     flags = array.flags
     if not flags["C_CONTIGUOUS"]:
         advice = f"pass np.ascontiguousarray({name})"
@@ -93,9 +92,10 @@ def check_params(
     like: tuple[str, Array] | None = None,
     placed: list[Placed] | None = None,
 ) -> None:
-    """Dtype, layout and writeability of every parameter, and that none overlap; nor
-    those ``placed`` before, to which they are added. ``like`` is the name and the array
-    of one whose dtype they must have, if it is not the first of these."""
+    """Check the dtype, layout and writeability of every parameter, and that none
+    overlap, neither each other nor those ``placed`` before, to which they are added.
+    ``like`` is the name and the array of one whose dtype they must have, if it is not
+    the first of these."""
     placed = [] if placed is None else placed
     for name, array, original in zip(names, arrays, originals, strict=True):
         if array.dtype not in DTYPES:
@@ -133,15 +133,15 @@ def check_params(
 
 
 def spans_of(arrays: Iterable[Array]) -> list[tuple[int, int]]:
-    """What they cover, by address; arrays of no elements are in nobody's way."""
+    """Return the addresses that arrays cover. Arrays without elements cover none."""
     return sorted((begin, end) for begin, end in map(span, arrays) if begin < end)
 
 
 def check_grad(
     name: str, grad: Array, of: str, param: Array, spans: Sequence[tuple[int, int]]
 ) -> None:
-    """A gradient against its parameter, and against all that a step writes: arrays
-    that do not overlap each other, in order."""
+    """Check a gradient against its parameter, and against all that a step writes, whose
+    spans are in order and do not overlap each other."""
     if grad.dtype != param.dtype:
         raise TypeError(
             f"{name} has dtype {grad.dtype} but {of} has {param.dtype}; "
@@ -167,8 +167,8 @@ class Fields(list[Any]):
 
 
 def layout(tree: Any, level: int = 0) -> Any:
-    """The shape of a tree of parameters for :func:`collect`: plain dicts and lists, and
-    at the leaves None, or the layout of a FlatBuffer."""
+    """Return the shape of a tree of parameters for :func:`collect`: plain dicts and
+    lists, and at the leaves None, or the layout of a FlatBuffer."""
     children = branches(tree, level)
     if children is None:
         return tree.shapes if isinstance(tree, FlatBuffer) else None
@@ -244,7 +244,7 @@ def collect(
 
 
 def split_tasks(name: str, tasks: Any) -> list[Any]:
-    """The gradients of each of several tasks."""
+    """Return the gradients of each of several tasks."""
     if isinstance(tasks, (list, tuple)):
         split = list(tasks)
     elif getattr(tasks, "shape", ()):
@@ -262,7 +262,7 @@ def split_tasks(name: str, tasks: Any) -> list[Any]:
 def check_weights(
     value: Any, count: int, dtype: np.dtype[Any], name: str = "weights"
 ) -> list[float]:
-    """A weight for each of so many tasks, as plain numbers."""
+    """Return a weight for each of so many tasks, as plain numbers."""
     try:
         weights = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -292,7 +292,7 @@ def check_threads(threads: Any) -> int:
 
 
 def check_factor(value: Any, dtype: np.dtype[Any]) -> float:
-    """A factor for gradients of this dtype."""
+    """Return a factor for gradients of this dtype, or raise if it is none."""
     number = float(check_hyperparameter("", "grad_scale", value, 1.0))
     if abs(number) > float(np.finfo(dtype).max):
         raise ValueError(f"grad_scale is {number!r}, too large for {dtype}")
@@ -300,7 +300,7 @@ def check_factor(value: Any, dtype: np.dtype[Any]) -> float:
 
 
 def check_decay(name: str, value: Any) -> float | None:
-    """The decay of a moving average."""
+    """Return the decay of a moving average, or raise if it is none."""
     if value is None:
         return None
     number = float(check_hyperparameter("", name, value, 1.0))
@@ -310,7 +310,7 @@ def check_decay(name: str, value: Any) -> float | None:
 
 
 def check_same_kind(name: str, value: Any, now: Any) -> None:
-    """What decides about memory is decided when an optimizer is made."""
+    """Check that a value is None if and only if it is None now."""
     if (value is None) != (now is None):
         raise ValueError(
             f"{name} is {shown(now)} and cannot become {shown(value)}: whether there "
@@ -328,7 +328,7 @@ def check_count(name: str, value: Any, least: int) -> int:
 
 
 def check_limit(name: str, value: Any) -> float:
-    """A bound for gradients; None is no bound."""
+    """Return a bound for gradients; None means no bound."""
     if value is None:
         return math.inf
     return check_positive(name, value)
@@ -363,7 +363,7 @@ def check_request(
     zero_grads: bool,
     threads: int,
 ) -> Request:
-    """What is asked of a step, from the arguments of ``step``."""
+    """Return what the arguments of ``step`` ask for."""
     return Request(
         check_limit("clip_norm", clip_norm),
         check_limit("clip_value", clip_value),
@@ -383,7 +383,8 @@ def check_decays(rule: Rule) -> None:
 
 
 def check_writeable(names: Sequence[str], grads: Sequence[Array | None]) -> None:
-    """Gradients that are to be set to zero: writeable, and apart from each other."""
+    """Check that gradients can be set to zero: that they are writeable, and apart from
+    each other."""
     placed = []
     for name, grad in zip(names, grads, strict=True):
         if grad is None:

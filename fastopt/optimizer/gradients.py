@@ -65,7 +65,7 @@ class Gradients(NamedTuple):
 
 
 def of_tasks(params: Parameters, grads: Any, weights: Any) -> Gradients:
-    """The gradients of several tasks, as lists, and their weights."""
+    """Return the gradients of several tasks, as lists, with their weights."""
     tasks: list[list[Any]] = []
     for k, task in enumerate(checks.split_tasks("grads", grads)):
         tasks.append([])
@@ -91,7 +91,7 @@ def take(
 
 
 def grad_name(params: Parameters, i: int, task: str = "") -> str:
-    """What messages call the gradient of the i-th parameter."""
+    """Return what messages call the gradient of the i-th parameter."""
     return "grads" + task + params.names[i].removeprefix("params")
 
 
@@ -102,7 +102,7 @@ def fit(
     spans: Sequence[tuple[int, int]],
     task: str = "",
 ) -> Array | None:
-    """The gradient of the i-th parameter as an array that the kernels can take."""
+    """Return the i-th parameter's gradient as an array that kernels can take."""
     if grad is None:
         return None
     of, name = params.names[i], grad_name(params, i, task)

@@ -80,8 +80,8 @@ class Group(MutableMapping[str, Any]):
         return self._scheduled
 
     def at(self, steps: int, values: Mapping[str, Any] | None = None) -> Values:
-        """What holds when ``steps`` steps are completed, of our values or of these, in
-        the order in which ``scalars`` takes them."""
+        """Return what holds when ``steps`` steps are completed, of our values or of
+        these, in the order in which ``scalars`` takes them."""
         if values is None:
             values, scheduled = self._values, self._scheduled
         else:
@@ -96,7 +96,7 @@ class Group(MutableMapping[str, Any]):
         return self.checked(self._rule.complete(given), steps)
 
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
-        """Our values with these changes, if they are good after ``steps`` steps."""
+        """Return our values with these changes, if valid after ``steps`` steps."""
         if "frozen" in changes:
             raise TypeError(
                 "frozen is no hyperparameter but an attribute of a group; set "
@@ -122,7 +122,7 @@ class Group(MutableMapping[str, Any]):
         frozen: bool | None = None,
         prefix: str | None = None,
     ) -> Call:
-        """The call that takes over what :meth:`checked` returned; and whether steps
+        """Return the call that takes over what :meth:`checked` returned, whether steps
         leave this group alone, and what messages call it from now on."""
         return partial(
             vars(self).update,
@@ -139,7 +139,7 @@ class Group(MutableMapping[str, Any]):
     def _checked(
         self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
     ) -> dict[str, Hyperparameter]:
-        """The values, of which those under ``keys`` are checked and schedules asked."""
+        """Return the values. Those under ``keys`` are checked, and schedules asked."""
         checked = dict(values)
         for key in keys:
             value, name = values[key], self._name(key)

@@ -241,7 +241,7 @@ class Optimizer(Bindings):
             raise
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:
-        """The sums that a step with these gradients is to take."""
+        """Return the sums that a step with these gradients takes."""
         if grads is not ACCUMULATED and self._pending is not None:
             raise RuntimeError(
                 "there are accumulated gradients; call step() without gradients to "
@@ -262,8 +262,8 @@ class Optimizer(Bindings):
             for group, sums in zip(self._params.group_of, pending.sums, strict=True)
             if self.groups[group].frozen  # and so not read
         ]
-        unplanned = self._unplanned(self._params, self.threads)
-        return calls, {"_pending": None, "_spare": pending.emptied, **unplanned}
+        changes = {"_pending": None, "_spare": pending.emptied}
+        return calls, changes | self._unplanned()
 
     @standard
     def _step_in_full(
@@ -309,7 +309,7 @@ class Optimizer(Bindings):
         own = self._calls(gradients, values, factor, request)
         more = self._with_step(own) if self._with_step else ()
         if first:  # what is done before it need not be done again
-            changes |= self._unplanned(params, self.threads)
+            changes |= self._unplanned()
         self._finish([*own, *calls, *more], changes)
 
     def _finish(self, calls: Iterable[Call], changes: Mapping[str, Any]) -> None:
@@ -346,14 +346,13 @@ class Optimizer(Bindings):
         runner = pending.program.runner
         taken = take(self._params, runner, Gradients([gradients]), pending.spans)
         pending, calls = pending.added(taken.tasks[0], grad_scale, self._threads_now)
-        unplanned = self._unplanned(self._params, self.threads)
-        self._finish(calls, {"_pending": pending, "_spare": None, **unplanned})
+        changes = {"_pending": pending, "_spare": None}
+        self._finish(calls, changes | self._unplanned())
 
     @exclusive
     def drop_accumulated(self) -> None:
         """Forget what :meth:`accumulate` was given since the last step."""
-        unplanned = self._unplanned(self._params, self.threads)
-        self._finish([], {"_pending": None, "_spare": None, **unplanned})
+        self._finish([], {"_pending": None, "_spare": None} | self._unplanned())
 
     @exclusive
     @standard

@@ -68,7 +68,7 @@ class Parameters:
         self.layout: Any = layouts if grouped else layouts[0]
 
     def _extend(self, trees: Sequence[Any]) -> list[Any]:
-        """Append groups, at the cost of what is in them. Their layouts."""
+        """Append groups, at the cost of what is in them, and return their layouts."""
         first, start = len(self.trees), len(self.arrays)
         plain = list(map(expanded, trees)) if self._separate else list(trees)
         entries = [
@@ -133,8 +133,8 @@ class Parameters:
         ]
 
     def with_group(self, tree: Any) -> Parameters:
-        """These, and a group more at the end. What is known of these is copied, not
-        worked out again, so that many groups may be added one by one."""
+        """Return these, with one more group at the end. What is known of these is
+        copied, not worked out again, so that many groups may be added one by one."""
         if not self.grouped:  # names and layout are other ones with groups
             self.watch.check()
             return Parameters(
@@ -177,8 +177,8 @@ class Parameters:
         return lambda *arguments: watch.unchanged() and at(*arguments)
 
     def _decaying(self, paths: Sequence[str], first: int) -> list[bool]:
-        """For the arrays from the ``first`` on, which have these paths, whether weight
-        decay applies to them."""
+        """Return whether weight decay applies to each of the arrays from the ``first``
+        on, which have these paths."""
         mask, names = self._mask, self.names[first:]
         if mask is None:
             return [True] * len(names)
@@ -205,7 +205,7 @@ class Parameters:
         return list(map(bool, told))
 
     def like(self) -> tuple[Any, list[Array]]:
-        """New arrays like these: in the structure of the parameters, in which a
+        """Return new arrays like these: in the structure of the parameters, in which a
         FlatBuffer stands for one; and one for each segment."""
         segments: list[Array | None] = []  # None: not in a FlatBuffer
         originals = [leaf for _, leaf in leaves(self.trees)]
@@ -229,8 +229,8 @@ class Parameters:
 
 
 def owners(*leaves: Any) -> list[Array]:
-    """NumPy's arrays among these, and those whose memory they are in. NumPy resizes
-    none that there is a weak reference to, not even with ``refcheck=False``."""
+    """Return the NumPy arrays among these, and those that own their memory. NumPy does
+    not resize an array that has a weak reference, not even with ``refcheck=False``."""
     arrays: dict[int, Array] = {}
     for leaf in leaves:
         array = leaf.data if isinstance(leaf, FlatBuffer) else leaf

@@ -90,7 +90,7 @@ def _no_maker(got: str) -> TypeError:
 
 
 def items(name: str, value: Any, what: str) -> list[Any]:
-    """The elements of a list, or of what else can be walked through."""
+    """Return the elements of a list, or of another iterable."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a list of {what}, got {named(value)}")
     try:

@@ -12,8 +12,8 @@ from torch.optim import optimizer as torchs
 
 
 def hooked_step(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Hooks and the profiler's label around a step, as torch has them; but the
-    label only if there is a profiler, for it takes as long as a small step."""
+    """Call hooks and set the profiler's label around a step, as torch does. The label
+    is set only if there is a profiler, because it takes as long as a small step."""
     before = torchs._global_optimizer_pre_hooks
     after = torchs._global_optimizer_post_hooks
 

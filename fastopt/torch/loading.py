@@ -18,8 +18,8 @@ BESIDE = {EMA, TRAINED}  # keys of a state that are not the rule's
 
 
 def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
-    """That a state is one of this optimizer. ``own``: its rule, if torch has no class
-    of it."""
+    """Check that a state is one of this optimizer. ``own``: its rule, if torch has no
+    class of it."""
     kind, there = type(opt).__name__, saved.get(RULE)
     if there not in (None, own and own.name):
         here = f"of {own.name!r}" if own else "one of torch's classes"
@@ -41,23 +41,23 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
                 f"needs; it is of another optimizer, and nothing was loaded"
             )
         key = opt._names.steps
-        for index in group["indices"]:
-            state = saved["state"].get(index)
-            if key and isinstance(state, Mapping) and state.get(key) is not None:
+        entries = [(index, saved["state"].get(index)) for index in group["indices"]]
+        entries = [(i, state) for i, state in entries if isinstance(state, Mapping)]
+        for index, state in entries:
+            if key and state.get(key) is not None:
                 check_steps(f"{key!r} in the state of parameter {index}", state[key])
         try:
             rule = opt._rule(group)
         except Unsupported:
             continue  # torch's own step knows what it needs
-        for index in group["indices"]:
-            state = saved["state"].get(index)
-            if isinstance(state, Mapping) and state:
+        for index, state in entries:
+            if state:
                 foreign = own is not None and there is None
                 check_keys(index, state, opt, rule, foreign)
 
 
 def completed(opt: Stepping, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of saved groups with what torch adds to those of older versions."""
+    """Return copies of saved groups with what torch adds to those of older versions."""
     copies = [{**g, "params": [], "indices": g["params"]} for g in groups]
     theirs: Any = next(
         cls for cls in type(opt).__mro__ if cls.__module__.startswith("torch.optim")
@@ -72,7 +72,7 @@ def completed(opt: Stepping, groups: list[dict[str, Any]]) -> list[dict[str, Any
 def check_keys(
     index: Any, state: Mapping[str, Any], opt: Stepping, rule: Rule, foreign: bool
 ) -> None:
-    """The keys of one parameter's state. ``foreign``: those of other rules, too."""
+    """Check the keys of a parameter's state. ``foreign``: those of other rules, too."""
     names = opt._names
     if names.steps is None:
         return  # torch's SGD begins its momentum at any time

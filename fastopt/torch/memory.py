@@ -118,14 +118,14 @@ def same_layout(
 
 
 def numbers(tensor: Tensor) -> int:
-    """How many real numbers it is."""
+    """Return how many real numbers a tensor contains."""
     count: int = tensor.numel()
     return 2 * count if tensor.is_complex() else count
 
 
 def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
-    """The numbers of a dense tensor, as they lie in memory, for its device's kernels;
-    ``count`` of them, if others follow that belong to it."""
+    """Return the numbers of a dense tensor, in the order of memory, as an array for its
+    device's kernels; ``count`` of them, if those of other tensors follow."""
     count = numbers(tensor) if count is None else count
     dtype = COMPUTED[tensor.dtype]
     if tensor.is_cpu:
@@ -145,7 +145,7 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
 
 
 def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -> Array:
-    """So many numbers in memory, as an array that keeps some objects alive."""
+    """Return so many numbers in memory as an array, which keeps some objects alive."""
     memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     memory.kept = kept
     array: Array = np.frombuffer(memory, dtype)
@@ -153,7 +153,7 @@ def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -
 
 
 def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
-    """Numbers in a row as a tensor that lies as the parameter does."""
+    """Return a row of numbers as a tensor with the layout of the parameter."""
     if param.is_complex():
         flat = torch.view_as_complex(flat.view(-1, 2))
     return (
@@ -164,7 +164,7 @@ def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
 
 
 def check_gradient(param: Tensor, grad: Tensor) -> None:
-    """That a gradient can be read, or copied first."""
+    """Check that a gradient can be read, or copied first."""
     check_memory("gradients", grad)
     if grad.is_complex() and not param.is_complex():
         raise ValueError(
@@ -187,7 +187,7 @@ def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
 
 
 def check_memory(what: str, tensor: Tensor) -> None:
-    """That a tensor's elements are in memory, one by one."""
+    """Check that a tensor's elements are in memory, one by one."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else "sparse"
         raise Unsupported(f"{kind} {what}")
@@ -244,7 +244,7 @@ class Tensors:
         self.options = [value for group in groups for value in group.values()]
 
     def _objects(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
-        """The parameters, with None after each group, and the entries of the state."""
+        """Return parameters, None after each group, and the entries of the state."""
         parts = [] if self.single else [(*group["params"], None) for group in groups]
         for key, value in state.items():
             parts.append((key, value, *(value.values() if type(value) is dict else ())))
@@ -258,12 +258,12 @@ class Tensors:
     def look(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
     ) -> list[Tensor | None] | None:
-        """The gradients, if all is as it was, or else None.
+        """Return the gradients if all is as it was, or else None.
 
-        ``addresses`` are theirs: 0 for None, and -1 for what is not in memory as its
-        parameter, whose places ``odd`` has. ``moved``: not all are those that were
-        there when it was last set to False. ``same_options``: those of the groups are
-        those that were noted.
+        ``addresses`` are theirs: 0 for None, and -1 for a gradient whose layout is not
+        that of its parameter; ``odd`` has the places of these. ``moved`` says that some
+        addresses have changed since it was last set to False, and ``same_options`` that
+        the options of the groups are those that were noted.
         """
         options = [value for group in groups for value in group.values()]
         self.same_options = same(self.options, options)
@@ -286,7 +286,7 @@ class Tensors:
 
 
 def place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor is, and how it lies there."""
+    """Return where a tensor is, and its layout."""
     if tensor.layout is not torch.strided or tensor.is_nested or is_hollow(tensor):
         return (type(tensor), tensor.layout)
     strides = tuple(
@@ -306,7 +306,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 def samples() -> list[tuple[Tensor, int, int]]:
-    """Tensors with different dispatch keys, their addresses in C++, and these keys."""
+    """Return tensors with different dispatch keys, their addresses in C++, and keys."""
     one = torch.ones(1, device="cpu")
     conjugated = torch.ones(1, dtype=torch.complex64, device="cpu").conj()
     tensors = one, torch._neg_view(one), conjugated, torch.nn.Parameter(one)
@@ -322,7 +322,7 @@ if native is not None:
 
 
 def watched(*what: Any) -> Any:
-    """The faster of the two, where it is possible."""
+    """Return the faster of the two kinds of ``Tensors``, where it is possible."""
     params, *_ = what
     if native is not None and params:
         try:

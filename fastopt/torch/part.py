@@ -79,7 +79,7 @@ class Part:
     # The native step ------------------------------------------------------------------
 
     def _bind(self, params: Sequence[Tensor]) -> None:
-        """The native step over these: the parameters, or copies of them."""
+        """Bind the native step to these: the parameters, or copies of them."""
         segments = []
         for r, run in enumerate(self.runs):
             member, param = self.members[run[0]], params[run[0]]
@@ -135,8 +135,8 @@ class Part:
         self.usual &= self.all
 
     def _place(self, grads: Sequence[Any]) -> bool:
-        """Whether the native step has noted where the gradients are, and need not be
-        told again before they move."""
+        """Return whether the native step has noted where the gradients are, and need
+        not be told again before they move."""
         runner = self.program.runner
         if "scalars" in runner.fuses and runner.place(self._here):
             return True
@@ -192,7 +192,7 @@ class Part:
             Gradients(copies, weights).give(runner)
 
     def end(self) -> None:
-        """After a step: note what the next one needs to know, and forget the rest."""
+        """After a step, note what the next one needs to know."""
         self.usual = (
             self.all
             and self._placed
@@ -250,7 +250,7 @@ class Part:
     def update_as_usual(
         self, values: Sequence[Values], factors: Sequence[float], threads: int
     ) -> tuple[Call, ...]:
-        """The calls of a step like the last; then ``end_as_usual``."""
+        """Return the calls of a step like the last. ``end_as_usual`` comes next."""
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
         rows = [row] * len(self.runs)
@@ -283,7 +283,7 @@ class Part:
         ]
 
     def _check_steps(self) -> None:
-        """A user may have written into the state."""
+        """Check the step counts, because a user may have written into the state."""
         steps = self.vectors[0]
         if not ((steps >= 0) & (steps == np.floor(steps)) & np.isfinite(steps)).all():
             for member, value in zip(self.members, steps.tolist(), strict=True):

@@ -175,7 +175,7 @@ class Plan:
     def look(
         self, groups: list[dict[str, Any]], state: Any, averaged: bool
     ) -> list[Any] | None:
-        """The gradients, if all else is as it was planned, or None."""
+        """Return the gradients if all else is as it was planned, or else None."""
         tensors = self.tensors
         if averaged != self.averaged or in_fake_mode():
             return None
@@ -195,7 +195,7 @@ class Plan:
     def again(
         self, groups: list[dict[str, Any]], state: Any, threads: int, turns: Turns
     ) -> bool:
-        """Do the same step as the last, if all is as it was then: much the quickest."""
+        """Do the last step again, if all is as it was then: the fastest path."""
         tensors = self.tensors
         if not self._usual or in_fake_mode():
             return False
@@ -230,7 +230,7 @@ class Plan:
         return self._fixed and bool(self.tensors.same_options)
 
     def reread(self, groups: list[dict[str, Any]], read: Read) -> bool:
-        """Take other options over; False if they are for another plan."""
+        """Take over changed options. Return False if they need another plan."""
         rules, self.values, self.signs = read
         self.tensors.note(groups)
         self._fixed = all(map(is_fixed, options_of(groups)))
@@ -238,7 +238,7 @@ class Plan:
 
     @standard
     def take(self, grads: list[Any]) -> list[Part]:
-        """Give gradients to the parts; those that have some."""
+        """Give gradients to the parts, and return the parts that the step changes."""
         tensors = self.tensors
         self._odd = []
         for place in tensors.odd or ():
@@ -283,10 +283,11 @@ class Plan:
         optimizer: dict[str, Any],
         last: list[Call],
     ) -> bool:
-        """The step, with what was taken, times a factor; whether anything was updated.
-        All that changes does so at once: parameters, state, gradients set to zero, and
-        what the attributes of the ``optimizer`` say of it. The calls ``last`` belong to
-        the step, whether it is skipped or not."""
+        """Do the step with the gradients that were taken, times a factor, and return
+        whether anything was updated. All changes happen at the same instant: those of
+        parameters and state, of gradients that are set to zero, and of the attributes
+        of the ``optimizer``. The calls ``last`` belong to the step, whether it is
+        skipped or not."""
         turns, request, given = optimizer["_turns"], order.request, order.given
         factors = [sign * order.scale for sign in self.signs]
         if request.needs_norm:
@@ -361,8 +362,8 @@ class Plan:
         return self._overlaps
 
     def _tell(self, parts: list[Part]) -> None:
-        """Tell autograd what is going to change: before it does, for an interrupt may
-        come after."""
+        """Tell autograd what is going to change, before it does, because an interrupt
+        may come after."""
         if len(parts) == len(self.parts) and all(map(ALL, parts)):
             increment_version(self._all_aliases)
         else:
@@ -410,15 +411,15 @@ def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
 
 
 def zeroing(grads: Iterable[Tensor | None]) -> list[Call]:
-    """The calls that set gradients to zero."""
+    """Return the calls that set gradients to zero."""
     there = [grad for grad in grads if grad is not None]
     return [(g.detach() if g.requires_grad else g).zero_ for g in there]
 
 
 @contextmanager
 def in_order(devices: set[torch.device]) -> Iterator[None]:
-    """Numba's kernels are on the default stream of a GPU: let them come after what has
-    been enqueued on torch's current one, and what will be, after them."""
+    """Let Numba's kernels, which are on the default stream of a GPU, come after what
+    has been enqueued on torch's current stream, and before what will be."""
     streams = [
         (torch.cuda.default_stream(device), torch.cuda.current_stream(device))
         for device in devices
@@ -438,7 +439,7 @@ def options_of(groups: list[dict[str, Any]]) -> list[Any]:
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether an option cannot change but by another taking its place."""
+    """Whether an option can change only if another object takes its place."""
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return value is None or type(value) in (float, int, bool, str)
@@ -452,8 +453,8 @@ def is_planned(
     entry: Any,
     keeps: bool,
 ) -> bool:
-    """Whether a plan is to know what to do with a parameter's gradient. What has none
-    may be of a kind, or have a state, that no step could be done with."""
+    """Whether a plan covers a parameter's gradient. A parameter without one may have a
+    kind or a state that no step could be done with."""
     if grad is None and keeps and not entry:
         return False
     try:
@@ -472,7 +473,7 @@ def check(
     rule: Rule,
     entry: dict[str, Any],
 ) -> None:
-    """That fastopt has kernels for a parameter, its gradient and its state."""
+    """Check that fastopt has kernels for a parameter, its gradient and its state."""
     if is_lazy(param):
         raise Unsupported("uninitialized parameters")
     if names.real and param.is_complex():
@@ -514,14 +515,16 @@ def in_fake_mode() -> bool:
 
 
 def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:
-    """The backend that updates a parameter: the one asked for is of CPU tensors."""
+    """Return the backend that updates a parameter. The one asked for applies to CPU
+    tensors."""
     on_device = param.device.type != "cpu"
     asked = None if on_device else backend
     return backends.load(asked or backends.choose(rule, on_device))
 
 
 def in_turn(members: list[Member]) -> list[list[Member]]:
-    """Members that do not share memory, and then those that do, one after another."""
+    """Return lists of members that do not share memory within a list. Members that
+    share memory are in lists that follow one another."""
 
     def span(member: Member) -> tuple[int, int]:
         param = member.param

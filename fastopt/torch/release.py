@@ -71,7 +71,7 @@ def release_gradients_(optimizer: Stepping) -> Released:
 
 
 def stepping(of: Callable[[], Stepping | None]) -> Callable[[Tensor], None]:
-    """The hook, which does not keep the optimizer, as a hook would for ever."""
+    """Return the hook, which does not keep the optimizer alive."""
 
     def hook(param: Tensor) -> None:
         optimizer = of()

@@ -15,8 +15,8 @@ from fastopt.torch.state import Kind, in_one_piece
 def find_runs(
     kind: Kind, vectors: Sequence[Array], keys: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Find runs of members whose parameters follow one another in memory, and whose
-    gradients do, as ``flatten_`` puts them; and their state under these keys.
+    """Find runs of members whose parameters follow one another in memory, as
+    ``flatten_`` puts them, and whose gradients do, and their state under these keys.
     ``vectors`` hold their steps and carry."""
     joined: list[list[int]] = []
     before: Any = None
@@ -38,8 +38,8 @@ def find_runs(
 def placement(
     kind: Kind, i: int, vectors: Sequence[Array]
 ) -> tuple[Any, list[Tensor]] | None:
-    """What a member must have in common with its neighbours, and which tensors must
-    follow theirs; None if the member is a segment by itself."""
+    """Return what a member must have in common with its neighbours, and which tensors
+    must follow theirs; None if the member is a segment by itself."""
     member = kind.members[i]
     param, grad = member.param, member.param.grad
     if member.alone or kind.rule.by_segment or grad is None:

@@ -26,7 +26,7 @@ WRAPPERS = {
 
 
 def wrapper(params: Iterable[Tensor]) -> tuple[str, bool] | None:
-    """What has given these parameters to the caller, if it is one of these."""
+    """Return what has given these parameters to the caller, if it is one of these."""
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         return "FullyShardedDataParallel", True
     frame = sys._getframe(1)
@@ -45,7 +45,7 @@ def warn(
     clip_norm: bool,
     nonfinite: str,
 ) -> bool:
-    """Whether a warning was needed, which is given."""
+    """Warn if a step needs all parameters. Return whether a warning was given."""
     distributed = torch.distributed.is_available() and (
         torch.distributed.is_initialized()
     )

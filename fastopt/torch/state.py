@@ -50,7 +50,7 @@ class Names(NamedTuple):
         return self.keys.get(name, name)
 
     def carried(self, rule: Rule) -> dict[str, str | float]:
-        """The key of each number that a parameter carries, and its first value."""
+        """Return the key and the first value of each number that is carried."""
         carry = rule.carry if self.carry is None else self.carry
         return {self.key(name): first for name, first in carry.items()}
 
@@ -94,8 +94,8 @@ class Kind(NamedTuple):
 
 
 def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
-    """See that all members have their buffers; the keys of these. The members of a run
-    follow one another in memory, as their state is to do, too."""
+    """Make the buffers that members lack, and return the keys of all. The state of a
+    run follows one another in memory, as its members do."""
     rule, members = kind.rule, kind.members
     keys = {name: kind.names.key(name) for name in rule.state}
     if kind.averaged:
@@ -144,7 +144,7 @@ def in_one_piece(tensors: Sequence[Any]) -> bool:
 
 
 def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
-    """For each, so many zeroed buffers, of numbers in a row."""
+    """Return, for each member, so many zeroed buffers, as rows of numbers."""
     first, sizes = members[0].param, [numbers(member.param) for member in members]
     dtype = COMPUTED[first.dtype]
     if first.is_cpu:
@@ -163,7 +163,7 @@ def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
 
 
 def shapes_of(rule: Rule, names: Names, param: Tensor) -> dict[str, tuple[int, ...]]:
-    """What the tensors in a parameter's state must be like."""
+    """Return the shapes that the tensors in a parameter's state must have."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.carried(rule), ())
     if names.steps is not None:
         shapes[names.steps] = ()
@@ -174,14 +174,14 @@ def shapes_of(rule: Rule, names: Names, param: Tensor) -> dict[str, tuple[int, .
 
 
 def factored_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
-    """Of the averages for the rows of a matrix, and for its columns."""
+    """Return the shapes of the averages for a matrix's rows and for its columns."""
     *matrices, rows, columns = param.shape
     shapes = (*matrices, rows, 1), (*matrices, 1, columns)
     return dict(zip(FACTORS, shapes, strict=True))
 
 
 def factor(member: Member, module: Any) -> None:
-    """The state of a matrix: averages for its rows and its columns."""
+    """Make the state of a matrix: averages for its rows and for its columns."""
     param = member.param
     for key, shape in factored_shapes(param).items():
         before: Any = member.state.get(key)
@@ -194,8 +194,8 @@ def factor(member: Member, module: Any) -> None:
 
 
 def vectors(kind: Kind) -> list[Array]:
-    """Of each member the steps that it has done, and each number that the rule carries:
-    vectors, of which the 0-d tensors in the state are views."""
+    """Return, as vectors, the steps that each member has done, and each number that the
+    rule carries. The 0-d tensors in the state are views of them."""
     rule, names, members = kind.rule, kind.names, kind.members
     wide = torch.get_default_dtype() == torch.float64
     own = torch.float64 if wide else torch.float32  # of torch's own counts
@@ -217,7 +217,7 @@ def vectors(kind: Kind) -> list[Array]:
 
 
 def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Array:
-    """One of these, from what there is in the state."""
+    """Return one of these, from what there is in the state."""
     entries = [member.state.get(key) for member in kind.members]
     there = [entry for entry in entries if entry is not None]
     if len(there) == len(entries) and in_a_row(there):
@@ -239,7 +239,7 @@ def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Arra
 
 
 def check_steps(where: str, value: Any) -> None:
-    """That a parameter's steps are a number of them."""
+    """Check that a parameter's count of steps is a whole number."""
     if isinstance(value, Tensor) and (type(value) is not Tensor or value.is_meta):
         return  # which cannot be read
     try:
@@ -271,7 +271,7 @@ def in_a_row(entries: Sequence[Any]) -> bool:
 def evaluated(
     param: Tensor, state: Mapping[str, Any], rule: Rule, names: Names, values: Values
 ) -> Tensor:
-    """What a rule evaluates in place of a parameter: a new tensor."""
+    """Return a new tensor with what a rule evaluates in place of a parameter."""
     dtype = COMPUTED[param.dtype]
     if rule.evaluate is None:
         return param.detach().clone()

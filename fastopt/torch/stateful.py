@@ -61,8 +61,8 @@ class Stateful(Optimizer):
             self._most_threads = available()
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        """The rule for a group, with the options it has now; Unsupported if there is
-        none."""
+        """Return the rule for a group with the options it has now. Raise Unsupported if
+        there is none."""
         return self._default_rule
 
     @property
@@ -74,14 +74,14 @@ class Stateful(Optimizer):
             return []
 
     def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
-        """The group's hyperparameters, in the order in which the rule takes them."""
+        """Return the group's hyperparameters in the order of the rule's."""
         return [number(read(group)) for read in readers(rule)]
 
     def _inward(self, state: dict[str, Any]) -> None:
-        """Make of a parameter's state in a state_dict what is kept in ``state``."""
+        """Change a saved state of a parameter to the form of ``state``."""
 
     def _outward(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The opposite, as a copy."""
+        """Return a state of a parameter in the form that is saved."""
         return state
 
     def _entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -222,8 +222,9 @@ class Stateful(Optimizer):
             return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but what is float32 for bfloat16 and float16 parameters stays
-        so, a state of another optimizer is refused, and all changes at once."""
+        """Load a state as torch does. But what is float32 for bfloat16 and float16
+        parameters stays so, a state of another optimizer is refused, and all changes at
+        once."""
         state_dict = state_dict.copy()
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             changed = before(self, state_dict)
@@ -238,8 +239,8 @@ class Stateful(Optimizer):
             after(self)
 
     def _loaded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The attributes of this optimizer with what was saved in them: of a copy,
-        which torch loads it into."""
+        """Return the attributes that this optimizer gets from what was saved: those of
+        a copy, which torch loads it into."""
         hooks = [f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post")]
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, **{name: OrderedDict() for name in hooks})
@@ -272,15 +273,15 @@ class Stateful(Optimizer):
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
     def ema_params(self) -> list[Tensor]:
-        """Each parameter's moving average; before its first step, the parameter."""
+        """Return each parameter's moving average; before its first step, itself."""
         if self.ema is None:
             call = f"{type(self).__name__}(..., ema=0.999)"
             raise RuntimeError(f"ema_params() needs an optimizer made with ema: {call}")
         return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
 
     def eval_params(self) -> list[Tensor]:
-        """The parameters to use, such as for a validation, in their order: for rules
-        like ``ScheduleFreeAdamW`` other ones than those that are trained."""
+        """Return the parameters to use, such as for a validation, in their order. For
+        rules like ``ScheduleFreeAdamW`` they are not those that are trained."""
         with self._turns.lock:
             return self._evaluated()
 

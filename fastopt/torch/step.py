@@ -204,7 +204,7 @@ class Stepping(Stateful):
                 self._plans[param] = plan
 
     def check_single_steps(self) -> None:
-        """That a parameter can be updated without the gradients of the others."""
+        """Check that a parameter can be updated without the gradients of the others."""
         if self.clip_norm is not None or self.nonfinite == "skip":
             raise ValueError(
                 "clip_norm and nonfinite='skip' need the gradients of all parameters, "
@@ -238,8 +238,8 @@ class Stepping(Stateful):
 
     @standard
     def _scale(self) -> float | None:
-        """The factor by which GradScaler wants the gradients unscaled; None if it wants
-        no step."""
+        """Return the factor by which GradScaler wants the gradients unscaled; None if
+        it wants no step."""
         own = self.__dict__
         overflow, scale = own.get("found_inf"), own.get("grad_scale")
         if overflow is not None and float(overflow):
@@ -322,8 +322,8 @@ class Stepping(Stateful):
         read: Read,
         order: Order,
     ) -> Plan | None:
-        """Plan anew; None if there is no gradient. Unsupported if there are no kernels
-        for one."""
+        """Return a new plan; None if there is no gradient. Raise Unsupported if there
+        are no kernels for one."""
         single, given = order.single, order.given
         params = [p for p, _ in self._all()] if single is None else [single]
         grads = [p.grad for p in params] if given is None else given.first
@@ -372,12 +372,12 @@ class Stepping(Stateful):
 
 
 def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:
-    """A group's hyperparameters for parameters that are spared weight decay."""
+    """Return a group's hyperparameters for parameters that are spared weight decay."""
     pairs = zip(rule.hyperparameters, values, strict=True)
     return [0.0 if name == "weight_decay" else value for name, value in pairs]
 
 
 def extras() -> list[inspect.Parameter]:
-    """What all optimizers take beside."""
+    """Return the parameters that all optimizers take in addition."""
     taken = inspect.signature(Stepping.__init__).parameters
     return [taken[name] for name in EXTRAS]
