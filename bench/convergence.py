@@ -85,11 +85,11 @@ class Class:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        taken = inspect.signature(self.make).parameters
-        return {name: parameter.default for name, parameter in taken.items()}
+        parameters = inspect.signature(self.make).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
 
-    def __call__(self, params: Any, **given: Any) -> Any:
-        return self.make(params, **given)
+    def __call__(self, params: Any, **hyperparameters: Any) -> Any:
+        return self.make(params, **hyperparameters)
 
 
 CLASSES = (Class(fastopt.Muon), Class(fastopt.Adafactor))

@@ -225,9 +225,9 @@ def compare(
             for name in cases
         }
 
-    found = run(list(cases))
-    unclear = [name for name, case in found.items() if case.blind]
-    return run(unclear) if unclear else found
+    verdicts = run(list(cases))
+    unclear = [name for name, case in verdicts.items() if case.blind]
+    return run(unclear) if unclear else verdicts
 
 
 def table(verdicts: dict[str, Verdict], title: str) -> Table:
@@ -267,8 +267,8 @@ BUILT = ("csrc", "fastopt", "setup.py", "pyproject.toml")  # what a build is mad
 
 def default_base() -> str:
     """HEAD, if what is built has changes, new files included; else the one before."""
-    asked = ["git", "status", "--porcelain", "--", *BUILT]
-    changes = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True).stdout
+    command = ["git", "status", "--porcelain", "--", *BUILT]
+    changes = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     return "HEAD" if changes else "HEAD~1"
 
 

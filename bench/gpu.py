@@ -67,20 +67,20 @@ def copy(size: int) -> Step:
 
 def peers(torch_name: str, apex_name: str, momentum: dict[str, float]) -> Any:
     """Name -> optimizer class with its arguments, of those that are installed."""
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    classes: dict[str, tuple[Any, dict[str, Any]]] = {}
     try:
         import torch
     except ImportError:
-        return found
+        return classes
     if torch_name and torch.cuda.is_available():
         optimizer = getattr(torch.optim, torch_name)
-        found["torch fused"] = optimizer, {"lr": 1e-3, "fused": True, **momentum}
+        classes["torch fused"] = optimizer, {"lr": 1e-3, "fused": True, **momentum}
         try:
             from apex import optimizers
         except ImportError:
-            return found
-        found["apex"] = getattr(optimizers, apex_name), {"lr": 1e-3, **momentum}
-    return found
+            return classes
+        classes["apex"] = getattr(optimizers, apex_name), {"lr": 1e-3, **momentum}
+    return classes
 
 
 def of_torch(optimizer: Any, options: dict[str, Any], size: int) -> Step:
@@ -121,7 +121,7 @@ def measure(name: str, size: int, bursts: int, steps: int) -> dict[str, Any]:
     for peer, (optimizer, options) in peers(
         torch_name, apex_name, hyperparameters
     ).items():
-        make[peer] = lambda o=optimizer, given=options: of_torch(o, given, size)
+        make[peer] = lambda o=optimizer, arguments=options: of_torch(o, arguments, size)
     streams = 3 + 2 * states
     results = {}
     for contender, build in make.items():
@@ -140,15 +140,15 @@ def measure(name: str, size: int, bursts: int, steps: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    found = {"date": str(date.today()), "python": platform.python_version()}
+    facts = {"date": str(date.today()), "python": platform.python_version()}
     name = getattr(cuda.get_current_device(), "name", "numba's simulator")
-    found["gpu"] = name.decode() if isinstance(name, bytes) else str(name)
+    facts["gpu"] = name.decode() if isinstance(name, bytes) else str(name)
     for package in ("fastopt", "numba", "numba-cuda", "torch", "apex"):
         try:
-            found[package] = metadata.version(package)
+            facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return facts
 
 
 def main() -> None:
@@ -164,11 +164,11 @@ def main() -> None:
         for size in map(int, options.sizes):
             results = measure(name, size, options.bursts, options.steps)
             record["results"].setdefault(name, {})[str(size)] = results
-            for contender, found in results.items():
-                rate = found["GB/s"]
+            for contender, result in results.items():
+                rate = result["GB/s"]
                 print(
                     f"{name:<15} {size:>13,} {contender:<12} "
-                    f"{found['milliseconds']:>9.3f} ms  "
+                    f"{result['milliseconds']:>9.3f} ms  "
                     f"{'' if rate is None else f'{rate:,.0f} GB/s'}"
                 )
     if options.json:

@@ -102,24 +102,24 @@ def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
         for name, call in contenders.items():
             times[name].append(seconds(call))
     first = np.array(next(iter(times.values())))
-    found = {}
+    results = {}
     for name, these in times.items():
         low, median, high = np.quantile(np.array(these) / first, [0.25, 0.5, 0.75])
-        found[name] = {
+        results[name] = {
             "milliseconds": 1e3 * float(np.median(these)),
             "ratio": float(median),
             "quartiles": [float(low), float(high)],
         }
-    return found
+    return results
 
 
 def machine() -> dict[str, Any]:
-    found = {"date": str(date.today()), "python": platform.python_version()}
-    found |= {"cpu": cpu(), "caches": caches(), "huge pages": huge_pages()}
-    found["threads"] = str(available())
+    facts = {"date": str(date.today()), "python": platform.python_version()}
+    facts |= {"cpu": cpu(), "caches": caches(), "huge pages": huge_pages()}
+    facts["threads"] = str(available())
     for package in ("fastopt", "numpy", "torch", "torchjd"):
-        found[package] = metadata.version(package)
-    return found
+        facts[package] = metadata.version(package)
+    return facts
 
 
 def main() -> None:
@@ -135,9 +135,9 @@ def main() -> None:
     for size in map(int, options.sizes):
         J = gradients(options.tasks, size)
         for what, make in (("gram", gram_contenders), ("step", step_contenders)):
-            found = measure(make(J), options.rounds)
-            record["results"][f"{what} of {options.tasks} x {size:,}"] = found
-            for name, this in found.items():
+            results = measure(make(J), options.rounds)
+            record["results"][f"{what} of {options.tasks} x {size:,}"] = results
+            for name, this in results.items():
                 low, high = this["quartiles"]
                 print(
                     f"{what} of {options.tasks} x {size:<12,} {name:<32}"

@@ -78,23 +78,23 @@ def paragraphs(rule):
 
 
 def papers(rule):
-    """The papers that the first paragraph names: "authors year" and arXiv's number,
+    """The papers that the first paragraph mentions: "authors year" and arXiv's number,
     either of which may be missing."""
-    found, end, text = [], 0, " ".join(paragraphs(rule)[0].split())
+    mentions, end, text = [], 0, " ".join(paragraphs(rule)[0].split())
     for match in CITATION.finditer(text):
         if match["authors"]:
-            found.append([f"{match['authors']} {match['year']}", ""])
-        elif found and not found[-1][1] and ";" not in text[end : match.start()]:
-            found[-1][1] = match["arxiv"]
+            mentions.append([f"{match['authors']} {match['year']}", ""])
+        elif mentions and not mentions[-1][1] and ";" not in text[end : match.start()]:
+            mentions[-1][1] = match["arxiv"]
         else:
-            found.append(["", match["arxiv"]])
+            mentions.append(["", match["arxiv"]])
         end = match.end()
-    if not found:
+    if not mentions:
         raise ValueError(
             f"{rule.name}: the first paragraph of the docstring names no paper; write "
             f"'Kingma & Ba 2015' or 'arXiv:1412.6980', or both with a comma between"
         )
-    return found
+    return mentions
 
 
 def summary(rule):
@@ -220,15 +220,15 @@ def page(rule):
         latex.symbol(name)
     source = inspect.getsource(module(rule)).rstrip()
     about, *notes = [linked(escaped(paragraph)) for paragraph in paragraphs(rule)]
-    given = "params"
+    start = "params"
     if "lr" in rule.hyperparameters:
-        given += f", lr={defaults(rule)['lr']}"
+        start += f", lr={defaults(rule)['lr']}"
     elif rule is lookahead:
-        given = "fastopt.adamw(params)"
+        start = "fastopt.adamw(params)"
     parts = [
         f"# {called(rule)}",
         about,
-        code(f"opt = fastopt.{called(rule)}({given})\nopt.step(grads)" + more(rule)),
+        code(f"opt = fastopt.{called(rule)}({start})\nopt.step(grads)" + more(rule)),
         *notes,
         "## Options",
         options(rule, latex),
@@ -243,8 +243,8 @@ def page(rule):
         f"[fastopt/rules/{rule.name}.py](../../fastopt/rules/{rule.name}.py):",
         code(source),
     ]
-    made = f"<!-- Made by docs/make.py from fastopt/rules/{rule.name}.py. -->"
-    return "\n\n".join([made, *parts]) + "\n"
+    comment = f"<!-- Made by docs/make.py from fastopt/rules/{rule.name}.py. -->"
+    return "\n\n".join([comment, *parts]) + "\n"
 
 
 def code(text, language="python"):
@@ -305,16 +305,16 @@ def switched(names):
 
 def state(rule, formulas, latex):
     """The buffers, what they start at, and what is remembered beside them."""
-    found = {}  # a buffer -> the options of the variants that have it
+    buffers = {}  # a buffer -> the options of the variants that have it
     options = {rule: (), **{variant: on for on, variant in rule.variants.items()}}
     for section in formulas.sections:
         if section.what == "update":
-            of, symbols = section.rule, map(latex.symbol, section.names[2:])
-            for name, symbol in zip(of.state, symbols, strict=True):
-                row = f"`{name}`", math(symbol), begins(of.starts.get(name, 0))
-                found.setdefault(row, []).append(options[of])
+            owner, symbols = section.rule, map(latex.symbol, section.names[2:])
+            for name, symbol in zip(owner.state, symbols, strict=True):
+                row = f"`{name}`", math(symbol), begins(owner.starts.get(name, 0))
+                buffers.setdefault(row, []).append(options[owner])
     rows = []
-    for row, variants in found.items():
+    for row, variants in buffers.items():
         common = [n for n in variants[-1] if all(n in names for names in variants)]
         rows.append((*row, switched(common) or "always"))
     head = ("buffer", "in the formula", "starts at", "with")

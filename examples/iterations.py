@@ -64,7 +64,7 @@ def steps(opt, params, data, count, rng):
 
 def branches(data):
     """For each length the loss of a branch of one trunk, and of a cosine of its own."""
-    trunk, found = demo.mlp(0), {}
+    trunk, final_losses = demo.mlp(0), {}
     rng = np.random.default_rng(0)
     opt, costs = fastopt.sgd(trunk, lr=LR, momentum=0.9), [0, 0]
     for end in ENDS:
@@ -82,8 +82,8 @@ def branches(data):
         steps(cosine, alone, data, end, np.random.default_rng(0))
         costs = [costs[0] + ahead + decay, costs[1] + end]
         losses = [demo.evaluate(p, *data.train)[0] for p in (branch, alone)]
-        found[end] = before, *losses
-    return found, costs
+        final_losses[end] = before, *losses
+    return final_losses, costs
 
 
 def main():
@@ -100,10 +100,10 @@ def main():
         )
     print(f"  best at step {stop.best_look * EVERY}, to which the first went back")
 
-    found, costs = branches(data)
+    final_losses, costs = branches(data)
     print("\nAll images: training loss at the end of runs of several lengths")
     print("  steps  before the decay  after it  cosine")
-    for end, (before, after, cosine) in found.items():
+    for end, (before, after, cosine) in final_losses.items():
         print(f"  {end:<6} {before:<17.4f} {after:<9.4f} {cosine:.4f}")
     print(f"One trunk with its branches took {costs[0]} steps, the cosines {costs[1]}.")
 
@@ -116,8 +116,10 @@ def main():
     left.set(xlabel="steps", ylabel="loss")
     left.legend(frameon=False)
     names = "before the decay", "after it", "a cosine of this length"
-    for name, values in zip(names, zip(*found.values(), strict=True), strict=True):
-        right.loglog(list(found), values, "o-", label=name)
+    for name, values in zip(
+        names, zip(*final_losses.values(), strict=True), strict=True
+    ):
+        right.loglog(list(final_losses), values, "o-", label=name)
     right.set(xlabel="steps in the run", ylabel="training loss at its end")
     right.legend(frameon=False)
     return figure

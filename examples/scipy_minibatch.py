@@ -48,13 +48,13 @@ RUNS = [
 ]
 print(f"{'from':10}{'method':8}{'loss of all':>12}{'seen':>10}  how it ended")
 for data, fun, method, options in RUNS:
-    found = minimize(
+    result = minimize(
         fun, np.zeros(x.shape[1] + 1), (x, y), method, jac=True, options=options
     )
-    seen = found.nfev * (len(y) if fun is loss else BATCH)
+    seen = result.nfev * (len(y) if fun is loss else BATCH)
     name = method if isinstance(method, str) else method.rule.name
-    value = loss(found.x, x, y)[0]
-    print(f"{data:10}{name:8}{value:12.4f}{seen:10}  {found.message}")
+    value = loss(result.x, x, y)[0]
+    print(f"{data:10}{name:8}{value:12.4f}{seen:10}  {result.message}")
 
-right = (np.sign(x_test @ found.x[1:] + found.x[0]) == y_test).mean()
+right = (np.sign(x_test @ result.x[1:] + result.x[0]) == y_test).mean()
 print(f"test accuracy: {right:.3f} with the last of them")

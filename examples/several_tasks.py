@@ -76,19 +76,19 @@ def main():
     data = demo.digits()
     shares = (0.002, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
     front = [trained(lambda _, s=s: np.array([s, 1 - s]), data) for s in shares]
-    found = {name: trained(weigh, data) for name, weigh in methods().items()}
+    losses = {name: trained(weigh, data) for name, weigh in methods().items()}
 
     print(f"{'':<24}{'digits':>8}{'image':>10}")
     for share, (digit, image) in zip(shares, front, strict=True):
         print(f"{f'fixed {share:g} and {1 - share:g}':<24}{digit:8.3f}{image:10.5f}")
-    for name, (digit, image) in found.items():
+    for name, (digit, image) in losses.items():
         print(f"{name:<24}{digit:8.3f}{image:10.5f}")
 
     figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*front, strict=True), "o-", color="0.6", label="fixed weights")
     for marker, (name, (digit, image)) in zip(
-        "sDv^<>Xphd*", found.items(), strict=True
+        "sDv^<>Xphd*", losses.items(), strict=True
     ):
         axes.plot(digit, image, marker, label=name, markersize=7, alpha=0.8)
     axes.set(xscale="log", xlabel="loss of the digits")

@@ -49,12 +49,12 @@ def main():
     data = demo.digits()
     best, tried = {}, {}
     for algorithm, (make, first) in ALGORITHMS.items():
-        for schedule, of in SCHEDULES.items():
+        for schedule, rate_of in SCHEDULES.items():
             runs = {}
             for lr in first * 3.0 ** np.arange(4):
                 with np.errstate(all="ignore"):  # a rate may be too large
-                    found = [train(make, of(lr), s, data) for s in range(SEEDS)]
-                runs[lr] = np.nan_to_num(np.array(found), nan=np.inf)
+                    ends = [train(make, rate_of(lr), s, data) for s in range(SEEDS)]
+                runs[lr] = np.nan_to_num(np.array(ends), nan=np.inf)
             tried[algorithm, schedule] = {
                 lr: np.median(r[:, 0]) for lr, r in runs.items()
             }

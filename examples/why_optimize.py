@@ -36,7 +36,7 @@ def model(x, y, classes):
 
 def guesses(value_and_grad, shape, rng, near_the_best):
     """The least loss so far, after each guess."""
-    best, least, found = np.zeros(shape), np.inf, []
+    best, least, curve = np.zeros(shape), np.inf, []
     for _ in range(LOOKS):
         # The best of some spreads; of one for all, none is good for both.
         spread = 10 ** rng.uniform(-2, 0)
@@ -44,8 +44,8 @@ def guesses(value_and_grad, shape, rng, near_the_best):
         loss, _ = value_and_grad(guess)
         if loss < least:
             best, least = guess, loss
-        found.append(least)
-    return found
+        curve.append(least)
+    return curve
 
 
 def main():

@@ -106,14 +106,14 @@ class Optimizer(keras.optimizers.Optimizer):
         **options: Any,
     ):
         defaults = self.rule.hyperparameters
-        given = {n: options.pop(n) for n in {*options} & {*defaults} - {"lr"}}
+        hyperparameters = {n: options.pop(n) for n in {*options} & {*defaults} - {"lr"}}
         check_rate(learning_rate)
         if learning_rate is None:
             learning_rate = defaults.get("lr")
         if weight_decay is None:
             weight_decay = defaults.get("weight_decay")
         super().__init__(learning_rate, weight_decay=weight_decay, **options)
-        self.hyperparameters = given
+        self.hyperparameters = hyperparameters
 
     def __getattr__(self, name: str) -> Any:
         """Look up a hyperparameter of the rule that is no attribute of Keras's."""
@@ -159,34 +159,34 @@ class Optimizer(keras.optimizers.Optimizer):
             return
         missing, spared = [], set()
         for path in self._excluded["paths"]:
-            found = [v for v in variables if v.path == path] or [
+            matches = [v for v in variables if v.path == path] or [
                 v
                 for v in variables
                 if f"/{path}".endswith(f"/{v.path}")
                 or f"/{v.path}".endswith(f"/{path}")
             ]
-            if len(found) == 1:
-                spared.add(self._var_key(found[0]))
+            if len(matches) == 1:
+                spared.add(self._var_key(matches[0]))
             else:
                 missing.append(path)
         self._missing, self._spared = missing, frozenset(spared)
 
     def _new(self, decays: list[bool]) -> fastopt.Optimizer:
-        given: dict[str, Any] = dict(self.hyperparameters)
+        hyperparameters: dict[str, Any] = dict(self.hyperparameters)
         if "weight_decay" in self.rule.hyperparameters:
-            given["weight_decay"] = self._decay()
-            given["weight_decay_mask"] = list(decays)
+            hyperparameters["weight_decay"] = self._decay()
+            hyperparameters["weight_decay_mask"] = list(decays)
         self._lr = float(self.learning_rate)
         if self.rule.follows:  # the configuration has it: a run that was loaded goes on
             schedule = self._learning_rate
             scheduled = isinstance(schedule, LearningRateSchedule)
             first = self.rule.complete(
-                {**given, "lr": schedule if scheduled else self._lr}
+                {**hyperparameters, "lr": schedule if scheduled else self._lr}
             )
             follows = {name: float(first[name]) for name in self.rule.follows}
-            given |= follows
+            hyperparameters |= follows
             self.hyperparameters |= follows
-        return self.rule(self._tensors, lr=lambda steps: self._lr, **given)
+        return self.rule(self._tensors, lr=lambda steps: self._lr, **hyperparameters)
 
     # What Keras does before and after this is its own: clipping, accumulation of
     # gradients, moving averages, constraints, the count of iterations.
@@ -205,7 +205,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self._lr = float(learning_rate)
         if "weight_decay" in self.rule.hyperparameters:  # which may be set at any time
             self._optimizer.weight_decay = self._decay()
-        found: list[Any] = [None] * len(self._tensors)
+        gradients: list[Any] = [None] * len(self._tensors)
         for grad, variable in zip(grads, trainable_variables, strict=True):
             i = self._get_variable_index(variable)
             if place(variable.value) != place(self._tensors[i]):
@@ -214,8 +214,8 @@ class Optimizer(keras.optimizers.Optimizer):
                     f"another way, since this optimizer was built; compile the model "
                     f"again, with a new one"
                 )
-            found[i] = grad.detach().to(self._tensors[i].dtype).contiguous()
-        self._optimizer.step(found)
+            gradients[i] = grad.detach().to(self._tensors[i].dtype).contiguous()
+        self._optimizer.step(gradients)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         if "weight_decay" not in self.rule.hyperparameters:

@@ -276,9 +276,9 @@ class Method:
             lowest = lowest.lower(last)
             if ending is GRADIENT and not largest(last.jac) <= gtol:
                 last = now
-        found = last if ending is GRADIENT or not best else lowest
+        point = last if ending is GRADIENT or not best else lowest
         result = OptimizeResult(
-            **found._asdict(),
+            **point._asdict(),
             nit=opt.steps,
             nfev=objective.nfev,
             njev=objective.njev,
@@ -290,7 +290,7 @@ class Method:
         if disp:
             print(
                 f"{ending.message}\n"
-                f"         Current function value: {found.fun:f}\n"
+                f"         Current function value: {point.fun:f}\n"
                 f"         Iterations: {opt.steps}\n"
                 f"         Function evaluations: {objective.nfev}\n"
                 f"         Gradient evaluations: {objective.njev}"

@@ -478,11 +478,11 @@ def minimize(
     check_maker(opt)
     check_arrays("x0", x0)
     params = copied(x0, "x0")
-    made = opt(params, **hyperparameters)
-    check_made(made)
-    run = Run(made, params, steps)
+    optimizer = opt(params, **hyperparameters)
+    check_made(optimizer)
+    run = Run(optimizer, params, steps)
     # What a rule such as schedule_free_adamw trains is not what is to be used.
-    elsewhere = getattr(getattr(made, "rule", None), "evaluate", None) is not None
+    elsewhere = getattr(getattr(optimizer, "rule", None), "evaluate", None) is not None
     best = best and not elsewhere
     least, least_at, kept = math.inf, 0, None
     show = Progress(steps) if progress else None
@@ -494,7 +494,7 @@ def minimize(
                 f"but the gradient is one array; pass np.array(x0)"
             )
         run.losses.append(run.loss)
-        run.lrs.append(rate(made, getattr(made, "steps", run.steps)))
+        run.lrs.append(rate(optimizer, getattr(optimizer, "steps", run.steps)))
         if show is not None:
             show(run)
         if not math.isfinite(run.loss):
@@ -508,7 +508,7 @@ def minimize(
         if run.steps == steps:
             reason = f"all {steps} steps are done"
             break
-        made.step(run.grads)
+        optimizer.step(run.grads)
         run.steps += 1
     if show is not None:
         show.end()
@@ -520,7 +520,7 @@ def minimize(
         warnings.warn(f"minimize ended early: {reason}", RuntimeWarning, stacklevel=2)
     loss, at = run.loss, run.steps
     if elsewhere:
-        params = made.eval_params()
+        params = optimizer.eval_params()
         loss, _ = evaluated(value_and_grad, params)
     elif best:
         params, loss, at = kept, least, least_at
@@ -532,20 +532,20 @@ def minimize(
         losses=np.array(run.losses),
         lrs=np.array(run.lrs),
         reason=reason,
-        opt=made,
+        opt=optimizer,
     )
 
 
 def evaluated(
     value_and_grad: Callable[[Any], tuple[Any, Any]], params: Any
 ) -> tuple[float, Any]:
-    found = value_and_grad(params)
-    if not isinstance(found, tuple) or len(found) != 2 or not is_number(found[0]):
+    result = value_and_grad(params)
+    if not isinstance(result, tuple) or len(result) != 2 or not is_number(result[0]):
         raise TypeError(
             f"value_and_grad must return the loss, a number, and the gradients, got "
-            f"{found!r}"
+            f"{result!r}"
         )
-    return float(found[0]), found[1]
+    return float(result[0]), result[1]
 
 
 def are_numbers(tree: Any) -> bool:

@@ -447,13 +447,13 @@ class GradientNoiseScale:
 
 def vectors(name: str, tree: Any) -> dict[str, Array]:
     """The arrays of a tree by their paths, each in one dimension and float64."""
-    found = arrays_of(tree)
-    for path, array in found.items():
+    arrays = arrays_of(tree)
+    for path, array in arrays.items():
         if array is None:
             raise ValueError(f"there is no gradient at {path or 'all'}, but None")
     check_arrays(name, tree)
     return {
-        k: to_host(a, name + k).astype(np.float64).ravel() for k, a in found.items()
+        k: to_host(a, name + k).astype(np.float64).ravel() for k, a in arrays.items()
     }
 
 

@@ -26,14 +26,14 @@ def cpu() -> str:
 
 def caches() -> str:
     """Such as ``L1d 48K, L2 1024K, L3 32768K``, where Linux lists them."""
-    found = []
+    sizes = []
     for index in sorted(CPU.glob("index*")):
         level, kind, size = (
             (index / name).read_text().strip() for name in ("level", "type", "size")
         )
         letter = "" if kind == "Unified" else kind[0].lower()
-        found.append(f"L{level}{letter} {size}")
-    return ", ".join(found) or "unknown"
+        sizes.append(f"L{level}{letter} {size}")
+    return ", ".join(sizes) or "unknown"
 
 
 def huge_pages() -> str:
@@ -48,8 +48,8 @@ def machine(workers: dict[str, Worker]) -> dict[str, Any]:
     """Asked after the measurement, when the workers have loaded all that they use."""
     about = {name: worker.ask("about") for name, worker in workers.items()}
     versions: dict[str, str] = {"python": platform.python_version()}
-    for found in about.values():
-        versions |= found["versions"]
+    for answer in about.values():
+        versions |= answer["versions"]
     return {
         "date": str(date.today()),
         "cpu": cpu(),
@@ -59,5 +59,5 @@ def machine(workers: dict[str, Worker]) -> dict[str, Any]:
         "isa": cython_cpu.kernels().ISA,
         "os": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         "versions": versions,
-        "OpenMP": {name: found["OpenMP"] for name, found in about.items()},
+        "OpenMP": {name: answer["OpenMP"] for name, answer in about.items()},
     }

@@ -174,8 +174,8 @@ def memory_available() -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return float("inf")
-    found = dict(line.split(":") for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024.0
+    figures = dict(line.split(":") for line in lines)
+    return int(figures["MemAvailable"].split()[0]) * 1024.0
 
 
 def batches(
@@ -183,7 +183,7 @@ def batches(
 ) -> tuple[list[list[str]], dict[str, str]]:
     """Contenders that fit into memory together, each time with the reference, and why
     some fit in no such batch."""
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     too_large = {}
     room = 0.0
     for name in (name for name in needed if name != REFERENCE):
@@ -194,12 +194,12 @@ def batches(
                 f"{max(budget, 0) / 2**30:.1f} GiB may be used"
             )
             continue
-        if not found or needed[name] > room:
-            found.append([REFERENCE])
+        if not groups or needed[name] > room:
+            groups.append([REFERENCE])
             room = budget - needed[REFERENCE]
-        found[-1].append(name)
+        groups[-1].append(name)
         room -= needed[name]
-    return found, too_large
+    return groups, too_large
 
 
 # Rounds -----------------------------------------------------------------------------

@@ -187,11 +187,11 @@ def roofline(rows: list[Measured]) -> Figure:
 def curves_of(
     rows: list[Measured], value: Callable[[Measured, str], float]
 ) -> dict[str, Curve]:
-    found = {
+    curves = {
         name: {m.case.elements: value(m, name) for m in rows if name in m.timings}
         for name in CONTENDERS
     }
-    return {name: dict(sorted(curve.items())) for name, curve in found.items() if curve}
+    return {n: dict(sorted(curve.items())) for n, curve in curves.items() if curve}
 
 
 def save(measured: list[Measured], folder: Path) -> list[Path]:

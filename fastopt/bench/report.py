@@ -96,46 +96,46 @@ def cell(name: str, measured: Measured) -> Text:
 
 def tables(measured: list[Measured], width: int) -> list[Table]:
     """One for each rule and variant, or several where they would be too wide."""
-    found = []
+    pages = []
     at_once = max(1, (width - 27) // 16)
     for name, group in groupby(measured, key=lambda m: title(m.case)):
         columns = list(group)
         for start in range(0, len(columns), at_once):
-            found.append(table(name, columns[start : start + at_once]))
-    return found
+            pages.append(table(name, columns[start : start + at_once]))
+    return pages
 
 
 def table(name: str, columns: list[Measured]) -> Table:
-    made = Table(
+    rows = Table(
         "elements",
         title=name,
         caption="fastopt: time of a step. Others: multiples of it and their 95% "
         "intervals, [bold red]below 1: faster than fastopt[/]",
     )
     for column in columns:
-        made.add_column(shape(column.case), justify="right")
+        rows.add_column(shape(column.case), justify="right")
     for who in CONTENDERS:
         if any(who in column.timings for column in columns):
-            made.add_row(who, *(cell(who, column) for column in columns))
-    return made
+            rows.add_row(who, *(cell(who, column) for column in columns))
+    return rows
 
 
 def remarks(report: Report) -> list[str]:
     """Who is missing, where, and why: each sentence once."""
-    found = [f"{name} left out: {why}" for name, why in report.left_out.items()]
+    sentences = [f"{name} left out: {why}" for name, why in report.left_out.items()]
     for measured in report.measured:
         if not measured.timings:
-            found.append(f"{title(measured.case)} {shape(measured.case)} skipped")
+            sentences.append(f"{title(measured.case)} {shape(measured.case)} skipped")
         for name, why in measured.missing.items():
             where = title(measured.case)
             if why.startswith("needs"):  # memory, which is a matter of size
                 where += f", {shape(measured.case)}"
-            found.append(f"{where} without {name}: {why}")
-    return list(dict.fromkeys(found))
+            sentences.append(f"{where} without {name}: {why}")
+    return list(dict.fromkeys(sentences))
 
 
 def fingerprint(machine: dict[str, Any]) -> Table:
-    made = Table(title="measured on", show_header=False)
+    rows = Table(title="measured on", show_header=False)
     for name, value in machine.items():
         if isinstance(value, dict):
             lines = (
@@ -144,8 +144,8 @@ def fingerprint(machine: dict[str, Any]) -> Table:
                 if v
             )
             value = "\n".join(lines)
-        made.add_row(name, str(value))
-    return made
+        rows.add_row(name, str(value))
+    return rows
 
 
 # The README -------------------------------------------------------------------------

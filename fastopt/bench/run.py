@@ -51,14 +51,14 @@ def bench(cases: list[Case], names: list[str], rounds: int, folder: Path) -> Non
                 # Some contenders do not have the rule.
                 bars.update(bar, completed=before + rounds * effort(case))
             where = machine(workers)
-    found = report.Report(where, rounds, workers.left_out, measured)
-    report.write(found, folder / "bench.json")
+    results = report.Report(where, rounds, workers.left_out, measured)
+    report.write(results, folder / "bench.json")
     written = [folder / "bench.json", *pictures.save(measured, folder)]
 
     console.print(report.fingerprint(where))
     for table in report.tables(measured, console.width):
         console.print(table)
-    for remark in report.remarks(found):
+    for remark in report.remarks(results):
         console.print(remark, highlight=False, markup=False)
     names_written = ", ".join(path.name for path in written)
     console.print(

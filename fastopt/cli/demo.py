@@ -160,10 +160,10 @@ def compare(
         (naive.step, list(grads.views.values()), []),
     ]
     for _ in range(bursts):
-        for step, given, seconds in contenders:
+        for step, gradients, seconds in contenders:
             begin = perf_counter()
             for _ in range(burst):
-                step(given)
+                step(gradients)
             seconds.append((perf_counter() - begin) / burst)
     apart = max(abs(params[k] - p).max() for k, p in by_hand.items())
     difference = float(apart / abs(params.data).max())

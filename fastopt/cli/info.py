@@ -37,9 +37,9 @@ def availability(backend: str) -> str:
 
 def kernels() -> Iterator[tuple[str, str]]:
     """The compiled kernels: which are used, which could be, which are there."""
-    found = [module.name for module in pkgutil.iter_modules(fastopt.__path__)]
+    modules = [module.name for module in pkgutil.iter_modules(fastopt.__path__)]
     prefix = "_kernels_"
-    built = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    built = [name.removeprefix(prefix) for name in modules if name.startswith(prefix)]
     try:
         used = cython_cpu.kernels()
     except (ImportError, ValueError):  # above, under backends, it says why

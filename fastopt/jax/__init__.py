@@ -230,15 +230,15 @@ class Optimizer:
         }
 
         def first(name: str, leaf: Any) -> Any:
-            of = self.variant.starts.get(name, 0.0)
-            if of == "p":
+            start = self.variant.starts.get(name, 0.0)
+            if start == "p":
                 return jnp.array(leaf, copy=True)  # to be donated apart from it
-            value = as_dtype(now[of] if isinstance(of, str) else of, leaf.dtype)
-            return jnp.full_like(leaf, value)
+            value = now[start] if isinstance(start, str) else start
+            return jnp.full_like(leaf, as_dtype(value, leaf.dtype))
 
         carry = [
-            as_words(now[of] if isinstance(of, str) else of)
-            for of in self.variant.carry.values()
+            as_words(now[start] if isinstance(start, str) else start)
+            for start in self.variant.carry.values()
         ]
         shape = self._carry_shape(leaves)
         return State(
@@ -288,14 +288,14 @@ class Optimizer:
         ``jax.jit(opt.step, donate_argnums=(0, 2))``. It cannot be differentiated; under
         ``vmap`` the steps are done one after the other.
         """
-        given = {**hyperparameters, "grad_scale": grad_scale}
+        changes = {**hyperparameters, "grad_scale": grad_scale}
         leaves, tree = taken("params", params)
         self._check_mixed(leaves)
-        found = fitting("grads", grads, params)
+        gradients = fitting("grads", grads, params)
         state, buffers = self._fitting(state, params)
-        numbers = self._numbers(given, state.count)
+        numbers = self._numbers(changes, state.count)
         new, carry = self._call(
-            self.name, state.count + 1, numbers, state.carry, leaves, found, buffers
+            self.name, state.count + 1, numbers, state.carry, leaves, gradients, buffers
         )
         rebuilt = [jax.tree.unflatten(tree, array) for array in new]
         named = dict(zip(self.variant.state, rebuilt[1:], strict=True))
@@ -348,17 +348,17 @@ class Optimizer:
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} does not use estimates")
         buffer, _ = self.rule.estimate
-        found, tree = taken("grads", grads)
+        gradients, tree = taken("grads", grads)
         state, _ = self._fitting(state, grads, "grads")
         leaves = jax.tree.leaves(state.buffers[buffer])
         changes = {"grad_scale": grad_scale, **self._unit_lr}
         numbers = self._numbers(changes, state.count)
         (new,), _ = self._call(
             *(f"{self.name}.estimate", state.count + 1, numbers, state.carry),
-            *(leaves, found, []),
+            *(leaves, gradients, []),
         )
-        made = {**state.buffers, buffer: jax.tree.unflatten(tree, new)}
-        return state._replace(buffers=made)
+        buffers = {**state.buffers, buffer: jax.tree.unflatten(tree, new)}
+        return state._replace(buffers=buffers)
 
     # How ------------------------------------------------------------------------------
 
@@ -446,7 +446,7 @@ class Optimizer:
         static, traced = numbers
         order = [*self.rule.hyperparameters, "grad_scale"]
         places = np.array([order.index(key) for key in traced], np.int64)
-        given = [t, words([static.get(key, 0.0) for key in order])]
+        leading = [t, words([static.get(key, 0.0) for key in order])]
         streams, old = [list(params), *map(list, buffers)], carry
         for dtype in DTYPES:
             which = [k for k, param in enumerate(params) if param.dtype == dtype]
@@ -456,15 +456,15 @@ class Optimizer:
             rows = np.array(which) if self.variant.by_segment else np.arange(len(old))
             aliased = [stream[k] for stream in streams for k in which]
             operands = [
-                *(*given, old[rows] if len(rows) < len(old) else old),
+                *(*leading, old[rows] if len(rows) < len(old) else old),
                 *traced.values(),
                 *aliased[: len(which)],
                 *(grads[k] for k in which),
                 *aliased[len(which) :],
             ]
-            first = len(given) + 1 + len(traced)
+            first = len(leading) + 1 + len(traced)
             skipped = len(which)  # the gradients
-            aliases = {len(given): 0} | {
+            aliases = {len(leading): 0} | {
                 first + k + (skipped if k >= len(which) else 0): 1 + k
                 for k in range(len(aliased))
             }
@@ -491,7 +491,7 @@ class Optimizer:
         buffers: Sequence[Sequence[Any]],
     ) -> list[Any]:
         """In NumPy: XLA may contract a product and a sum, to other bits."""
-        rule, found = self.variant, []
+        rule, results = self.variant, []
         now = dict(static)
         for key, value in traced.items():
             default = rule.hyperparameters[key]
@@ -501,5 +501,5 @@ class Optimizer:
         scalars = rule.scalars(max(int(count), 1), *before, *values)
         for arrays in zip(leaves, *buffers, strict=True):
             arrays = tuple(map(np.asarray, arrays))
-            found.append(evaluate(rule, arrays, scalars, arrays[0].dtype))
-        return found
+            results.append(evaluate(rule, arrays, scalars, arrays[0].dtype))
+        return results

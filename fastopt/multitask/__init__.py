@@ -109,17 +109,17 @@ def gram(
     array([[5., 1.],
            [1., 2.]])
     """
-    given = checks.split_tasks("tasks", tasks)
+    trees = checks.split_tasks("tasks", tasks)
     if backend is None:
-        device = any(on_device(leaf) for _, leaf in leaves(given))
+        device = any(on_device(leaf) for _, leaf in leaves(trees))
         backend = backends.choose(passes.inner, device)
     module = backends.load(backend)
-    layout = checks.layout(given[0])
-    found: list[list[Any]] = []
-    for k, task in enumerate(given):
-        found.append([])
-        checks.collect(layout, task, "", found[k], f"tasks[{k}]", "tasks[0]")
-    paths = [path for path, _ in leaves(given[0])]
+    layout = checks.layout(trees[0])
+    gradients: list[list[Any]] = []
+    for k, task in enumerate(trees):
+        gradients.append([])
+        checks.collect(layout, task, "", gradients[k], f"tasks[{k}]", "tasks[0]")
+    paths = [path for path, _ in leaves(trees[0])]
     arrays = [
         [
             None
@@ -127,7 +127,7 @@ def gram(
             else checks.as_gradient(module, f"tasks[{k}]{path}", leaf)
             for path, leaf in zip(paths, task, strict=True)
         ]
-        for k, task in enumerate(found)
+        for k, task in enumerate(gradients)
     ]
     _check_rows(paths, arrays)
     threads = available() if threads is None else checks.check_threads(threads)
@@ -140,7 +140,7 @@ def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
     shape."""
     first: tuple[str, Any] | None = None
     for i, path in enumerate(paths):
-        of: tuple[str, Any] | None = None
+        same: tuple[str, Any] | None = None
         for k, task in enumerate(tasks):
             array, name = task[i], f"tasks[{k}]{path}"
             if array is None:
@@ -149,14 +149,14 @@ def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
                 raise TypeError(
                     f"{name} has dtype {array.dtype}; float32 or float64 is needed"
                 )
-            first, of = first or (name, array), of or (name, array)
+            first, same = first or (name, array), same or (name, array)
             if array.dtype != first[1].dtype:
                 raise TypeError(
                     f"{name} has dtype {array.dtype} but {first[0]} has "
                     f"{first[1].dtype}; convert it with .astype"
                 )
-            if array.shape != of[1].shape:
+            if array.shape != same[1].shape:
                 raise ValueError(
-                    f"{name} has shape {array.shape} but {of[0]} has {of[1].shape}"
+                    f"{name} has shape {array.shape} but {same[0]} has {same[1].shape}"
                 )
             checks.check_layout(name, array)

@@ -324,21 +324,21 @@ def imtl_g(gram: Any) -> Weights:
     roots, vectors = np.linalg.eigh(cosines[np.ix_(there, there)])
     none = roots <= DEPENDENT * len(roots) * roots[-1]
     along = vectors[:, ~none]
-    found = (along / roots[~none]) @ along.sum(0) * inverse
+    solution = (along / roots[~none]) @ along.sum(0) * inverse
     if none.any():
         # Weights of no effect: what they can be, as an orthonormal basis.
         idle, _ = np.linalg.qr(vectors[:, none] * inverse[:, None])
         if np.abs(vectors[:, none].sum(0)).max() < math.sqrt(DEPENDENT) * len(roots):
-            found = found - idle @ (found @ idle)
+            solution = solution - idle @ (solution @ idle)
         else:
-            found = idle @ idle.sum(0)
-    total, size = float(found.sum()), float(np.abs(found).sum())
+            solution = idle @ idle.sum(0)
+    total, size = float(solution.sum()), float(np.abs(solution).sum())
     if abs(total) <= DEPENDENT * len(roots) * size:
         raise ValueError(
             f"IMTL-G has no solution for the Gram matrix {gram!r}: the tasks are "
             f"linearly dependent, and weights with equal projections sum to 0"
         )
-    weights[there] = found / total
+    weights[there] = solution / total
     return weights
 
 
@@ -405,8 +405,8 @@ def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
     shortest = mgda(cosines)
     lost = max(0.0, STATIONARY - float(shortest @ cosines @ shortest))
     apart = cosines + lost * np.eye(len(cosines))
-    found = _fair(apart, norms ** (1 / alpha - 1), 1 / alpha) / norms
-    weights[there] = _projected(norms, cosines, found) if lost else found
+    solution = _fair(apart, norms ** (1 / alpha - 1), 1 / alpha) / norms
+    weights[there] = _projected(norms, cosines, solution) if lost else solution
     return weights
 
 
