@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
@@ -32,7 +32,8 @@ from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.refusals import is_function, items, named
 from fastopt.rule import check_hyperparameter
 
-# Types of fields that say which numbers are allowed.
+# Types of fields, which say what is allowed.
+Function = Callable[[Any], Any]
 Positive = float
 NonNegative = float  # at least 0
 Count = int  # at least 0; an int is at least 1
@@ -43,6 +44,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "int": lambda name, value: check_count(name, value, 1),
     "Count": lambda name, value: check_count(name, value, 0),
     "bool": lambda name, value: check_hyperparameter("", name, value, False),
+    "Sequence[int]": lambda name, value: _ascending(name, value),
+    "Sequence[Function]": lambda name, value: _callables(name, value),
 }
 
 
@@ -146,13 +149,8 @@ class multistep(Schedule):
     """
 
     lr: float
-    milestones: tuple[int, ...]
+    milestones: Sequence[int]
     gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        marks = _ascending("milestones", self.milestones)
-        object.__setattr__(self, "milestones", marks)
 
     def at(self, t: float) -> float:
         return self.lr * self.gamma ** bisect_right(self.milestones, t)
@@ -496,20 +494,17 @@ class join(Schedule):
     array([0. , 0.5, 1. , 0.5, 0. , 0. ])
     """
 
-    schedules: tuple[Callable[[Any], Any], ...]
-    boundaries: tuple[int, ...]
+    schedules: Sequence[Function]
+    boundaries: Sequence[int]
 
-    def __init__(
-        self, schedules: Iterable[Callable[[Any], Any]], boundaries: Iterable[int]
-    ) -> None:
-        parts, marks = _callables(schedules), _ascending("boundaries", boundaries)
-        if len(marks) != len(parts) - 1:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count, needed = len(self.boundaries), len(self.schedules) - 1
+        if count != needed:
             raise ValueError(
-                f"{len(parts)} schedules need {len(parts) - 1} boundaries between "
-                f"them, got {len(marks)}"
+                f"{needed + 1} schedules need {needed} boundaries between them, got "
+                f"{count}"
             )
-        object.__setattr__(self, "schedules", parts)
-        object.__setattr__(self, "boundaries", marks)
 
     def at(self, t: float) -> float:
         part = bisect_right(self.boundaries, t)
@@ -526,10 +521,7 @@ class product(Schedule):
     array([0.  , 0.25, 0.5 , 0.5 ])
     """
 
-    schedules: tuple[Callable[[Any], Any], ...]
-
-    def __init__(self, schedules: Iterable[Callable[[Any], Any]]) -> None:
-        object.__setattr__(self, "schedules", _callables(schedules))
+    schedules: Sequence[Function]
 
     def at(self, t: float) -> float:
         return math.prod(float(schedule(t)) for schedule in self.schedules)
@@ -551,16 +543,15 @@ def _ascending(name: str, values: Any) -> tuple[int, ...]:
     return marks
 
 
-def _callables(schedules: Any) -> tuple[Callable[[Any], Any], ...]:
-    parts = tuple(items("schedules", schedules, "callables of the step"))
+def _callables(name: str, values: Any) -> tuple[Function, ...]:
+    parts = tuple(items(name, values, "callables of the step"))
     if not parts:
-        raise ValueError("schedules is empty; give at least one")
+        raise ValueError(f"{name} is empty; give at least one")
     for i, part in enumerate(parts):
         if not is_function(part):
             number = isinstance(part, (int, float))
             advice = f"; for a number there is constant({part!r})" if number else ""
             raise TypeError(
-                f"schedules[{i}] must be a callable of the step, got "
-                f"{named(part)}{advice}"
+                f"{name}[{i}] must be a callable of the step, got {named(part)}{advice}"
             )
     return parts

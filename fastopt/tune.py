@@ -27,7 +27,7 @@ from fastopt.optimizer.refusals import (
 )
 from fastopt.optimizer.state import fill
 from fastopt.rule import check_hyperparameter
-from fastopt.training import arrays_of, evaluated, is_number
+from fastopt.training import arrays_of, check_at_least_zero, evaluated, is_number
 
 # The learning rate ------------------------------------------------------------------
 
@@ -213,10 +213,7 @@ def lr_range_test(
     check_function("value_and_grad", value_and_grad, RETURNS)
     if any("lr" not in group for group in opt.groups):
         raise TypeError(f"{opt.rule.name} has no lr to test")
-    lo, hi = (
-        float(check_hyperparameter("lr", name, value, 1.0))
-        for name, value in (("lo", lo), ("hi", hi))
-    )
+    lo, hi = check_at_least_zero("lo", lo), check_at_least_zero("hi", hi)
     if not 0 < lo < hi:
         raise ValueError(f"lo must be above 0 and below hi, got {lo!r} and {hi!r}")
     check_count("num", num, 3)
