@@ -8,12 +8,12 @@
 array([0.  , 0.01, 0.02])
 >>> opt = fastopt.sgd(np.ones(3), lr=lr, momentum=0.9)    # or any hyperparameter
 
-Each is a closed form of the step and remembers nothing, so a run that resumes at any
-step goes on with the same bits. Before the first step they are as at the first, since
-no step is made there, and after their end they stay as at the end. Where a docstring
-names schedules of others, they compute the same at every step from 0 on, but for what
-it says; at -1 optax' formulas of a cosine and of milestones at 0 give another number,
-and transformers' warm-ups one below zero.
+Each schedule is a closed form of the step and remembers nothing, so a run that resumes
+at any step continues with the same bits. Before step 0 a schedule has its value at step
+0, and after its end it keeps its last value. Where a docstring names the schedule of
+another package, both compute the same at every step from 0 on, except for what the
+docstring says. At step -1 optax' cosine and its milestones at 0 give another number,
+and transformers' warm-ups a negative one.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """What all schedules are: immutable, picklable, equal if their arguments are.
+    """The base of all schedules, which are immutable, picklable, and equal if their
+    arguments are.
 
     A subclass has its arguments as fields and its formula in ``at``. Numbers must be
-    finite; what counts steps must be an integer.
+    finite; counts of steps must be integers.
     """
 
     def __post_init__(self) -> None:
@@ -70,12 +71,12 @@ class Schedule:
     @overload
     def __call__(self, t: Array) -> Array: ...
     def __call__(self, t: float | Array) -> Any:
-        """The value when ``t`` steps are completed, so 0 for the first step.
+        """Return the value after ``t`` completed steps; ``t`` is 0 for the first step.
 
-        ``t`` may be a number, whole or not, or an array of them, which gives a float64
-        array of the same shape, element by element the same bits (it takes as long as a
-        loop over them). Inside ``jax.jit`` it may be traced: the value is the same,
-        rounded to float32 unless x64 is on, and computed by a callback to Python.
+        ``t`` may be a number, whole or not, or an array. An array gives a float64 array
+        of the same shape, whose elements have the same bits as single calls (it takes
+        as long as a loop). Inside ``jax.jit``, ``t`` may be traced: a callback to
+        Python computes the same value, rounded to float32 unless x64 is on.
         """
         if type(t) is int:  # as an optimizer asks, once in a step
             return self.at(t if t > 0 else 0)
@@ -113,7 +114,7 @@ def _left(x: float) -> float:
 
 @dataclass(frozen=True)
 class constant(Schedule):
-    """``lr``, always; such as a part of :class:`join` or :class:`product`."""
+    """Always ``lr``, for instance as a part of :class:`join` or :class:`product`."""
 
     lr: float
 
@@ -123,8 +124,8 @@ class constant(Schedule):
 
 @dataclass(frozen=True)
 class step(Schedule):
-    """``lr * gamma**(t // step_size)``: a jump every ``step_size`` steps. As torch's
-    StepLR.
+    """``lr * gamma**(t // step_size)``, which jumps every ``step_size`` steps, as
+    torch's StepLR does.
 
     >>> step(1.0, step_size=10)(np.array([0, 9, 10, 20]))
     array([1.  , 1.  , 0.1 , 0.01])
@@ -140,9 +141,9 @@ class step(Schedule):
 
 @dataclass(frozen=True)
 class multistep(Schedule):
-    """``lr`` times ``gamma`` for each of the ``milestones`` that is reached (``t`` is
-    at least as large). As torch's MultiStepLR and optax' piecewise_constant_schedule,
-    but that a milestone 0 counts from the first step on, which torch forgets.
+    """``lr`` times ``gamma`` for each of the ``milestones`` that ``t`` has reached. It
+    is the same as torch's MultiStepLR and optax' piecewise_constant_schedule, but a
+    milestone at 0 applies from the first step on; torch ignores it.
 
     >>> multistep(1.0, milestones=(10, 15))(np.array([9, 10, 15]))
     array([1.  , 0.1 , 0.01])
@@ -166,9 +167,9 @@ def _grown(value: float, gamma: float, times: float) -> float:
 
 @dataclass(frozen=True)
 class exponential(Schedule):
-    """``lr * gamma**((t - begin) / steps)``, or with ``staircase`` its exponent rounded
-    down; ``lr`` until ``begin``, and never beyond ``end``. As torch's ExponentialLR,
-    and as optax' exponential_decay, of which ``gamma`` is the decay_rate.
+    """``lr * gamma**((t - begin) / steps)``; ``staircase`` rounds the exponent down.
+    It is ``lr`` until ``begin``, and never goes beyond ``end``. It is the same as
+    torch's ExponentialLR, and optax' exponential_decay, which calls gamma decay_rate.
 
     >>> exponential(1.0, gamma=0.5, steps=10)(np.array([0, 10, 20]))
     array([1.  , 0.5 , 0.25])
@@ -192,8 +193,8 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class inverse_power(Schedule):
-    """``lr / (1 + c * t**p)``. The defaults give ``lr / (1 + sqrt(t))``, that of the
-    rule ``dynamic_gd`` (Zinkevich 2003); with ``p=1`` it is Keras' InverseTimeDecay.
+    """``lr / (1 + c * t**p)``. The defaults give ``lr / (1 + sqrt(t))``, the rate of
+    the rule ``dynamic_gd`` (Zinkevich 2003); ``p=1`` gives Keras' InverseTimeDecay.
 
     >>> inverse_power(1.0)(np.array([0, 1, 4]))
     array([1.        , 0.5       , 0.33333333])
@@ -212,8 +213,8 @@ class inverse_power(Schedule):
 @dataclass(frozen=True)
 class inverse_sqrt(Schedule):
     """Linear warmup to ``lr``, then ``lr * sqrt(timescale / (t - warmup +
-    timescale))``. As transformers' get_inverse_sqrt_schedule, with its default for the
-    time scale: ``warmup``, or 10000 without.
+    timescale))``. It is the same as transformers' get_inverse_sqrt_schedule, with the
+    same default for ``timescale``: ``warmup``, or 10000 if there is no warmup.
 
     >>> inverse_sqrt(1.0, warmup=4)(np.array([0, 2, 4, 16]))
     array([0. , 0.5, 1. , 0.5])
@@ -235,14 +236,14 @@ class inverse_sqrt(Schedule):
         return self.lr * math.sqrt(scale / (t - self.warmup + scale))
 
 
-# To an end --------------------------------------------------------------------------
+# With an end ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class polynomial(Schedule):
     """From ``lr`` to ``end`` in ``steps`` steps, as ``(1 - x)**power`` falls from 1 to
-    0; it starts after ``begin``. As optax' polynomial_schedule, and as torch's
-    PolynomialLR and transformers', of which the default for ``end`` is 1e-7.
+    0; it starts after ``begin``. It is the same as optax' polynomial_schedule, torch's
+    PolynomialLR, and transformers' schedule, whose default for ``end`` is 1e-7.
 
     >>> polynomial(1.0, steps=4, power=2)(np.arange(6))
     array([1.    , 0.5625, 0.25  , 0.0625, 0.    , 0.    ])
@@ -261,9 +262,9 @@ class polynomial(Schedule):
 
 @dataclass(frozen=True)
 class linear(Schedule):
-    """From ``lr`` to ``end`` in ``steps`` equal steps, after ``begin``. As optax'
-    linear_schedule; torch's LinearLR is ``linear(lr * start_factor, total_iters,
-    lr * end_factor)``.
+    """From ``lr`` to ``end`` in ``steps`` equal steps, after ``begin``. It is the same
+    as optax' linear_schedule; torch's LinearLR is ``linear(lr * start_factor,
+    total_iters, lr * end_factor)``.
 
     >>> linear(0.0, steps=4, end=1.0)(np.arange(6))      # a warmup
     array([0.  , 0.25, 0.5 , 0.75, 1.  , 1.  ])
@@ -281,11 +282,11 @@ class linear(Schedule):
 
 @dataclass(frozen=True)
 class cosine(Schedule):
-    """From ``lr`` to ``end`` in ``steps`` steps, along half a cosine, to a ``power``.
-    Loshchilov & Hutter 2017, arXiv:1608.03983. As optax' cosine_decay_schedule, of
-    which ``end`` is alpha times ``lr``. After the last step torch's CosineAnnealingLR
-    and transformers' go up again; this stays, as optax' does, for a rate that rises
-    after the end of a run is nobody's wish.
+    """From ``lr`` to ``end`` in ``steps`` steps, along half a cosine to a ``power``.
+    Loshchilov & Hutter 2017, arXiv:1608.03983. It is the same as optax'
+    cosine_decay_schedule, where ``end`` is alpha times ``lr``. After the last step it
+    stays at ``end``, as optax' does, because nobody wants a rate that rises after the
+    end of a run; torch's CosineAnnealingLR and transformers' schedule rise again.
 
     >>> cosine(1.0, steps=4)(np.arange(6)).round(3)
     array([1.   , 0.854, 0.5  , 0.146, 0.   , 0.   ])
@@ -305,12 +306,12 @@ class cosine(Schedule):
 @dataclass(frozen=True)
 class warmup_cosine(Schedule):
     """Linear from ``start`` to ``lr`` in ``warmup`` steps, then as :class:`cosine` in
-    the rest of ``steps``, which counts both. As optax' warmup_cosine_decay_schedule; as
-    transformers' get_cosine_schedule_with_warmup up to its end, after which that goes
-    up again.
+    the rest of ``steps``, which counts both. It is the same as optax'
+    warmup_cosine_decay_schedule, and up to its end as transformers'
+    get_cosine_schedule_with_warmup, which then rises again.
 
-    With ``start=0``, as they have it, the first step moves nothing; ``lr / warmup``
-    wastes none.
+    With ``start=0``, their default, the first step changes nothing; ``start=lr /
+    warmup`` wastes no step.
 
     >>> warmup_cosine(1.0, steps=6, warmup=2)(np.arange(8)).round(3)
     array([0.   , 0.5  , 1.   , 0.854, 0.5  , 0.146, 0.   , 0.   ])
@@ -338,12 +339,12 @@ class warmup_cosine(Schedule):
 
 @dataclass(frozen=True)
 class cosine_restarts(Schedule):
-    """A cosine from ``lr`` to ``end`` again and again: the first takes ``steps`` steps,
-    each next one ``mult`` times as many. Loshchilov & Hutter 2017, arXiv:1608.03983. As
-    torch's CosineAnnealingWarmRestarts when it is stepped; asked for a step directly,
-    torch finds the cycle by a logarithm, and the wrong one where that rounds down
-    (``mult=3`` at step 121 times the first cycle). transformers' hard restarts end at
-    0.
+    """A repeated cosine from ``lr`` to ``end``: the first cycle takes ``steps`` steps,
+    each later one ``mult`` times as many as the one before. Loshchilov & Hutter 2017,
+    arXiv:1608.03983. It is the same as torch's CosineAnnealingWarmRestarts when that is
+    stepped. If torch is given a step, it finds the cycle by a logarithm, and finds the
+    wrong one where that rounds down (``mult=3`` at step 121 times the first cycle).
+    transformers' hard restarts end at 0.
 
     >>> cosine_restarts(1.0, steps=2, mult=2)(np.arange(7)).round(3)
     array([1.   , 0.5  , 1.   , 0.854, 0.5  , 0.146, 1.   ])
@@ -370,11 +371,11 @@ class onecycle(Schedule):
     ``pct_start * steps``, and down to ``lr / div_factor / final_div_factor`` at the
     last of ``steps`` steps. Smith & Topin 2018, arXiv:1708.07120.
 
-    As torch's OneCycleLR, which fails where the way up has no step and rises after the
-    end; this starts at the top, and stays. optax' cosine_onecycle_schedule reaches its
-    end one step later, when no step is left that would use it.
+    torch's OneCycleLR is the same, but it fails if the way up has no step, and rises
+    after the end; this schedule then starts at the top, and stays at the end. optax'
+    cosine_onecycle_schedule reaches its end one step later, when no step can use it.
 
-    For a momentum that goes from 0.95 to 0.85 and back meanwhile:
+    For a momentum that goes from 0.95 to 0.85 and back in the same steps:
     ``onecycle(0.85, steps, div_factor=0.85 / 0.95, final_div_factor=1)``.
 
     >>> onecycle(1.0, steps=10)(np.array([0, 2, 5, 9])).round(3)
@@ -406,9 +407,10 @@ class onecycle(Schedule):
 @dataclass(frozen=True)
 class cyclic(Schedule):
     """Linear from ``lr`` up to ``max_lr`` in ``steps_up`` steps and down in
-    ``steps_down`` (by default as many), again and again. Smith 2017, arXiv:1506.01186.
-    As torch's CyclicLR with its modes: the way above ``lr`` is "triangular", halves
-    with each cycle in "triangular2", or is times ``gamma**t`` in "exp_range".
+    ``steps_down`` (by default as many), repeatedly. Smith 2017, arXiv:1506.01186. It is
+    the same as torch's CyclicLR with its modes: the height above ``lr`` stays the same
+    in "triangular", halves with each cycle in "triangular2", and is multiplied by
+    ``gamma**t`` in "exp_range".
 
     For a momentum that goes the other way: ``cyclic(0.9, max_lr=0.8)``.
 
@@ -446,8 +448,8 @@ class wsd(Schedule):
     ``shape`` "cosine", "linear" or "1-sqrt". Hu et al. 2024, arXiv:2404.06395; a fifth
     to a tenth of the run is a usual decay (Hägele et al. 2024, arXiv:2405.18392).
 
-    As transformers' get_wsd_schedule with its linear warmup, of which min_lr_ratio
-    times ``lr`` is both ``start`` and ``end``.
+    It is the same as transformers' get_wsd_schedule with its linear warmup, where
+    ``start`` and ``end`` are both min_lr_ratio times ``lr``.
 
     >>> wsd(1.0, steps=8, decay=4, warmup=2, shape="linear")(np.arange(9))
     array([0.  , 0.5 , 1.  , 1.  , 1.  , 0.75, 0.5 , 0.25, 0.  ])
@@ -481,14 +483,14 @@ class wsd(Schedule):
         return _mix(self.end, self.lr, left)
 
 
-# Of others --------------------------------------------------------------------------
+# Of other schedules -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class join(Schedule):
-    """One schedule after the other: each begins anew, at its 0, at its boundary. As
-    optax' join_schedules and torch's SequentialLR. They may be any callables of the
-    step.
+    """One schedule after another; each starts at its step 0 at its boundary. It is the
+    same as optax' join_schedules and torch's SequentialLR. The schedules may be any
+    callables of the step.
 
     >>> join([linear(0.0, 2, end=1.0), cosine(1.0, 2)], [2])(np.arange(6))
     array([0. , 0.5, 1. , 0.5, 0. , 0. ])
@@ -514,8 +516,9 @@ class join(Schedule):
 
 @dataclass(frozen=True)
 class product(Schedule):
-    """The product of schedules, such as a warmup from 0 to 1 of any other. As torch's
-    ChainedScheduler, of factors. They may be any callables of the step.
+    """The product of schedules, for instance of a warmup from 0 to 1 and another one.
+    It is the same as torch's ChainedScheduler of factors. The schedules may be any
+    callables of the step.
 
     >>> product([linear(0.0, 2, end=1.0), constant(0.5)])(np.arange(4))
     array([0.  , 0.25, 0.5 , 0.5 ])

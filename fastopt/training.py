@@ -1,4 +1,4 @@
-"""A loop that minimizes, and what ends one early or makes its steps smaller."""
+"""A loop that minimizes, and callbacks that end it early or reduce its steps."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def is_number(value: Any) -> bool:
 
 
 def improves(metric: Any, best: float | None, mode: str, margin: float) -> bool:
-    """Whether a metric is better than the best by more than a margin. What is not
-    finite never is: no run has learned anything at NaN, nor at an infinity."""
+    """Return whether a metric is better than the best by more than a margin. NaN and
+    infinities never are."""
     if not is_number(metric):
         raise TypeError(f"metric must be a number, got {metric!r}")
     value = float(metric)
@@ -55,13 +55,13 @@ def check_at_least_zero(name: str, value: Any) -> float:
 
 
 class Watch:
-    """What a metric was so far, and when it was best."""
+    """Remembers what a metric was, and when it was best."""
 
     best: float | None
     _nothing: ClassVar[Mapping[str, Any]]  # what is remembered before the first look
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget all metrics."""
         vars(self).update(self._nothing)  # at the same instant
 
     def _begin(self, run: Any) -> None:
@@ -76,11 +76,11 @@ class Watch:
             self.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, in plain numbers and arrays."""
+        """Return what is remembered, as numbers and arrays."""
         return {name: getattr(self, name) for name in self._nothing}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Continue from a :meth:`state_dict`."""
         if not isinstance(saved, Mapping) or saved.keys() != self._nothing.keys():
             got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
             raise TypeError(f"expected the keys {', '.join(self._nothing)}; got {got}")
@@ -93,42 +93,43 @@ class Watch:
 
 class ReduceLROnPlateau(Watch):
     """Multiply the learning rates by ``factor`` when a metric has not improved for more
-    than ``patience`` looks at it: at the look ``patience + 1``, as torch counts.
+    than ``patience`` looks, so at look ``patience + 1``, as torch counts.
 
     Parameters
     ----------
     mode
-        Whether less is better, "min", or more, "max".
+        "min" if less is better, "max" if more is.
     factor
-        Between 0 and 1.
+        A number between 0 and 1.
     patience
-        How many looks without an improvement are tolerated.
+        The number of looks without an improvement that are tolerated.
     threshold, threshold_mode
-        An improvement is more than ``threshold * abs(best)``, "rel", or more than
-        ``threshold``, "abs". torch multiplies ``best`` by ``1 - threshold``, and then a
-        metric below 0 that stands still improves at every look (pytorch#47513).
+        An improvement must be more than ``threshold * abs(best)`` in the mode "rel",
+        and more than ``threshold`` in "abs". torch multiplies ``best`` by ``1 -
+        threshold``, so a constant metric below 0 improves at every look
+        (pytorch#47513).
     cooldown
-        So many looks after a reduction do not count.
+        The number of looks after a reduction that do not count.
     min_lr
-        No rate is made lower than this. There is no least change, torch's ``eps``.
+        The least learning rate. There is no least change, torch's ``eps``.
 
     Attributes
     ----------
     best
-        The best metric, None before the first.
+        The best metric; None before the first one.
     bad, cooling
-        Looks without an improvement since the last one or a reduction; looks that are
-        still not to count.
+        The number of looks since the last improvement or reduction, and the number of
+        coming looks that will not count.
 
     Raises
     ------
     TypeError, ValueError
-        For anything that does not fit.
+        For invalid arguments.
 
     Notes
     -----
     A metric that is NaN or infinite is no improvement. The learning rates must be
-    numbers: a schedule has its own idea of them. The optimizer's state has them.
+    numbers, not schedules. They are saved with the optimizer's state, not here.
 
     Example
     -------
@@ -168,7 +169,7 @@ class ReduceLROnPlateau(Watch):
         self.reset()
 
     def step(self, metric: float, opt: Any) -> bool:
-        """Look at a metric; whether learning rates of the optimizer were reduced."""
+        """Look at a metric; return whether it reduced learning rates of ``opt``."""
         if isinstance(opt, type) or getattr(opt, "groups", None) is None:
             instead = "use torch.optim.lr_scheduler.ReduceLROnPlateau"
             raise no_optimizer(opt, instead)
@@ -215,36 +216,35 @@ class ReduceLROnPlateau(Watch):
 
 
 class EarlyStopping(Watch):
-    """Stop when a metric has not improved for ``patience`` looks in a row: at the look
+    """Stop when a metric has not improved for ``patience`` looks in a row, so at look
     ``patience``, as Keras and Lightning count.
 
     Parameters
     ----------
     patience
-        At least 1.
+        The number of looks, at least 1.
     min_delta
-        An improvement is more than this.
+        An improvement must be more than this.
     mode
-        Whether less is better, "min", or more, "max".
+        "min" if less is better, "max" if more is.
 
     Attributes
     ----------
     best, best_look, best_params
-        The best metric, None before the first; at which look it was, the first being 0;
-        and a copy of the parameters there, in their structure, if ``step`` was given
-        them.
+        The best metric, None before the first one; its look, counted from 0; and a copy
+        of the parameters at that look, in their structure, if ``step`` got them.
     looks, wait
-        How many there were; how many of them since the best.
+        The number of looks, and the number of looks since the best one.
 
     Raises
     ------
     TypeError, ValueError
-        For anything that does not fit.
+        For invalid arguments.
 
     Notes
     -----
-    A metric that is NaN or infinite is no improvement, whatever came before. For a
-    noisy metric there are other criteria: Prechelt 1998, "Early stopping, but when?".
+    A metric that is NaN or infinite is no improvement. For other criteria, which suit
+    noisy metrics, see Prechelt 1998, "Early stopping, but when?".
 
     Example
     -------
@@ -270,7 +270,7 @@ class EarlyStopping(Watch):
         self.reset()
 
     def step(self, metric: float, params: Any = None) -> bool:
-        """Look at a metric; whether to stop. If it is best, parameters are copied."""
+        """Look at a metric; return whether to stop. Copy ``params`` if it is best."""
         changes: dict[str, Any] = {"looks": self.looks + 1, "wait": self.wait + 1}
         if improves(metric, self.best, self.mode, self.min_delta):
             changes |= {"best": float(metric), "best_look": self.looks, "wait": 0}
@@ -281,7 +281,7 @@ class EarlyStopping(Watch):
         return self.wait >= self.patience
 
     def restore(self, params: Any) -> None:
-        """Write the best parameters into these, whether it was stopped or not."""
+        """Write the best parameters into ``params``."""
         if self.best_params is None:
             raise ValueError(
                 "there are no best parameters: step() was not given them, or no metric "
@@ -302,7 +302,7 @@ class EarlyStopping(Watch):
 
 
 def copied(tree: Any, name: str = "params") -> Any:
-    """A copy of arrays in their structure, in host memory; flat what was."""
+    """Return a copy of a tree of arrays in host memory. Flat buffers stay flat."""
     copies = (
         flatten(x.views) if isinstance(x, FlatBuffer) else to_host(x, name + path)
         for path, x in leaves(tree)
@@ -327,13 +327,13 @@ def write(tree: Any, values: Any) -> None:
 
 
 def writeable(name: str, leaf: Any) -> Any:
-    """An array in the very memory of this one, to write into."""
+    """Return a writeable array that shares the memory of ``leaf``."""
     tensor = leaf.detach() if hasattr(leaf, "detach") else leaf  # torch's parameters
     if on_device(tensor):
         array = backends.load("cuda").as_array(name, tensor)
         check_layout(name, array)
     else:
-        # NumPy may call the memory of a tensor read-only that it gets by DLPack.
+        # NumPy may treat a tensor that it gets by DLPack as read-only.
         array = as_array(name, tensor if tensor is leaf else tensor.numpy())
     if read_only(tensor) or read_only(array):
         raise ValueError(f"{name} is read-only; pass an array that can be written to")
@@ -341,24 +341,24 @@ def writeable(name: str, leaf: Any) -> Any:
 
 
 def arrays_of(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their paths, those of a flat buffer, too."""
+    """Return the arrays of a tree, or of a flat buffer, by their paths."""
     return dict(leaves(expanded(tree)))
 
 
 @dataclass
 class Run:
-    """What callbacks of :func:`minimize` are given, after each evaluation.
+    """The argument of the callbacks of :func:`minimize`, after each evaluation.
 
     Attributes
     ----------
     opt, params
         The optimizer, and the parameters that it updates.
     total, steps
-        How many steps there are to be, and how many are completed.
+        The number of planned steps, and of completed ones.
     loss, grads
-        What ``value_and_grad`` said of the parameters as they are.
+        What ``value_and_grad`` returned for the present parameters.
     losses, lrs
-        The losses so far, and the learning rate (of the first group) at each, before
+        The losses so far, and the learning rates of the first group at these, before
         the callbacks.
     """
 
@@ -381,12 +381,13 @@ class Result:
     params, loss
         The parameters, in the structure of ``x0``, and their loss.
     step, steps
-        After how many steps these parameters were, and how many were made.
+        The number of steps after which the parameters had these values, and the number
+        of all steps.
     losses, lrs
-        ``losses[i]`` is the loss after ``i`` steps, ``lrs[i]`` the learning rate there,
-        of the first group; NaN if a rule has none.
+        ``losses[i]`` is the loss after ``i`` steps, ``lrs[i]`` the learning rate of the
+        first group there; NaN if the rule has none.
     reason
-        Why it ended, in words.
+        Why the run ended, in words.
     opt
         The optimizer. It holds the last parameters, which need not be the best.
     """
@@ -418,42 +419,42 @@ def minimize(
     ----------
     value_and_grad
         ``value_and_grad(params) -> (loss, grads)``, both at these parameters, which it
-        must not change. It may draw a batch of its data at each call.
+        must not change. It may draw a new batch at each call.
     x0
-        Where to start: an array, a list or dict of arrays, nested too, or a
+        The start: an array, a list or dict of arrays, which may be nested, or a
         ``FlatBuffer``. It is copied.
     opt
-        A rule, such as ``fastopt.adam``, or whatever makes an optimizer of parameters:
-        ``lambda params: fastopt.Lookahead(fastopt.adam(params))``.
+        A rule, such as ``fastopt.adam``, or a function that makes an optimizer of
+        parameters: ``lambda params: fastopt.Lookahead(fastopt.adam(params))``.
     steps
-        How many to make at most, 0 or more.
+        The largest number of steps, 0 or more.
     callbacks
-        Each is called with a :class:`Run` after every evaluation, before the step that
-        uses it; if one returns something true, there is no step more. So may be passed
-        an :class:`EarlyStopping`, a :class:`ReduceLROnPlateau` or a function of yours,
-        such as one that looks at data for validation.
+        Functions that are called with a :class:`Run` after every evaluation, before the
+        step that uses it. If one returns something true, the run ends. An
+        :class:`EarlyStopping`, a :class:`ReduceLROnPlateau`, or your own function, such
+        as one that validates, can be callbacks.
     best
-        Return the parameters with the least loss. It takes a copy of them at each
-        improvement. False: return the last, such as where batches make losses noisy.
+        Whether to return the parameters with the least loss, which are copied at each
+        improvement, or the last ones, for instance if batches make losses noisy.
     progress
         Show steps, loss and learning rate on the standard error, ten times a second.
     **hyperparameters
-        Of the rule, and what else it takes: ``lr=0.1, ema=0.999, backend="numba"``.
+        Arguments for the rule: ``lr=0.1, ema=0.999, backend="numba"``.
 
     Raises
     ------
     TypeError, ValueError
-        For anything that does not fit.
+        For invalid arguments.
     FloatingPointError
-        If the loss is NaN or infinite at ``x0``. Later that ends the run, with a
-        RuntimeWarning; the best parameters until then are returned, or the last if
+        If the loss is NaN or infinite at ``x0``. Such a loss later ends the run with a
+        RuntimeWarning, and the best parameters so far are returned, or the last ones if
         ``best`` is False or the rule is evaluated elsewhere.
 
     Notes
     -----
-    ``value_and_grad`` is called once more than there are steps. A rule that is
-    evaluated elsewhere than it is trained (``schedule_free_*``) returns what
-    ``eval_params()`` does at the end, and their loss takes another call.
+    ``value_and_grad`` is called once more than there are steps. For a rule that is
+    evaluated elsewhere than it is trained (``schedule_free_*``), the result has
+    ``eval_params()`` at the end, and another call computes their loss.
 
     Example
     -------
@@ -481,7 +482,7 @@ def minimize(
     optimizer = opt(params, **hyperparameters)
     check_made(optimizer)
     run = Run(optimizer, params, steps)
-    # What a rule such as schedule_free_adamw trains is not what is to be used.
+    # A rule such as schedule_free_adamw trains other parameters than those to use.
     elsewhere = getattr(getattr(optimizer, "rule", None), "evaluate", None) is not None
     best = best and not elsewhere
     least, least_at, kept = math.inf, 0, None
@@ -549,7 +550,7 @@ def evaluated(
 
 
 def are_numbers(tree: Any) -> bool:
-    """Whether this is a list, nested too, of numbers alone."""
+    """Return whether this is a list of numbers, which may be nested."""
     numbers = all(
         isinstance(leaf, (float, int, np.generic)) for _, leaf in leaves(tree)
     )
@@ -568,7 +569,7 @@ def name_of(callback: Any) -> str:
 
 
 class Progress:
-    """A line on the standard error that says how far a run is."""
+    """A line on the standard error that shows the progress of a run."""
 
     def __init__(self, total: int):
         self.total, self.due = total, -math.inf

@@ -1,5 +1,5 @@
-"""What to set: the learning rate, by a range test; the batch size, by the gradients'
-noise; and the one when the other changes."""
+"""Choose the learning rate by a range test, the batch size by the noise of gradients,
+and hyperparameters for another batch size."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ DONE = 0.9  # the share of the fall after which there is little more to gain
 
 @dataclass(frozen=True)
 class LRRangeTest:
-    """What :func:`lr_range_test` saw.
+    """The result of :func:`lr_range_test`.
 
     Attributes
     ----------
     lrs, losses
         The rates that were tried, and the loss after a step with each.
     smoothed
-        The losses, none above where they started, averaged with their neighbours before
-        and after. An average of those before alone would lag behind, and move what is
-        suggested to larger rates.
+        The losses, at most ``start``, averaged with their neighbours before and after.
+        An average of earlier losses alone would lag behind, and move the suggestion to
+        larger rates.
     start
-        The loss where they started.
+        The loss before the first step.
     diverged
-        Whether the test ended because the loss did.
+        Whether the test ended because the loss diverged.
     """
 
     lrs: Array
@@ -64,17 +64,17 @@ class LRRangeTest:
         Parameters
         ----------
         how
-            "valley": the least rate at which nine tenths of the fall are done.
-            (fastai's of this name is the middle of the longest fall; it depends on
-            ``lo``.) "steepest": where the loss falls fastest over the logarithm of the
-            rate, and "minimum": a tenth of the rate with the least loss; both as others
-            have them, and both far too careful for short runs (see docs/strategy.md).
+            "valley" is the least rate at which the loss has fallen by nine tenths of
+            its fall. (fastai's valley is the middle of the longest fall, which depends
+            on ``lo``.) "steepest" is where the loss falls fastest over the logarithm of
+            the rate, and "minimum" a tenth of the rate with the least loss. Both are
+            common, and far too careful for short runs (see docs/strategy.md).
 
         Raises
         ------
         ValueError
-            If the test cannot say: there is no fall, none that stands out of the noise,
-            or no end of it.
+            If the loss does not fall, its fall does not stand out of the noise, or it
+            still falls at the end.
         """
         check_choice("how", how, "valley", "steepest", "minimum")
         lrs, s = self.lrs, self.smoothed
@@ -85,8 +85,8 @@ class LRRangeTest:
             )
         least = int(s.argmin())
         fall = float(s[: least + 1].max() - s[least])
-        # Of neighbours, which have all but the same rate; the median sees no fall. The
-        # average of some has half of it, and its range over all of them twice that.
+        # Neighbours have almost the same rate, and the median ignores the fall. The
+        # averages have half of this noise, and range over twice that.
         noise = float(np.median(abs(np.diff(self.losses))))
         if not fall > max(2 * noise, 1e-9 * abs(self.start)):
             raise ValueError(
@@ -107,9 +107,9 @@ class LRRangeTest:
         return float(lrs[np.argmax(s <= s[: least + 1].max() - DONE * fall)])
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw the losses over the rates, and what is suggested; return the axes.
+        """Draw the losses over the rates, and the suggestions; return the axes.
 
-        Without ``axes``, matplotlib's, into a figure of its own:
+        ``axes`` are matplotlib's; without them, it makes a figure:
         ``result.plot().figure.savefig("range.png")``.
         """
         if axes is None:
@@ -120,11 +120,11 @@ class LRRangeTest:
         for how, color in colors.items():
             try:
                 lr = self.suggestion(how)
-            except ValueError:  # there is none to be drawn
+            except ValueError:  # there is no suggestion to draw
                 continue
             axes.axvline(lr, color=color, label=f"{how}: {lr:.2g}")
         low, high = min([self.start, *self.losses]), self.start
-        if low < high:  # what diverges would leave no height for all else
+        if low < high:  # losses that diverge would leave no height for the others
             axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
         axes.set_xlabel("learning rate")
         axes.set_ylabel("loss")
@@ -151,11 +151,11 @@ def lr_range_test(
     diverge: float = 4.0,
     rng: Any = None,
 ) -> LRRangeTest:
-    """Make steps with ever larger learning rates, and see what becomes of the loss.
-    Smith 2017, arXiv:1506.01186.
+    """Make steps with ever larger learning rates, and record the loss. Smith 2017,
+    arXiv:1506.01186.
 
-    The optimizer is as before at the end, however that comes: parameters, state, count
-    and learning rates.
+    At the end, also after an error, the optimizer is restored: its parameters, state,
+    number of steps and learning rates.
 
     Parameters
     ----------
@@ -163,18 +163,19 @@ def lr_range_test(
         ``value_and_grad(params) -> (loss, grads)`` of a batch, as for ``minimize``; the
         parameters are those of ``opt``, in the structure that it was given.
     opt
-        An optimizer. In each group the rate is the tested one.
+        An optimizer. The test sets the rate in each of its groups.
     lo, hi, num
-        The first rate, the last, and how many, evenly spaced in the logarithm.
+        The first and the last rate, and their number; they are evenly spaced in the
+        logarithm.
     smooth
-        How much of the average is its neighbours', in [0, 1).
+        The weight of neighbours in the average, in [0, 1).
     diverge
-        The test ends when the loss, averaged over those before, has risen above its
-        least by ``diverge - 1`` times the magnitude of that, or the fall to it if that
-        is more; and when it is not finite.
+        The test ends when the running average of the loss has risen above its least
+        value by ``diverge - 1`` times the magnitude of that value, or times the fall to
+        it if that is larger; and when the loss is not finite.
     rng
-        The generator of which batches are drawn, to be put back, too: NumPy's, torch's
-        or Python's, or a list of some. An iterator cannot be put back.
+        The generator that draws batches, which is restored, too: NumPy's, torch's or
+        Python's, or a list of generators. An iterator cannot be restored.
 
     Returns
     -------
@@ -190,10 +191,10 @@ def lr_range_test(
 
     Notes
     -----
-    A loss is of the parameters after the step with its rate, and of the next batch.
-    ``value_and_grad`` is called once more than there are rates. A rule that finds its
-    rate itself (``prodigy``, ``dog``) has no use for this. Of ``Muon`` it is the rate
-    of the matrices that is tested.
+    Each loss is that of the next batch, at the parameters after the step with its rate.
+    ``value_and_grad`` is called once more than there are rates. Rules that find their
+    rate themselves (``prodigy``, ``dog``) do not need this test. With ``Muon``, it
+    tests the rate of the matrices.
 
     Example
     -------
@@ -223,7 +224,7 @@ def lr_range_test(
         raise ValueError(f"diverge must be above 1, got {diverge!r}")
     params = opt._params.trees if opt._params.grouped else opt._params.trees[0]
     lrs, losses, diverged = [], [], False
-    # That numbers overflow at some rate is what the test is for.
+    # The test is meant to reach rates at which numbers overflow.
     with put_back(opt, rng), np.errstate(over="ignore", invalid="ignore"):
         first, grads = evaluated(value_and_grad, params)
         if not math.isfinite(first):
@@ -242,7 +243,7 @@ def lr_range_test(
             losses.append(loss)
             total, weight = smooth * total + loss, smooth * weight + 1
             least = min(least, total / weight)
-            # Not a multiple of the least alone: that may be next to 0, or below.
+            # The least loss may be near 0, or below, so a multiple of it is no bound.
             if total / weight > least + (diverge - 1) * max(abs(least), first - least):
                 diverged = True
                 break
@@ -261,7 +262,7 @@ def both_ways(values: Array, beta: float) -> Array:
 
 @contextmanager
 def put_back(opt: Any, rng: Any) -> Iterator[None]:
-    """Afterwards, the optimizer and its parameters, and generators, are as before."""
+    """Restore the optimizer, its parameters, and generators at the end."""
     generators = list(rng) if isinstance(rng, (list, tuple)) else [rng]
     undo = [going_back(one) for one in generators if one is not None]
     arrays = opt._params.arrays
@@ -286,7 +287,7 @@ def put_back(opt: Any, rng: Any) -> Iterator[None]:
 
 
 def going_back(rng: Any) -> Callable[[], None]:
-    """What puts a generator back to where it is now."""
+    """Return a function that restores the present state of a generator."""
     if hasattr(getattr(rng, "bit_generator", None), "state"):  # numpy.random has none
         state = rng.bit_generator.state
         return lambda: setattr(rng.bit_generator, "state", state)
@@ -305,34 +306,35 @@ class GradientNoiseScale:
     |G|^2``, for the covariance C of the gradients of single examples and their mean G.
     McCandlish et al. 2018, arXiv:1812.06162.
 
-    With batches of B a run takes twice the steps, and twice the examples, that it needs
-    at least: much smaller ones waste steps, much larger ones examples. It grows as the
-    loss falls, so measure more than once in a run.
+    With batches of B examples, a run takes twice the least possible number of steps,
+    and twice that of examples: much smaller batches waste steps, much larger ones
+    examples. B grows as the loss falls, so measure more than once in a run.
 
     Parameters
     ----------
     batch_size
-        The examples in each of the batches that are compared.
+        The number of examples in each of the batches that are compared.
     beta
-        How much older measurements weigh, in (0, 1]; 1: as much as new ones.
+        The weight of older measurements, in (0, 1]; with 1 all measurements count
+        equally.
 
     Attributes
     ----------
     noise, signal
-        Estimates of tr(C) and of |G|^2, each without bias; NaN before the first.
+        Unbiased estimates of tr(C) and of |G|^2; NaN before the first update.
     value, error
-        Their ratio, and its standard error. NaN as long as the signal is not resolved.
+        Their ratio, and its standard error; NaN while the signal is not resolved.
     resolved
-        Whether there were 10 updates at least, and the signal is more than 8 standard
-        errors above zero. One below zero, or next to it, says that there are too few
-        examples to see it, not that B is negative, or huge. (With 4 errors, who looks
-        after every update saw a ratio of less than half the true one in a third of
-        simulated runs; with 8 in none, but the first numbers are low, by a fifth.)
+        Whether there were at least 10 updates, and the signal is more than 8 standard
+        errors above zero. A signal near or below zero means that there are too few
+        examples to see it, not that B is negative or huge. (With 4 standard errors, a
+        user who looks after every update saw a ratio below half the true one in a third
+        of simulated runs; with 8 in none, but the first values are low, by a fifth.)
 
     Raises
     ------
     TypeError, ValueError
-        For anything that does not fit, such as NaN; then it is not counted.
+        For invalid arguments, such as NaN. They are not counted.
 
     Example
     -------
@@ -355,8 +357,9 @@ class GradientNoiseScale:
         self._sums, self._products = np.zeros(2), np.zeros((2, 2))
 
     def update(self, grads: Sequence[Any]) -> None:
-        """Count the gradients of two or more batches, at the same parameters: a list,
-        of each the mean over its examples, in the structure of the parameters."""
+        """Count the gradients of two or more batches at the same parameters. ``grads``
+        is a list of gradients, each the mean over the examples of a batch, in the
+        structure of the parameters."""
         batches = items("grads", grads, "gradients, those of each batch")
         trees = [vectors(f"grads[{i}]", tree) for i, tree in enumerate(batches)]
         sizes = [{name: part.size for name, part in tree.items()} for tree in trees]
@@ -372,10 +375,10 @@ class GradientNoiseScale:
         self.update_norms(small, big)
 
     def update_norms(self, small: Sequence[float], big: float) -> None:
-        """The same, of norms that are there anyway: the squares of those of two or more
-        batches' gradients, and the square of that of the mean of these gradients. After
+        """Do the same as :meth:`update` for known norms: the squared norms of the
+        gradients of two or more batches, and the squared norm of their mean. After
         ``opt.accumulate(grads, grad_scale=1/K)`` for each of K batches and
-        ``opt.step(nonfinite="skip")``, the last is ``opt.grad_norm**2``."""
+        ``opt.step(nonfinite="skip")``, the latter is ``opt.grad_norm**2``."""
         small = items("small", small, "squared norms, one of each batch")
         count = len(small)
         if count < 2:
@@ -443,7 +446,7 @@ class GradientNoiseScale:
 
 
 def vectors(name: str, tree: Any) -> dict[str, Array]:
-    """The arrays of a tree by their paths, each in one dimension and float64."""
+    """Return the arrays of a tree by their paths, flattened and in float64."""
     arrays = arrays_of(tree)
     for path, array in arrays.items():
         if array is None:
@@ -457,41 +460,40 @@ def vectors(name: str, tree: Any) -> dict[str, Array]:
 def scale_hyperparameters(
     hyperparameters: Mapping[str, Any], batch_ratio: float, rule: str
 ) -> dict[str, Any]:
-    """Hyperparameters for a batch size that is ``batch_ratio`` times as large.
+    """Return hyperparameters for a batch size that is ``batch_ratio`` times as large.
 
     Parameters
     ----------
     hyperparameters
-        By name, such as ``opt.groups[0]``; ``lr`` at least.
+        A dict by name, such as ``opt.groups[0]``, with at least ``lr``.
     batch_ratio
         The new batch size over the old one.
     rule
-        "linear", for SGD with or without momentum: lr times the ratio; so is AdamC's
-        max_lr times what lr is times. Goyal et al.
-        2017, arXiv:1706.02677, who also warm up, for some epochs.
-        "sqrt", for Adam and RMSprop: lr times its root; ``1 - beta`` (of beta1, beta2,
-        and of RMSprop's alpha) times the ratio; eps over the root. Malladi et al. 2022,
-        arXiv:2205.10287.
+        "linear", for SGD with or without momentum, multiplies lr by the ratio. Goyal et
+        al. 2017, arXiv:1706.02677, who also warm up for some epochs. "sqrt", for Adam
+        and RMSprop, multiplies lr by the root of the ratio and ``1 - beta`` (for beta1,
+        beta2 and RMSprop's alpha) by the ratio, and divides eps by the root. Malladi et
+        al. 2022, arXiv:2205.10287. AdamC's max_lr is scaled as lr is.
 
     Returns
     -------
     dict
-        All of them, scaled or as they were. Weight decay is as it was, and momentum. An
-        ``ema`` becomes its power, so that it averages over as many examples.
+        All hyperparameters. Weight decay and momentum do not change. ``ema`` is raised
+        to the power of the ratio, so that it averages over as many examples.
 
     Raises
     ------
     TypeError
-        If lr, or what else is to be scaled, is a schedule: its number of steps changes,
-        too.
+        If lr, or another number to scale, is a schedule, whose number of steps would
+        have to change, too.
     ValueError
-        If no average is left of a beta, and for anything that does not fit, such as
-        Muon's, for which there is no rule.
+        If a beta would average over less than one step, and for invalid arguments, such
+        as Muon's, for which there is no rule.
 
     Notes
     -----
-    Where lr multiplies one that a rule finds by itself (prodigy, dog), leave it. Both
-    hold while the noise is large: up to the noise scale
+    Do not scale an lr that multiplies a rate which the rule finds itself (prodigy,
+    dog). Both rules hold while the noise is large: up to the noise scale
     (:class:`GradientNoiseScale`), beyond which larger batches gain little.
 
     Example
