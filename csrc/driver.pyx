@@ -93,6 +93,7 @@ OPENMP = bool(FASTOPT_OPENMP)
 cdef enum:
     CUT = 16  # stretches are cut at multiples of this many elements, a line of floats
     MOST_COLUMNS = 64
+    MOST_LIMITS = 7
     # Segments whose sums are taken and which are then updated at once have this many bytes
     # at the most, or are one: the second pass finds them in the last cache. If that has
     # room for two batches, no thread waits for another between a batch's update and the
@@ -203,7 +204,8 @@ cdef struct Job:
     int64_t* steps
     char* constants
     char* limits
-    double clip_value
+    double limit_values[MOST_LIMITS]  # what passes.clip takes beside the gradients
+    int64_t limit_count
     char weight[16]  # of an average
     double* partials  # sums of chunks
     char* kept  # what a begin leaves for a finish, of two batches
@@ -222,10 +224,11 @@ cdef inline void put(const Job* job, char* row, int64_t place, double value) noe
 
 
 cdef void put_limits(const Job* job, int64_t s, double factor) noexcept nogil:
-    cdef char* limits = job.limits + 3 * s * job.itemsize
+    cdef int64_t k
+    cdef char* limits = job.limits + s * (1 + MOST_LIMITS) * job.itemsize
     put(job, limits, 0, factor)
-    put(job, limits, 1, -job.clip_value)
-    put(job, limits, 2, job.clip_value)
+    for k in range(job.limit_count):
+        put(job, limits, 1 + k, job.limit_values[k])
 
 
 cdef void put_row(
@@ -249,7 +252,7 @@ cdef inline const char* constants_of(const Job* job, const int64_t* row) noexcep
 
 
 cdef inline char* limits_of(const Job* job, const int64_t* row) noexcept nogil:
-    return job.limits + row[job.columns - 1] * 3 * job.itemsize
+    return job.limits + row[job.columns - 1] * (1 + MOST_LIMITS) * job.itemsize
 
 
 cdef inline const Stream* stream_of(const Job* job, int64_t r, int64_t k) noexcept nogil:

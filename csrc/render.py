@@ -328,8 +328,10 @@ def buffers(c_type, count):
 def renderer():
     """Return a function that renders a template of csrc with these values."""
     found = functions()
+    updates = [f for f in found if type(f) is Kernel]
     namespace = {
-        "updates": [f for f in found if type(f) is Kernel],
+        "updates": updates,
+        "clip": next(f for f in updates if f.name == "passes_limited"),
         "measures": [f for f in found if isinstance(f, Measure)],
         "helpers": [f for f in found if type(f) in (Function, Terms)],
         "scalars": [f for f in found if type(f) is Scalars],

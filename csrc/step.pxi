@@ -78,6 +78,8 @@ cdef class Step:
     cdef int64_t watched_count
     cdef Scalars scalars, settle
     cdef object keep, shapes, scalars_at, watched_arrays
+    cdef object request  # the last one
+    cdef bint limits_gradients
 
     def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
                   addresses, *, shapes, averages, list streams, bint double, int64_t sets,
@@ -121,7 +123,7 @@ cdef class Step:
         self.spans = <int64_t*> calloc(2 * self.span_count + 1, sizeof(int64_t))
         job.table = <int64_t*> calloc(job.rows * job.columns + 1, sizeof(int64_t))
         job.constants = <char*> calloc(sets * job.width, 8)
-        job.limits = <char*> calloc(sets * 3, 8)
+        job.limits = <char*> calloc(sets * (1 + MOST_LIMITS), 8)
         job.factors = <double*> calloc(sets + 1, 8)
         job.numbers = <double*> calloc(sets * job.stride, 8)
         job.steps = <int64_t*> calloc(sets + 1, 8)
@@ -379,8 +381,19 @@ cdef class Step:
     cdef int accept_request(self, request) except -1:
         """Store what is asked besides the update."""
         cdef Job* job = &self.job
-        job.clip_value, job.threads = request.clip_value, request.threads
-        job.clipping, job.zeroing = job.clip_value < INFINITY, request.zero_grads
+        cdef tuple limits
+        cdef int64_t k
+        if request is not self.request:  # plain ones are one object, step after step
+            limits = request.limits
+            if len(limits) > MOST_LIMITS:
+                raise ValueError(f"at most {MOST_LIMITS} limits, got {len(limits)}")
+            job.limit_count = len(limits)
+            for k in range(len(limits)):
+                job.limit_values[k] = limits[k]
+            self.limits_gradients = request.limits_gradients
+            self.request = request
+        job.threads = request.threads
+        job.clipping, job.zeroing = self.limits_gradients, request.zero_grads
         put(job, job.weight, 0, 1.0)
         put(job, job.weight, 1, request.ema_weight)
         return 0
@@ -531,17 +544,20 @@ cdef class Step:
         cdef Job* job = &self.job
         cdef const int64_t* row = job.table
         cdef int64_t r, s
-        job.clip_value, job.threads = request.clip_value, request.threads
-        squares = []
-        for r in range(job.rows):
-            if (
-                job.streams and stream_of(job, r, 0).make and row[1]
-                and row[job.columns - 2]
-            ):
-                s = row[job.columns - 1]
-                put_limits(job, s, rows[s][0])
-                squares.append(squares_of(job, r))
-            else:
-                squares.append(None)
-            row += job.columns
-        return squares
+        try:
+            self.accept_request(request)
+            squares = []
+            for r in range(job.rows):
+                if (
+                    job.streams and stream_of(job, r, 0).make and row[1]
+                    and row[job.columns - 2]
+                ):
+                    s = row[job.columns - 1]
+                    put_limits(job, s, rows[s][0])
+                    squares.append(squares_of(job, r))
+                else:
+                    squares.append(None)
+                row += job.columns
+            return squares
+        finally:
+            clear(job)

@@ -296,7 +296,7 @@ class Muon(Optimizer):
         of_matrices = [[task[i] for i in self._matrices] for task in gradients.tasks]
         room, program = self._pass or self._new_pass(self._bound, self._matrices)
         gradients._replace(tasks=of_matrices).give(program.runner)
-        alone = Request(clip_value=request.clip_value, threads=request.threads)
+        alone = request._replace(ema_weight=0.0, zero_grads=False)
         uninterrupted(*execute(program, keys, alone))
         for i, update in zip(self._matrices, room, strict=True):
             if all(task[i] is None for task in gradients.tasks) or not update.size:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -36,6 +36,25 @@ Row: TypeAlias = tuple[float, ...]  # the factor for the gradients, then the sca
 Sums: TypeAlias = tuple[int, tuple[float, ...] | None]
 
 
+# What each keyword of ``step`` may be; ``optimizer.checks`` checks it.
+LIMIT, FLAG = "a number above 0, or None for no limit", "True or False"
+OPTIONS: dict[str, Any] = {
+    "clip_norm": LIMIT,
+    "clip_value": LIMIT,
+    "nonfinite": ("propagate", "skip", "raise"),
+    "zero_grads": FLAG,
+}
+
+
+class Options(TypedDict, total=False):
+    """The keywords of ``step``, in every framework. A type checker reads them here."""
+
+    clip_norm: float | None
+    clip_value: float | None
+    nonfinite: str
+    zero_grads: bool
+
+
 class Request(NamedTuple):
     """What is asked of a step besides the rule's update."""
 
@@ -45,6 +64,16 @@ class Request(NamedTuple):
     ema_weight: float = 0.0  # weight of the new parameters in their average; 0: none
     zero_grads: bool = False
     threads: int = 1
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """What ``passes.clip`` takes besides each scaled gradient."""
+        return -self.clip_value, self.clip_value
+
+    @property
+    def limits_gradients(self) -> bool:
+        """Whether ``passes.clip`` can change a gradient."""
+        return self.limits != PLAIN.limits
 
     @property
     def needs_norm(self) -> bool:

@@ -6,7 +6,6 @@ The kernels are those of ``cuda_kernels``. Sums of chunks are added up on the ho
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -329,8 +328,7 @@ class OnDevice(Step):
 
 def limits_of(request: Request) -> tuple[float, ...]:
     """Return what kernels take to clip each element; nothing if they are not to."""
-    most = request.clip_value
-    return (-most, most) if most < math.inf else ()
+    return request.limits if request.limits_gradients else ()
 
 
 def launch_lanes(lanes: Any, sums: Any) -> None:

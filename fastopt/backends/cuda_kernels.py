@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ else:
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 VECTOR_BYTES = 16
+LIMITS = passes.clip.scalar_count
 
 
 def inlined(function: Any) -> Any:
@@ -98,7 +99,7 @@ def cube_root(context: Any, x: Any) -> Any:
 class Beside(NamedTuple):
     """What a kernel does beside the update."""
 
-    clip: bool = False  # with two scalars more: low and high
+    clip: bool = False  # with the scalars of passes.clip
     average: bool = False  # with a buffer more, and its weight
     zero: bool = False
 
@@ -178,6 +179,11 @@ def generated(lines: list[str], element: Any, dtype: np.dtype[Any], width: int) 
     return np.errstate(all="ignore")(function) if SIMULATED else inlined(function)
 
 
+def limits_after(scalars: Sequence[str]) -> str:
+    """What ``clip`` takes besides the gradient: the scalars that follow these."""
+    return ", ".join(f"scalars[{len(scalars) + k}]" for k in range(LIMITS))
+
+
 def update_of(
     element: Any, states: int, beside: Beside, dtype: np.dtype[Any], width: int
 ) -> Any:
@@ -187,8 +193,8 @@ def update_of(
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
     factor, *constants = scalars
-    limits = f"scalars[{len(scalars)}], scalars[{len(scalars) + 1}]"
-    weight = f"scalars[{len(scalars) + 2 * beside.clip}]"
+    limits = limits_after(scalars)
+    weight = f"scalars[{len(scalars) + LIMITS * beside.clip}]"
     buffers, lanes = range(1 + states + beside.average), range(width)
 
     def vector(name: str) -> str:
@@ -222,7 +228,7 @@ def lane_sum(
     scalars = [
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
-    limits = f"scalars[{len(scalars)}], scalars[{len(scalars) + 1}]"
+    limits = limits_after(scalars)
     state = [f"s{k}" for k in range(states)]
     loop = ["i = first + k * stride", "(g,) = load(grad, i)"]
     loop += [f"({b},) = load(buffers[{j}], i)" for j, b in enumerate(["p", *state])]
@@ -267,7 +273,7 @@ def kernel(
     pointer = types.CPointer(real)
     buffers = types.UniTuple(pointer, 1 + states + beside.average)
     constants = update.__code__.co_argcount - 1 - states
-    constants += 2 * beside.clip + beside.average
+    constants += LIMITS * beside.clip + beside.average
     scalars = types.UniTuple(real, constants)
     return kernel, types.void(types.int64, pointer, buffers, scalars)
 
@@ -293,7 +299,7 @@ def sums_kernel(
         return kernel, None
     real = types.float32 if dtype == np.float32 else types.float64
     pointer = types.CPointer(real)
-    taken = measure.__code__.co_argcount - 1 - states + 2 * clip
+    taken = measure.__code__.co_argcount - 1 - states + LIMITS * clip
     return kernel, types.void(
         types.int64,
         pointer,
@@ -359,7 +365,7 @@ def tiles_kernel(
         *[types.int64] * 3,
         pointer,
         types.UniTuple(pointer, 1),
-        types.UniTuple(real, 1 + 2 * clip),
+        types.UniTuple(real, 1 + LIMITS * clip),
         types.CPointer(types.float64),
     )
 

@@ -538,14 +538,14 @@ class Alone(Step):
         for i, (grad, segment) in enumerate(
             zip(self.grads, self.segments, strict=True)
         ):
-            if grad is not None and request.clip_value < math.inf:
-                read[i] = self.grad(i, rows[segment.row][0], request.clip_value)
+            if grad is not None and request.limits_gradients:
+                read[i] = self.grad(i, rows[segment.row][0], request)
             address = 0
             if grad is not None:
                 address = read[i].__array_interface__["data"][0]
                 given += grad.size
             self.table[i, GRAD] = address
-        if request.clip_value < math.inf:
+        if request.limits_gradients:
             rows = [(1.0, *row[1:]) for row in rows]
         rows = rows[: self.sets]  # those that these segments are of
         self.constants[:] = [value for row in rows for value in row]

@@ -9,7 +9,6 @@ several tasks; ``missing`` says why the backend cannot be used, if so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from operator import setitem
@@ -136,12 +135,12 @@ class Step:
             self.grads = [combined(of, weights) for of in zip(*grads, strict=True)]
         return True
 
-    def grad(self, i: int, factor: float, limit: float) -> Array:
+    def grad(self, i: int, factor: float, request: Request) -> Array:
         """A segment's gradient as rules see it: scaled and clipped."""
         grad: Any = self.grads[i]
         grad = grad * self.type(factor)
-        if limit < math.inf:
-            grad = self.clip(grad, grad, self.type(-limit), self.type(limit))
+        if request.limits_gradients:
+            (grad,) = self.clip(grad, grad, *map(self.type, request.limits))
         return np.asarray(grad)
 
     def state_of(self, segment: Segment) -> list[Array]:
@@ -165,7 +164,7 @@ class Step:
                 if not segment.is_factored or self.grads[i] is None:
                     found.append(None)
                     continue
-                grad = self.grad(i, rows[segment.row][0], request.clip_value)
+                grad = self.grad(i, rows[segment.row][0], request)
                 *_, height, width = grad.shape
                 found.append(
                     square_sums(grad.reshape(-1, height, width)) if grad.size else None
@@ -184,7 +183,7 @@ class Step:
                     sums.append(None)
                     continue
                 factor, *constants = rows[segment.row]
-                grad = self.grad(i, factor, request.clip_value)
+                grad = self.grad(i, factor, request)
                 state = self.state_of(segment) if what == "rule" else ()
                 used = map(self.type, constants[:taken])
                 terms = measure(segment.param, grad, *state, *used)
@@ -200,7 +199,7 @@ class Step:
                 p = segment.param
                 if self.grads[i] is not None:
                     factor, *constants = rows[segment.row]
-                    grad = self.grad(i, factor, request.clip_value)
+                    grad = self.grad(i, factor, request)
                     used = map(self.type, constants)
                     new = self.update(p, grad, *self.state_of(segment), *used)
                     results += [

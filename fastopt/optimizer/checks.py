@@ -15,7 +15,7 @@ from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
-from fastopt.step import Request
+from fastopt.step import FLAG, LIMIT, OPTIONS, Request, plain
 
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
@@ -351,27 +351,29 @@ def check_choice(name: str, value: Any, *choices: str) -> str:
     return str(value)
 
 
-def check_nonfinite(value: Any) -> str:
-    return check_choice("nonfinite", value, "propagate", "skip", "raise")
+def check_option(name: str, value: Any) -> Any:
+    """An option of ``step``."""
+    if name not in OPTIONS:
+        raise TypeError(
+            f"step() got an unexpected keyword argument {name!r}; its options are "
+            f"{', '.join(OPTIONS)}"
+        )
+    kind = OPTIONS[name]
+    if kind is LIMIT:
+        return check_limit(name, value)
+    return bool(value) if kind is FLAG else check_choice(name, value, *kind)
 
 
-def check_request(
-    clip_norm: Any,
-    clip_value: Any,
-    nonfinite: Any,
-    ema: float | None,
-    zero_grads: bool,
-    threads: int,
+def check_options(
+    options: Mapping[str, Any], ema: float | None, threads: int
 ) -> Request:
-    """Return what the arguments of ``step`` ask for."""
-    return Request(
-        check_limit("clip_norm", clip_norm),
-        check_limit("clip_value", clip_value),
-        check_nonfinite(nonfinite),
-        0.0 if ema is None else 1 - ema,
-        zero_grads,
-        threads,
-    )
+    """The request of a step with these options. ``ema`` is the decay of the moving
+    average of the parameters."""
+    if not options and ema is None:
+        return plain(threads)
+    checked = {name: check_option(name, value) for name, value in options.items()}
+    weight = 0.0 if ema is None else 1 - ema
+    return Request(**checked, ema_weight=weight, threads=threads)
 
 
 def check_decays(rule: Rule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastopt.memory.flat import FlatBuffer
 from fastopt.optimizer import checks, saving
@@ -18,7 +18,10 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, filling, uninterrupted
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
-from fastopt.step import Key, Request, examine, execute, plain
+from fastopt.step import Key, Options, Request, examine, execute, plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ACCUMULATED: Any = object()  # stands for the accumulated gradients
 AS_GIVEN = 1.0  # compared by identity, so that the default needs no check
@@ -124,10 +127,7 @@ class Optimizer(Bindings):
         *,
         weights: Any = None,
         grad_scale: float = AS_GIVEN,
-        clip_norm: float | None = None,
-        clip_value: float | None = None,
-        nonfinite: str = "propagate",
-        zero_grads: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         """Update the parameters in place.
 
@@ -150,18 +150,18 @@ class Optimizer(Bindings):
             weight is 0 is left out, and not read.
         grad_scale
             A factor for the gradients, applied in the same pass; -1 maximizes.
-        clip_norm
+        clip_norm : float, optional
             The most that the norm of all gradients together, scaled, may be; larger
             ones are shrunk to it as by torch's ``clip_grad_norm_``. One pass more over
             the gradients, which only reads.
-        clip_value
+        clip_value : float, optional
             The most that the magnitude of each element may be, after ``clip_norm``.
-        nonfinite
+        nonfinite : str, default "propagate"
             What to do about an infinity or a NaN in the gradients: "propagate" it,
             "skip" the step (parameters, state and count stay; ``skipped`` counts it),
             or "raise" FloatingPointError. All but the first read the gradients once
             more.
-        zero_grads
+        zero_grads : bool, default False
             Set the gradients to zero when they have been read.
 
         Raises
@@ -210,27 +210,21 @@ class Optimizer(Bindings):
                     values = self._values(self.steps)
                 if forked[0]:
                     threads = 1
+                asked = None
+                if options:
+                    asked = checks.check_options(options, self.ema, threads)
                 # The compiled step takes plain arrays only, and refuses before it
                 # writes.
                 if (
                     compiled is None
-                    or clip_norm is not None
-                    or clip_value is not None
-                    or zero_grads
-                    or nonfinite != "propagate"
+                    or (asked is not None and asked != plain(threads))
                     or not compiled(gradients, values, grad_scale, threads)
                 ):
+                    request = asked or checks.check_options({}, self.ema, threads)
                     pending = self._look_for_accumulated(grads)
                     if pending is not None:
                         gradients = pending.gradients
-                    limits = clip_norm is not None or clip_value is not None
-                    others = zero_grads or pending is not None or self.ema is not None
-                    if not (limits or others or nonfinite != "propagate"):
-                        request = plain(threads)
-                    else:
-                        zeros = zero_grads or pending is not None
-                        asked = clip_norm, clip_value, nonfinite, self.ema, zeros
-                        request = checks.check_request(*asked, threads)
+                        request = request._replace(zero_grads=True)
                     if weights is None:
                         gradients = Gradients([gradients])
                     self._step_in_full(gradients, values, grad_scale, request)

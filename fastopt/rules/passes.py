@@ -39,12 +39,12 @@ def approach(p, g, weight):
     return (p + weight * (g - p),)
 
 
-def one(t, weight=1.0):
+def weights(t, weight=1.0):
     return (weight,)
 
 
 # The moving average p of what stands in for the gradients: the parameters.
-average = Rule(approach, one)
+average = Rule(approach, weights)
 
 
 def limited(p, g, low, high):

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastopt.optimizer import checks
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.step import PLAIN
+from fastopt.step import OPTIONS, PLAIN, Options, Request
 from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
@@ -26,7 +26,11 @@ from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.turns import Call, Overtaken
 
-AS_MADE: Any = object()  # an argument of step: as the optimizer was made
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+AS_MADE = "clip_norm", "clip_value", "nonfinite"  # options of step, and of the class
+USUAL = None, None, "propagate"
 
 
 class Stepping(Stateful):
@@ -73,10 +77,10 @@ class Stepping(Stateful):
         backend: str | None = None,
         **options: Any,
     ):
-        checks.check_limit("clip_norm", clip_norm)
-        checks.check_limit("clip_value", clip_value)
         self.clip_norm, self.clip_value = clip_norm, clip_value
-        self.nonfinite = checks.check_nonfinite(nonfinite)
+        self.nonfinite = nonfinite
+        for name in AS_MADE:
+            checks.check_option(name, getattr(self, name))
         self.ema = checks.check_decay("ema", ema)
         if weight_decay_mask is not None and not callable(weight_decay_mask):
             raise TypeError(
@@ -119,10 +123,7 @@ class Stepping(Stateful):
         *,
         grads: Sequence[Any] | None = None,
         weights: Sequence[float] | None = None,
-        clip_norm: float | None = AS_MADE,
-        clip_value: float | None = AS_MADE,
-        nonfinite: str = AS_MADE,
-        zero_grads: bool = False,
+        **options: Unpack[Options],
     ) -> Any:
         """Update the parameters.
 
@@ -137,15 +138,16 @@ class Stepping(Stateful):
         weights
             A number for each task. The step is that of the weighted sum of their
             gradients, which is never written to memory.
-        clip_norm
+        clip_norm : float, optional
             The most that the norm of all gradients together may be; larger ones are
             shrunk to it as by ``clip_grad_norm_``, but stay as they are in ``.grad``.
-        clip_value
+        clip_value : float, optional
             The most that the magnitude of each of their elements may be.
-        nonfinite
+        nonfinite : str
             What to do about an infinity or a NaN in the gradients: "propagate" it,
-            "skip" the step or "raise" FloatingPointError.
-        zero_grads
+            "skip" the step or "raise" FloatingPointError. By default this and the
+            limits are as the optimizer was made.
+        zero_grads : bool, default False
             Set the gradients that the step has used to zero: ``grads``, if given.
         """
         loss = None
@@ -153,15 +155,12 @@ class Stepping(Stateful):
             self._check_mode()
             with torch.enable_grad():
                 loss = closure()
-        clip_norm = self.clip_norm if clip_norm is AS_MADE else clip_norm
-        clip_value = self.clip_value if clip_value is AS_MADE else clip_value
-        nonfinite = self.nonfinite if nonfinite is AS_MADE else nonfinite
         own, turns, given = self.__dict__, self._turns, None
         with turns.lock:
             if grads is not None or weights is not None or self._sums is not None:
                 given = self._given(grads, weights)
-            usual = nonfinite == "propagate" and not zero_grads and given is None
-            usual &= clip_norm is None and clip_value is None and self.ema is None
+            made = self.clip_norm, self.clip_value, self.nonfinite
+            usual = made == USUAL and self.ema is None and not options and given is None
             # Taken away during the step, so that whoever comes in between, be it by an
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
@@ -173,8 +172,7 @@ class Stepping(Stateful):
                     return loss
             scale = self._scale()
             if scale is not None:
-                asked = clip_norm, clip_value, nonfinite, self.ema, zero_grads
-                request = checks.check_request(*asked, self._threads())
+                request = self._request(options)
                 order = Order(request, scale, None, given, summed=grads is None)
                 if given is None:
                     plan = self._update(plan, order)
@@ -185,7 +183,7 @@ class Stepping(Stateful):
                 calls = []
                 if self._sums is not None and grads is None:
                     calls = self._sums.emptying()
-                if zero_grads:
+                if options.get("zero_grads"):
                     there = [param.grad for param, _ in self._all()]
                     calls += zeroing(there if given is None else chain(*given.tasks))
                 uninterrupted(*calls)
@@ -196,9 +194,8 @@ class Stepping(Stateful):
         """Update one parameter, with its gradient, and leave all others alone."""
         self.check_single_steps()
         self._group_of(param)
-        asked = self.clip_norm, self.clip_value, self.nonfinite, self.ema, False
         with self._turns.lock:
-            order = Order(checks.check_request(*asked, self._threads()), single=param)
+            order = Order(self._request({}), single=param)
             plan = self._update(self._plans.pop(param, None), order)
             if plan is not None:
                 self._plans[param] = plan
@@ -235,6 +232,10 @@ class Stepping(Stateful):
             ]
 
         self._turns.change(calls)
+
+    def _request(self, options: Options) -> Request:
+        made = {name: getattr(self, name) for name in AS_MADE}
+        return checks.check_options({**made, **options}, self.ema, self._threads())
 
     @standard
     def _scale(self) -> float | None:
@@ -343,9 +344,8 @@ class Stepping(Stateful):
         asked = order.request._replace(threads=PLAIN.threads) != PLAIN
         if asked or order.given is not None or self.weight_decay_mask is not None:
             raise RuntimeError(
-                f"{reason} are left to torch's own {name}, which has no clip_norm, "
-                f"clip_value, nonfinite, ema, zero_grads, grads, weights and "
-                f"weight_decay_mask"
+                f"{reason} are left to torch's own {name}, which has no "
+                f"{', '.join(OPTIONS)}, ema, grads, weights and weight_decay_mask"
             )
         if order.scale != 1:
             with torch.no_grad():
