@@ -48,8 +48,8 @@ LOOK = 10  # steps between two looks at the loss of all training data
 ESTIMATE = 10  # steps between two estimates of curvature, as in Sophia's paper
 HIDDEN, WINDOW, EMBEDDED = 64, 8, 8
 
-# What is not at its default, for both networks; a rule that is not here runs at its
-# defaults. Many are made for networks a million times as large.
+# Hyperparameters that are not at their defaults, for both networks. Many defaults are
+# meant for networks a million times as large.
 SETTINGS: dict[str, dict[str, Any]] = {
     # A step as large as the gradient: the problem decides, and no default can fit.
     "gd": {"lr": 0.3},
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Class:
-    """An optimizer that is a class of its own, as a rule is called and asked."""
+    """An optimizer class with the interface of a rule."""
 
     make: type
     estimate: None = None
@@ -99,7 +99,7 @@ FULL_BATCH = {"rprop"}
 
 
 def settings(rule: fastopt.Rule | Class) -> dict[str, Any]:
-    """What a rule runs with: lr, and what else is not at its default."""
+    """Return lr, and the hyperparameters that are not at their defaults."""
     lr = {name: v for name, v in rule.hyperparameters.items() if name == "lr"}
     return lr | SETTINGS.get(rule.name, {})
 
@@ -109,7 +109,7 @@ def settings(rule: fastopt.Rule | Class) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Task:
-    """What a network learns: the class of each input, to a loss on all of them."""
+    """A task: the network learns the class of each input, to a loss on all of them."""
 
     name: str
     x: Array  # features; or, to be looked up in an embedding, windows of symbols
@@ -128,8 +128,8 @@ def digits() -> Task:
 
 
 def characters() -> Task:
-    """The character after some others. The licence is the text that never changes; a
-    table of its pairs has a loss of 2.1, so the target takes more than the last one."""
+    """Guess the next character of the licence, a text that never changes. A table of
+    its pairs has a loss of 2.1, so the target needs more than the last character."""
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     alphabet, symbols = np.unique(list(text), return_inverse=True)
     windows = np.lib.stride_tricks.sliding_window_view(symbols, WINDOW + 1)
@@ -184,7 +184,7 @@ def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """With one seed: the steps to the target, or None; and where it ended."""
+    """A run with one seed: the steps to the target, or None, and its last loss."""
 
     seed: int
     steps: int | None
@@ -201,7 +201,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """One rule's runs of one task."""
+    """The runs of one rule on one task."""
 
     task: str
     rule: str
@@ -214,7 +214,7 @@ class Result:
 
 
 def batches(n: int, batch: int, seed: int) -> Iterator[Array]:
-    """The indices of one batch after the other, for ever."""
+    """Yield the indices of batches for ever."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(n)
@@ -224,7 +224,7 @@ def batches(n: int, batch: int, seed: int) -> Iterator[Array]:
 def train(
     task: Task, rule: fastopt.Rule | Class, seed: int, most: int, backend: str | None
 ) -> Run:
-    """Train until the target is reached, the loss is no number or steps are spent."""
+    """Train to the target, to a loss that is not finite, or for all steps."""
     params = first_weights(task, seed)
     grads = params.zeros_like()
     # Arrays, not one flat buffer: some rules take a norm of each.
@@ -257,7 +257,7 @@ def train(
 def train_all(
     task: Task, rule: fastopt.Rule | Class, seeds: int, most: int, backend: str | None
 ) -> Result:
-    """A run for each seed. An error is the result of its run, and the others go on."""
+    """Train with each seed. An error becomes the result of its run."""
     runs = []
     for seed in range(seeds):
         try:
@@ -273,12 +273,12 @@ def train_all(
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and from the least to the largest."""
+    """Return the median, the least and the largest value."""
     return f"{median(values):.0f} ({min(values):.0f}–{max(values):.0f})"
 
 
 def table(results: Sequence[Result], title: str) -> Table:
-    """A row for each rule; of the losses at the end, the worst."""
+    """Return a table with a row for each rule, and the worst of its last losses."""
     rows = Table(
         "rule", title=title, caption="; ".join(filter(None, map(more, results)))
     )
@@ -302,7 +302,7 @@ def table(results: Sequence[Result], title: str) -> Table:
 
 
 def more(result: Result) -> str:
-    """What is not at its default beside lr."""
+    """Return the hyperparameters besides lr that are not at their defaults."""
     others = [f"{k}={v:g}" for k, v in result.settings.items() if k != "lr"]
     return f"{result.rule}: {', '.join(others)}" if others else ""
 
@@ -310,7 +310,7 @@ def more(result: Result) -> str:
 def as_json(
     tasks: Sequence[Task], results: Sequence[Result], backend: str | None
 ) -> str:
-    """A loss that is not finite becomes null: JSON has no other name for it."""
+    """Write a loss that is not finite as null, because JSON has no name for it."""
     record = {
         "fastopt": fastopt.__version__,
         "numpy": np.__version__,

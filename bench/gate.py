@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, Case]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one case: times of the tree, and of the base, as multiples of the base's."""
+    """The times of a case for the tree and the base, as multiples of the base's."""
 
     ratio: float
     low: float
@@ -81,13 +81,13 @@ class Verdict:
 
     @property
     def blind(self) -> bool:
-        """Whether a slowdown that must be seen, with this spread, could pass."""
+        """Whether a slowdown that must be seen could pass with this spread."""
         seen_at = (1 + MUST_SEE) * self.low / self.ratio
         return not self.slower and seen_at <= 1 + self.tolerance
 
 
 def verdict(tree: Sequence[float], base: Sequence[float]) -> Verdict:
-    """From the ratios of each launch, of the tree and of the base to the base."""
+    """Judge the ratios of the tree and of the base to the base, one of each launch."""
     low, high = interval(tree)
     noise = max(abs(edge - 1) for edge in interval(base))
     return Verdict(float(np.median(tree)), low, high, noise)
@@ -97,14 +97,14 @@ def verdict(tree: Sequence[float], base: Sequence[float]) -> Verdict:
 
 
 def build(source: Path, into: Path) -> Path:
-    """Install a source tree, without what it depends on, into a folder."""
+    """Install a source tree into a folder, without its dependencies."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*command, "--target", into, source], check=True)
     return into
 
 
 def copy_of_tree(into: Path) -> Path:
-    """All that git does not ignore, changes and new files included."""
+    """Copy all that git does not ignore, including changes and new files."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True).stdout
     for name in filter(None, names.decode().split("\0")):
@@ -163,7 +163,7 @@ CALLS = {
 
 
 def slow_down(source: Path, factor: float) -> Path:
-    """Let every kernel of a source tree take that many times as long."""
+    """Make every kernel of a source tree take ``factor`` times as long."""
     driver = source / "csrc" / "driver.pyx"
     text = driver.read_text(encoding="utf-8")
     place = SLOWED.rpartition("\n")[2]
@@ -182,7 +182,7 @@ def slow_down(source: Path, factor: float) -> Path:
 def launch(
     contender: str, case: Case, builds: dict[str, Path], rounds: int
 ) -> dict[str, float]:
-    """Each build's time as a multiple of the base's, in new processes."""
+    """Return the time of each build, in new processes, as a multiple of the base's."""
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, folder in builds.items():
@@ -262,11 +262,11 @@ def gate(
     return measured
 
 
-BUILT = ("csrc", "fastopt", "setup.py", "pyproject.toml")  # what a build is made of
+BUILT = ("csrc", "fastopt", "setup.py", "pyproject.toml")  # the sources of a build
 
 
 def default_base() -> str:
-    """HEAD, if what is built has changes, new files included; else the one before."""
+    """Return HEAD if the sources have changes or new files, otherwise HEAD~1."""
     command = ["git", "status", "--porcelain", "--", *BUILT]
     changes = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     return "HEAD" if changes else "HEAD~1"

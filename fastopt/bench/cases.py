@@ -1,5 +1,5 @@
-"""What is measured: every rule of ``RULES`` with its variants, by size. A new rule
-needs nothing here."""
+"""The cases to measure: every rule of ``RULES`` with its variants, by size. New rules
+are included."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 QUICK_SIZES = (1_000, 100_000, 1_000_000)
 TENSORS = ((100, 1_000), (150, 333_333))  # how many, of how many elements
 
-# What a step may do beside its rule, as it is measured. LAMB's users clip: timm's and
-# apex's do by default.
+# What measured steps do besides their rule. Users of LAMB clip; timm's and apex's LAMB
+# do so by default.
 ASKED: dict[str, tuple[dict[str, float], ...]] = {
     "adamw": ({"clip_norm": 1.0}, {"clip_norm": 1.0, "ema": 0.999}),
     "lamb": ({"clip_norm": 1.0},),
 }
 
-# What the switches of rules are turned to; flags become True.
+# The values that switch variants on; flags become True.
 ON = {"momentum": 0.9}
 
 
 def switched(rule: fastopt.Rule) -> list[dict[str, float | bool]]:
-    """The rule's defaults, and each of its variants switched on."""
+    """Return the rule's defaults, and what switches each of its variants on."""
     return [{}] + [{n: ON.get(n, True) for n in names} for names in rule.variants]
 
 
 def title(case: Case) -> str:
-    """Such as ``sgd (momentum)``."""
+    """Return a title such as ``sgd (momentum)``."""
     on = ", ".join(case.hyperparameters)
     beside = "".join(f" + {name}" for name in case.asked)
     return (f"{case.rule} ({on})" if on else case.rule) + beside
 
 
 def shape(case: Case) -> str:
-    """Such as ``1,000``, or ``100 x 1,000`` for many tensors."""
+    """Return a size such as ``1,000``, or ``100 x 1,000`` for many tensors."""
     many = f"{case.tensors:,} x " if case.tensors > 1 else ""
     return f"{many}{case.elements:,}"
 
@@ -46,8 +46,8 @@ def all_elements(case: Case) -> int:
 
 
 def bytes_moved(case: Case) -> int:
-    """By one step, at the least: all streams are read, and all but the gradients
-    written, 4 bytes an element; for norms they are read once more."""
+    """Return the least bytes that a step moves: it reads all streams and writes all but
+    the gradients, 4 bytes an element; for norms it reads the streams once more."""
     streams = 2 + state_count(case)
     moved = 2 * streams - 1 + 2 * ("ema" in case.asked) + ("clip_norm" in case.asked)
     if getattr(fastopt, case.rule).measure is not None:

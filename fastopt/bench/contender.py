@@ -59,7 +59,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """What one step does: a rule, what differs from its defaults, and the tensors."""
+    """A step: a rule, hyperparameters that differ from its defaults, and tensors."""
 
     rule: str
     hyperparameters: dict[str, Any]
@@ -69,7 +69,7 @@ class Case:
 
 
 class Contender(NamedTuple):
-    """How to do a step. Tests compare the parameters after it among all contenders."""
+    """A prepared step. Tests compare the parameters after it among all contenders."""
 
     step: Callable[[], object]
     params: Callable[[], list[Array]]
@@ -86,14 +86,15 @@ def fastopt_rule(case: Case) -> Any:
 
 
 def state_count(case: Case) -> int:
-    """How many state buffers the rule has under the case's hyperparameters."""
+    """Return the number of state buffers under the case's hyperparameters."""
     rule = fastopt_rule(case)
     on = {name for name in rule.switches if case.hyperparameters.get(name)}
     return len(rule.variant(on).state)
 
 
 def every_hyperparameter(case: Case) -> dict[str, Any]:
-    """Includes the rule's defaults, because other libraries have other defaults."""
+    """Return the case's hyperparameters and the rule's defaults, which other libraries
+    do not share."""
     return {**fastopt_rule(case).hyperparameters, **case.hyperparameters}
 
 
@@ -139,7 +140,7 @@ def fastopt_arrays(case: Case) -> Contender:
 
 
 def refuse_extras(case: Case) -> None:
-    """For a contender that does plain steps only."""
+    """Raise Unavailable if a contender that only does plain steps is asked for more."""
     if case.asked:
         raise Unavailable(f"it has no {' and '.join(case.asked)}")
 
@@ -159,9 +160,9 @@ def floor(case: Case) -> Contender:
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory, as it does in programs whose heap has grown. In a
-    fresh one, temporaries go back to the system and come back by page faults: that
-    made NumPy's step of 100,000 elements 5 times as long, which is not its arithmetic.
-    Arrays of more than 32 MiB glibc gives back all the same.
+    fresh process, temporaries return to the system and cost page faults, which made
+    NumPy's step of 100,000 elements 5 times as long. glibc returns arrays of more than
+    32 MiB in any case.
     """
     mallopt = (
         getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -210,7 +211,7 @@ def available_threads() -> int:
 
 
 def torch_tensors(case: Case) -> list[Any]:
-    """Parameters with gradients, both in memory from torch's own allocator."""
+    """Return parameters with gradients, both from torch's own allocator."""
     import torch
 
     torch.set_num_threads(available_threads())
@@ -248,7 +249,7 @@ def torch_optimizer(case: Case, **how: bool) -> Contender:
 
 
 def fastopt_torch(case: Case, flat: bool = False) -> Contender:
-    """The drop-in class on torch's tensors, after ``flatten_`` if ``flat``."""
+    """Use the drop-in class on torch's tensors, after ``flatten_`` if ``flat``."""
     import fastopt.torch
 
     name, options = in_table(peers.TORCH, case, "torch")
@@ -261,7 +262,7 @@ def fastopt_torch(case: Case, flat: bool = False) -> Contender:
 
 
 def torch_lamb(case: Case) -> Contender:
-    """LAMB as people write it for torch, with a loop over the parameters."""
+    """Use LAMB as people write it for torch, with a loop over the parameters."""
     import torch
 
     refuse_extras(case)
@@ -310,7 +311,7 @@ def deepspeed(case: Case) -> Contender:
 
 
 def timm(case: Case) -> Contender:
-    """With its default, which takes several tensors at a time where it can."""
+    """Use timm's default, which updates several tensors at a time where it can."""
     module, _, name = in_table(peers.TIMM, case, "timm").rpartition(".")
     peers.import_timm_optimizers_only()
     params, asked = torch_tensors(case), dict(case.asked)
@@ -352,7 +353,7 @@ def optax(case: Case) -> Contender:
 
 
 def fastopt_c(case: Case) -> Contender:
-    """The table of fastopt.h, called by ctypes. Version 1 does not change, so each
+    """Call the table of fastopt.h by ctypes. Version 1 does not change, so each
     function has a fixed place: ``find`` is word 4, ``start`` 5, ``step`` 6."""
     from fastopt import native
 
@@ -468,7 +469,7 @@ def import_packages(name: str) -> None:
 
 
 def about(name: str) -> dict[str, Any]:
-    """Versions, and the file names of the OpenMP runtimes that are loaded."""
+    """Return versions, and the file names of the OpenMP runtimes that are loaded."""
     from fastopt import __version__
 
     loaded = module_of("fastopt.runtime.threads", "fastopt.info").openmp_runtimes()
@@ -482,7 +483,7 @@ def about(name: str) -> dict[str, Any]:
 
 
 def timed(step: Callable[[], object], count: int) -> float:
-    """Seconds of a step: the mean of ``count``, after one that is not measured."""
+    """Return the mean seconds of ``count`` steps, after one that is not measured."""
     step()
     gc.disable()
     try:

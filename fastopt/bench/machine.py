@@ -1,4 +1,4 @@
-"""Where it was measured: the machine's fingerprint, without anybody's names."""
+"""Describes the machine of a measurement, without names of people or hosts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cpu() -> str:
 
 
 def caches() -> str:
-    """Such as ``L1d 48K, L2 1024K, L3 32768K``, where Linux lists them."""
+    """Return caches such as ``L1d 48K, L2 1024K, L3 32768K``, if Linux lists them."""
     sizes = []
     for index in sorted(CPU.glob("index*")):
         level, kind, size = (
@@ -37,15 +37,16 @@ def caches() -> str:
 
 
 def huge_pages() -> str:
-    """Where programs get huge pages: "always", "never", or "madvise" (NumPy asks for
-    them from 4 MiB on, torch only under THP_MEM_ALLOC_ENABLE=1)."""
+    """Return when programs get huge pages: "always", "never", or "madvise" (NumPy asks
+    for them from 4 MiB on, torch only under THP_MEM_ALLOC_ENABLE=1)."""
     if not HUGE_PAGES.exists():
         return "unknown"
     return HUGE_PAGES.read_text().split("[")[1].split("]")[0]
 
 
 def machine(workers: dict[str, Worker]) -> dict[str, Any]:
-    """Asked after the measurement, when the workers have loaded all that they use."""
+    """Describe the machine. Call this after the measurement, when the workers have
+    loaded all that they use."""
     about = {name: worker.ask("about") for name, worker in workers.items()}
     versions: dict[str, str] = {"python": platform.python_version()}
     for answer in about.values():

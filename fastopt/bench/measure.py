@@ -1,9 +1,9 @@
-"""How it is measured: bursts of all contenders in turn, and ratios within a round.
+"""Measures bursts of all contenders in turn, and ratios within a round.
 
-A round has one burst of each contender, in an order drawn anew. The machine is the same
-for all in a round, whatever its other tenants do, so a ratio is taken there and nowhere
-else; its median over the rounds is the result. Where a process got its memory stays the
-same in all rounds, so the interval does not tell how much that matters: at a million
+A round has one burst of each contender, in random order. Other programs on the machine
+disturb all contenders of a round alike, so ratios are only taken within a round; the
+result is their median over the rounds. The memory of a process stays in the same place
+in all rounds, so the interval does not show how much that place matters: at a million
 elements another run can differ by more.
 """
 
@@ -35,10 +35,10 @@ REFERENCE = "fastopt"
 # stopped when it has answered, and goes on when it is asked.
 CAN_STOP = hasattr(signal, "SIGSTOP")
 PAUSE_SECONDS = 0.001 if CAN_STOP else 0.05
-# Of the available memory; the rest is for what we do not know of.
+# The share of the available memory that contenders may use.
 MEMORY_SHARE = 0.6
-# Streams' worth of memory that a contender takes for each stream of the rule: these
-# make temporaries of the parameters' size.
+# How many streams of memory a contender takes for each stream of the rule, if it makes
+# temporaries of the parameters' size.
 WITH_TEMPORARIES = {
     "naive NumPy": 3,
     "torch loop": 3,
@@ -76,7 +76,7 @@ class Worker:
         self._requests, self._replies = process.stdin, process.stdout
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """The reply; ``Unavailable`` and ``RuntimeError`` are what the process says."""
+        """Return the reply, or raise Unavailable or RuntimeError if it says so."""
         self._go_on()
         try:
             print(json.dumps({"do": do, **more}), file=self._requests, flush=True)
@@ -112,13 +112,13 @@ class Worker:
             self._process.send_signal(signal.SIGCONT)
 
     def hang_up(self) -> None:
-        """At the end of its stdin the process ends by itself, as soon as it is idle."""
+        """Close the stdin of the process, which then ends as soon as it is idle."""
         self._go_on()
         with suppress(BrokenPipeError):  # it has ended before
             self._requests.close()
 
     def close(self, seconds: float) -> None:
-        """Wait so long for the process to end, then end it."""
+        """Wait for the process to end, and kill it after ``seconds``."""
         self.hang_up()
         try:
             self._process.wait(seconds)
@@ -130,7 +130,7 @@ class Worker:
 
 
 class Workers(dict[str, Worker]):
-    """The processes by name, of all that are installed. They end with the block."""
+    """The processes of all installed contenders, by name. They end with the block."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def memory_needed(name: str, case: Case) -> int:
 
 
 def memory_available() -> float:
-    """Bytes; where there is no /proc/meminfo nobody knows, and nothing is held back."""
+    """Return the available bytes, or infinity if there is no /proc/meminfo."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -181,8 +181,8 @@ def memory_available() -> float:
 def batches(
     needed: dict[str, int], budget: float
 ) -> tuple[list[list[str]], dict[str, str]]:
-    """Contenders that fit into memory together, each time with the reference, and why
-    some fit in no such batch."""
+    """Return batches of contenders that fit into memory together with the reference,
+    and why other contenders fit into none."""
     groups: list[list[str]] = []
     too_large = {}
     room = 0.0
@@ -207,7 +207,7 @@ def batches(
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of a contender: its seconds, and its multiple of fastopt's."""
+    """The medians of a contender's seconds, and of their ratio to fastopt's."""
 
     seconds: float
     ratio: float
@@ -216,7 +216,7 @@ class Timing:
 
 @dataclass
 class Measured:
-    """A case: timings by contender, and why others have none."""
+    """The timings of a case by contender, and why other contenders have none."""
 
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class Measured:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap: where the median lies in 95 of 100 redrawn samples."""
+    """Return the 95% bootstrap interval of the median."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
@@ -234,11 +234,11 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
 def rounds_of(
     workers: dict[str, Worker], names: list[str], rounds: int, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Seconds of a step in every round."""
+    """Return the seconds of a step in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
     for _ in range(rounds):
-        # Any order, so that nobody always comes after the same one.
+        # A random order, so that no contender always follows the same one.
         for name in map(names.__getitem__, rng.permutation(len(names))):
             time.sleep(PAUSE_SECONDS)
             seconds[name].append(workers[name].ask("burst")["seconds"])
@@ -252,7 +252,7 @@ def measure(
     rounds: int,
     tick: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Ratios of all contenders; ``tick`` is called after each burst."""
+    """Measure all contenders. Call ``tick`` after each burst."""
     needed = {name: memory_needed(name, case) for name in workers}
     together, too_large = batches(needed, MEMORY_SHARE * memory_available())
     result = Measured(case, missing=too_large)

@@ -1,5 +1,5 @@
-"""The rules as people write them by hand in NumPy: what demo and benchmarks compare
-with. One array at a time, temporaries wherever the formula has them."""
+"""Rules as people write them by hand in NumPy, one array at a time and with
+temporaries. The demo and the benchmarks compare fastopt with them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ NAIVE: dict[str, Callable[..., None]] = {
 
 
 class Naive:
-    """``step(grads)`` over a list of arrays, one of the functions above."""
+    """An optimizer that applies one of these functions to a list of arrays."""
 
     def __init__(self, rule: str, params: list[Array], **hyperparameters: float):
         self._update = NAIVE[rule]

@@ -70,7 +70,7 @@ PAIRS = {
 
 
 def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """torch's spelling, which DeepSpeed and bitsandbytes share."""
+    """Use torch's names, which DeepSpeed and bitsandbytes share."""
     values = dict(hyperparameters)
     for pair, names in PAIRS.items():
         if names[0] in values:
@@ -79,7 +79,7 @@ def with_betas(hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_timm_optimizers_only() -> None:
-    """The whole of timm needs torchvision, which needs a torch of its own."""
+    """All of timm would need torchvision, which needs its own torch."""
     spec = None if "timm" in sys.modules else importlib.util.find_spec("timm")
     for place in (spec and spec.submodule_search_locations) or ():
         for name in ("timm", "timm.optim"):
@@ -89,7 +89,7 @@ def import_timm_optimizers_only() -> None:
 
 
 def torch_sequence(asked: dict[str, Any], step: Any, params: list[Any]) -> Any:
-    """What a torch user writes around a step to clip gradients and average."""
+    """Return a step with the code that a torch user writes to clip and average."""
     import torch
 
     if not asked:
@@ -109,7 +109,7 @@ def torch_sequence(asked: dict[str, Any], step: Any, params: list[Any]) -> Any:
 
 
 def optax_transforms(values: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Functions that make optax's transformation of a rule with these hyperparameters.
+    """Return functions that make optax' transformations with these hyperparameters.
     AMSGrad is missing: optax takes the maximum of the corrected second moment."""
     import jax.numpy as jnp
     import optax

@@ -1,4 +1,4 @@
-"""The pictures: a step's time, and its share of the floor's speed, against size."""
+"""Draws the time of a step, and its share of the floor's speed, against size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LINES = {
 
 
 def shown(measured: list[Measured]) -> list[Measured]:
-    """Of one rule, AdamW if it was measured, the cases with a single tensor."""
+    """Return the cases of one rule, AdamW if it was measured, with a single tensor."""
     single = [m for m in measured if m.timings and m.case.tensors == 1]
     names = [title(m.case) for m in single]
     name = "adamw" if "adamw" in names else next(iter(names), "")
@@ -54,8 +54,8 @@ def shown(measured: list[Measured]) -> list[Measured]:
 
 
 def spread(ends: list[float], gap: float) -> list[float]:
-    """Places for labels at these ends, in [0, 1], as near as lets them be ``gap``
-    apart: neighbours that are too near move away from each other until none are."""
+    """Return places in [0, 1] for labels near these ends, at least ``gap`` apart.
+    Neighbours that are too close move apart until none are."""
     order = sorted(range(len(ends)), key=ends.__getitem__)
     places = list(ends)
     for _ in range(500):
@@ -68,8 +68,8 @@ def spread(ends: list[float], gap: float) -> list[float]:
 
 
 def chart(heading: str, below: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """A figure with a heading, a smaller line below it, and room for labels at the
-    right."""
+    """Return a figure with a heading, a smaller line below it, and room for labels on
+    the right, and its axes."""
     figure = Figure(figsize=(9, 5.6), dpi=150)
     figure.subplots_adjust(left=0.09, right=0.75, top=0.87, bottom=0.11)
     axes = figure.add_subplot()
@@ -89,7 +89,7 @@ def chart(heading: str, below: str, x_label: str, y_label: str) -> tuple[Figure,
 
 
 def label_ends(axes: Axes, curves: dict[str, Curve], colors: dict[str, str]) -> None:
-    """Each curve's name beside its end, and a thin line between the two."""
+    """Write each curve's name beside its end, with a thin line between the two."""
     axes.autoscale_view()  # matplotlib would do it when it draws
     to_fraction = axes.transData + axes.transAxes.inverted()
     ends = [to_fraction.transform(list(curve.items())[-1]) for curve in curves.values()]
@@ -142,7 +142,7 @@ def draw(
 
 
 def times(rows: list[Measured]) -> Figure:
-    """Time of a step against size, both logarithmic."""
+    """Draw the time of a step against size, both logarithmic."""
     curves = curves_of(rows, lambda m, name: m.timings[name].seconds)
     return draw(
         curves,
@@ -154,7 +154,7 @@ def times(rows: list[Measured]) -> Figure:
 
 
 def roofline(rows: list[Measured]) -> Figure:
-    """How near each comes to the speed of the same traffic without arithmetic."""
+    """Draw the speed relative to the same traffic without arithmetic."""
     curves = curves_of(
         [m for m in rows if "floor" in m.timings],
         lambda m, name: m.timings["floor"].ratio / m.timings[name].ratio,

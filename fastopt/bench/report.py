@@ -1,7 +1,7 @@
-"""What is shown and kept of the measurements: JSON, tables for terminal and README.
+"""Measurements as JSON, and as tables for the terminal and the README.
 
-Times are fastopt's; everybody else is a multiple of it, so that below 1 is faster than
-fastopt. Those are marked: a loss is what the reader looks for.
+Times are fastopt's; those of others are shown as multiples of it. Multiples below 1 are
+faster than fastopt, and marked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class Report(NamedTuple):
-    """All that a run found out; what the JSON file holds."""
+    """The results of a run, which the JSON file holds."""
 
     machine: dict[str, Any]
     rounds: int
@@ -68,12 +68,13 @@ def duration(seconds: float) -> str:
 
 
 def multiple(ratio: float) -> str:
-    """Two digits after the point where they matter, near 1."""
+    """Return a ratio with two decimals if it is small, otherwise with one."""
     return f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:,.1f}"
 
 
 def is_loss(name: str, timing: Timing) -> bool:
-    """As it is shown. The floor does no arithmetic: that it is faster is no loss."""
+    """Return whether a contender is faster than fastopt, as rounded for the tables. The
+    floor does no arithmetic, so it does not count."""
     return name not in (REFERENCE, "floor") and round(timing.ratio, 2) < 1
 
 
@@ -95,7 +96,7 @@ def cell(name: str, measured: Measured) -> Text:
 
 
 def tables(measured: list[Measured], width: int) -> list[Table]:
-    """One for each rule and variant, or several where they would be too wide."""
+    """Return one table for each rule and variant, or several if one is too wide."""
     pages = []
     at_once = max(1, (width - 27) // 16)
     for name, group in groupby(measured, key=lambda m: title(m.case)):
@@ -121,7 +122,7 @@ def table(name: str, columns: list[Measured]) -> Table:
 
 
 def remarks(report: Report) -> list[str]:
-    """Who is missing, where, and why: each sentence once."""
+    """Return sentences that say who is missing, where, and why."""
     sentences = [f"{name} left out: {why}" for name, why in report.left_out.items()]
     for measured in report.measured:
         if not measured.timings:
@@ -152,7 +153,7 @@ def fingerprint(machine: dict[str, Any]) -> Table:
 
 
 def markdown(measured: list[Measured]) -> str:
-    """One rule's table; losses are bold."""
+    """Return the table of one rule in Markdown, with losses in bold."""
     names = [n for n in CONTENDERS if any(n in m.timings for m in measured)]
     lines = [
         "| elements | " + " | ".join(names) + " |",

@@ -22,8 +22,8 @@ from fastopt.bench.measure import Measured, Workers, measure
 
 
 def effort(case: Case) -> float:
-    """Of one burst, for the progress bar: bursts of small cases take the same time,
-    those of large ones as long as their steps."""
+    """Return the effort of a burst, for the progress bar: bursts of small cases take
+    the same time, those of large cases as long as their steps."""
     return 1 + all_elements(case) / 1e6
 
 

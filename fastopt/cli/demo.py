@@ -1,4 +1,4 @@
-"""``fastopt demo``: five optimizers train one small network on handwritten digits.
+"""``fastopt demo`` trains a small network on digits with five optimizers.
 
 The network is written in NumPy. Its parameters live in one flat buffer, its gradients
 in another of the same layout, and the backward pass writes straight into the views.
@@ -53,7 +53,7 @@ def digits() -> Digits:
 
 
 def mlp(seed: int, dtype: npt.DTypeLike = np.float32) -> FlatBuffer:
-    """The parameters of a network with one hidden layer."""
+    """Return the parameters of a network with one hidden layer."""
     rng = np.random.default_rng(seed)
 
     def weights(rows: int, columns: int) -> Array:
@@ -70,7 +70,7 @@ def mlp(seed: int, dtype: npt.DTypeLike = np.float32) -> FlatBuffer:
 
 
 def forward(params: FlatBuffer, x: Array) -> tuple[Array, Array]:
-    """The hidden layer and the logarithms of the class probabilities."""
+    """Return the hidden layer and the logarithms of the class probabilities."""
     hidden = np.tanh(x @ params["w1"] + params["b1"])
     scores = hidden @ params["w2"] + params["b2"]
     scores -= scores.max(axis=1, keepdims=True)
@@ -78,7 +78,7 @@ def forward(params: FlatBuffer, x: Array) -> tuple[Array, Array]:
 
 
 def evaluate(params: FlatBuffer, x: Array, y: Array) -> tuple[float, float]:
-    """Cross-entropy and accuracy."""
+    """Return the cross-entropy and the accuracy."""
     _, log_probability = forward(params, x)
     loss = -log_probability[np.arange(len(y)), y].mean()
     return float(loss), float((log_probability.argmax(axis=1) == y).mean())
@@ -111,7 +111,7 @@ class Run(NamedTuple):
     hyperparameters: dict[str, Any]
 
 
-# gd and dynamic_gd are methods for the exact gradient; the others live on noisy ones.
+# gd and dynamic_gd are meant for the exact gradient, the others for noisy ones.
 RUNS = (
     Run(fastopt.gd, TRAIN, "#D55E00", {"lr": 0.8}),
     Run(fastopt.dynamic_gd, TRAIN, "#CC79A7", {"lr": 2.0}),
@@ -124,8 +124,8 @@ RUNS = (
 def train(
     run: Run, params: FlatBuffer, data: Digits, epochs: int, seed: int
 ) -> Iterator[float]:
-    """Train in place; yield the loss on all training images at first and after each
-    epoch."""
+    """Train in place, and yield the loss on all training images before the first epoch
+    and after each."""
     x, y = data.train
     grads = params.zeros_like()
     opt = run.rule(params, **run.hyperparameters)
@@ -139,7 +139,8 @@ def train(
 
 
 class Steps(NamedTuple):
-    """Seconds a step, and how far apart both ended, relative to the largest value."""
+    """Seconds of a step, and the difference of the results relative to the largest
+    value."""
 
     fastopt: float
     numpy: float
@@ -149,7 +150,7 @@ class Steps(NamedTuple):
 def compare(
     run: Run, start: FlatBuffer, grads: FlatBuffer, bursts: int = 60, burst: int = 20
 ) -> Steps:
-    """The same steps by fastopt and by hand, in alternating bursts."""
+    """Time the same steps of fastopt and of NumPy, in alternating bursts."""
     params = fastopt.flatten(start.views)
     opt = run.rule(params, **run.hyperparameters)
     by_hand = {k: p.copy() for k, p in params.views.items()}
@@ -180,7 +181,7 @@ def compare(
 
 
 def picture(losses: dict[str, list[float]], path: Path) -> None:
-    """The loss curves, each with its name at its end."""
+    """Draw the loss curves, each with its name at its end."""
     figure, axes = chart(
         f"{TRAIN // BATCH} steps on small batches beat one exact step",
         f"A {INPUTS}-{HIDDEN}-{CLASSES} network on {TRAIN} of scikit-learn's digits",

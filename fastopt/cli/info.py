@@ -1,4 +1,4 @@
-"""``fastopt info``: what is installed here, what a step will use, and why."""
+"""``fastopt info`` says what is installed, what a step will use, and why."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def version(package: str) -> str:
 
 
 def availability(backend: str) -> str:
-    """Whether a backend can be used or, in its own words, why not."""
+    """Return whether a backend is available or, in its own words, why not."""
     try:
         module = importlib.import_module(backends.MODULES[backend])
         reason = module.missing()
-    # A half-installed GPU stack fails in any way, and to say so is what we are for.
+    # A half-installed GPU stack can fail in any way, which this report must show.
     except Exception as error:
         reason = str(error) or type(error).__name__
     return f"missing: {reason}" if reason else "available"
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """The compiled kernels: which are used, which could be, which are there."""
+    """Describe the compiled kernels: which are used, supported and built."""
     modules = [module.name for module in pkgutil.iter_modules(fastopt.__path__)]
     prefix = "_kernels_"
     built = [name.removeprefix(prefix) for name in modules if name.startswith(prefix)]
     try:
         used = cython_cpu.kernels()
-    except (ImportError, ValueError):  # above, under backends, it says why
+    except (ImportError, ValueError):  # the section on backends says why
         yield "in use", "none"
     else:
         override = os.environ.get("FASTOPT_ISA")
@@ -57,7 +57,7 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 
 def threading() -> Iterator[tuple[str, str]]:
-    """How many threads a step uses, and the limits that number follows from."""
+    """Describe how many threads a step uses, and the limits that determine it."""
     yield "a step uses", f"at most {threads.available()}, the least of these"
     if threads.places():
         places = ", ".join(map(str, threads.places()))
@@ -73,7 +73,7 @@ def threading() -> Iterator[tuple[str, str]]:
 
 
 def sections() -> dict[str, dict[str, str]]:
-    """The report: titles, and under each the names and what is to say of them."""
+    """Return the report: its titles, and the entries below each."""
     return {
         f"fastopt {fastopt.__version__}": {
             "Python": f"{platform.python_version()} ({platform.platform()})",
