@@ -5,6 +5,7 @@ them with.
 """
 
 import ast
+import functools
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,40 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 RULES = ROOT / "fastopt" / "rules"
 COMPOSED = ROOT / "fastopt" / "composed.py"
+LANGUAGE = ROOT / "fastopt" / "language.py"
 ORDER = ROOT / "fastopt" / "memory" / "order.py"
 
 # What a rule's text may call by name, and the template has in C.
 PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
-PRIMITIVES |= {"wide", "cbrt"}
+PRIMITIVES |= {"wide", "is_double", "bits", "real"}
+# The C types of numbers, and of words.
+REALS = {"f32": "float", "f64": "double"}
+WORDS = {"float": "uint32_t", "double": "uint64_t"}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number, or ``word(...)``, to which functions refer by name."""
+
+    path: Path
+    label: str
+    value: float | tuple  # a word's two values
+
+    @property
+    def name(self):
+        return f"{self.path.stem}_{self.label}"
+
+    @property
+    def is_word(self):
+        return isinstance(self.value, tuple)
+
+    def c_type(self, dtype):
+        return WORDS[REALS[dtype]] if self.is_word else REALS[dtype]
+
+    def text(self, dtype):
+        if self.is_word:
+            return f"{self.value[0]}U" if dtype == "f32" else f"{self.value[1]}ULL"
+        return repr(self.value)
 
 
 @dataclass
@@ -40,7 +70,7 @@ class Function:
     def arguments(self):
         return [argument.arg for argument in self.tree.args.args]
 
-    @property
+    @functools.cached_property
     def locals(self):
         stored = [
             node.id
@@ -60,7 +90,7 @@ class Function:
             return self.passes[value.func.id].returned
         return len(value.elts) if isinstance(value, ast.Tuple) else 0
 
-    @property
+    @functools.cached_property
     def helpers(self):
         """The functions that it calls, by the names that it uses for them."""
         if self.passes:
@@ -69,18 +99,78 @@ class Function:
         found = {name: defined(self.path, name) for name in sorted(called - PRIMITIVES)}
         return {name: function for name, function in found.items() if function}
 
+    @functools.cached_property
+    def named(self):
+        """The constants that it refers to, by the names that it uses for them."""
+        own = {*self.arguments, *self.locals, *PRIMITIVES}
+        names = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
+        found = {name: constant(self.path, name) for name in sorted(names - own)}
+        return {name: value for name, value in found.items() if value}
+
+    @functools.cached_property
+    def words(self):
+        """The names that it uses for words: of constants, of arguments with the
+        annotation ``Word``, and of what is assigned a word."""
+        reals, words = set(), {n for n, value in self.named.items() if value.is_word}
+        for argument in self.tree.args.args:
+            annotated = ast.unparse(argument.annotation or ast.Tuple([])) == "Word"
+            (words if annotated else reals).add(argument.arg)
+        for line in self.tree.body:
+            if isinstance(line, ast.Assign):
+                (target,) = line.targets
+                names = target.elts if isinstance(target, ast.Tuple) else [target]
+                kinds = self.are_words(line.value, words)
+                for name, is_word in zip(names, kinds, strict=True):
+                    (words if is_word else reals).add(name.id)
+        if reals & words:
+            raise ValueError(
+                f"{', '.join(reals & words)} in {self.name} stands for a number here, "
+                f"for a word there: use two names"
+            )
+        return words
+
+    def are_words(self, value, words):
+        """Whether a value is a word, or which values of a tuple are, if these names are
+        those of words."""
+        if isinstance(value, ast.Tuple):
+            return [kind for part in value.elts for kind in self.are_words(part, words)]
+        if isinstance(value, ast.Call):
+            helper = self.helpers.get(value.func.id)
+            return helper.results_are_words if helper else [value.func.id == "bits"]
+        if isinstance(value, ast.BinOp):
+            both = value.left, value.right
+            return [any(self.are_words(part, words) == [True] for part in both)]
+        return [isinstance(value, ast.Name) and value.id in words]
+
+    @property
+    def results_are_words(self):
+        (line,) = [n for n in ast.walk(self.tree) if isinstance(n, ast.Return)]
+        return self.are_words(line.value, self.words)
+
     def result(self, c_type):
-        return f"({f'{c_type}, ' * self.returned})" if self.returned else c_type
+        kinds = [WORDS[c_type] if word else c_type for word in self.results_are_words]
+        return f"({', '.join(kinds)}, )" if self.returned else kinds[0]
+
+    def declared(self, names, dtype):
+        """Declarations of arguments or local variables."""
+        real, word = REALS[dtype], WORDS[REALS[dtype]]
+        return [f"{word if name in self.words else real} {name}" for name in names]
+
+    def lines(self, dtype):
+        """The lines of the C function."""
+        declared = self.declared(self.locals, dtype)
+        return [*(f"cdef {line}" for line in declared), *self.body(dtype)]
 
     def body(self, dtype):
         """The statements, in which every function has the name of its C version."""
-        helpers = self.helpers
+        known = self.helpers | self.named
 
         class Concrete(ast.NodeTransformer):
             def visit_Name(self, node):
-                name = helpers[node.id].name if node.id in helpers else node.id
-                known = node.id in PRIMITIVES or node.id in helpers
-                return ast.Name(f"{name}_{dtype}" if known else name, node.ctx)
+                if node.id in known:
+                    return ast.Name(f"{known[node.id].name}_{dtype}", node.ctx)
+                ours = f"_{dtype}" if node.id in PRIMITIVES else ""
+                return ast.Name(f"{node.id}{ours}", node.ctx)
 
         tree = ast.parse(ast.unparse(self.tree)).body[0]
         text = "\n".join(ast.unparse(Concrete().visit(line)) for line in tree.body)
@@ -136,6 +226,7 @@ class Begin(Measure):
     way = "out"
     kept = ("kept",)
     locals = ()
+    words = frozenset()
 
     @property
     def name(self):
@@ -150,12 +241,16 @@ class Begin(Measure):
         return self.terms + len(self.outputs)
 
     @property
+    def results_are_words(self):
+        return [False] * self.returned
+
+    @property
     def outputs(self):
         return [*self.states, *self.kept]
 
     def body(self, dtype):
         direction, terms = self.passes["direction"], self.passes["terms"]
-        c_type = {"f32": "float", "f64": "double"}[dtype]
+        c_type = REALS[dtype]
         sums = [f"sums[{k}]" for k in range(self.terms)]
         new = [f"new[{k}]" for k in (*range(1, direction.returned), 0)]
         return [
@@ -226,19 +321,45 @@ class Native(ast.NodeTransformer):
         return [*stores, ast.parse(f"return -1 if _zero[0] else {len(values)}").body[0]]
 
 
-def defined(path, name, kind=Function, *more):
-    """Find the function that a file calls by a name, in this file or in another rule's.
-    Return None if there is none."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return kind(path, node, *more)
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def found(path, name, kind):
+    """Find the statement of this kind that defines what a file calls by a name, in this
+    file, in another rule's or in language.py. Return the file and the statement, or
+    None."""
+    for node in parsed(path).body:
+        if isinstance(node, kind):
+            if name in (getattr(node, "name", ""), ast.unparse(node).split(" = ")[0]):
+                return path, node
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
                     other = RULES / f"{node.module.rpartition('.')[2]}.py"
+                    if node.module == "fastopt.rule":
+                        return found(LANGUAGE, alias.name, kind)
                     if node.module.startswith("fastopt.rules.") and other.exists():
-                        return defined(other, alias.name, kind, *more)
+                        return found(other, alias.name, kind)
     return None
+
+
+def defined(path, name, kind=Function, *more):
+    """Find the function that a file calls by a name. Return None if there is none."""
+    place = found(path, name, ast.FunctionDef)
+    return place and kind(*place, *more)
+
+
+def constant(path, name):
+    """Find the constant that a file calls by a name. Return None if there is none."""
+    place = found(path, name, ast.Assign)
+    if place is None:
+        return None
+    path, node = place
+    words = {"word": lambda first, *second: (first, *(second or [first]))}
+    value = eval(ast.unparse(node.value), {"__builtins__": {}}, words)
+    return Constant(path, node.targets[0].id, value)
 
 
 def functions_of(path):
@@ -329,7 +450,10 @@ def renderer():
     """Return a function that renders a template of csrc with these values."""
     found = functions()
     updates = [f for f in found if type(f) is Kernel]
+    compiled = [function for function in found if type(function) is not Scalars]
+    named = {c.name: c for function in compiled for c in function.named.values()}
     namespace = {
+        "constants": list(named.values()),
         "updates": updates,
         "clip": next(f for f in updates if f.name == "passes_limited"),
         "measures": [f for f in found if isinstance(f, Measure)],

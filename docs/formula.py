@@ -17,10 +17,10 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from fastopt.language import PRIMITIVES
+from fastopt.language import PRIMITIVES, cbrt
 
 SHORT = 2  # names and numbers in a constant that is not worth a line of its own
-KNOWN = (*PRIMITIVES, abs, min, max, float, math.sqrt, math.log, math.exp)
+KNOWN = (*PRIMITIVES, cbrt, abs, min, max, float, math.sqrt, math.log, math.exp)
 IGNORED = {"wide", "float"}  # for they change no number
 
 

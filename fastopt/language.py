@@ -2,8 +2,8 @@
 
 A rule may use + - * /, comparisons, & | on comparisons, ``abs()``, and the primitives
 of this module, because each of them is correctly rounded, or exact, on every backend.
-The bodies here serve NumPy and the host; the other backends replace them with their own
-(:func:`concrete`).
+It may also look at the bits of a number as a :class:`Word`. The bodies here serve NumPy
+and the host; the other backends replace them with their own (:func:`concrete`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import dis
 import math
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,33 +72,167 @@ def wide(x: Any) -> Any:
     return np.asarray(x, np.float64)
 
 
-# The bits of x**(-1/3) are about these less a third of the bits of x, within 3.5%. Each
-# round of Newton's method doubles the digits: measured 3.6 and 4.0 units of eps.
-CBRT = {
-    np.dtype(np.float32): (0x54A21D2A, 3),
-    np.dtype(np.float64): (0x553EF0FF289DD796, 4),
-}
+def is_double(x: Any) -> Any:
+    """Whether ``x`` is of float64, which is known before anything is computed."""
+    return np.asarray(x).dtype == np.float64
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant among words: what it is beside float32, and beside float64."""
+
+    float32: int
+    float64: int
+
+    def __post_init__(self) -> None:
+        for width, value in ((32, self.float32), (64, self.float64)):
+            if type(value) is not int or not 0 <= value < 2**width:
+                raise ValueError(
+                    f"a word of {width} bits must be an integer from 0 to "
+                    f"2**{width} - 1, got {value!r}"
+                )
+
+    def at(self, dtype: np.dtype[Any]) -> Any:
+        """The word that is as wide as this dtype."""
+        single = dtype.itemsize == 4
+        return np.uint32(self.float32) if single else np.uint64(self.float64)
+
+
+def word(float32: int, float64: int | None = None) -> Constant:
+    """A word that does not depend on an element, to be named outside of functions. One
+    number serves both dtypes, or each has its own."""
+    return Constant(float32, float32 if float64 is None else float64)
+
+
+def _operator(compute: Callable[[Any, Any], Any]) -> Any:
+    def operator(self: Word, other: Any) -> Any:
+        result = compute(self.array, self.same(other))
+        return result if result.dtype == bool else Word(result)
+
+    return operator
+
+
+class Word:
+    """The bits of a number: an unsigned integer, as wide as the number.
+
+    Words have + - * (what does not fit is cut off), & | ^, comparisons with words, and
+    << and >> by a number that is written there, as in ``w >> 16``, or by a constant. A
+    constant is named outside of functions, ``NAME = word(...)``.
+
+    They are unsigned because C lets only unsigned integers wrap around, and because
+    every instruction set can shift vectors of them: AVX2 has no >> for signed integers
+    of 64 bits.
+    """
+
+    __array_ufunc__ = None  # then arrays leave operators to this class
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a word is not a number: real(w) makes a number of it")
+
+    def __bool__(self) -> bool:
+        raise TypeError("a word is neither true nor false: compare it with another")
+
+    def same(self, other: Any) -> Any:
+        """The other operand, which must be a word of this width."""
+        dtype, given = self.array.dtype, other
+        if isinstance(other, (Word, Constant)):
+            other = other.array if isinstance(other, Word) else other.at(dtype)
+        if getattr(other, "dtype", None) != dtype:
+            raise TypeError(
+                f"a word meets {given!r}, which is not a word of its width: bits(x) "
+                f"makes a word of a number, real(w) a number of a word, and a "
+                f"constant is named outside of the function: NAME = word(...)"
+            )
+        return other
+
+    def distance(self, by: Any) -> Any:
+        """By how many bits to shift."""
+        kind = self.array.dtype.type
+        by = by.at(self.array.dtype) if isinstance(by, Constant) else by
+        if type(by) not in (int, kind):
+            raise TypeError(
+                f"a word is shifted by a number that is written there, or by a "
+                f"constant NAME = word(...), not by {by!r}"
+            )
+        if not 0 <= by < 8 * self.array.itemsize:
+            raise ValueError(
+                f"a word of {8 * self.array.itemsize} bits cannot be shifted by {by}"
+            )
+        return kind(by)
+
+    def __lshift__(self, by: Any) -> Word:
+        return Word(np.left_shift(self.array, self.distance(by)))
+
+    def __rshift__(self, by: Any) -> Word:
+        return Word(np.right_shift(self.array, self.distance(by)))
+
+    # NumPy's functions, for its operators warn where scalars wrap around.
+    __add__ = __radd__ = _operator(np.add)
+    __mul__ = __rmul__ = _operator(np.multiply)
+    __sub__ = _operator(np.subtract)
+    __rsub__ = _operator(lambda a, b: np.subtract(b, a))
+    __and__ = __rand__ = _operator(np.bitwise_and)
+    __or__ = __ror__ = _operator(np.bitwise_or)
+    __xor__ = __rxor__ = _operator(np.bitwise_xor)
+    __lt__, __le__ = _operator(np.less), _operator(np.less_equal)
+    __gt__, __ge__ = _operator(np.greater), _operator(np.greater_equal)
+    __eq__, __ne__ = _operator(np.equal), _operator(np.not_equal)
+
+
+WORDS = {np.dtype(np.float32): np.uint32, np.dtype(np.float64): np.uint64}
+
+
+def bits(x: Any) -> Any:
+    """The bits of a number, as a word. Those of a NaN differ between machines."""
+    x = np.asarray(x)
+    if x.dtype not in WORDS:
+        raise TypeError(f"bits takes numbers of float32 or float64, got {x!r}")
+    return Word(x.view(WORDS[x.dtype]))
+
+
+def real(w: Any) -> Any:
+    """The number that has these bits."""
+    if not isinstance(w, Word):
+        raise TypeError(f"real takes a word that was computed from bits, got {w!r}")
+    return w.array.view(f"f{w.array.itemsize}")
+
+
+PRIMITIVES = (
+    *(sqrt, where, maximum, minimum, copysign, sign, wide),
+    *(is_double, bits, real),
+)
+NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
+
+
+# What follows is written in the language itself, as the helper functions of rules are.
+
+# The bits of x**(-1/3) are about a constant less a third of the bits of x, within 3.5%.
+# Each round of Newton's method doubles the digits: measured 3.6 and 4.0 units of eps.
+MAGIC = word(0x54A21D2A, 0x553EF0FF289DD796)
+THIRD = 1 / 3
+FOUR_THIRDS = 4 / 3
+
+
+def newton(y: Any, x: Any) -> Any:
+    """One round of Newton's method, from ``y`` towards ``x**(-1/3)``."""
+    return y * (FOUR_THIRDS - THIRD * (x * y * y * y))
 
 
 def cbrt(x: Any) -> Any:
-    """Return the cube root of a number that is not negative. It is off by a few units
-    in the last place, but all its operations are correctly rounded, so that its bits
-    are the same everywhere."""
-    x = np.asarray(x)
-    magic, rounds = CBRT[x.dtype]
-    third, four_thirds = x.dtype.type(1 / 3), x.dtype.type(4 / 3)
-    bits = np.atleast_1d(x).view(x.dtype.str.replace("f", "i"))
-    bits = (bits >> 2) + (bits >> 4)  # no processor divides vectors of integers
-    bits = bits + (bits >> 4)
-    bits = bits + (bits >> 8)
-    bits = bits + (bits >> 16)
-    y = (bits.dtype.type(magic) - bits).view(x.dtype).reshape(x.shape)
-    for _ in range(rounds):
-        y = y * (four_thirds - third * (x * y * y * y))
+    """Return the cube root. It is off by a few units in the last place, but all its
+    operations are correctly rounded, so that its bits are the same everywhere."""
+    size = abs(x)
+    w = bits(size)
+    w = (w >> 2) + (w >> 4)  # no processor divides vectors of integers
+    w = w + (w >> 4)
+    w = w + (w >> 8)
+    w = w + (w >> 16)
+    y = newton(newton(newton(real(MAGIC - w), size), size), size)
+    y = where(is_double(x), newton(y, size), y)
     return x * y * y
-
-
-PRIMITIVES = (sqrt, where, maximum, minimum, copysign, sign, wide, cbrt)
 
 
 def concrete(
@@ -109,8 +245,8 @@ def concrete(
 
     The primitives that it uses become the backend's own (by identity, so a rule may
     import them under any name), its helper functions are made concrete likewise and
-    ``compiled``, and plain numbers take the dtype, as they do in NumPy when they meet
-    an array.
+    ``compiled``, plain numbers take the dtype, as they do in NumPy when they meet an
+    array, and constants among words its width.
     """
 
     def fit(value: Any) -> Any:
@@ -118,6 +254,8 @@ def concrete(
             return primitives[value.__name__]
         if isinstance(value, types.FunctionType):
             return compiled(concrete(value, dtype, primitives, compiled))
+        if isinstance(value, Constant):
+            return value.at(dtype)
         return dtype.type(value) if type(value) in (int, float) else value
 
     reached = function.__globals__
@@ -150,14 +288,17 @@ def reached(function: Function, found: list[Function]) -> list[Function]:
 
 
 def constants(code: types.CodeType) -> list[Any]:
-    """The numbers, and functions, written in a function's code."""
+    """The numbers, and functions, written in a function's code, but for those that say
+    how far to shift."""
+    distances: list[Any] = []
+    others: list[Any] = []
+    for instruction, after in pairwise(dis.get_instructions(code)):
+        # From Python 3.14 on, small integers stand in the instruction.
+        if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            shifts = "SHIFT" in after.opname or after.argrepr[:2] in ("<<", ">>")
+            (distances if shifts else others).append(instruction.argval)
     found: list[Any] = []
-    for folded in code.co_consts:
-        found += folded if isinstance(folded, tuple) else [folded]
-    # From Python 3.14 on, small integers stand in the instruction.
-    found += [
-        instruction.argval
-        for instruction in dis.get_instructions(code)
-        if instruction.opname == "LOAD_SMALL_INT"
-    ]
+    for folded in (*code.co_consts, *others):
+        if type(folded) is not int or folded in others or folded not in distances:
+            found += folded if isinstance(folded, tuple) else [folded]
     return found

@@ -22,14 +22,19 @@ import numpy as np
 
 from fastopt import composed
 from fastopt.language import Function, constants, reached
+from fastopt.language import Word as Word
+from fastopt.language import bits as bits
 from fastopt.language import cbrt as cbrt
 from fastopt.language import copysign as copysign
+from fastopt.language import is_double as is_double
 from fastopt.language import maximum as maximum
 from fastopt.language import minimum as minimum
+from fastopt.language import real as real
 from fastopt.language import sign as sign
 from fastopt.language import sqrt as sqrt
 from fastopt.language import where as where
 from fastopt.language import wide as wide
+from fastopt.language import word as word
 from fastopt.runtime.exclusive import computed_once
 from fastopt.trial import tried
 
@@ -98,7 +103,8 @@ class Rule:
         ``update(p, g, *state, *scalars) -> (p, *state)``: the new value of one element.
         Pure; only + - * /, comparisons, ``abs`` and the primitives of this module, and
         no numeric literal (Numba would turn ``1 - x`` into float64): ``scalars``
-        supplies the constants.
+        supplies the constants. ``bits(x)`` is a number's :class:`Word`, ``real(w)`` the
+        number again.
     scalars
         ``scalars(t, *hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
         first step. Its signature is the list of hyperparameters and their defaults; it
@@ -357,10 +363,12 @@ class Rule:
                         f"inside; define it outside"
                     )
                 if isinstance(constant, (int, float, complex)):
+                    named = f", or name it outside: NAME = word({constant!r}) is a word"
                     raise ValueError(
                         f"{function.__name__} of {self.name!r} contains the number "
                         f"{constant!r}, which some backends would compute in float64; "
                         f"let scalars supply it"
+                        f"{named if isinstance(constant, int) else ''}"
                     )
 
     @property

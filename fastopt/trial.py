@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastopt.language import Function
+from fastopt.language import NUMPY, Function, concrete
 
 if TYPE_CHECKING:
     from fastopt.rule import Rule
@@ -91,9 +91,10 @@ def check_direction(
 
 
 def tried(rule: Rule, function: Function, *arguments: Any) -> Any:
+    dtype = np.dtype(np.float32)
     try:
         with np.errstate(all="ignore"):
-            return function(*arguments)
+            return concrete(function, dtype, NUMPY, lambda helper: helper)(*arguments)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{function.__name__} of {rule.name!r} fails on arrays; use where, not "

@@ -12,6 +12,7 @@ Nothing is contracted or approximated, so the bits are the reference's.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,9 +23,8 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba import config
 
-from fastopt import language
 from fastopt.backends import llvm_ir
-from fastopt.language import concrete
+from fastopt.language import NUMPY, concrete
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.rule import Rule
 from fastopt.rules import passes
@@ -32,7 +32,7 @@ from fastopt.rules import passes
 try:
     import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
     from numba import cuda as cuda
-    from numba.cuda import cgutils, types
+    from numba.cuda import cgutils, extending, types
     from numba.cuda.core.errors import (
         NumbaPerformanceWarning as NumbaPerformanceWarning,
     )
@@ -76,24 +76,12 @@ def primitives(dtype: type[np.floating[Any]]) -> dict[str, Callable[..., Any]]:
 
     ours = {f.__name__: inlined(f) for f in (where, maximum, minimum, sign)}
     ours |= {"sqrt": sqrt, "copysign": copysign}
-    if SIMULATED:
-        return {**ours, "wide": np.float64, "cbrt": language.cbrt}
-    return {**ours, "wide": intrinsic(widened), "cbrt": intrinsic(cube_root)}
+    return NUMPY | ours if SIMULATED else ours | conversions()
 
 
-def widened(context: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.cast(builder, arguments[0], signature.args[0], types.float64)
-
-    return types.float64(x), generate
-
-
-def cube_root(context: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        dtype = np.dtype(str(signature.args[0]))
-        return llvm_ir.cbrt(builder, arguments[0], dtype)
-
-    return x(x), generate
+@functools.cache
+def conversions() -> dict[str, Any]:
+    return llvm_ir.primitives(extending)
 
 
 class Beside(NamedTuple):

@@ -40,7 +40,7 @@ from llvmlite import binding as llvm
 from numba import config
 from numba.core.registry import cpu_target
 
-from fastopt.language import PRIMITIVES, Function
+from fastopt.language import PRIMITIVES, Constant, Function
 
 fcntl: Any
 try:
@@ -100,7 +100,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _parts(item, seen)
-    elif value is None or isinstance(value, (bool, int, float, str)):
+    elif value is None or isinstance(value, (bool, int, float, str, Constant)):
         yield repr(value)
     elif isinstance(value, np.generic):
         yield f"{value.dtype} {value.tobytes().hex()}"

@@ -1,41 +1,117 @@
 """What both of Numba's targets, CPU and CUDA, build from LLVM's instructions."""
 
-# mypy: disable-error-code="no-untyped-call, import-untyped"
+# mypy: disable-error-code="no-untyped-call,import-untyped,untyped-decorator,misc"
 
 from __future__ import annotations
 
+import operator
 import platform
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
-
-from fastopt.language import CBRT
+from numba.core import types as nt
 
 MACHINE = platform.machine().lower()
 WORD, HALF, BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
 NOTHING = ir.VoidType()
 
 
-def cbrt(builder: Any, x: Any, dtype: np.dtype[Any]) -> Any:
-    """The cube root of a number of this dtype, as in :func:`fastopt.language.cbrt`."""
-    magic, rounds = CBRT[dtype]
-    third, four_thirds = (ir.Constant(x.type, float(dtype.type(n / 3))) for n in (1, 4))
-    integer = ir.IntType(8 * dtype.itemsize)
+class Word(nt.Type):
+    """Words, for Numba. Its integers will not do: operations widen them, and make
+    float64 of a signed and an unsigned one."""
 
-    def shifted(bits: Any, by: int) -> Any:
-        return builder.ashr(bits, ir.Constant(integer, by))
+    def __init__(self, width: int) -> None:
+        super().__init__(f"word{width}")
+        self.width = width
 
-    bits = builder.bitcast(x, integer)
-    bits = builder.add(shifted(bits, 2), shifted(bits, 4))
-    for by in (4, 8, 16):
-        bits = builder.add(bits, shifted(bits, by))
-    y = builder.bitcast(builder.sub(ir.Constant(integer, magic), bits), x.type)
-    for _ in range(rounds):
-        cube = builder.fmul(builder.fmul(builder.fmul(x, y), y), y)
-        y = builder.fmul(y, builder.fsub(four_thirds, builder.fmul(third, cube)))
-    return builder.fmul(builder.fmul(x, y), y)
+
+# What LLVM calls the operators, and the comparisons.
+OPERATORS = {
+    **{"add": "add", "sub": "sub", "mul": "mul", "lshift": "shl", "rshift": "lshr"},
+    **{"and": "and_", "or": "or_", "xor": "xor"},
+}
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+
+
+def primitives(extending: Any) -> dict[str, Any]:
+    """The primitives that convert numbers, for the target that this module of Numba's
+    extends. The target learns what operators do with words."""
+
+    @extending.register_model(Word)
+    class Model(extending.models.PrimitiveModel):
+        def __init__(self, manager: Any, kind: Word) -> None:
+            super().__init__(manager, kind, ir.IntType(kind.width))
+
+    for name, instruction in OPERATORS.items():
+        for operation in (f"__{name}__", f"__i{name}__"):
+            define(extending, getattr(operator, operation), instruction)
+    for name in COMPARISONS:
+        define(extending, getattr(operator, name), name)
+
+    @extending.intrinsic
+    def wide(context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return context.cast(builder, given[0], signature.args[0], nt.float64)
+
+        return (nt.float64(x), generate) if isinstance(x, nt.Float) else None
+
+    @extending.intrinsic
+    def is_double(context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return ir.IntType(1)(signature.args[0] == nt.float64)
+
+        return (nt.boolean(x), generate) if isinstance(x, nt.Float) else None
+
+    def bitcast(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        kind = context.get_value_type(signature.return_type)
+        return builder.bitcast(given[0], kind)
+
+    @extending.intrinsic
+    def bits(context: Any, x: Any) -> Any:
+        return (Word(x.bitwidth)(x), bitcast) if isinstance(x, nt.Float) else None
+
+    @extending.intrinsic
+    def real(context: Any, w: Any) -> Any:
+        if not isinstance(w, Word):
+            return None
+        return (nt.float32 if w.width == 32 else nt.float64)(w), bitcast
+
+    return {"wide": wide, "is_double": is_double, "bits": bits, "real": real}
+
+
+def define(extending: Any, operation: Any, instruction: str) -> None:
+    """Say what an operator does with two words, or with a word and a constant, which is
+    an integer of Numba's."""
+    compares = instruction in COMPARISONS
+
+    @extending.type_callable(operation)
+    def typed(context: Any) -> Any:
+        def result(a: Any, b: Any) -> Any:
+            words = {kind for kind in (a, b) if isinstance(kind, Word)}
+            others = {a, b} - words
+            if len(words) != 1 or not all(isinstance(k, nt.Integer) for k in others):
+                return None
+            return nt.boolean if compares else words.pop()
+
+        return result
+
+    def lowered(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        (kind, *_) = (kind for kind in signature.args if isinstance(kind, Word))
+        a, b = (resized(builder, value, kind.width) for value in given)
+        if compares:
+            return builder.icmp_unsigned(COMPARISONS[instruction], a, b)
+        return getattr(builder, instruction)(a, b)
+
+    for kinds in ((Word, Word), (Word, nt.Integer), (nt.Integer, Word)):
+        extending.lower_builtin(operation, *kinds)(lowered)
+
+
+def resized(builder: Any, value: Any, width: int) -> Any:
+    """An integer that is not negative, with so many bits."""
+    change = builder.trunc if value.type.width > width else builder.zext
+    same = value.type.width == width
+    return value if same else change(value, ir.IntType(width))
 
 
 def enter_arithmetic(builder: Any, machine: str = MACHINE) -> Any:

@@ -28,7 +28,7 @@ import numba
 import numpy as np
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba import config, njit, prange
+from numba import config, extending, njit, prange
 from numba.core import cgutils
 from numba.core import types as nt
 from numba.core.errors import NumbaError, TypingError
@@ -108,22 +108,6 @@ def sign(x):
     return math.copysign(one, x) if (x > zero) | (x < zero) else x
 
 
-@intrinsic
-def wide(typingctx, x):
-    def codegen(context, builder, signature, args):
-        return context.cast(builder, args[0], signature.args[0], nt.float64)
-
-    return (nt.float64(x), codegen) if isinstance(x, nt.Float) else None
-
-
-@intrinsic
-def cbrt(typingctx, x):
-    def codegen(context, builder, signature, args):
-        return llvm_ir.cbrt(builder, args[0], np.dtype(str(signature.args[0])))
-
-    return (x(x), codegen) if isinstance(x, nt.Float) else None
-
-
 PRIMITIVES: dict[str, Any] = {
     "sqrt": sqrt,
     "where": where,
@@ -131,8 +115,7 @@ PRIMITIVES: dict[str, Any] = {
     "minimum": minimum,
     "copysign": copysign,
     "sign": sign,
-    "wide": wide,
-    "cbrt": cbrt,
+    **llvm_ir.primitives(extending),
 }
 
 # The kernels

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.language import PRIMITIVES, Function, concrete
+from fastopt.language import NUMPY, Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
@@ -29,8 +29,6 @@ from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.step import PLAIN, Request, Row
 
 __all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
-
-NUMPY = {primitive.__name__: primitive for primitive in PRIMITIVES}
 
 
 def missing() -> str | None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cases import closure_rule
+from hashed import hashed
 
 import fastopt
 from fastopt import RULES, Rule, backends
@@ -235,7 +236,7 @@ def of_each(rules):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", WIDTH)
-@of_each([*EVERYTHING, USERS, CLOSURE, EIGHT, ROOT])
+@of_each([*EVERYTHING, USERS, CLOSURE, EIGHT, ROOT, hashed])
 def test_machine_code(rule, dtype, disassemble):
     streams = 1 + len(rule.state)
     ptx = cuda_kernels.compile_ptx(rule, dtype)

@@ -212,7 +212,7 @@ class Runnable(ast.NodeTransformer):
         return ast.Call(ast.Name(name, ast.Load()), arguments, [])
 
 
-FUNCTIONS = {f.__name__: f for f in primitives.PRIMITIVES}
+FUNCTIONS = {f.__name__: f for f in (*primitives.PRIMITIVES, cbrt)}
 FUNCTIONS |= {"sqrt": np.sqrt, "abs": np.abs, "log": np.log, "exp": np.exp}
 FUNCTIONS |= {"min": np.minimum, "max": np.maximum, "sum": np.sum}
 

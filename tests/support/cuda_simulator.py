@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, IDS, closure_rule, nonzero, same_bits, special_values
+from hashed import hashed
 from numba import cuda
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
@@ -55,6 +56,7 @@ USERS = Rule(update, constants, state=("m", "v"))
 
 
 BY_ID = dict(zip(IDS, CASES, strict=True))
+BY_ID["hashed"] = hashed, {"lr": 0.03}
 BY_ID |= {"users": (USERS, {"lr": 0.07}), "closure": (closure_rule(), {"lr": 0.07})}
 
 
