@@ -1,4 +1,4 @@
-"""The methods that turn a Gram matrix into weights, one of each paper."""
+"""Methods that turn a Gram matrix into weights, each from a paper."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from fastopt.runtime.arithmetic import standard
 
 @standard
 def mean(gram: Any, preference: Any = None) -> Weights:
-    """Equal weights, or the preference as it is: what a weighted sum of losses does.
+    """Return the preference, by default equal weights: a weighted sum of losses.
 
     Parameters
     ----------
     gram
-        The Gram matrix of m tasks' gradients, m x m, as :func:`gram` makes it.
+        The m x m Gram matrix of the gradients of m tasks, as :func:`gram` makes it.
     preference
-        What each task counts: m numbers from 0 on. By default 1 / m.
+        The importance of each task: m numbers of at least 0. By default 1 / m.
 
     Returns
     -------
@@ -43,8 +43,8 @@ def mean(gram: Any, preference: Any = None) -> Weights:
     Raises
     ------
     TypeError, ValueError
-        For a matrix that is none of gradients; this and what follows is the same for
-        all methods.
+        For a matrix that cannot be a Gram matrix. Arguments, result and errors are the
+        same for all methods.
 
     Example
     -------
@@ -57,13 +57,13 @@ def mean(gram: Any, preference: Any = None) -> Weights:
 
 @standard
 def mgda(gram: Any) -> Weights:
-    """The shortest of all weighted means of the gradients. Désidéri 2012,
+    """Use the shortest of all weighted means of the gradients. Désidéri 2012,
     doi:10.1016/j.crma.2012.03.014; Sener & Koltun 2018, arXiv:1810.04650.
 
-    Weights from 0 on with the sum 1. Along the direction no loss falls slower than by
-    the square of its length, which is zero where nothing makes all losses fall: a task
-    with a gradient of zero gets all the weight. Solved exactly, where others stop Frank
-    and Wolfe's iteration.
+    The weights are at least 0, and their sum is 1. Along the direction, each loss falls
+    at least by the square of its length, which is zero where no direction makes all
+    losses fall: a task with a gradient of zero gets all the weight. The solution is
+    exact; others stop the iteration of Frank and Wolfe early.
 
     >>> from fastopt import multitask
     >>> multitask.mgda([[1.0, 0.0], [0.0, 3.0]])
@@ -83,8 +83,8 @@ def mgda(gram: Any) -> Weights:
 
 @standard
 def dualproj(gram: Any, preference: Any = None) -> Weights:
-    """The mean gradient, or the one of the preference, projected onto the directions
-    that conflict with no task. Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (GEM), as in
+    """Project the mean gradient, or that of the preference, onto the directions that
+    conflict with no task. Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (GEM), as in
     Quinton & Rey 2024, arXiv:2406.16232.
 
     >>> from fastopt import multitask
@@ -98,7 +98,7 @@ def dualproj(gram: Any, preference: Any = None) -> Weights:
 
 
 def _projected(norms: Weights, cosines: Weights, weights: Weights) -> Weights:
-    """The weights, and what has to be added so that no task is in conflict."""
+    """Add to the weights what is needed so that no task is in conflict."""
     lengths = weights * norms
     longest = float(lengths.max()) or 1.0
     more = least_square(cosines, -cosines @ (lengths / longest))
@@ -107,11 +107,10 @@ def _projected(norms: Weights, cosines: Weights, weights: Weights) -> Weights:
 
 @standard
 def upgrad(gram: Any, preference: Any = None) -> Weights:
-    """Each gradient is projected onto the directions that conflict with no task, and
-    then their mean is taken, or that of the preference. Quinton & Rey 2024,
-    arXiv:2406.16232.
+    """Project each gradient onto the directions that conflict with no task, and take
+    the mean of these, or that of the preference. Quinton & Rey 2024, arXiv:2406.16232.
 
-    The direction conflicts with no task; it is linear in the length of each gradient.
+    The direction conflicts with no task, and is linear in the length of each gradient.
 
     >>> from fastopt import multitask
     >>> multitask.upgrad([[2.0, -2.0], [-2.0, 4.0]])
@@ -126,11 +125,11 @@ def upgrad(gram: Any, preference: Any = None) -> Weights:
 
 @standard
 def pcgrad(gram: Any, rng: np.random.Generator) -> Weights:
-    """From each gradient is taken, for every other one in a random order, what is in
-    conflict with it; then they are added. Yu et al. 2020, arXiv:2001.06782.
+    """Subtract from each gradient what conflicts with the others, which are taken in
+    random order, and add the results. Yu et al. 2020, arXiv:2001.06782.
 
-    Of two tasks none is in conflict afterwards; of more, some may be. The weights are
-    those of a sum, not of a mean. ``rng`` draws the orders: one for each task, at each
+    Afterwards two tasks are not in conflict, but of more tasks some may be. The weights
+    are those of a sum, not of a mean. ``rng`` draws an order for each task at each
     call.
 
     >>> import numpy as np
@@ -168,27 +167,27 @@ def _adjusted(
 
 
 class GradVac:
-    """As :func:`pcgrad`, but what two gradients are brought to is not at least a right
-    angle: it is at most the angle that they have had on average. Wang et al. 2020,
-    arXiv:2010.05874, algorithm 1.
+    """Adjust gradients as :func:`pcgrad` does, but to an angle of at most their average
+    angle so far, in place of a right angle. Wang et al. 2020, arXiv:2010.05874,
+    algorithm 1.
 
     Parameters
     ----------
     rng
-        Draws the orders.
+        The generator that draws the orders.
     beta
         The weight of the new cosine in the average, in [0, 1).
 
     Notes
     -----
-    As the paper has it, weights have no bound: they grow as the average angle between
-    two tasks shrinks, if the two then disagree.
+    As in the paper, weights have no bound: they grow as the average angle between two
+    tasks shrinks, if the two then disagree.
 
     Attributes
     ----------
     targets
-        The average cosines, tasks x tasks; None before the first call. With them, and
-        the state of ``rng``, a run goes on.
+        The average cosines, tasks x tasks; None before the first call. To resume a run,
+        restore them and the state of ``rng``.
 
     Example
     -------
@@ -209,7 +208,7 @@ class GradVac:
 
     @standard
     def __call__(self, gram: Any) -> Weights:
-        """The weights for the next step."""
+        """Return the weights for the next step."""
         matrix = checked_gram(gram)
         count = len(matrix)
         targets = np.zeros((count, count)) if self.targets is None else self.targets
@@ -240,12 +239,13 @@ class GradVac:
 
 @standard
 def cagrad(gram: Any, c: float = 0.5) -> Weights:
-    """Of the directions within c times the mean gradient's length from it, the one that
-    is best for the task that it is worst for. Liu et al. 2021, arXiv:2110.14048.
+    """Use the direction that is best for the worst task, among those whose distance
+    from the mean gradient is at most c times its length. Liu et al. 2021,
+    arXiv:2110.14048.
 
-    ``c`` is in [0, 1); 0 is the mean. As the paper has it, without the rescaling of its
-    code. Where several are best, because no direction makes all losses fall, it is the
-    one nearest to the mean.
+    ``c`` is in [0, 1); 0 gives the mean. As in the paper, there is no rescaling, which
+    its code has. Where several directions are best, because none makes all losses fall,
+    it is the one nearest to the mean.
 
     >>> from fastopt import multitask
     >>> multitask.cagrad([[1.0, 0.0], [0.0, 1.0]])
@@ -296,19 +296,19 @@ def cagrad(gram: Any, c: float = 0.5) -> Weights:
 
 @standard
 def imtl_g(gram: Any) -> Weights:
-    """The direction that is as long along each gradient as along every other. Liu et
-    al. 2021 (IMTL-G), openreview.net/forum?id=IMPnRXEWpvr.
+    """Use the direction that has equal projections onto all gradients. Liu et al. 2021
+    (IMTL-G), openreview.net/forum?id=IMPnRXEWpvr.
 
-    Weights with the sum 1, of any sign: the definition allows a direction along which
-    all losses rise. Of several that do, for dependent tasks, those with the least
-    squares; where the only such direction is zero, that one. A task with a gradient of
-    zero gets weight 0.
+    The sum of the weights is 1, and they may be negative: the definition allows a
+    direction along which all losses rise. If several weights do this, for dependent
+    tasks, they are those with the least squares; if only the zero direction does, it is
+    used. A task with a gradient of zero gets weight 0.
 
     Raises
     ------
     ValueError
-        Also if no weights with the sum 1 make such a direction, which needs dependent
-        tasks.
+        Also if no weights with the sum 1 give such a direction, which only happens for
+        dependent tasks.
 
     >>> from fastopt import multitask
     >>> multitask.imtl_g([[1.0, 0.0], [0.0, 4.0]]).round(4)
@@ -344,10 +344,11 @@ def imtl_g(gram: Any) -> Weights:
 
 @standard
 def aligned_mtl(gram: Any, preference: Any = None) -> Weights:
-    """The mean, or that of the preference, of gradients that are made orthogonal and of
-    one length, the least singular value of J. Senushkin et al. 2023, arXiv:2305.19000.
+    """Take the mean, or that of the preference, of gradients that are made orthogonal
+    and of one length, the least singular value of J. Senushkin et al. 2023,
+    arXiv:2305.19000.
 
-    The least that is not zero: dependent tasks have some that are.
+    Singular values of zero, which dependent tasks have, do not count.
 
     >>> from fastopt import multitask
     >>> multitask.aligned_mtl([[4.0, 0.0], [0.0, 1.0]])
@@ -365,14 +366,14 @@ def aligned_mtl(gram: Any, preference: Any = None) -> Weights:
 
 
 def nash_mtl(gram: Any) -> Weights:
-    """The bargain that maximizes the product of all tasks' gains. Navon et al. 2022,
-    arXiv:2202.01017: ``G @ w = 1 / w``.
+    """Use the bargain that maximizes the product of the gains of all tasks. Navon et
+    al. 2022, arXiv:2202.01017: ``G @ w = 1 / w``.
 
-    The direction conflicts with no task. The square of its length is m times the
-    Frobenius norm of G, until at a point where no direction makes all losses fall there
-    is no bargain: then it is that of gradients with a small part of their own each,
-    projected as by :func:`dualproj`. A task with a gradient of zero gets weight 0.
-    Without the ``max_norm`` of its code: see ``clip_norm`` of a step.
+    The direction conflicts with no task, and the square of its length is m times the
+    Frobenius norm of G. Where no direction makes all losses fall, there is no bargain;
+    then a small part of its own is added to each gradient, and the result is projected
+    as by :func:`dualproj`. A task with a gradient of zero gets weight 0. The
+    ``max_norm`` of the authors' code is not included: see ``clip_norm`` of a step.
 
     >>> from fastopt import multitask
     >>> multitask.nash_mtl([[1.0, 0.0], [0.0, 1.0]]).round(4)
@@ -383,11 +384,12 @@ def nash_mtl(gram: Any) -> Weights:
 
 @standard
 def fairgrad(gram: Any, alpha: float = 2.0) -> Weights:
-    """A direction that is alpha-fair in the tasks' gains. Ban & Ji 2024,
+    """Use a direction that is alpha-fair in the gains of the tasks. Ban & Ji 2024,
     arXiv:2402.15638: ``G @ w = w ** (-1 / alpha)``, for alpha above 0.
 
-    With alpha 1 that is :func:`nash_mtl`; see there for where there is no answer. The
-    larger alpha, the more alike are the gains. 2 is what the authors' scripts have.
+    With alpha 1 this is :func:`nash_mtl`, which says what happens if there is no
+    solution. The larger alpha is, the more alike are the gains. The authors' scripts
+    use 2.
 
     >>> from fastopt import multitask
     >>> multitask.fairgrad([[1.0, 0.0], [0.0, 1.0]]).round(4)
