@@ -400,21 +400,16 @@ class Call(ast.NodeTransformer):
         for place, value in zip(places, values, strict=True):
             if not isinstance(place, ast.Name):
                 raise Unsupported(node)
-            if self.when:
-                old = self.names.get(place.id)
+            if self.when or not isinstance(value, ast.Name):
+                old = self.when and self.names.get(place.id)
                 value = self.section.bind(place.id, value, self.when, old)
-            elif not isinstance(value, ast.Name):
-                value = self.section.bind(place.id, value)
             names[place.id] = value
         self.names |= names
 
     def several(self, node):
         """The values of a tuple, or the one of anything else."""
         match node:
-            case ast.IfExp(test, ast.Tuple(yes), orelse):
-                no = parts_of(orelse)
-                if len(no) != len(yes):
-                    raise Unsupported(node)
+            case ast.IfExp(test, ast.Tuple(yes), ast.Tuple(no)) if len(yes) == len(no):
                 pairs = zip(yes, no, strict=True)
                 return [self.value(ast.IfExp(test, a, b)) for a, b in pairs]
             case ast.Call() if inspect.isfunction(self.callee(node)):
@@ -545,13 +540,14 @@ class Formulas:
         call = Call(rule.scalars, [*map(load, host)], scalars)
         results, self.refused, self.sections = call.results, call.refused, [scalars]
         takers = [arguments(r.update)[2 + len(r.state) :] for r in self.rules]
+        taken = max(takers, key=len)
         if rule.settle:
             names = arguments(rule.settle)
             first = 2 + rule.terms
             sums, names = names[2:first], names[first:]
             handed = len(results) - len(names)
-            takes = [arguments(rule.measure)[2 + len(rule.state) :], *takers]
-            names = [*max(takes, key=len)[:handed], *names]
+            takes = arguments(rule.measure)[2 + len(rule.state) :]
+            names = [*max(takes, taken, key=len)[:handed], *names]
             constants = constants_for(scalars, names, results)
             measure, terms = self.element("measure", rule.measure, rule, constants)
             totals = [ast.Call(ast.Constant("sum"), [term], []) for term in terms]
@@ -559,13 +555,11 @@ class Formulas:
             settle = Section("settle", rule, [total.id for total in totals])
             values = [load("t"), load("n"), *totals, *constants[handed:]]
             results = Call(rule.settle, values, settle).results
-            names = max(takers, key=len)[handed:]
-            settled = constants_for(settle, names, results, rule.carry)
+            settled = constants_for(settle, taken[handed:], results, rule.carry)
             settled = [*constants[:handed], *settled]
             self.sections.append(settle)
         else:
-            names = max(takers, key=len)
-            settled = constants = constants_for(scalars, names, results, rule.carry)
+            settled = constants = constants_for(scalars, taken, results, rule.carry)
         for variant in self.rules:
             update, results = self.element("update", variant.update, variant, settled)
             first, _, *state = update.inputs

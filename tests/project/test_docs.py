@@ -453,7 +453,7 @@ NO_FORMULAS = {
     "a, (b, c) = d, e\nreturn a": "Assign",
     "a, b = c\nreturn a": "Assign",
     "a, b = c, d, e\nreturn a": "Assign",
-    "a, b = (c, d) if e else c\nreturn a": "IfExp",
+    "a, b = (c, d) if e else c\nreturn a": "Assign",
     "a = twice(b)\nreturn a": "Assign",
     "a: float = b\nreturn a": "AnnAssign",
     "if a: return b\nreturn c": "Return",
