@@ -54,10 +54,7 @@ def save(opt: Optimizer) -> dict[str, Any]:
         "ema_decay": opt.ema,
         "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
         "accumulated": pending
-        and [
-            to_host(array) if given else None
-            for array, given in zip(pending.sums, pending.given, strict=True)
-        ],
+        and [None if sums is None else to_host(sums) for sums in pending.gradients],
     }
 
 

@@ -92,7 +92,7 @@ class Sums:
         self.params = list(params)
         self.tensors: list[Tensor | None] = [None] * len(self.params)
         # Which parameters got a gradient since the last step.
-        self.given = np.zeros(len(self.params), bool)
+        self.received = np.zeros(len(self.params), bool)
         self.programs: list[tuple[list[int], Program]] = []
 
     def __getstate__(self) -> Any:
@@ -149,8 +149,8 @@ class Sums:
 
     @property
     def gradients(self) -> Gradients:
-        pairs = zip(self.tensors, self.given.tolist(), strict=True)
-        task = [total if given else None for total, given in pairs]
+        pairs = zip(self.tensors, self.received.tolist(), strict=True)
+        task = [total if received else None for total, received in pairs]
         return Gradients([task])
 
     def restore(self, saved: Sequence[Tensor | None]) -> None:
@@ -167,7 +167,7 @@ class Sums:
         self._make([i for i, total in enumerate(saved) if total is not None])
         for i, (tensor, total) in enumerate(zip(self.tensors, saved, strict=True)):
             if tensor is not None and total is not None:
-                self.given[i] = True
+                self.received[i] = True
                 tensor.copy_(total)
 
     def adding(self, factor: float, threads: int) -> list[Call]:
@@ -187,8 +187,8 @@ class Sums:
             calls += execute(program, [Key(1, (), (), factor)], plain(threads))
             # An array does not keep a tensor's memory, so a later call holds these.
             calls.append(fitting.clear)
-        given = self.given | [grad is not None for grad in grads]
-        calls.append(partial(self.given.__setitem__, ..., given))
+        received = self.received | [grad is not None for grad in grads]
+        calls.append(partial(self.received.__setitem__, ..., received))
         for i in places:
             param, grad = self.params[i], grads[i]
             reset = partial(setattr, param, "grad", None)
@@ -199,7 +199,7 @@ class Sums:
         """Return the calls that set the sums to zero."""
         return [
             *[tensor.zero_ for tensor in self.gradients.tasks[0] if tensor is not None],
-            partial(self.given.fill, False),
+            partial(self.received.fill, False),
         ]
 
 

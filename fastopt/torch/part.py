@@ -43,7 +43,7 @@ class Part:
         self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
-        self._given: Gradients | None = None  # in place of those in ``.grad``
+        self._gradients: Gradients | None = None  # in place of those in ``.grad``
         self.any = self.all = self.usual = False
         self._t, self._steps = 0, b""  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
@@ -143,7 +143,7 @@ class Part:
         self._give([[grads[place] for place in self.places]])
         return False
 
-    def take_given(self, gradients: Gradients) -> bool:
+    def take_gradients(self, gradients: Gradients) -> bool:
         """Take gradients that are not in ``.grad``. Return whether there are any."""
         tasks = [
             [task[member.place] for member in self.members] for task in gradients.tasks
@@ -152,7 +152,7 @@ class Part:
             any(g is not None for g in grads) for grads in zip(*tasks, strict=True)
         ]
         self._know(np.array(there))
-        self._placed, self._given = False, gradients
+        self._placed, self._gradients = False, gradients
         if self.any or self.averaged:
             self._take_fitted(tasks, gradients.weights)
         return self.any
@@ -206,7 +206,7 @@ class Part:
 
     def forget(self) -> None:
         """Release the gradients."""
-        self._taken, self._given = [], None
+        self._taken, self._gradients = [], None
         if not self.plain:
             self._copies = []
             self.__dict__.pop("program", None)
@@ -217,10 +217,10 @@ class Part:
         members = [self.members[i] for i in self.runs[run]]
         if members[0].dtype not in (torch.float64, torch.complex128):
             return False
-        if self._given is None:
+        if self._gradients is None:
             grads = [member.param.grad for member in members]
         else:
-            grads = [self._given.total(member.place) for member in members]
+            grads = [self._gradients.total(member.place) for member in members]
         return all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
 
     def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
@@ -314,11 +314,7 @@ class Part:
         if self.carried and not self.over_all:
             for run in np.flatnonzero(~self.active):
                 carried[run] = keys[run].carry
-        steps = self.vectors[0].copy()
-        if self.all or self.over_all:
-            steps += 1
-        else:
-            steps[self.active[self.run_of]] += 1
+        steps = self.vectors[0] + (self.active | self.over_all)[self.run_of]
         if self.names.steps is None:
             np.minimum(steps, 1, out=steps)
         after = [steps]

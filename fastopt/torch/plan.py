@@ -51,7 +51,7 @@ class Order(NamedTuple):
     request: Request
     scale: float = 1.0  # for the gradients
     single: Tensor | None = None  # the parameter to update; None: all of them
-    given: Gradients | None = None  # in place of those in ``.grad``
+    gradients: Gradients | None = None  # in place of those in ``.grad``
     summed: bool = False  # whether these are accumulated sums
 
     def entries(self, state: dict[Any, Any]) -> dict[Any, Any]:
@@ -74,7 +74,7 @@ class Plan:
     read
         Of each group the rule, its hyperparameters, and the sign of its gradients. If
         there is a mask for weight decay, the same again without weight decay.
-    given
+    gradients
         Gradients in place of those in ``.grad``.
     """
 
@@ -85,7 +85,7 @@ class Plan:
         state: dict[Any, Any],
         read: Read,
         single: Tensor | None = None,
-        given: Gradients | None = None,
+        gradients: Gradients | None = None,
     ):
         self.rules, self.values, self.signs = read
         self.averaged, names = optimizer.ema is not None, optimizer._names
@@ -96,7 +96,7 @@ class Plan:
         # A spared parameter takes its group's second values, which have no decay.
         pairs = [(p, i + (len(groups) if p in without else 0)) for p, i in pairs]
         self._params = [param for param, _ in pairs]
-        grads = [p.grad for p in self._params] if given is None else given.first
+        grads = [p.grad for p in self._params] if gradients is None else gradients.first
         keeps = [
             bool(rule.state or rule.carry or names.steps or self.averaged)
             for rule in self.rules
@@ -125,7 +125,7 @@ class Plan:
             if keeps[group]:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
-            alone = given is not None
+            alone = gradients is not None
             of = param, computed(param), place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain
             alike.setdefault(key, []).append(Member(*of, alone))
@@ -262,10 +262,10 @@ class Plan:
         return [part for part, there in pairs if there or averaged]
 
     @standard
-    def take_given(self, given: Gradients) -> list[Part] | None:
+    def take_gradients(self, gradients: Gradients) -> list[Part] | None:
         """Give the parts gradients that are not in ``.grad``. Return the parts that the
         step changes, or None if a parameter with a gradient is not planned."""
-        for task in given.tasks:
+        for task in gradients.tasks:
             for grad, param, planned in zip(
                 task, self._params, self._planned, strict=True
             ):
@@ -273,7 +273,7 @@ class Plan:
                     return None
                 if grad is not None:
                     check_gradient(param, grad)
-        return self._stepping([part.take_given(given) for part in self.parts])
+        return self._stepping([part.take_gradients(gradients) for part in self.parts])
 
     @standard
     def do(
@@ -288,7 +288,7 @@ class Plan:
         parameters and state, of gradients that are set to zero, and of the attributes
         of the ``optimizer``. The calls ``last`` belong to the step, whether it is
         skipped or not."""
-        turns, request, given = optimizer["_turns"], order.request, order.given
+        turns, request, gradients = optimizer["_turns"], order.request, order.gradients
         factors = [sign * order.scale for sign in self.signs]
         if request.needs_norm:
             factor = abs(factors[0])
@@ -306,16 +306,16 @@ class Plan:
                 skipped = optimizer["skipped"] + 1
                 last.append(partial(optimizer.update, skipped=skipped))
                 if request.zero_grads:
-                    last += zeroing(self._grads(given))
+                    last += zeroing(self._grads(gradients))
                 turns.commit(last)
                 return False
             factors = [factor * shrink for factor in factors]
         if request.zero_grads:
-            apart = given is not None or self._overlap()
+            apart = gradients is not None or self._overlap()
             # Kernels set to zero what they read, which may be copies of these.
             members = [m for p in parts if apart or not p.plain for m in p.members]
             copied = [member.param.grad for member in members]
-            last += zeroing(copied if given is None else self._grads(given))
+            last += zeroing(copied if gradients is None else self._grads(gradients))
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
         measured: dict[int, list[Sums]] = {}
@@ -341,11 +341,11 @@ class Plan:
             calls = []
         return True
 
-    def _grads(self, given: Gradients | None) -> list[Tensor | None]:
+    def _grads(self, gradients: Gradients | None) -> list[Tensor | None]:
         """Return the gradients that the step takes."""
-        if given is None:
+        if gradients is None:
             return [param.grad for param in self._params]
-        return [grad for task in given.tasks for grad in task]
+        return [grad for task in gradients.tasks for grad in task]
 
     def _overlap(self) -> bool:
         """Whether gradients share memory with each other or with parameters, so that
@@ -390,7 +390,7 @@ class Plan:
 
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
         """Note what the next step needs to know. ``state`` is what ``look`` will be
-        given."""
+        told."""
         for part in parts:
             part.end()
             part.forget()

@@ -1,6 +1,6 @@
 """The state of parameters: torch's tensors under torch's keys, in memory that kernels
-work in. Made when a parameter has its first gradient, and made anew where what was
-loaded lies elsewhere or is of another dtype."""
+work in. It is made when a parameter has its first gradient, and made anew where what
+was loaded lies elsewhere or is of another dtype."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Stateful(Optimizer):
     def _renew(self) -> None:
         """Forget what was worked out."""
         self._plan: Plan | None = None
-        self._given_plan: Plan | None = None  # of steps with other gradients
+        self._other_plan: Plan | None = None  # of steps with other gradients
         self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._noted: set[Any] = set()  # what steps have needed of all parameters
@@ -145,7 +145,7 @@ class Stateful(Optimizer):
                 ) from None
             params = [param for param, _ in self._all()]
             sums = self._sums
-            if sums is None or not (sums.given.any() or sums.fit(params)):
+            if sums is None or not (sums.received.any() or sums.fit(params)):
                 sums = Sums(params)
             sums.check(params)
             factor = checks.check_factor(grad_scale, sums.dtype)
@@ -161,11 +161,17 @@ class Stateful(Optimizer):
                 self._turns.overtake, partial(self.__dict__.update, _sums=None)
             )
 
-    def _given(self, grads: Any, weights: Any) -> Gradients | None:
+    @property
+    def _waiting(self) -> Sums | None:
+        """The accumulated sums that the next step takes."""
+        sums = self._sums
+        return None if sums is None or not sums.received.any() else sums
+
+    def _gradients(self, grads: Any, weights: Any) -> Gradients | None:
         """Return the gradients that a step takes in place of those in ``.grad``: those
         that it was given, the accumulated sums, or None if there are neither."""
         params = [param for param, _ in self._all()]
-        sums = self._sums if self._sums is not None and self._sums.given.any() else None
+        sums = self._waiting
         if grads is not None or weights is not None:
             if sums is not None:
                 raise RuntimeError(
@@ -216,8 +222,8 @@ class Stateful(Optimizer):
             for key, state in saved["state"].items():
                 if isinstance(state, dict) and not self._torchs:
                     saved["state"][key] = self._outward(state)
-            if self._sums is not None and self._sums.given.any():
-                (sums,) = self._sums.gradients.tasks
+            if self._waiting is not None:
+                (sums,) = self._waiting.gradients.tasks
                 saved[ACCUMULATED] = [s if s is None else s.clone() for s in sums]
             return saved
 

@@ -21,7 +21,7 @@ from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
-from fastopt.torch.part import estimate
+from fastopt.torch.part import Part, estimate
 from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.turns import Call, Overtaken
@@ -155,12 +155,13 @@ class Stepping(Stateful):
             self._check_mode()
             with torch.enable_grad():
                 loss = closure()
-        own, turns, given = self.__dict__, self._turns, None
+        own, turns, gradients = self.__dict__, self._turns, None
         with turns.lock:
             if grads is not None or weights is not None or self._sums is not None:
-                given = self._given(grads, weights)
+                gradients = self._gradients(grads, weights)
             made = self.clip_norm, self.clip_value, self.nonfinite
-            usual = made == USUAL and self.ema is None and not options and given is None
+            usual = made == USUAL and self.ema is None and not options
+            usual &= gradients is None
             # Taken away during the step, so that whoever comes in between, be it by an
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
@@ -173,19 +174,20 @@ class Stepping(Stateful):
             scale = self._scale()
             if scale is not None:
                 request = self._request(options)
-                order = Order(request, scale, None, given, summed=grads is None)
-                if given is None:
+                order = Order(request, scale, None, gradients, summed=grads is None)
+                if gradients is None:
                     plan = self._update(plan, order)
                 else:
-                    other, self._given_plan = self._given_plan, None
-                    self._given_plan = self._update(other, order)
+                    other, self._other_plan = self._other_plan, None
+                    self._other_plan = self._update(other, order)
             else:  # GradScaler has found an infinity or a NaN
                 calls = []
                 if self._sums is not None and grads is None:
                     calls = self._sums.emptying()
                 if options.get("zero_grads"):
-                    there = [param.grad for param, _ in self._all()]
-                    calls += zeroing(there if given is None else chain(*given.tasks))
+                    own_grads = [[param.grad for param, _ in self._all()]]
+                    tasks = own_grads if gradients is None else gradients.tasks
+                    calls += zeroing(chain(*tasks))
                 uninterrupted(*calls)
             self._plan = plan
         return loss
@@ -280,13 +282,13 @@ class Stepping(Stateful):
                 return None
             except Overtaken:  # in a signal handler, say
                 plan = None
-                if order.given and order.summed and not self._given(None, None):
+                if order.gradients and order.summed and not self._gradients(None, None):
                     return None  # which has taken the sums
 
     def _attempt(
         self, plan: Plan | None, groups: list[dict[str, Any]], order: Order
     ) -> Plan | None:
-        request, given = order.request, order.given
+        request, gradients = order.request, order.gradients
         needs = request.clip_norm < math.inf, request.nonfinite
         if needs not in self._noted:
             self._noted.add(needs)
@@ -300,13 +302,16 @@ class Stepping(Stateful):
                 if plan is None:
                     return None
                 grads = plan.look(groups, state, averaged) or []
-        parts = plan.take(grads) if given is None else plan.take_given(given)
+        if gradients is None:
+            parts: list[Part] | None = plan.take(grads)
+        else:
+            parts = plan.take_gradients(gradients)
         if parts is None:  # a gradient where there was none before
             plan = self._new_plan(groups, state, self._read(groups), order)
-            parts = plan.take_given(given) if plan and given else None
+            parts = plan.take_gradients(gradients) if plan and gradients else None
         if plan is None or not parts:
             return plan
-        last = self._sums.emptying() if self._sums is not None and given else []
+        last = self._sums.emptying() if self._sums is not None and gradients else []
         with in_order({part.device for part in parts}):
             done = plan.do(parts, order, self.__dict__, last)
         if done:
@@ -325,15 +330,15 @@ class Stepping(Stateful):
     ) -> Plan | None:
         """Return a new plan; None if there is no gradient. Raise Unsupported if there
         are no kernels for one."""
-        single, given = order.single, order.given
+        single, gradients = order.single, order.gradients
         params = [p for p, _ in self._all()] if single is None else [single]
-        grads = [p.grad for p in params] if given is None else given.first
+        grads = [p.grad for p in params] if gradients is None else gradients.first
         if all(grad is None for grad in grads):
             return None
-        plan = Plan(self, groups, state, read, single, given)
+        plan = Plan(self, groups, state, read, single, gradients)
         if self._torchs:
             self._to_our_form()
-            plan = Plan(self, groups, state, read, single, given)
+            plan = Plan(self, groups, state, read, single, gradients)
         return plan
 
     def _unsupported(self, reason: str, order: Order) -> None:
@@ -342,7 +347,7 @@ class Stepping(Stateful):
         if theirs is Optimizer.step:
             raise RuntimeError(f"{name} does not support {reason}")
         asked = order.request._replace(threads=PLAIN.threads) != PLAIN
-        if asked or order.given is not None or self.weight_decay_mask is not None:
+        if asked or order.gradients is not None or self.weight_decay_mask is not None:
             raise RuntimeError(
                 f"{reason} are left to torch's own {name}, which has no "
                 f"{', '.join(OPTIONS)}, ema, grads, weights and weight_decay_mask"
