@@ -3,12 +3,10 @@ takes next to no memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fastopt.optimizer.groups import Group
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.rules.adafactor import adafactor
 
@@ -96,15 +94,7 @@ class Adafactor(Optimizer):
             **options,
         )
 
-    def _new_group(
-        self,
-        number: int,
-        named: bool,
-        own: Mapping[str, Any],
-        common: Mapping[str, Any],
-        steps: int = 0,
-    ) -> tuple[Group, dict[str, Any]]:
-        if own.get("eps1", common.get("eps1")) is None:
-            epsilon = np.finfo(self._params.arrays[0].dtype).eps
-            own = {**own, "eps1": float(epsilon)}
-        return super()._new_group(number, named, own, common, steps)
+    def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("eps1") is None:
+            values["eps1"] = float(np.finfo(self._params.arrays[0].dtype).eps)
+        return values

@@ -134,7 +134,11 @@ class Bindings:
         frozen = own.get("frozen", False)
         group = Group(self.rule, prefix, number, self._assign, dtype, frozen)
         changes = {key: value for key, value in own.items() if key != "frozen"}
-        return group, group.begin({**common, **changes}, steps)
+        return group, group.begin(self._completed({**common, **changes}), steps)
+
+    def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Complete a group's first hyperparameters, as a class may have to."""
+        return values
 
     def _bind_added(self) -> Bound:
         """Bind to the groups that were added, in one go however many they are."""

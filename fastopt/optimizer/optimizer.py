@@ -10,7 +10,7 @@ from fastopt.memory.flat import FlatBuffer
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.accumulation import Pending, new_pending
 from fastopt.optimizer.bindings import Bindings
-from fastopt.optimizer.gradients import Gradients, fit, grad_name, of_tasks, take
+from fastopt.optimizer.gradients import Gradients, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.state import bind_alone
 from fastopt.rule import Rule
@@ -367,11 +367,7 @@ class Optimizer(Bindings):
         program = bind_alone(self._module, rule, arrays, self._params.set_of)
         there = self._without_frozen(Gradients([gradients]))
         # They must not be the parameters either, to which this step writes nothing.
-        fitting = [
-            fit(self._params, i, grad, self._bound.spans)
-            for i, grad in enumerate(there.tasks[0])
-        ]
-        program.runner.take(fitting)
+        there.fitting(self._params, self._bound.spans).give(program.runner)
         keys = [Key(self.steps + 1, (), given, grad_scale) for given in values]
         calls = execute(program, keys, Request(threads=self._threads_now))
         self._finish(calls, {"_estimated": True})
