@@ -101,10 +101,8 @@ class Rule:
     ----------
     update
         ``update(p, g, *state, *scalars) -> (p, *state)``: the new value of one element.
-        Pure; only + - * /, comparisons, ``abs`` and the primitives of this module, and
-        no numeric literal (Numba would turn ``1 - x`` into float64): ``scalars``
-        supplies the constants. ``bits(x)`` is a number's :class:`Word`, ``real(w)`` the
-        number again.
+        Only + - * /, comparisons, ``abs`` and the primitives of this module; no number,
+        not even 1: these come from ``scalars``. ``bits(x)`` is a :class:`Word`.
     scalars
         ``scalars(t, *hyperparameters) -> tuple of floats``, where ``t`` is 1 at the
         first step. Its signature is the list of hyperparameters and their defaults; it
@@ -117,8 +115,8 @@ class Rule:
         at zero.
     starts
         Where they do not: name -> ``"p"`` (a copy of the parameter), the name of a
-        hyperparameter, or a number. Taken when the optimizer is made, and once more at
-        its first step, for parameters may have got their first values in between.
+        hyperparameter, or a number. Read when the optimizer is made, and at its first
+        step again, because parameters may have got their values in between.
     carry
         Numbers that a rule remembers from step to step on the host, in float64: name ->
         its first value, a number or the name of a hyperparameter. ``scalars`` takes
@@ -128,10 +126,9 @@ class Rule:
         like ``update``, is summed in float64 over each array (``over="segment"``) or
         over all (``"all"``), in an order that does not depend on backend or threads,
         before a parameter moves. Then ``settle(t, n, *sums, *last results of
-        scalars)``, with ``n`` elements, returns what goes on to ``update``, and the new
-        carry. The results of ``scalars`` that it does not take come before, as they
-        are. A rule over segments has a carry for each array, any other one for each
-        group. See also :meth:`in_passes`.
+        scalars)``, with ``n`` elements, returns what ``update`` takes after the other
+        results, and the new carry. A rule over segments has a carry for each array, any
+        other one for each group. See also :meth:`in_passes`.
     factored
         Arrays of two and more dimensions keep of the one state buffer, an average of
         the squares of the gradients, only the means over its rows and its columns (the
@@ -147,15 +144,14 @@ class Rule:
         which the rule's ``p`` stands, with a gradient of another kind. It has the same
         hyperparameters.
     variants
-        For options that change the state: hyperparameters that must be on (non-zero) ->
-        the Rule that then applies. Each takes as many of this rule's leading scalars as
-        it needs. With the option off, the variant must do what the rule does without
-        it: groups that differ in it share one kernel.
+        For options that change the state: hyperparameters that are on (not zero) -> the
+        Rule that then applies, with as many of the leading scalars as it needs. With
+        the option off it must do what this rule does: groups may share one kernel.
     follows
         Hyperparameters that are, if not given, what another one is at first, and never
         less than what is assigned to that one later: name -> the other's.
     name
-        Used in messages and saved states; by default that of ``update`` or its module.
+        For messages and saved states; by default that of ``update`` or its module.
 
     Raises
     ------
@@ -177,8 +173,7 @@ class Rule:
     array([0.5, 0.5, 0.5])
     """
 
-    # What a call makes, set by the module of optimizers: it knows rules, and this one
-    # knows nothing of it.
+    # What a call makes. The module of optimizers sets it, so this one needs no import.
     optimizer: ClassVar[type[Optimizer]]
 
     update: Function

@@ -305,8 +305,7 @@ class Bindings:
         return sets
 
     def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
-        """Return the hyperparameters that are 0 for an array, whatever they are in its
-        group. ``decays``: whether its weights decay."""
+        """Return the hyperparameters that are 0 for an array, whatever its group's."""
         return () if decays else ("weight_decay",)
 
     @standard
@@ -320,9 +319,8 @@ class Bindings:
         groups: Sequence[Group] | None = None,
         **saved: Any,
     ) -> Bound:
-        """Return the variant for these values of the groups, and for more switches that
-        are ``on``, with its kernel and its state: what there was ``before`` or is
-        ``saved``, or a new one. Averages and groups are ours, or others."""
+        """Return the variant for these values of the groups, and for switches that are
+        ``on``, with its state: that of ``before``, the ``saved`` one, or a new one."""
         params, groups = self._params, groups or self.groups
         params.watch.check()
         averages = averages or self._averages
