@@ -35,6 +35,7 @@ from functools import partial
 from numpy import empty, ndarray
 
 from fastopt.memory.factored import in_order
+from fastopt.step import UNLIMITED
 
 include "table.pxi"
 include "scalars.pxi"

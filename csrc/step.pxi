@@ -78,8 +78,6 @@ cdef class Step:
     cdef int64_t watched_count
     cdef Scalars scalars, settle
     cdef object keep, shapes, scalars_at, watched_arrays
-    cdef object request  # the last one
-    cdef bint limits_gradients
 
     def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
                   addresses, *, shapes, averages, list streams, bint double, int64_t sets,
@@ -381,19 +379,15 @@ cdef class Step:
     cdef int accept_request(self, request) except -1:
         """Store what is asked besides the update."""
         cdef Job* job = &self.job
-        cdef tuple limits
+        cdef tuple limits = request.limits  # a field, because no Python code may run here
         cdef int64_t k
-        if request is not self.request:  # plain ones are one object, step after step
-            limits = request.limits
-            if len(limits) > MOST_LIMITS:
-                raise ValueError(f"at most {MOST_LIMITS} limits, got {len(limits)}")
-            job.limit_count = len(limits)
-            for k in range(len(limits)):
-                job.limit_values[k] = limits[k]
-            self.limits_gradients = request.limits_gradients
-            self.request = request
+        if len(limits) > MOST_LIMITS:
+            raise ValueError(f"at most {MOST_LIMITS} limits, got {len(limits)}")
+        job.limit_count = len(limits)
+        for k in range(len(limits)):
+            job.limit_values[k] = limits[k]
         job.threads = request.threads
-        job.clipping, job.zeroing = self.limits_gradients, request.zero_grads
+        job.clipping, job.zeroing = limits != UNLIMITED, request.zero_grads
         put(job, job.weight, 0, 1.0)
         put(job, job.weight, 1, request.ema_weight)
         return 0

@@ -55,25 +55,29 @@ class Options(TypedDict, total=False):
     zero_grads: bool
 
 
+def limits(clip_value: float = math.inf) -> tuple[float, ...]:
+    """Return what ``passes.clip`` takes besides each scaled gradient, for the options
+    of a step that limit elements."""
+    return -clip_value, clip_value
+
+
+UNLIMITED = limits()
+
+
 class Request(NamedTuple):
     """What is asked of a step besides the rule's update."""
 
     clip_norm: float = math.inf  # limit for the norm of all gradients, scaled
-    clip_value: float = math.inf  # limit for each element, scaled
+    limits: tuple[float, ...] = UNLIMITED
     nonfinite: str = "propagate"  # or "skip" or "raise"
     ema_weight: float = 0.0  # weight of the new parameters in their average; 0: none
     zero_grads: bool = False
     threads: int = 1
 
     @property
-    def limits(self) -> tuple[float, ...]:
-        """What ``passes.clip`` takes besides each scaled gradient."""
-        return -self.clip_value, self.clip_value
-
-    @property
     def limits_gradients(self) -> bool:
         """Whether ``passes.clip`` can change a gradient."""
-        return self.limits != PLAIN.limits
+        return self.limits != UNLIMITED
 
     @property
     def needs_norm(self) -> bool:

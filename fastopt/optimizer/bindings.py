@@ -13,7 +13,6 @@ from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending
-from fastopt.optimizer.gradients import Gradients
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.refusals import check_rule
@@ -413,17 +412,6 @@ class Bindings:
         if self._estimated and rule.estimate is not None:
             del since[rule.estimate[0]]  # the estimate has set this buffer
         self._bound.start(sets, since)
-
-    def _without_frozen(self, gradients: Gradients) -> Gradients:
-        """Replace the gradients of frozen groups by None."""
-        if not any(group.frozen for group in self.groups):
-            return gradients
-        frozen = [self.groups[number].frozen for number in self._params.group_of]
-        tasks = [
-            [None if off else grad for off, grad in zip(frozen, task, strict=True)]
-            for task in gradients.tasks
-        ]
-        return gradients._replace(tasks=tasks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -3,6 +3,7 @@ wanted, what came, what to do. Everything here runs before anything is written."
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,9 @@ from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
-from fastopt.step import FLAG, LIMIT, OPTIONS, Request, plain
+from fastopt.step import FLAG, LIMIT, OPTIONS, Request, limits, plain
+
+LIMITING = [*inspect.signature(limits).parameters]  # options of a step
 
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
@@ -372,8 +375,11 @@ def check_options(
     if not options and ema is None:
         return plain(threads)
     checked = {name: check_option(name, value) for name, value in options.items()}
+    of_limits = {name: checked.pop(name) for name in LIMITING if name in checked}
     weight = 0.0 if ema is None else 1 - ema
-    return Request(**checked, ema_weight=weight, threads=threads)
+    return Request(
+        **checked, limits=limits(**of_limits), ema_weight=weight, threads=threads
+    )
 
 
 def check_decays(rule: Rule) -> None:

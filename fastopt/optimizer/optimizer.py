@@ -306,6 +306,17 @@ class Optimizer(Bindings):
             changes |= self._unplanned()
         self._finish([*own, *calls, *more], changes)
 
+    def _without_frozen(self, gradients: Gradients) -> Gradients:
+        """Replace the gradients of frozen groups by None."""
+        if not any(group.frozen for group in self.groups):
+            return gradients
+        frozen = [self.groups[number].frozen for number in self._params.group_of]
+        tasks = [
+            [None if off else grad for off, grad in zip(frozen, task, strict=True)]
+            for task in gradients.tasks
+        ]
+        return gradients._replace(tasks=tasks)
+
     def _finish(self, calls: Iterable[Call], changes: Mapping[str, Any]) -> None:
         """Write the result of a step: all of it or, with an interrupt, nothing."""
         uninterrupted(*calls, partial(vars(self).update, changes))

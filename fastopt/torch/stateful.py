@@ -285,22 +285,19 @@ class Stateful(Optimizer):
             raise RuntimeError(f"ema_params() needs an optimizer made with ema: {call}")
         return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
 
+    @standard
     def eval_params(self) -> list[Tensor]:
         """Return the parameters to use, such as for a validation, in their order. For
         rules like ``ScheduleFreeAdamW`` they are not those that are trained."""
-        with self._turns.lock:
-            return self._evaluated()
-
-    @standard
-    def _evaluated(self) -> list[Tensor]:
         tensors = []
-        for param, group in self._all():
-            state = self.state.get(param)
-            trained = state and TRAINED not in state
-            if trained and any(rule.evaluate for rule in self._rules):
-                rule = self._rule(group)
-                values = self._values(group, rule)
-                tensors.append(evaluated(param, state, rule, self._names, values))
-            else:
-                tensors.append(param.detach())
+        with self._turns.lock:
+            for param, group in self._all():
+                state = self.state.get(param)
+                trained = state and TRAINED not in state
+                if trained and any(rule.evaluate for rule in self._rules):
+                    rule = self._rule(group)
+                    values = self._values(group, rule)
+                    tensors.append(evaluated(param, state, rule, self._names, values))
+                else:
+                    tensors.append(param.detach())
         return tensors

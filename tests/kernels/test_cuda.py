@@ -27,7 +27,7 @@ from fastopt.language import reached
 from fastopt.memory.segments import Segment
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
-from fastopt.step import Request
+from fastopt.step import Request, limits
 
 PROJECT = Path(__file__).resolve().parents[2]
 SIMULATOR = PROJECT / "tests" / "support" / "cuda_simulator.py"
@@ -575,7 +575,7 @@ def test_launches_for_sums(launches, monkeypatch):
     step.take([*(OnDevice(16384, n) for n in sizes[:3]), None])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found = step.sums("rule", rows, Request(clip_value=0.75))
+        found = step.sums("rule", rows, Request(limits=limits(0.75)))
     assert not warned
     # Two chunks and one, each with two terms, which are numbered here.
     assert found == [(0.0 + 2.0, 1.0 + 3.0), (0.0, 0.0), (4.0, 5.0), None]

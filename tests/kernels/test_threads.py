@@ -156,7 +156,7 @@ from cases import CASES, label
 from fastopt import multitask
 from fastopt.backends import numba_cpu
 from fastopt.memory.segments import Segment
-from fastopt.step import Request
+from fastopt.step import Request, limits
 rng = np.random.default_rng(0)
 
 def data(dtype, *shape):
@@ -209,7 +209,7 @@ class Alone:
             before = self.p.copy()
             self.next.take([self.g])
             asked = dict(ema_weight=0.1, zero_grads=True, threads=threads)
-            self.next([self.scalars], Request(clip_value=0.05, **asked))
+            self.next([self.scalars], Request(limits=limits(0.05), **asked))
             self.g[:] = before
             assert not np.array_equal(self.p, before)
 

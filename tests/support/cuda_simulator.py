@@ -27,7 +27,7 @@ from fastopt.memory.order import CHUNK
 from fastopt.memory.trees import leaves
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
-from fastopt.step import Request
+from fastopt.step import Request, limits
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
 OFFSETS = (0, 1)  # elements from a 16-byte boundary
@@ -335,7 +335,7 @@ def run_sums(rule, values, dtype, sizes):
         found = {"params": params}
         for what in ("gradients", "rule"):
             for limit in (math.inf, 0.5):
-                *sums, last = step.sums(what, rows, Request(clip_value=limit))
+                *sums, last = step.sums(what, rows, Request(limits=limits(limit)))
                 assert last is None and len(sums) == len(sizes) - 1
                 found[f"{what}, {limit}"] = np.array(sums)
         return opt, found
