@@ -12,7 +12,7 @@ from fastopt.rules.adafactor import adafactor
 
 
 class Adafactor(Optimizer):
-    """Adafactor, of a matrix remembering only averages for its rows and its columns.
+    """Adafactor, which stores only one average per row and per column of a matrix.
     Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6, as torch has them.
 
     Parameters

@@ -121,8 +121,8 @@ def __getattr__(name: str) -> Any:
 
 
 def hyperparameters(rule: Rule, **changes: Any) -> Array:
-    """Those of a rule in the order in which native code takes them, as float64: the
-    defaults but for ``changes``, which are checked.
+    """Return a rule's hyperparameters in the order in which native code takes them, as
+    float64: the defaults, with ``changes``, which are checked.
 
     >>> import fastopt
     >>> fastopt.native.hyperparameters(fastopt.adamw, lr=0.5).tolist()

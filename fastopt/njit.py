@@ -97,7 +97,7 @@ def start(
 
 
 def check(rule: Any, p: Any, arrays: dict[str, Any], state: Any, *numbers: Any) -> None:
-    """What can be told from the types."""
+    """Check what can be told from the types."""
     name = getattr(rule, "literal_value", None)
     if not isinstance(name, str):
         raise TypingError(f"rule must be a constant string, got {rule}")

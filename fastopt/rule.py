@@ -341,7 +341,7 @@ class Rule:
                 )
 
     def _check_element(self, element: Function) -> None:
-        """What ``update`` may be, and its like."""
+        """Check an element function's signature and literals."""
         code = element.__code__
         taken = (1 if element is self.evaluate else 2) + len(self.state)
         if code.co_argcount < taken:
@@ -378,7 +378,7 @@ class Rule:
         return {name: p.default for name, p in parameters[1 + len(self.carry) :]}
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What is given, and what follows from it."""
+        """Return the values, and those that follow from them."""
         values = dict(given)
         for name, other in self.follows.items():
             if values.get(name) is None and values.get(other) is not None:
@@ -425,7 +425,7 @@ class Rule:
 
     @property
     def all(self) -> tuple[Rule, ...]:
-        """This rule and those that come with it: what needs a kernel."""
+        """Return this rule and those that come with it: all that need a kernel."""
         estimate = (self.estimate[1],) if self.estimate else ()
         return (self, *self.variants.values(), *estimate)
 
@@ -462,7 +462,7 @@ class Rule:
         return float(values[of] if isinstance(of, str) else of)
 
     def first_carry(self, values: Mapping[str, Any]) -> tuple[float, ...]:
-        """What ``scalars`` takes at the first step, after ``t``."""
+        """Return what ``scalars`` takes at the first step, after ``t``."""
         return tuple(self.start(of, values) for of in self.carry.values())
 
     def variant(self, on: Set[str]) -> Rule:

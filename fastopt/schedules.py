@@ -105,7 +105,7 @@ def _mix(start: float, end: float, x: float) -> float:
 
 
 def _left(x: float) -> float:
-    """What half a cosine has still before it: from 1 at 0 to 0 at 1."""
+    """Return how much half a cosine has left: from 1 at 0 to 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * x))
 
 

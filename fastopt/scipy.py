@@ -330,7 +330,8 @@ def change(before: Point, now: Point) -> float:
 def teller(
     callback: Callable[..., Any] | None,
 ) -> Callable[[Point, int], Ending | None]:
-    """What tells a callback of a step, and returns whether it ends the run there."""
+    """Return a function that calls a callback after a step. It returns whether to
+    stop."""
     by_name = callback and [*inspect.signature(callback).parameters]
 
     def tell(now: Point, nit: int) -> Ending | None:

@@ -190,7 +190,7 @@ class Program:
 
     @property
     def carried_next(self) -> Array:
-        """Those that the next step leaves."""
+        """The numbers that the next step leaves."""
         carried: Array = self.carry[1 - self.count.item(0) % 2]
         return carried
 

@@ -210,7 +210,7 @@ class ReduceLROnPlateau(Watch):
         return reduced
 
     def __call__(self, run: Run) -> None:
-        """As a callback of :func:`minimize`, take the loss as the metric."""
+        """Take the loss as the metric, as a callback of :func:`minimize`."""
         self._begin(run)
         self.step(run.loss, run.opt)
 
@@ -290,7 +290,7 @@ class EarlyStopping(Watch):
         write(params, self.best_params)
 
     def __call__(self, run: Run) -> bool:
-        """As a callback of :func:`minimize`, take the loss as the metric."""
+        """Take the loss as the metric, as a callback of :func:`minimize`."""
         self._begin(run)
         return self.step(run.loss)
 

@@ -18,7 +18,7 @@ MODULES = {
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module, or the error that says how to get it."""
+    """Return a backend's module. An error says how to install it."""
     if name not in MODULES:
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, MODULES))}, got {name!r}"
@@ -31,8 +31,8 @@ def load(name: str) -> ModuleType:
 
 
 def choose(rule: Rule, on_device: bool) -> str:
-    """The default: the device's for device arrays, else the compiled kernels for our
-    own rules and Numba for a user's."""
+    """Return the default backend: the device's for device arrays, else the compiled
+    kernels for our own rules and Numba for a user's."""
     if on_device:
         return "cuda"
     from fastopt.backends import cython_cpu

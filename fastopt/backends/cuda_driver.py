@@ -91,7 +91,7 @@ def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
 
 
 def gram(tasks: Sequence[Sequence[Any]], threads: int) -> Array:
-    """As :func:`numpy_ref.gram`, pair by pair."""
+    """Do what :func:`numpy_ref.gram` does, pair by pair."""
     products = np.zeros((len(tasks), len(tasks)))
     for i, j in pairs_of(len(tasks)):
         pairs = [
@@ -111,7 +111,7 @@ def gram(tasks: Sequence[Sequence[Any]], threads: int) -> Array:
 
 @functools.cache
 def compiled(make: Callable[..., Any], *of: Any) -> Any:
-    """The kernel that ``kernel``, or one like it, makes, for this GPU."""
+    """Compile what ``make``, such as ``kernel``, returns, for this GPU."""
     function, signature = make(*of)
     dispatcher = cuda.jit(signature, lto=False)(function)  # a late link would fuse
     if make not in (lanes_kernel, product_kernel):  # those only add, or multiply
@@ -122,7 +122,7 @@ def compiled(make: Callable[..., Any], *of: Any) -> Any:
 
 @functools.cache
 def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
-    """A kernel with its grid, to be called with its arguments."""
+    """Return a kernel with its grid. Call it with the kernel's arguments."""
     if SIMULATED:  # where one kernel has only one grid at a time
         return cuda.jit(make(*of)[0])[blocks, BLOCK]
     with warnings.catch_warnings():  # numba says that a small grid leaves the GPU idle
@@ -131,20 +131,21 @@ def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
 
 
 def address(array: Any) -> int:
-    """Where a device array begins."""
+    """Return the address at which a device array begins."""
     if SIMULATED:
         return int(array.ctypes.data)
     return int(array.__cuda_array_interface__["data"][0])
 
 
 def operand(array: Any) -> Any:
-    """What a kernel takes for an array: its address, which numba passes on fastest."""
+    """Return what a kernel takes: the array's address, which numba passes on
+    fastest."""
     return array.reshape(-1) if SIMULATED else address(array)
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
-    """As :func:`numpy_ref.bind`, with device arrays. The kernels are enqueued
-    on numba's default stream, and ``threads`` means nothing here."""
+    """Do what :func:`numpy_ref.bind` does, with device arrays. The kernels are enqueued
+    on numba's default stream; ``threads`` has no effect."""
     return OnDevice(rule, segments, count)
 
 
@@ -169,7 +170,7 @@ class OnDevice(Step):
         return True
 
     def combined(self, tasks: list[list[Any]], weights: Sequence[float]) -> list[Any]:
-        """As of :mod:`numpy_ref`, for every segment, in memory of our own."""
+        """Combine the tasks' gradients of every segment, as the reference does."""
         params = [segment.param for segment in self.segments]
         if not self.made:
             self.made = [made for (made,) in state_arena(params, 1)]
@@ -340,7 +341,7 @@ def launch_lanes(lanes: Any, sums: Any) -> None:
 def square_sums(
     grad: Any, scalars: tuple[float, ...], dtype: np.dtype[Any]
 ) -> tuple[Array, Array]:
-    """As of :mod:`fastopt.memory.factored`, of a device array."""
+    """Do what :func:`fastopt.memory.factored.square_sums` does, with a device array."""
     *_, height, width = grad.shape
     flat = grad.reshape(-1)
     matrices, clip = flat.size // (height * width), len(scalars) > 1

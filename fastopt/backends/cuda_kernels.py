@@ -51,13 +51,13 @@ LIMITS = passes.clip.scalar_count
 
 
 def inlined(function: Any) -> Any:
-    """A function that kernels may call: inlined, for a call would be compiled on its
-    own, which numba-cuda does not do without a GPU."""
+    """Return a function that kernels may call. It is inlined, because numba-cuda cannot
+    compile a call on its own without a GPU."""
     return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
 def primitives(dtype: type[np.floating[Any]]) -> dict[str, Callable[..., Any]]:
-    """The primitives of `fastopt.rule` for one element, with constants of its dtype."""
+    """Return the primitives of `fastopt.rule` for one element of this dtype."""
     zero, one = dtype(0), dtype(1)
     library: Any = np if SIMULATED else math  # math's are float64 outside of kernels
     sqrt, copysign = library.sqrt, library.copysign
@@ -85,7 +85,7 @@ def conversions() -> dict[str, Any]:
 
 
 class Beside(NamedTuple):
-    """What a kernel does beside the update."""
+    """What a kernel does besides the update."""
 
     clip: bool = False  # with the scalars of passes.clip
     average: bool = False  # with a buffer more, and its weight
@@ -103,8 +103,9 @@ def unfused(context: Any) -> None:
 
 
 def accesses(dtype: np.dtype[Any], width: int) -> dict[str, Any]:
-    """What loads and stores ``width`` elements of a buffer from the i-th on. These are
-    intrinsics in a kernel: only LLVM's vectors become 16-byte loads and stores."""
+    """Return functions that load and store ``width`` elements of a buffer from the i-th
+    on. In a kernel they are intrinsics, because only LLVM's vectors become 16-byte
+    loads and stores."""
     align = width * dtype.itemsize
 
     def place(context: Any, builder: Any, kind: Any, pointer: Any, i: Any) -> Any:
@@ -147,7 +148,7 @@ def accesses(dtype: np.dtype[Any], width: int) -> dict[str, Any]:
 
 
 def generated(lines: list[str], element: Any, dtype: np.dtype[Any], width: int) -> Any:
-    """The function of these lines, with what they may call: ``update``, which is the
+    """Compile these lines to a function. They may call ``update``, which is the
     element's, ``clip`` and ``average``, loads and stores."""
     of = {"update": element, "clip": passes.clip.update}
     of["average"] = passes.average.update
@@ -168,15 +169,15 @@ def generated(lines: list[str], element: Any, dtype: np.dtype[Any], width: int) 
 
 
 def limits_after(scalars: Sequence[str]) -> str:
-    """What ``clip`` takes besides the gradient: the scalars that follow these."""
+    """Return what ``clip`` takes besides the gradient: the scalars after these."""
     return ", ".join(f"scalars[{len(scalars) + k}]" for k in range(LIMITS))
 
 
 def update_of(
     element: Any, states: int, beside: Beside, dtype: np.dtype[Any], width: int
 ) -> Any:
-    """A function (i, grad, buffers, scalars) that updates ``width`` elements from i on,
-    written out for each of them."""
+    """Return a function (i, grad, buffers, scalars) that updates ``width`` elements
+    from i on. The update is written out for each of them."""
     scalars = [
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
@@ -210,9 +211,8 @@ def update_of(
 def lane_sum(
     element: Any, states: int, clip: bool, terms: int, dtype: np.dtype[Any]
 ) -> Any:
-    """A function (first, count, stride, grad, buffers, scalars, sums, to) that puts,
-    for every term, the sum over each stride-th element from ``first`` on into the
-    sums."""
+    """Return a function (first, count, stride, grad, buffers, scalars, sums, to). It
+    stores, for every term, the sum over each stride-th element from ``first`` on."""
     scalars = [
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
@@ -243,7 +243,7 @@ def kernel(
     width: int,
     beside: Beside = NOTHING,
 ) -> tuple[Callable[..., None], Any]:
-    """The kernel, not yet compiled, and its signature."""
+    """Return the kernel, not yet compiled, and its signature."""
     several, single = (update_of(update, states, beside, dtype, w) for w in (width, 1))
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:
@@ -269,7 +269,7 @@ def kernel(
 def sums_kernel(
     measure: Any, states: int, dtype: np.dtype[Any], terms: int, clip: bool = False
 ) -> tuple[Callable[..., None], Any]:
-    """The kernel that sums up each lane of each chunk, likewise."""
+    """Return the kernel that sums up each lane of each chunk, and its signature."""
     lane_of = lane_sum(measure, states, clip, terms, dtype)
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any, sums: Any) -> None:
@@ -300,8 +300,8 @@ def sums_kernel(
 def tiles_kernel(
     by_column: bool, clip: bool, dtype: np.dtype[Any]
 ) -> tuple[Callable[..., None], Any]:
-    """The kernel that sums up squares in each tile of matrices: each lane of a row, or
-    each column."""
+    """Return the kernel that sums up the squares in each tile of matrices, by lanes of
+    rows or by columns, and its signature."""
     sum_of = lane_sum(passes.square, 0, clip, 1, dtype)
 
     def rows(
@@ -361,7 +361,7 @@ def tiles_kernel(
 def multiply(
     size: int, start: int, height: int, width: int, rows: Any, columns: Any, to: Any
 ) -> None:
-    """The kernel that makes elements from ``start`` on of what is factored."""
+    """Make elements from ``start`` on of factored state. This is a kernel."""
     thread = cuda.grid(1)
     if thread < size:
         row, column = (start + thread) // width, (start + thread) % width
@@ -377,7 +377,7 @@ def product_kernel(dtype: np.dtype[Any]) -> tuple[Callable[..., None], Any]:
 
 
 def add_lanes(count: int, lanes: Any, sums: Any) -> None:
-    """The kernel that adds up the lanes of each chunk and term, by halves."""
+    """Add up the lanes of each chunk and term, by halves. This is a kernel."""
     thread = cuda.grid(1)
     if thread < count:
         begin, half = thread * LANES, LANES // 2
@@ -397,8 +397,8 @@ def lanes_kernel() -> tuple[Callable[..., None], Any]:
 
 
 def check(ptx: str, single: bool) -> str:
-    """The kernel's PTX, unless its bits would differ from those of other backends.
-    ``single``: it is to compute in float32 alone."""
+    """Return the kernel's PTX. Raise RuntimeError if its bits would differ from those
+    of other backends. ``single``: it must compute in float32 only."""
     # An addition that does not say how to round may be fused by the assembler later.
     if re.search(r"\b(fma\.|(add|sub|mul)\.f)", ptx):
         raise RuntimeError(
@@ -420,7 +420,8 @@ def compile_ptx(
     aligned: bool = True,
     beside: Beside = NOTHING,
 ) -> str:
-    """The PTX for a compute capability of the kernel that a step launches. No GPU."""
+    """Compile the kernel that a step launches for a compute capability, without a
+    GPU."""
     dtype = np.dtype(dtype)
     width = VECTOR_BYTES // dtype.itemsize if aligned else 1
     of = rule.update, len(rule.state), dtype, width, beside
@@ -432,7 +433,7 @@ def compile_ptx(
 def compile_sums_ptx(
     rule: Rule, dtype: npt.DTypeLike, cc: tuple[int, int] = (9, 0), clip: bool = False
 ) -> str:
-    """The same, of the kernel for what a rule measures."""
+    """Compile the kernel for what a rule measures, likewise."""
     of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip
     function, signature = sums_kernel(*of)
     return check(cuda.compile_ptx(function, signature, cc=cc)[0], single=False)
@@ -441,7 +442,7 @@ def compile_sums_ptx(
 def compile_tiles_ptx(
     by_column: bool, dtype: npt.DTypeLike, clip: bool, cc: tuple[int, int] = (9, 0)
 ) -> str:
-    """The same, of the kernel for the squares in tiles."""
+    """Compile the kernel for the squares in tiles, likewise."""
     function, signature = tiles_kernel(by_column, clip, np.dtype(dtype))
     ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
     return check(ptx, single=False)

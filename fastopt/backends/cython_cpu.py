@@ -44,7 +44,7 @@ HIDDEN = (
 
 
 def compiled_name(function: Function) -> str:
-    """What setup.py calls a function of ours: after its file and itself."""
+    """Return setup.py's name for a function of ours, made of its file's and its own."""
     return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
 
 
@@ -63,19 +63,20 @@ SCALARS = {
 
 @functools.cache
 def driver() -> ModuleType:
-    """The compiled driver; ImportError if it was not built."""
+    """Return the compiled driver. Raise ImportError if it was not built."""
     return importlib.import_module("fastopt._driver")
 
 
 @functools.cache
 def extension(isa: str) -> Any:
-    """The kernels for one instruction set; ImportError if they were not built."""
+    """Return one instruction set's kernels. Raise ImportError if they were not
+    built."""
     return driver().Kernels(importlib.import_module(f"fastopt._kernels_{isa}").TABLE)
 
 
 @functools.cache
 def kernels() -> Any:
-    """The kernels for this CPU, or for what ``FASTOPT_ISA`` says."""
+    """Return the kernels for this CPU, or for what ``FASTOPT_ISA`` says."""
     supported: list[str] = driver().cpu_supports()
     asked = os.environ.get("FASTOPT_ISA")
     if asked:
@@ -104,7 +105,8 @@ def compiled(function: Function) -> Any:
 
 
 def scalars(rule: Rule) -> Any:
-    """As :func:`numpy_ref.scalars`, compiled: the bits and the errors are the same."""
+    """Return a rule's compiled scalars, with the bits and errors of the Python
+    function."""
     return compiled(rule.scalars)
 
 
@@ -122,8 +124,8 @@ def missing() -> str | None:
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
-    """As :func:`numpy_ref.bind`. This step also checks its gradients; it returns
-    False, and has done nothing, if one of them needs a closer look. Its method
+    """Do what :func:`numpy_ref.bind` does. The step also checks its gradients; it does
+    nothing and returns False if one of them needs a closer look. Its method
     ``at`` takes hyperparameters and computes the scalars itself; ``settled`` does a
     measured step in batches, if it fuses "settle"."""
     measure = MEASURES.get(rule.measure) if rule.measure else None
@@ -138,7 +140,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
 
 
 def passes(rule: Rule) -> tuple[str | None, str | None]:
-    """The first and the last of the two passes of a rule that has them."""
+    """Return the names of a rule's two passes, or None for both."""
     if rule.apply is None or not rule.by_segment:
         return None, None
     return compiled_name(rule.update) + "_begin", compiled_name(rule.apply)
@@ -162,8 +164,9 @@ def step(
     count: Array,
     carry: Array,
 ) -> Step:
-    """The step over these segments with kernels, ours by name, or Numba's by address:
-    for the update, what is measured, and the first and the last of two passes."""
+    """Return the step over these segments. Its kernels are ours, by name, or Numba's,
+    by address: the update, what is measured, and the first and the last of two
+    passes."""
     addresses = [
         (
             address(segment.param),
@@ -210,7 +213,7 @@ def settle_of(rule: Rule) -> Any:
 
 
 def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
-    """As :func:`fastopt.backends.numpy_ref.gram`, in one pass over each segment."""
+    """Do what :func:`numpy_ref.gram` does, in one pass over each segment."""
     products = np.zeros((len(tasks), len(tasks)))
     for arrays in zip(*tasks, strict=True):
         given = [(k, array) for k, array in enumerate(arrays) if array is not None]
@@ -224,11 +227,11 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
 
 
 def address(stream: Stream) -> int:
-    """Where an array begins; 0 for a stream whose blocks are made."""
+    """Return the address of an array, or 0 for a stream whose blocks are made."""
     return 0 if isinstance(stream, Product) else int(stream.ctypes.data)
 
 
 def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:
-    """Of the moving averages; None if there are none."""
+    """Return the addresses of the moving averages, or None if there are none."""
     found = [average.ctypes.data for average in averages if average is not None]
     return found or None

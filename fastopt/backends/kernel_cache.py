@@ -76,7 +76,7 @@ class Unhashable(Exception):
 
 
 def fingerprint(function: Function) -> str:
-    """A text of all that determines what ``function`` computes.
+    """Return a text of all that determines what ``function`` computes.
 
     That is its bytecode and constants and, recursively, the functions and constants it
     reaches by name; line numbers and file names are left out.
@@ -121,7 +121,7 @@ def _code(code: types.CodeType) -> Iterator[str]:
 
 
 def _reached(function: types.FunctionType) -> dict[str, Any]:
-    """The globals and closure variables that the function's code names."""
+    """Return the globals and closure variables that the function's code names."""
     cells = function.__closure__ or ()
     names = function.__code__.co_freevars
     found = {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
@@ -144,15 +144,16 @@ def warn(message: str) -> None:
 
 
 def directory() -> Path | None:
-    """Where the entries lie, or None if there is no place that only we can write."""
+    """Return the entries' folder, or None if there is no place that only we can
+    write."""
     with _folder() as folder:
         return folder and folder[0]
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[tuple[Path, int | None] | None]:
-    """The folder of the entries, and what it is opened as where a system can open files
-    in what is open; None, after a warning, if others could write there."""
+    """Return the entries' folder, and its descriptor where the system can open files
+    relative to one. Warn and return None if others could write there."""
     chosen, handle = os.environ.get("FASTOPT_CACHE_DIR"), None
     if chosen == "":
         yield None
@@ -228,8 +229,8 @@ def _is_ours(gid: int) -> bool:
 
 
 def _read(path: Path, handle: int | None, key: str) -> bytes:
-    """The bytes of an entry: a file of ours, opened once, and looked at when it is
-    open, so that it cannot become another one in between."""
+    """Return the bytes of an entry. The file is opened once and examined when it is
+    open, so that it cannot be replaced in between."""
     if handle is None:
         entry = os.open(path / key, os.O_RDONLY | SAFELY)
     else:
@@ -250,7 +251,7 @@ def _read(path: Path, handle: int | None, key: str) -> bytes:
 
 
 def load(key: str) -> Kernel | None:
-    """The kernel under this key, or None."""
+    """Return the kernel under this key, or None."""
     with _folder() as folder:
         if folder is None:
             return None
@@ -367,7 +368,7 @@ linked: list[Any] = []  # a library is unloaded when this forgets it
 
 
 def address_of(name: str) -> int:
-    """The address of a function or variable of Python's or Numba's."""
+    """Return the address of a function or variable of Python's or Numba's."""
     if not llvm.address_of_symbol(name):
         cpu_target.target_context.refresh()  # Numba names its runtime when it compiles
     address: int | None = llvm.address_of_symbol(name)
@@ -377,7 +378,7 @@ def address_of(name: str) -> int:
 
 
 def link(kernel: Kernel) -> int:
-    """The address of a kernel's entry."""
+    """Link a kernel, and return the address of its function."""
     library = llvm.JITLibraryBuilder().add_object_img(kernel.object)
     library.add_current_process()  # for memset and the like, which LLVM puts in
     library.export_symbol(kernel.entry)
@@ -390,7 +391,7 @@ def link(kernel: Kernel) -> int:
 
 @functools.cache
 def environment() -> tuple[Any, ...]:
-    """What machine code depends on besides the functions it is made from."""
+    """Return what machine code depends on besides the functions it is made from."""
     settings = "OPT LOOP_VECTORIZE SLP_VECTORIZE BOUNDSCHECK DEBUGINFO_DEFAULT"
     return (
         (sys.version, np.__version__, numba.__version__, llvmlite.__version__),
@@ -400,7 +401,8 @@ def environment() -> tuple[Any, ...]:
 
 
 def obtain(identity: Callable[[], Any], make: Callable[[], Kernel]) -> int:
-    """The address of the kernel that ``make`` makes, or of its copy on the disk.
+    """Return the address of the kernel that ``make`` returns, or of its copy on the
+    disk.
 
     ``identity`` returns what is particular to it.
     """

@@ -35,8 +35,8 @@ COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "
 
 
 def primitives(extending: Any) -> dict[str, Any]:
-    """The primitives that convert numbers, for the target that this module of Numba's
-    extends. The target learns what operators do with words."""
+    """Return the primitives that convert numbers, for the target that this module of
+    Numba's extends. The target learns what operators do with words."""
 
     @extending.register_model(Word)
     class Model(extending.models.PrimitiveModel):
@@ -108,7 +108,7 @@ def define(extending: Any, operation: Any, instruction: str) -> None:
 
 
 def resized(builder: Any, value: Any, width: int) -> Any:
-    """An integer that is not negative, with so many bits."""
+    """Return an integer that is not negative with another number of bits."""
     change = builder.trunc if value.type.width > width else builder.zext
     same = value.type.width == width
     return value if same else change(value, ir.IntType(width))

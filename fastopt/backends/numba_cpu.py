@@ -122,8 +122,8 @@ PRIMITIVES: dict[str, Any] = {
 
 
 def accesses(dtype: np.dtype[Any], streams: int, constants: int) -> tuple[Any, ...]:
-    """What loads and stores element ``index`` of the streams that a row of the table
-    begins with, and what loads the scalars. Everything is given by its address."""
+    """Return functions that load and store element ``index`` of a row's streams, and
+    one that loads the scalars. All of them take addresses."""
     real = numba.from_dtype(dtype)
 
     def pointer(builder: Any, row: Any, stream: int, index: Any) -> Any:
@@ -190,7 +190,7 @@ def accesses(dtype: np.dtype[Any], streams: int, constants: int) -> tuple[Any, .
 def update_kernel(
     update: Any, dtype: np.dtype[Any], streams: int, constants: int, terms: int
 ) -> Any:
-    """The function that updates elements [start, start + n) of a segment."""
+    """Return the function that updates elements [start, start + n) of a segment."""
     load, load_scalars, store = accesses(dtype, streams, constants)
 
     def kernel(row, start, n, scalars):
@@ -206,7 +206,7 @@ def update_kernel(
 def measure_kernel(
     measure: Any, dtype: np.dtype[Any], streams: int, constants: int, terms: int
 ) -> Any:
-    """The function that sums up what is measured of at most a chunk of a segment."""
+    """Return the function that sums up what is measured, over at most a chunk."""
     load, load_scalars, _ = accesses(dtype, streams, constants)
     double = FLOAT[8]
 
@@ -396,7 +396,7 @@ def kernel_for(
     terms: int,
     reached: str,
 ) -> int:
-    """The address of a kernel for a function of a rule. ``reached``: a text that
+    """Return the address of a kernel for a function of a rule. The text ``reached``
     differs when something differs that the rule reaches by name."""
     kind = build.__name__
 
@@ -414,7 +414,7 @@ def kernel_for(
 
 @functools.cache
 def own_driver(function: Callable[..., None], **flags: Any) -> Any:
-    """The walk or the region, as a C function."""
+    """Return the walk or the region as a C function."""
     if flags:
         numba.get_num_threads()  # starts the threads, which the code is linked to
 
@@ -440,7 +440,8 @@ one_region = threading.Lock()
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
-    """As :func:`numpy_ref.bind`; the first for a rule and dtype compiles.
+    """Do what :func:`numpy_ref.bind` does. The first call for a rule and dtype
+    compiles.
 
     Where the compiled backend is here, its driver calls our kernels: a step of 1,000
     elements then takes a sixth of the time, and no thread of Numba's is started.
@@ -452,7 +453,7 @@ def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) ->
 
 
 def kernel(rule: Rule, what: str, segments: Sequence[Segment]) -> Any:
-    """The address of the kernel for a rule's update or measure; None if it has none."""
+    """Return the address of the kernel for a rule's update or measure, or None."""
     element = getattr(rule, what)
     if element is None:
         return None
@@ -545,7 +546,7 @@ class Alone(Step):
         ]
 
     def _average(self, request: Request) -> list[Call]:
-        """The step that moves the averages: the new parameters stand in for their
+        """Return the calls that move the averages. The new parameters take the place of
         gradients."""
         if self.averaging is None:
             segments = [Segment(average, (), 0) for average in self.averages]
@@ -556,7 +557,7 @@ class Alone(Step):
         return self.averaging.calls(rows, Request(threads=request.threads))
 
     def _native(self, threads: int) -> list[Call]:
-        """The calls of native code, none of Python code between them."""
+        """Return the calls of native code, with no Python code between them."""
         arguments = (
             self.kernel,
             self.table.ctypes.data,

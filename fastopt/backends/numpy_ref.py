@@ -42,7 +42,7 @@ def scalars(rule: Rule) -> Any:
 
 
 def sum_in_order(terms: Array) -> float:
-    """The sum of an array in the order that is promised."""
+    """Sum up an array in the order that is promised."""
     flat = terms.astype(np.float64).reshape(-1)
     padded = np.zeros(-(-flat.size // CHUNK) * CHUNK)
     padded[: flat.size] = flat
@@ -54,7 +54,7 @@ def sum_in_order(terms: Array) -> float:
 
 
 def add_up(lanes: Array) -> float:
-    """The sum of the lanes of a segment's chunks."""
+    """Add up the lanes of a segment's chunks."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
@@ -65,8 +65,8 @@ def add_up(lanes: Array) -> float:
 
 
 def combined(grads: Sequence[Array | None], weights: Sequence[float]) -> Array | None:
-    """The sum of several tasks' gradients, times their weights, from zero on, in their
-    order; None if no task has one. What has no weight is left out."""
+    """Add up several tasks' gradients, times their weights, from zero on, in their
+    order. Return None if no task has one. Tasks with weight 0 are left out."""
     given = [
         (grad, grad.dtype.type(weight))
         for grad, weight in zip(grads, weights, strict=True)
@@ -83,12 +83,12 @@ def combined(grads: Sequence[Array | None], weights: Sequence[float]) -> Array |
 
 
 def pairs_of(count: int) -> list[tuple[int, int]]:
-    """Every two of so many, each with itself too."""
+    """Return all pairs (i, j) of so many indices with j <= i."""
     return [(i, j) for i in range(count) for j in range(i + 1)]
 
 
 def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
-    """The sums of the products of every two tasks' gradients, over all segments."""
+    """Sum up the products of every two tasks' gradients, over all segments."""
     products = np.zeros((len(tasks), len(tasks)))
     with np.errstate(all="ignore"):
         for i, j in pairs_of(len(tasks)):
@@ -124,9 +124,10 @@ class Step:
 
     @standard
     def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
-        """The gradients for what follows, one array a segment; None: leave it alone.
-        With weights such a list for each task, whose weighted sum is what follows sees.
-        False if one needs a closer look: a backend may make its own checks."""
+        """Take the gradients for what follows: an array for each segment, or None to
+        leave it alone. With weights, there is such a list for each task, and their
+        weighted sum is taken. Return False if one needs a closer look; other backends
+        may."""
         self.tasks: list[list[Any]] = [grads] if weights is None else grads
         self.grads: list[Any] = grads
         if weights is not None:
@@ -134,7 +135,7 @@ class Step:
         return True
 
     def grad(self, i: int, factor: float, request: Request) -> Array:
-        """A segment's gradient as rules see it: scaled and clipped."""
+        """Return a segment's gradient as rules see it, scaled and clipped."""
         grad: Any = self.grads[i]
         grad = grad * self.type(factor)
         if request.limits_gradients:
@@ -142,7 +143,7 @@ class Step:
         return np.asarray(grad)
 
     def state_of(self, segment: Segment) -> list[Array]:
-        """The state as rules see it."""
+        """Return the state as rules see it."""
         state = []
         for stream in segment.state:
             if isinstance(stream, Product):
@@ -239,7 +240,7 @@ def evaluate(
 
 
 def written(calls: Sequence[Call]) -> dict[int, Any]:
-    """What such calls are known to write into arrays, by the arrays' identities."""
+    """Return what such calls are known to write into arrays, by the arrays' ids."""
     return {
         id(call.args[0]): call.args[2]
         for call in calls
@@ -248,6 +249,7 @@ def written(calls: Sequence[Call]) -> dict[int, Any]:
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
-    """What does steps over these segments. ``count`` is where the completed steps are
-    counted; of ``carry``, a rule's two sets in turn, one holds at even counts."""
+    """Return the runner of steps over these segments. It counts completed steps in
+    ``count``. ``carry`` has two sets of a rule's numbers, used in turn; the first is
+    valid at even counts."""
     return Step(rule, segments, count)

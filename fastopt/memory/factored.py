@@ -1,11 +1,11 @@
-"""Averages of squares that are kept of rows and columns alone: for a matrix, as many
-numbers as it has rows and columns. Shazeer & Stern 2018, arXiv:1804.04235.
+"""Factored averages of squares: for a matrix, only one value per row and per column is
+stored. Shazeer & Stern 2018, arXiv:1804.04235.
 
 ``v[i, j] = rows[i] * columns[j] / mean(rows)`` stands for the average of the squares of
 the gradients, where ``rows`` and ``columns`` are the averages of their means. These
-means are of float64 sums in one order: tiles of the matrix; in a tile, a row by lanes
-and the lanes by halves, a column from above; the tiles one after the other.
-"""
+means are computed from float64 sums, in one order. The matrix is cut into tiles. In a
+tile, a row is summed by lanes and the lanes by halves, and a column from above. Then
+the tiles are added up, one after the other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fastopt.rule import Rule
 
 
 def is_factored(rule: Rule, array: Array) -> bool:
-    """Whether the state of an array is kept of its rows and columns alone."""
+    """Whether only values per row and per column of an array are stored."""
     return rule.factored and array.ndim > 1
 
 
 def kept_shape(rule: Rule, array: Array) -> tuple[int, ...]:
-    """The shape of its state: that of the array, or rows and then columns."""
+    """Return the shape of its state: that of the array, or rows and then columns."""
     if not is_factored(rule, array):
         return tuple(array.shape)
     *matrices, rows, columns = array.shape
@@ -39,8 +39,8 @@ def kept_shape(rule: Rule, array: Array) -> tuple[int, ...]:
 class Factors:
     """The averages of one array, on the host, and what kernels see of them.
 
-    There are two sets in turn, of which one holds at even counts of steps, so that they
-    change at the instant when a step is counted.
+    There are two sets, which are used in turn: one is valid at even counts of steps. So
+    they change at the instant when a step is counted.
     """
 
     def __init__(self, module: ModuleType, array: Array, kept: Array | None):
@@ -76,7 +76,7 @@ class Factors:
 
 
 def in_lanes(numbers: Array) -> Array:
-    """The sums over the last axis, in float64: by lanes, and the lanes by halves."""
+    """Return the sums over the last axis, in float64: by lanes, the lanes by halves."""
     size = numbers.shape[-1]
     count = min(LANES, 1 << max(size - 1, 0).bit_length())  # more would be zeros
     lanes = np.zeros((*numbers.shape[:-1], count))
@@ -90,7 +90,7 @@ def in_lanes(numbers: Array) -> Array:
 
 
 def in_tiles(numbers: Array) -> Array:
-    """The sums over the last axis: of tiles by lanes, and of their sums likewise."""
+    """Return the sums over the last axis: of tiles by lanes, and so of their sums."""
     while (size := numbers.shape[-1]) > TILE_COLUMNS:
         tiles = -(-size // TILE_COLUMNS)
         padded = np.zeros((*numbers.shape[:-1], tiles * TILE_COLUMNS))
@@ -100,13 +100,13 @@ def in_tiles(numbers: Array) -> Array:
 
 
 def in_order(parts: Iterable[Array]) -> Array:
-    """The sum of arrays, one after the other."""
+    """Add up arrays, one after the other."""
     return functools.reduce(operator.add, parts)
 
 
 def square_sums(grad: Array) -> tuple[Array, Array]:
-    """The sums of squares by row and by column, of matrices: how a backend is to do
-    it."""
+    """Return the sums of squares of matrices by row and by column, as every backend
+    must compute them."""
     _, height, width = grad.shape
     by_row, by_column = [], []
     for j in range(0, width, TILE_COLUMNS):

@@ -56,7 +56,8 @@ class FlatBuffer:
         return flatten, (self.views,)
 
     def zeros_like(self) -> FlatBuffer:
-        """A zeroed buffer of the same layout and dtype, such as for the gradients."""
+        """Return a zeroed buffer of the same layout and dtype, such as for the
+        gradients."""
         same = FlatBuffer(self.views, self.data.dtype, offset=STAGGER // 2)
         same.shapes = self.shapes  # one object, so that comparing them takes no time
         return same

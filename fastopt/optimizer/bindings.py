@@ -230,7 +230,7 @@ class Bindings:
 
     @property
     def _threads_now(self) -> int:
-        """Those of OpenMP do not survive a fork."""
+        """The number of threads for a step: 1 after a fork, which ends OpenMP's."""
         return 1 if forked[0] else self.threads
 
     @property

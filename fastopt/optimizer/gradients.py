@@ -34,7 +34,7 @@ class Gradients(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """What messages call each task."""
+        """Return what messages call each task."""
         return [f"[{k}]" for k in range(len(self.tasks))] if self.weights else [""]
 
     def fitting(

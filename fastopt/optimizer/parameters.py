@@ -118,7 +118,7 @@ class Parameters:
 
     @property
     def parts(self) -> list[list[Part]]:
-        """Of each segment the arrays in it: one, or those of a FlatBuffer."""
+        """Return each segment's arrays: one, or those of a FlatBuffer."""
         trees = list(map(expanded, self.trees)) if self._separate else self.trees
         entries = [
             (f"[{number}]{path}", leaf)

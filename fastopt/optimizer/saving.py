@@ -62,8 +62,8 @@ Arrange: TypeAlias = Callable[[str, Sequence[Any]], Sequence[Any]]
 
 
 def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
-    """What puts saved things, one for each parameter, into the order of an optimizer's
-    own parameters: those of the same names, whether in a FlatBuffer or not."""
+    """Return a function that puts saved things, one for each parameter, into the order
+    of an optimizer's own parameters, by name, whether in a FlatBuffer or not."""
     here = opt._bound.params.parts
     if saved["format"] == WITHOUT_NAMES or saved["params"] is None:
         return lambda what, items: items
@@ -380,7 +380,7 @@ def check_arrays(
 
 
 def check_sequence(name: str, value: Any) -> None:
-    """That something is a list, or what some formats make of one."""
+    """Check that something is a list, or what some formats make of one."""
     listed = isinstance(value, (list, tuple)) or (
         isinstance(value, np.ndarray) and value.ndim
     )

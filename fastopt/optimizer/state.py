@@ -137,8 +137,8 @@ class Bound:
                 fill(average, param)
 
     def keys(self, values: Sequence[Values], factor: float = 1.0) -> list[Key]:
-        """What the next step computes each row of scalars from, with the
-        hyperparameters of each set and a factor for the gradients."""
+        """Return what the next step computes each row of scalars from: with the
+        hyperparameters of each set, and a factor for the gradients."""
         t = self.steps + 1
         if self.rule.carry:
             pairs = zip(self.sets, self.program.carried.tolist(), strict=True)

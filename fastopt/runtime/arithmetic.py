@@ -29,7 +29,8 @@ DEFAULT, ROOM = ctypes.c_void_p(-1), 64
 
 
 def standard_by_libc(function: F) -> F:
-    """As ``standard``, without our compiled module: by C's fenv.h, on Linux."""
+    """Do what ``standard`` does without our compiled module: by C's fenv.h, on
+    Linux."""
     if sys.platform != "linux":
         return function
     c = ctypes.CDLL(None)

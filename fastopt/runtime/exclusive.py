@@ -45,7 +45,7 @@ put_aside: dict[int, list[Any]] = {}  # while a fork holds steps up: by its owne
 
 
 def new_flag(owner: Flagged) -> list[Any]:
-    """A flag for an object, which forks take care of from now on."""
+    """Return a flag for an object. Forks take care of it from now on."""
     living[id(owner)] = owner
     return [False]
 
@@ -71,7 +71,7 @@ def free_flag(owner: Flagged) -> list[Any]:
 def exclusive(
     method: Callable[Concatenate[F, P], R],
 ) -> Callable[Concatenate[F, P], R]:
-    """A method that is refused while another of its kind, or a step, is under way."""
+    """Make a method that is refused while another one, or a step, is under way."""
 
     @functools.wraps(method)
     def alone(self: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -92,8 +92,8 @@ def exclusive(
 
 
 class computed_once(Generic[V]):
-    """As ``functools.cached_property``, which until Python 3.12 takes a lock, and so
-    hangs in a child that was forked while another thread had it."""
+    """A ``functools.cached_property`` without a lock. Until Python 3.12 that one takes
+    a lock, and so hangs in a child that was forked while another thread held it."""
 
     def __init__(self, method: Callable[[Any], V]):
         self.method, self.__doc__ = method, method.__doc__

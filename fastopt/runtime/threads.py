@@ -52,12 +52,11 @@ def cgroup_quota() -> float:
 
 @functools.cache
 def places() -> tuple[int, ...]:
-    """The CPUs that OpenMP binds the threads of a step to, as ``OMP_PROC_BIND``,
+    """Return the CPUs that OpenMP binds the threads of a step to, as ``OMP_PROC_BIND``,
     ``OMP_PLACES`` or ``GOMP_CPU_AFFINITY`` say; none if it does not bind them.
 
-    It decides once, when its runtime is loaded, perhaps by another package than ours.
-    From then on the first thread's affinity is that of one place.
-    """
+    OpenMP decides once, when its runtime is loaded, perhaps by another package than
+    ours. From then on the first thread's affinity is that of one place."""
     try:
         process = importlib.import_module("fastopt._process")
     except ImportError:  # no C compiler, so no OpenMP of ours
@@ -66,7 +65,7 @@ def places() -> tuple[int, ...]:
 
 
 def affinity() -> int:
-    """How many CPUs the threads of a step may run on."""
+    """Return how many CPUs the threads of a step may run on."""
     if places():
         return len(places())
     if hasattr(os, "sched_getaffinity"):
@@ -85,7 +84,7 @@ def available() -> int:
 
 
 def openmp_runtimes() -> str:
-    """The OpenMP libraries in this process, now that the backends are loaded."""
+    """Return the OpenMP libraries in this process, now that the backends are loaded."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -39,7 +39,7 @@ class Arguments:
 
 
 def refuse_schedules(named: Mapping[str, Any]) -> None:
-    """That no hyperparameter is a function, as fastopt's own schedules are."""
+    """Refuse hyperparameters that are functions, as fastopt's own schedules are."""
     for name, value in named.items():
         shown = {name: value}
         if isinstance(value, (tuple, list)):
@@ -137,8 +137,8 @@ Example
 
 
 def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> str:
-    """Of a class: what the rule says of itself, and the arguments. ``own``: torch has
-    no class of this rule."""
+    """Return a class's docstring: that of the rule, and the arguments. ``own``: torch
+    has no class of this rule."""
     about = [(rule.__doc__ or name).strip()]
     if own:
         pairs = [n for n in rule.hyperparameters if n in PAIRS]
@@ -167,14 +167,14 @@ def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> 
 
 
 def called(name: str) -> str:
-    """What messages call a hyperparameter of a rule."""
+    """Return what messages call a hyperparameter of a rule."""
     pair, i = PAIRS.get(name, (None, 0))
     return name if pair is None else f"{pair}[{i}]"
 
 
 @functools.cache
 def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
-    """What reads each hyperparameter of a rule from a group."""
+    """Return functions that read each hyperparameter of a rule from a group."""
 
     def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
         pair, i = PAIRS.get(name, (None, 0))

@@ -135,7 +135,8 @@ def asgd_scalars(
     t0: float,
     weight_decay: float,
 ) -> tuple[float, ...]:
-    """Of ``asgd`` as torch has it: a changed ``lr`` acts one step later."""
+    """Compute the scalars of ``asgd`` as torch does: a new ``lr`` acts one step
+    later."""
     after = lr / (1 + lambd * lr * t) ** alpha, 1 / max(1.0, t - t0)
     return mu, 1.0, eta, 1 - lambd * eta, weight_decay, *after
 

@@ -67,7 +67,7 @@ class Stateful(Optimizer):
 
     @property
     def _rules(self) -> list[Rule]:
-        """Those of the groups; none of them, if torch's own step is used."""
+        """The rules of the groups; none of them, if torch's own step is used."""
         try:
             return [self._rule(group) for group in self.param_groups]
         except Unsupported:

@@ -112,7 +112,7 @@ class Stepping(Stateful):
 
     @Arguments
     def __signature__(cls) -> inspect.Signature:
-        """What ``help`` shows as the arguments: the next class's, and ours."""
+        """Return the arguments that ``help`` shows: the next class's, and ours."""
         after: Any = cls.__mro__[cls.__mro__.index(Stateful) + 1]
         _, *taken = inspect.signature(after.__init__).parameters.values()
         return inspect.Signature([*taken, *extras()])
