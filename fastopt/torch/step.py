@@ -151,6 +151,8 @@ class Stepping(Stateful):
             Set the gradients that the step has used to zero: ``grads``, if given.
         """
         loss = None
+        for name, value in options.items():  # before the closure computes anything
+            checks.check_option(name, value)
         if closure is not None:
             self._check_mode()
             with torch.enable_grad():

@@ -483,3 +483,12 @@ def test_limits_that_are_arrays_are_named(name):
         with pytest.raises(TypeError, match=f"{name} must be a number"):
             step(**{name: np.ones(2)})
     assert core.steps == 0 and not opt.state
+
+
+@pytest.mark.parametrize("wrong", [{"clip": 1.0}, {"clip_norm": -1.0}])
+def test_an_option_is_refused_before_the_closure_runs(wrong):
+    opt = ft.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        opt.step(lambda: pytest.fail("the closure ran"), **wrong)
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        fastopt.sgd([np.ones(3)]).step([np.ones(3)], **wrong)
