@@ -1,4 +1,5 @@
-# Streams that do not lie in memory as kernels take them. Their blocks are made just before.
+# Kernels take most streams from memory as they are. This file makes blocks of the others in
+# the cache, just before a kernel takes them. A ``make_t`` makes a block of one stream.
 
 cdef void combine_block(
     const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block

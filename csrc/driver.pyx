@@ -6,9 +6,9 @@ kernels of an instruction set, which it gets as a table.
 a) A job has a table of segments, a row each. The segments, laid end to end, are cut into
    one stretch a thread, and a stretch where the parameters' first cache line ends. No
    operation here depends on its neighbours, so where the cuts fall does not change a bit.
-b) What a step does beside its rule goes block by block, while the block is in the cache.
-   Kernels take streams as they lie in memory, or blocks of them that are made just before,
-   in the cache: of gradients that are combined or clipped, and of factored state.
+b) What a step does besides its rule is done block by block, while the block is in the
+   cache. Kernels take most streams from memory as they are. Blocks of the others are made
+   in the cache just before (blocks.pxi): combined or clipped gradients, and factored state.
 c) Rules with sums over each segment go batch by batch: while the threads update one batch,
    they take the sums of the next (docs/performance.md).
 d) Each thread sets the modes of arithmetic that bits are promised for, and restores its
@@ -82,7 +82,7 @@ cdef extern from *:
     bint fastopt_has_avx512()
     int fastopt_process() noexcept nogil
     double* fastopt_scratch
-    int FASTOPT_MOST_MADE  # blocks of a segment that are made at a time
+    int FASTOPT_MOST_MADE  # the most streams of a segment whose blocks are made
     bint FASTOPT_OPENMP
 
 cdef extern from "arithmetic.h":
@@ -94,7 +94,7 @@ OPENMP = bool(FASTOPT_OPENMP)
 cdef enum:
     CUT = 16  # stretches are cut at multiples of this many elements, a line of floats
     MOST_COLUMNS = 64
-    MOST_LIMITS = 7
+    MOST_LIMITS = 7  # the most numbers that passes.clip takes
     # Segments whose sums are taken and which are then updated at once have this many bytes
     # at the most, or are one: the second pass finds them in the last cache. If that has
     # room for two batches, no thread waits for another between a batch's update and the
@@ -167,12 +167,12 @@ cdef struct Rows:
     bint kept  # whether begin measures them and finish updates them
 
 
-# Makes elements [start, start + n) of a row's stream: its gradient or k-th state.
+# Makes elements [start, start + n) of row r's gradient, or of its k-th state.
 ctypedef void (*make_t)(
     const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
 ) noexcept nogil
 
-# A stream of state. With ``make``, it does not lie in memory as kernels take it.
+# A stream of state. If ``make`` is NULL, kernels take it from memory.
 cdef struct Stream:
     make_t make
     int64_t parts[4]  # what its blocks are made of
@@ -186,7 +186,7 @@ cdef struct Job:
     scalars_t scalars, settle
     bint double, clipping, zeroing, apart
     int64_t itemsize, rows, columns, sets, width
-    int64_t scalar_count, measured, terms, carried  # numbers beside the factor; sums
+    int64_t scalar_count, measured, terms, carried  # numbers besides the factor; sums
     int64_t settle_count  # numbers that settle takes, the last of those of scalars
     int64_t handed  # numbers before these, which it hands on
     int64_t* table
@@ -205,7 +205,7 @@ cdef struct Job:
     int64_t* steps
     char* constants
     char* limits
-    double limit_values[MOST_LIMITS]  # what passes.clip takes beside the gradients
+    double limit_values[MOST_LIMITS]  # what passes.clip takes besides the gradients
     int64_t limit_count
     char weight[16]  # of an average
     double* partials  # sums of chunks

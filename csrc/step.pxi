@@ -141,7 +141,7 @@ cdef class Step:
             self.enter_stream(row, column, parts)
 
     cdef int enter_stream(self, int64_t r, int64_t k, list parts) except -1:
-        """Have the blocks of a stream made from rows and columns."""
+        """Note that the blocks of a stream are made, and from which rows and columns."""
         cdef Stream* stream = self.job.streams + r * (self.job.columns - 4) + k
         if self.job.columns > 5:
             raise ValueError("a rule with factored state has one state buffer")

@@ -79,7 +79,7 @@ def is_double(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant among words: what it is beside float32, and beside float64."""
+    """A constant for words: its value for float32, and its value for float64."""
 
     float32: int
     float64: int

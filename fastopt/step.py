@@ -36,8 +36,10 @@ Row: TypeAlias = tuple[float, ...]  # the factor for the gradients, then the sca
 Sums: TypeAlias = tuple[int, tuple[float, ...] | None]
 
 
-# What each keyword of ``step`` may be; ``optimizer.checks`` checks it.
-LIMIT, FLAG = "a number above 0, or None for no limit", "True or False"
+LIMIT = "limit"  # a number above 0, or None for no limit
+FLAG = "flag"  # True or False
+# For each option of ``step``, the kind of its values, or a tuple of the words that it
+# may be. ``optimizer.checks`` checks them.
 OPTIONS: dict[str, Any] = {
     "clip_norm": LIMIT,
     "clip_value": LIMIT,
@@ -47,7 +49,8 @@ OPTIONS: dict[str, Any] = {
 
 
 class Options(TypedDict, total=False):
-    """The keywords of ``step``, in every framework. A type checker reads them here."""
+    """The types of the options, for type checkers: the core's and torch's ``step`` take
+    them as keywords."""
 
     clip_norm: float | None
     clip_value: float | None
@@ -56,8 +59,8 @@ class Options(TypedDict, total=False):
 
 
 def limits(clip_value: float = math.inf) -> tuple[float, ...]:
-    """Return what ``passes.clip`` takes besides each scaled gradient, for the options
-    of a step that limit elements."""
+    """Return the numbers that ``passes.clip`` takes besides a scaled gradient. The
+    arguments are the options that change each element on its own."""
     return -clip_value, clip_value
 
 

@@ -2,10 +2,10 @@
 
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
-That is plain Python, written out for the rule's number of buffers, over a load and a
-store; Numba compiles it, and its simulator runs it as it is.
-What a step does beside the rule is in the same kernel. Sums take a thread for each lane
-of each chunk, and one more to add the lanes up.
+The kernel's body is plain Python around a load and a store, written out for the rule's
+number of buffers. Numba compiles this text, and its simulator runs the same text.
+What a step does besides the rule is in the same kernel. For sums, each lane of each
+chunk has a thread, and one more thread adds the lanes up.
 Buffers that do not start on 16 bytes go through the same kernel one element at a time.
 Nothing is contracted or approximated, so the bits are the reference's.
 """

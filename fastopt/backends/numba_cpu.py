@@ -483,7 +483,7 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
 
 
 class Alone(Step):
-    """Steps by our own driver; sums, what a step does beside its rule, and all of it
+    """Steps by our own driver; sums, what a step does besides its rule, and all of it
     where state is factored, are left to NumPy."""
 
     def __init__(

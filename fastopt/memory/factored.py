@@ -5,7 +5,8 @@ stored. Shazeer & Stern 2018, arXiv:1804.04235.
 the gradients, where ``rows`` and ``columns`` are the averages of their means. These
 means are computed from float64 sums, in one order. The matrix is cut into tiles. In a
 tile, a row is summed by lanes and the lanes by halves, and a column from above. Then
-the tiles are added up, one after the other."""
+the tiles are added up, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from fastopt.rule import Rule
 
 
 def is_factored(rule: Rule, array: Array) -> bool:
-    """Whether only values per row and per column of an array are stored."""
+    """Whether an array's state is stored as one value per row and per column."""
     return rule.factored and array.ndim > 1
 
 
@@ -76,7 +77,7 @@ class Factors:
 
 
 def in_lanes(numbers: Array) -> Array:
-    """Return the sums over the last axis, in float64: by lanes, the lanes by halves."""
+    """Sum over the last axis in float64: first by lanes, then the lanes by halves."""
     size = numbers.shape[-1]
     count = min(LANES, 1 << max(size - 1, 0).bit_length())  # more would be zeros
     lanes = np.zeros((*numbers.shape[:-1], count))
@@ -90,7 +91,7 @@ def in_lanes(numbers: Array) -> Array:
 
 
 def in_tiles(numbers: Array) -> Array:
-    """Return the sums over the last axis: of tiles by lanes, and so of their sums."""
+    """Sum over the last axis: each tile by lanes, then the tiles' sums the same way."""
     while (size := numbers.shape[-1]) > TILE_COLUMNS:
         tiles = -(-size // TILE_COLUMNS)
         padded = np.zeros((*numbers.shape[:-1], tiles * TILE_COLUMNS))
@@ -100,7 +101,7 @@ def in_tiles(numbers: Array) -> Array:
 
 
 def in_order(parts: Iterable[Array]) -> Array:
-    """Add up arrays, one after the other."""
+    """Add up arrays in their order."""
     return functools.reduce(operator.add, parts)
 
 

@@ -1,4 +1,4 @@
-"""What kernels walk: arrays of one shape and dtype, side by side."""
+"""What kernels work on: segments, which consist of streams."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Array: TypeAlias = npt.NDArray[Any]
 
 class Product(NamedTuple):
     """Factored state: a factor for every row and every column of each of several
-    matrices. Kernels take blocks of the products, which are made just before."""
+    matrices. An element of the state is the product of its row's and its column's."""
 
     rows: Array  # matrices x rows
     columns: Array  # matrices x columns
 
 
-# An operand of kernels, as it is stored: an array as kernels take it, or something from
-# which the blocks that they take are made.
+# An operand of a kernel: an array, which the kernel reads in place, or a Product, of
+# which blocks are computed for the kernel.
 Stream: TypeAlias = Array | Product
 
 

@@ -18,7 +18,7 @@ from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
 from fastopt.step import FLAG, LIMIT, OPTIONS, Request, limits, plain
 
-LIMITING = [*inspect.signature(limits).parameters]  # options of a step
+LIMITING = [*inspect.signature(limits).parameters]  # the options that it takes
 
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
@@ -355,7 +355,7 @@ def check_choice(name: str, value: Any, *choices: str) -> str:
 
 
 def check_option(name: str, value: Any) -> Any:
-    """An option of ``step``."""
+    """Return the value of an option of ``step`` as a Request has it, or raise."""
     if name not in OPTIONS:
         raise TypeError(
             f"step() got an unexpected keyword argument {name!r}; its options are "
@@ -370,8 +370,8 @@ def check_option(name: str, value: Any) -> Any:
 def check_options(
     options: Mapping[str, Any], ema: float | None, threads: int
 ) -> Request:
-    """The request of a step with these options. ``ema`` is the decay of the moving
-    average of the parameters."""
+    """Return the request of a step with these options. ``ema`` is the decay of the
+    moving average of the parameters, if there is one."""
     if not options and ema is None:
         return plain(threads)
     checked = {name: check_option(name, value) for name, value in options.items()}

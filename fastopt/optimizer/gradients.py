@@ -34,7 +34,7 @@ class Gradients(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """Return what messages call each task."""
+        """The names of the tasks in messages."""
         return [f"[{k}]" for k in range(len(self.tasks))] if self.weights else [""]
 
     def fitting(
@@ -81,8 +81,8 @@ def take(
     spans: Sequence[tuple[int, int]],
 ) -> Gradients:
     """Give gradients to a runner, and return them as it took them. A runner that checks
-    them itself takes plain arrays as they are. Otherwise each is converted and checked,
-    which also finds the words for a refusal."""
+    them itself takes plain arrays as they are. If it refuses, or does not check, each
+    gradient is converted and checked here, where errors get their messages."""
     if "scalars" in runner.fuses and gradients.offer(runner):
         return gradients
     gradients = gradients.fitting(params, spans)

@@ -294,7 +294,9 @@ class Optimizer(Bindings):
                     f"infinity or NaN in {', '.join(names)}; nothing was updated"
                 )
             if nonfinite and request.nonfinite == "skip":
-                unread = [g for of in gradients.tasks for g in of if g is not None]
+                unread = [
+                    g for grads in gradients.tasks for g in grads if g is not None
+                ]
                 calls += [filling(g, 0.0) for g in unread if request.zero_grads]
                 changes["_skipped"] = self._skipped + 1
                 self._finish(calls, changes)

@@ -1,5 +1,5 @@
-"""What a step does beside its rule, in the same pass over memory; written as rules are,
-so that every backend compiles it, with the same bits."""
+"""What a step does besides its rule, in the same pass over memory. It is written as
+rules are, so every backend compiles it, and the bits are the same."""
 
 from fastopt.rule import Rule, maximum, minimum, wide
 

@@ -56,7 +56,8 @@ def places() -> tuple[int, ...]:
     ``OMP_PLACES`` or ``GOMP_CPU_AFFINITY`` say; none if it does not bind them.
 
     OpenMP decides once, when its runtime is loaded, perhaps by another package than
-    ours. From then on the first thread's affinity is that of one place."""
+    ours. From then on the first thread's affinity is that of one place.
+    """
     try:
         process = importlib.import_module("fastopt._process")
     except ImportError:  # no C compiler, so no OpenMP of ours
