@@ -246,7 +246,8 @@ def concrete(
     The primitives that it uses become the backend's own (by identity, so a rule may
     import them under any name), its helper functions are made concrete likewise and
     ``compiled``, plain numbers take the dtype, as they do in NumPy when they meet an
-    array, and constants among words its width.
+    array, and constants among words its width. This holds for all that a function
+    reaches by name: globals, closures, defaults of arguments, and tuples of them.
     """
 
     def fit(value: Any) -> Any:
@@ -256,6 +257,8 @@ def concrete(
             return compiled(concrete(value, dtype, primitives, compiled))
         if isinstance(value, Constant):
             return value.at(dtype)
+        if type(value) is tuple:
+            return tuple(map(fit, value))
         return dtype.type(value) if type(value) in (int, float) else value
 
     reached = function.__globals__
@@ -264,7 +267,7 @@ def concrete(
         function.__code__,
         reached | {name: fit(reached[name]) for name in used},
         function.__name__,
-        function.__defaults__,
+        fit(function.__defaults__),
         closure=tuple(
             types.CellType(fit(cell.cell_contents))
             for cell in function.__closure__ or ()
@@ -287,18 +290,28 @@ def reached(function: Function, found: list[Function]) -> list[Function]:
     return found
 
 
-def constants(code: types.CodeType) -> list[Any]:
-    """The numbers, and functions, written in a function's code, but for those that say
-    how far to shift."""
+def constants(function: Function) -> list[Any]:
+    """Return the numbers and functions that are written in a function, but for those
+    that say how far to shift, and the numbers that it reads as attributes, such as
+    ``math.pi``, because :func:`concrete` does not reach these."""
+    code = function.__code__
     distances: list[Any] = []
     others: list[Any] = []
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    names = function.__globals__ | dict(zip(code.co_freevars, cells, strict=True))
+    owner: Any = None
     for instruction, after in pairwise(dis.get_instructions(code)):
+        attribute = instruction.opname == "LOAD_ATTR"
+        value = getattr(owner, str(instruction.argval), None) if attribute else None
+        if type(value) in (int, float, tuple):
+            others.append(value)
+        owner = value if attribute else names.get(instruction.argval)
         # From Python 3.14 on, small integers stand in the instruction.
         if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
             shifts = "SHIFT" in after.opname or after.argrepr[:2] in ("<<", ">>")
             (distances if shifts else others).append(instruction.argval)
-    found: list[Any] = []
+    numbers: list[Any] = []
     for folded in (*code.co_consts, *others):
         if type(folded) is not int or folded in others or folded not in distances:
-            found += folded if isinstance(folded, tuple) else [folded]
-    return found
+            numbers += folded if isinstance(folded, tuple) else [folded]
+    return numbers

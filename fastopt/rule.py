@@ -351,7 +351,7 @@ class Rule:
                 f"is at least {taken} arguments here; it takes {code.co_argcount}"
             )
         for function in reached(element, []):
-            for constant in constants(function.__code__):
+            for constant in constants(function):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(
                         f"{function.__name__} of {self.name!r} defines a function "

@@ -17,19 +17,29 @@ if TYPE_CHECKING:
 def check_results(
     rule: Rule, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
 ) -> None:
-    """Check that the functions fit together, by one call of each on two elements.
-    ``results`` are those of ``scalars``; with ``surplus`` there may be more of
-    them, for other variants of a rule."""
-    buffers = [np.ones(2, np.float32) for _ in range(2 + len(rule.state))]
+    """Check that the functions fit together, by one call of each on two elements, in
+    float32, which shows results that are wider, and in the parameters' ``dtype``.
+    ``results`` are those of ``scalars``; with ``surplus`` there may be more of them,
+    for other variants of a rule."""
     check_numbers(rule, "scalars", results, dtype)
+    for kind in dict.fromkeys([np.dtype(np.float32), dtype]):
+        check_elements(rule, t, results, kind, surplus)
+
+
+def check_elements(
+    rule: Rule, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
+) -> None:
+    """Check the functions of elements in one dtype."""
+    buffers = [np.ones(2, dtype) for _ in range(2 + len(rule.state))]
     if rule.apply is not None:
         check_direction(rule, buffers, results)
     handed = 0  # of them, past settle
     if rule.measure is not None and rule.settle is not None:
         terms = tried(rule, rule.measure, *buffers, *results[: rule.measure_count])
-        if not isinstance(terms, tuple):
+        if not isinstance(terms, tuple) or not all(map(is_real, terms)):
             raise TypeError(
-                f"measure of {rule.name!r} must return a tuple, got {terms!r}"
+                f"measure of {rule.name!r} must return a tuple of numbers, got "
+                f"{terms!r}"
             )
         sums, named = [float(x[0]) for x in terms], rule.settle_count
         handed = len(results) - named
@@ -58,7 +68,16 @@ def check_results(
             f"{', *what settle does not take' if handed else ''}){carried}"
         )
     with np.errstate(all="ignore"):
-        used = list(map(np.float32, results[: rule.scalar_count]))
+        used = list(map(dtype.type, results[: rule.scalar_count]))
+    if rule.evaluate is not None:
+        count = rule.evaluate.__code__.co_argcount - 1 - len(rule.state)
+        p, _, *state = buffers
+        evaluated = tried(rule, rule.evaluate, p, *state, *used[:count])
+        if getattr(evaluated, "dtype", None) != dtype:
+            raise TypeError(
+                f"evaluate of {rule.name!r} must return numbers of the parameters' "
+                f"dtype; from {dtype} it made {evaluated!r}"
+            )
     result = tried(rule, rule.update, *buffers, *used)
     wanted = ", ".join(["p", *rule.state]) if rule.state else "p,"
     if not isinstance(result, tuple) or len(result) != 1 + len(rule.state):
@@ -68,10 +87,10 @@ def check_results(
             f"{1 + len(rule.state)}, got {got}"
         )
     for new in result:
-        if getattr(new, "dtype", None) != np.float32:
+        if getattr(new, "dtype", None) != dtype:
             raise TypeError(
                 f"update of {rule.name!r} must return numbers of the parameters' "
-                f"dtype; from float32 it made {new!r}"
+                f"dtype; from {dtype} it made {new!r}"
             )
 
 
@@ -90,8 +109,14 @@ def check_direction(
         )
 
 
+def is_real(term: Any) -> bool:
+    """Whether something is an array of numbers, not of words or conditions."""
+    return getattr(term, "dtype", np.dtype(bool)).kind == "f"
+
+
 def tried(rule: Rule, function: Function, *arguments: Any) -> Any:
-    dtype = np.dtype(np.float32)
+    """Call a function of a rule in the dtype of the first argument."""
+    dtype = arguments[0].dtype
     try:
         with np.errstate(all="ignore"):
             return concrete(function, dtype, NUMPY, lambda helper: helper)(*arguments)

@@ -35,10 +35,12 @@ from numba.core.errors import NumbaError, TypingError
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
+from fastopt import language
 from fastopt.backends import cython_cpu, kernel_cache, llvm_ir, numpy_ref
 from fastopt.backends.kernel_cache import Kernel
 from fastopt.backends.numpy_ref import Step
 from fastopt.language import Function, concrete
+from fastopt.memory import order
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.order import ALIGN_FROM, CACHE_LINE, LANES, SERIAL_BELOW
@@ -383,7 +385,8 @@ def compile_kernel(function: Callable[..., None], *taken: Any, **flags: Any) -> 
 
 
 def source() -> str:
-    files = map(Path, (__file__, llvm_ir.__file__))
+    """Return the text of all files that decide what a kernel is compiled to."""
+    files = map(Path, (__file__, llvm_ir.__file__, language.__file__, order.__file__))
     return "".join(file.read_text(encoding="utf-8") for file in files)
 
 

@@ -41,6 +41,12 @@ def scalars(rule: Rule) -> Any:
     return rule.scalars
 
 
+def rounded(numbers: Sequence[float], kind: Any) -> list[Any]:
+    """Round numbers to a dtype, once. The product refuses what is no number, such as
+    None, of which NumPy would make NaN."""
+    return [kind(1.0 * number) for number in numbers]
+
+
 def sum_in_order(terms: Array) -> float:
     """Sum up an array in the order that is promised."""
     flat = terms.astype(np.float64).reshape(-1)
@@ -184,7 +190,7 @@ class Step:
                 factor, *constants = rows[segment.row]
                 grad = self.grad(i, factor, request)
                 state = self.state_of(segment) if what == "rule" else ()
-                used = map(self.type, constants[:taken])
+                used = rounded(constants[:taken], self.type)
                 terms = measure(segment.param, grad, *state, *used)
                 sums.append(tuple(map(sum_in_order, terms)))
         return sums
@@ -199,7 +205,7 @@ class Step:
                 if self.grads[i] is not None:
                     factor, *constants = rows[segment.row]
                     grad = self.grad(i, factor, request)
-                    used = map(self.type, constants)
+                    used = rounded(constants, self.type)
                     new = self.update(p, grad, *self.state_of(segment), *used)
                     results += [
                         (stream, value)
@@ -234,7 +240,7 @@ def evaluate(
     function: Any = rule.evaluate
     element = concrete(function, dtype, NUMPY, lambda helper: helper)
     count = element.__code__.co_argcount - len(buffers)
-    numbers = map(dtype.type, scalars[:count])
+    numbers = rounded(scalars[:count], dtype.type)
     with np.errstate(all="ignore"):
         return np.array(element(*buffers, *numbers))
 

@@ -103,7 +103,8 @@ def check_params(
     for name, array, original in zip(names, arrays, originals, strict=True):
         if array.dtype not in DTYPES:
             raise TypeError(
-                f"{name} has dtype {array.dtype}; float32 or float64 is needed"
+                f"{name} has dtype {array.dtype}; float32 or float64 is needed: "
+                f"convert it, such as by .astype(np.float32)"
             )
         first, model = like = like or (name, array)
         if array.dtype != model.dtype:
@@ -359,12 +360,16 @@ def check_option(name: str, value: Any) -> Any:
     if name not in OPTIONS:
         raise TypeError(
             f"step() got an unexpected keyword argument {name!r}; its options are "
-            f"{', '.join(OPTIONS)}"
+            f"{', '.join(OPTIONS)}, and see help(step) for its other arguments"
         )
     kind = OPTIONS[name]
     if kind is LIMIT:
         return check_limit(name, value)
-    return bool(value) if kind is FLAG else check_choice(name, value, *kind)
+    if kind is FLAG:
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
+        return bool(value)
+    return check_choice(name, value, *kind)
 
 
 def check_options(

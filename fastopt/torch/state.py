@@ -94,8 +94,8 @@ class Kind(NamedTuple):
 
 
 def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
-    """Make the buffers that members lack, and return the keys of all. The state of a
-    run follows one another in memory, as its members do."""
+    """Make the buffers that members lack, and return the keys of all. The buffers of a
+    run lie one after the other in memory, as its members do."""
     rule, members = kind.rule, kind.members
     keys = {name: kind.names.key(name) for name in rule.state}
     if kind.averaged:
@@ -144,7 +144,7 @@ def in_one_piece(tensors: Sequence[Any]) -> bool:
 
 
 def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
-    """Return, for each member, so many zeroed buffers, as rows of numbers."""
+    """Return, for each member, ``streams`` flat buffers of zeros."""
     first, sizes = members[0].param, [numbers(member.param) for member in members]
     dtype = COMPUTED[first.dtype]
     if first.is_cpu:
@@ -217,7 +217,8 @@ def vectors(kind: Kind) -> list[Array]:
 
 
 def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Array:
-    """Return one of these, from what there is in the state."""
+    """Return the vector of one key's entries in the state, ``first`` where there are
+    none. The entries become views of it."""
     entries = [member.state.get(key) for member in kind.members]
     there = [entry for entry in entries if entry is not None]
     if len(there) == len(entries) and in_a_row(there):

@@ -2,6 +2,7 @@
 and what they are not for is refused. CUDA kernels are compared in test_cuda.py."""
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,75 @@ def test_what_words_are_not_for(message, backend):
     p = np.ones(3)
     with pytest.raises(TypeError, match=message):
         rule(p, backend=backend)
+
+
+FAR_IN_FLOAT64, NARROW = word(3, 70), np.uint32(5)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize(
+    "update, message",
+    [
+        (lambda p, g, lr: (real(bits(p) >> FAR_IN_FLOAT64),), "64 bits .* by 70"),
+        (lambda p, g, lr: (real(bits(p) + NARROW),), "not a word of its width"),
+    ],
+)
+def test_words_are_tried_at_the_width_of_the_parameters(update, message, backend):
+    """LLVM may return anything for a shift that is too far."""
+    rule = Rule(update, lambda t, lr=0.1: (lr,), name="mine")
+    p = np.linspace(1, 2, 5)
+    with pytest.raises(TypeError, match=message):
+        rule(p, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize(
+    "functions, message",
+    [
+        ({"evaluate": lambda p, lr: bits(p)}, "evaluate .* must return numbers"),
+        ({"evaluate": lambda p, lr: real(p)}, "real takes a word"),
+        ({"measure": lambda p, g: (bits(p),)}, "measure .* must return a tuple of"),
+        ({"measure": lambda p, g: (bits(p) > bits(g),)}, "must return a tuple of"),
+    ],
+)
+def test_words_are_no_results(functions, message, backend):
+    if "measure" in functions:
+        functions = {**functions, "settle": lambda t, n, total, lr: (lr,)}
+    scalars, update = lambda t, lr=0.1: (lr,), lambda p, g, lr: (p - lr * g,)
+    with pytest.raises(TypeError, match=message):
+        Rule(update, scalars, name="mine", **functions)(np.ones(3), backend=backend)
+
+
+TENTHS = 0.1, (0.1, 0.1)
+
+
+def by_default(x, limit=0.1, pair=(0.1, 0.1)):
+    low, high = pair
+    return where((x > limit) | (x > low) | (x > high), x, -x)
+
+
+def by_tuple(x):
+    tenth, (other, _) = TENTHS
+    return where((x > tenth) | (x > other), x, -x)
+
+
+@pytest.mark.parametrize("helper", [by_default, by_tuple])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_numbers_that_a_helper_reaches_take_the_dtype(helper, backend):
+    """float32(0.1) is larger than 0.1, so a wider number shows in a comparison."""
+    rule = Rule(lambda p, g, lr: (p - lr * helper(g),), lambda t, lr=1.0: (lr,))
+    p = np.zeros(3, np.float32)
+    rule(p, backend=backend).step(np.full(3, 0.1, np.float32))
+    assert (p == np.float32(0.1)).all()
+
+
+def test_numbers_that_are_attributes_are_refused():
+    for update in (
+        lambda p, g, lr: (p - g * math.pi,),
+        lambda p, g, lr: (p - g * np.ma.core.np.e,),
+    ):
+        with pytest.raises(ValueError, match="contains the number [23]"):
+            Rule(update, lambda t, lr=1.0: (lr,))
 
 
 def test_numbers_say_how_far_to_shift_and_nothing_else():

@@ -617,3 +617,35 @@ def test_refused_flat_buffers():
     with pytest.raises(ValueError, match="overlaps the parameters"):
         opt.step(flat)
     assert on_device(flat.data) is False
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
+@pytest.mark.parametrize("wrong", [None, "0.5"])
+def test_scalars_that_are_no_numbers_later(wrong, backend):
+    """They are tried when the optimizer is made, but may change with the step."""
+    update = fastopt.gd.update if backend == "cython" else halving
+
+    def scalars(t, lr=0.5):
+        return (lr if t < 2 else wrong,)
+
+    w = np.ones(3)
+    opt = fastopt.Rule(update, scalars, name="mine")(w, backend=backend)
+    opt.step(np.ones(3))
+    before = w.copy()
+    with pytest.raises(TypeError):
+        opt.step(np.ones(3))
+    assert opt.steps == 1 and (w == before).all()
+
+
+def halving(p, g, lr):
+    return (p - lr * g,)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, np.array([1, 2]), None])
+def test_flags_are_true_or_false(wrong):
+    w = np.ones(3)
+    opt = fastopt.sgd([w], lr=0.1)
+    with pytest.raises(TypeError, match="^zero_grads must be True or False, got"):
+        opt.step([np.ones(3)], zero_grads=wrong)
+    opt.step([np.ones(3)], zero_grads=np.bool_(True))
+    assert opt.steps == 1

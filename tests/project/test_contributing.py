@@ -183,7 +183,7 @@ def test_an_option_of_a_step_is_added_to_all_backends(tmp_path):
         old = "\n".join(line[1:] for line in lines if line[0] != "+")
         new = "\n".join(line[1:] for line in lines if line[0] != "-")
         text = path.read_text(encoding="utf-8")
-        assert text.count(old) == 1, old
+        assert f"\n{text}".count(f"\n{old}\n") == 1, old  # whole lines
         path.write_text(text.replace(old, new), encoding="utf-8")
 
     def run(*command, **environment):
