@@ -433,8 +433,11 @@ def test_scalar_accesses_are_noticed():
 PI = 3.140625
 
 
-def with_attribute(p, g, lr):
-    return (p - lr * g * np.pi,)
+DOUBLE_PI = np.float64(np.pi)
+
+
+def with_double(p, g, lr):
+    return (p - lr * g * DOUBLE_PI,)
 
 
 def with_global(p, g, lr):
@@ -449,7 +452,7 @@ def test_float64_in_a_float32_kernel_is_refused(monkeypatch):
     assert not flaws(
         cuda_kernels.compile_ptx(Rule(with_global, scalars), "float32"), "float32", 1
     )
-    rule = Rule(with_attribute, scalars)
+    rule = Rule(with_double, scalars)
     with pytest.raises(TypeError, match="return its constants from scalars"):
         cuda_kernels.compile_ptx(rule, "float32")
     monkeypatch.setattr(cuda_kernels, "check", lambda ptx, single: ptx)

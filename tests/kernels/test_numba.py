@@ -556,7 +556,7 @@ COMPLEX = 0.5j
 
 def test_what_cannot_be_hashed_is_not_cached(entry):
     def update(p, g, lr):
-        return (p - lr * g * COMPLEX.imag,)
+        return (p - lr * g * abs(COMPLEX),)
 
     rule = Rule(update, lambda t: (1.0,))
     p, g = np.ones(9), np.ones(9)
