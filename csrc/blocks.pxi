@@ -1,43 +1,137 @@
 # Kernels take most streams from memory as they are. This file makes blocks of the others in
-# the cache, just before a kernel takes them. A ``make_t`` makes a block of one stream.
+# the cache, just before a kernel takes them, and stores what the kernel has changed. A
+# ``make_t`` makes a block of column c of row r.
+
+cdef inline int64_t block_bytes(const Job* job, int64_t n) noexcept nogil:
+    """The bytes from one block of n elements to the next. Blocks lie close together, and
+    begin with a cache line."""
+    return (n * job.itemsize + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+
 
 cdef void combine_block(
-    const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
+    const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil:
     """Combine the gradients of several tasks, and clip the result."""
     cdef const int64_t* row = job.table + r * job.columns
-    job.tools.combine(
-        job.tasks + r, job.rows, job.task_count, job.weights, start, n,
-        limits_of(job, row) if job.clipping else NULL, block,
-    )
+    combine_limited(job, r, start, n, limits_of(job, row) if job.clipping else NULL, block)
+
+
+cdef void combine_limited(
+    const Job* job, int64_t r, int64_t start, int64_t n, const char* limits, char* block
+) noexcept nogil:
+    """Combine the gradients of several tasks. Those that are encoded are decoded into the
+    blocks behind this one, some at a time."""
+    cdef int64_t k, j, count, room = block_bytes(job, n)
+    cdef int64_t addresses[AT_A_TIME]
+    cdef const Stream* stream
+    memset(block, 0, n * job.itemsize)
+    if job.task_streams == NULL:
+        job.tools.combine(
+            job.tasks + r, job.rows, job.task_count, job.weights, start, n, limits, block
+        )
+        return
+    k = 0
+    while k < job.task_count:
+        count = min(<int64_t> AT_A_TIME, job.task_count - k)
+        for j in range(count):
+            stream = job.task_streams + (k + j) * job.rows + r
+            addresses[j] = job.tasks[(k + j) * job.rows + r]
+            if addresses[j] and stream.load:
+                stream.load(
+                    stream.parts, start, n, block + (1 + j) * room
+                )
+                addresses[j] = (
+                    <int64_t> block + (1 + j) * room - start * job.itemsize
+                )
+        job.tools.combine(
+            addresses, 1, count, job.weights + k * job.itemsize, start, n,
+            limits if k + count == job.task_count else NULL, block,
+        )
+        k += count
+
+
+cdef void load_block(
+    const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
+) noexcept nogil:
+    """Decode a stream."""
+    cdef const Stream* stream = stream_of(job, r, c)
+    stream.load(stream.parts, start, n, block)
 
 
 cdef void clip_block(
-    const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
+    const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil:
+    """Clip a gradient. If it is encoded, it is decoded into the block behind this one, which
+    is made later."""
     cdef const int64_t* row = job.table + r * job.columns
+    cdef const Stream* stream = stream_of(job, r, c)
     cdef int64_t pair[2]
     pair[0], pair[1] = <int64_t> block - start * job.itemsize, row[1]
+    if stream and stream.load:
+        load_block(job, r, c, start, n, block + block_bytes(job, n))
+        pair[1] = pair[0] + block_bytes(job, n)
     job.tools.limit(pair, start, n, limits_of(job, row))
 
 
 cdef void multiply_block(
-    const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
+    const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil:
-    job.tools.product(stream_of(job, r, k).parts, start, n, block)
+    job.tools.product(stream_of(job, r, c).parts, start, n, block)
 
 
 cdef inline void make_blocks(
-    const Job* job, int64_t r, int64_t columns, int64_t start, int64_t n, int64_t* local
+    const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
+    int64_t* local
 ) noexcept nogil:
-    """Copy a row, with blocks in place of those of its first columns that must be made."""
+    """Copy a row, with blocks in place of those of its columns [first, end) that must be
+    made."""
     cdef int64_t c
     cdef make_t make
-    cdef double* block = fastopt_scratch
+    cdef const Stream* stream
+    cdef char* block = <char*> fastopt_scratch
+    cdef int64_t stride = block_bytes(job, n)
     memcpy(local, job.table + r * job.columns, job.columns * sizeof(int64_t))
-    for c in range(1, columns if job.streams else 2):
-        make = job.gradient if c == 1 else stream_of(job, r, c - 2).make
+    for c in range(first, end):
+        stream = stream_of(job, r, c)
+        make = stream.make if stream else NULL
+        if c == 1 and job.gradient:
+            make = job.gradient
         if make:
-            make(job, r, c - 2, start, n, <char*> block)
+            make(job, r, c, start, n, block)
             local[c] = <int64_t> block - start * job.itemsize
-            block += CHUNK
+            block += stride
+
+
+cdef inline void store_blocks(
+    const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
+    const int64_t* local
+) noexcept nogil:
+    """Encode those of the columns [first, end) that a kernel has written to blocks."""
+    cdef int64_t c
+    cdef const Stream* stream
+    for c in range(first, end if job.streams else first):
+        stream = stream_of(job, r, c)
+        if stream.store:
+            stream.store(
+                stream.parts, start, n, <char*> local[c] + start * job.itemsize
+            )
+
+
+cdef inline void prefetch_blocks(
+    const Job* job, int64_t r, int64_t end, int64_t start, int64_t n
+) noexcept nogil:
+    """Fetch columns [0, end) of elements that come next, because a loop that decodes does
+    little else than wait for memory (docs/performance.md)."""
+    cdef int64_t c, width, at, last
+    cdef const int64_t* row = job.table + r * job.columns
+    cdef const Stream* stream
+    for c in range(end):
+        stream = stream_of(job, r, c)
+        width = stream.width if stream.load else job.itemsize
+        at = stream.parts[0] if stream.load else row[c]
+        if at:
+            last = at + (start + n) * width
+            at += start * width
+            while at < last:
+                fastopt_prefetch(<const void*> at)
+                at += CACHE_LINE

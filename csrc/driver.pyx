@@ -8,7 +8,8 @@ a) A job has a table of segments, a row each. The segments, laid end to end, are
    operation here depends on its neighbours, so where the cuts fall does not change a bit.
 b) What a step does besides its rule is done block by block, while the block is in the
    cache. Kernels take most streams from memory as they are. Blocks of the others are made
-   in the cache just before (blocks.pxi): combined or clipped gradients, and factored state.
+   in the cache just before (blocks.pxi): combined or clipped gradients, factored state, and
+   streams that are stored in fewer bits, which are encoded again after the kernel.
 c) Rules with sums over each segment go batch by batch: while the threads update one batch,
    they take the sums of the next (docs/performance.md).
 d) Each thread sets the modes of arithmetic that bits are promised for, and restores its
@@ -32,9 +33,11 @@ from fastopt cimport (
 
 from functools import partial
 
-from numpy import empty, ndarray
+from numpy import dtype, empty, ndarray
 
 from fastopt.memory.factored import in_order
+from fastopt.memory.formats import format_of
+from fastopt.memory.segments import Encoded
 from fastopt.step import UNLIMITED
 
 include "table.pxi"
@@ -68,21 +71,30 @@ cdef extern from *:
     #define FASTOPT_OPENMP 0
     #endif
 
-    /* Room for chunks of doubles, for each thread that asks for it: on stacks of 64 KiB
-       there would be none. */
-    #define FASTOPT_MOST_MADE 2
+    #if defined(__GNUC__)
+    #define fastopt_prefetch(address) __builtin_prefetch(address)
+    #else
+    #define fastopt_prefetch(address) ((void) (address))
+    #endif
+
+    /* Room for chunks, for each thread that asks for it: on stacks of 64 KiB there would be
+       none. Blocks are of doubles for two columns at the most: gradients and one state. */
+    #define FASTOPT_MOST_MADE 16
     #if defined(_MSC_VER)
       #define FASTOPT_OF_THREAD __declspec(thread)
+      #define FASTOPT_ALIGNED __declspec(align(64))
     #else
       #define FASTOPT_OF_THREAD __thread
+      #define FASTOPT_ALIGNED __attribute__((aligned(64)))
     #endif
-    static FASTOPT_OF_THREAD double fastopt_scratch[FASTOPT_MOST_MADE * FASTOPT_CHUNK];
+    static FASTOPT_OF_THREAD FASTOPT_ALIGNED double fastopt_scratch[FASTOPT_MOST_MADE / 2 * FASTOPT_CHUNK];
     """
     bint fastopt_has_avx2()
     bint fastopt_has_avx512()
     int fastopt_process() noexcept nogil
     double* fastopt_scratch
     int FASTOPT_MOST_MADE  # the most streams of a segment whose blocks are made
+    void fastopt_prefetch(const void* address) noexcept nogil
     bint FASTOPT_OPENMP
 
 cdef extern from "arithmetic.h":
@@ -95,6 +107,7 @@ cdef enum:
     CUT = 16  # stretches are cut at multiples of this many elements, a line of floats
     MOST_COLUMNS = 64
     MOST_LIMITS = 7  # the most numbers that passes.clip takes
+    AT_A_TIME = 4  # tasks whose gradients are decoded, before they are combined
     # Segments whose sums are taken and which are then updated at once have this many bytes
     # at the most, or are one: the second pass finds them in the last cache. If that has
     # room for two batches, no thread waits for another between a batch's update and the
@@ -151,12 +164,19 @@ cdef class Kernels:
             tools.gram = <gram_t> self.find("gram", double)
 
     cdef function_t find(self, str name, bint double) except NULL:
+        cdef function_t function = self.look_up(name, double)
+        if not function:
+            raise no_kernel(name)
+        return function
+
+    cdef function_t look_up(self, str name, bint double):
+        """Return a function, or NULL if there is none."""
         cdef int64_t k
         text = name.encode()
         for k in range(self.table.count):
             if strcmp(self.table.entries[k].name, text) == 0:
                 return self.table.entries[k].functions[double]
-        raise no_kernel(name)
+        return NULL
 
 
 # A range of rows of the table.
@@ -167,14 +187,16 @@ cdef struct Rows:
     bint kept  # whether begin measures them and finish updates them
 
 
-# Makes elements [start, start + n) of row r's gradient, or of its k-th state.
+# Makes elements [start, start + n) of column c of row r.
 ctypedef void (*make_t)(
-    const Job* job, int64_t r, int64_t k, int64_t start, int64_t n, char* block
+    const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil
 
-# A stream of state. If ``make`` is NULL, kernels take it from memory.
+# A stream. If ``make`` is NULL, kernels take it from memory.
 cdef struct Stream:
     make_t make
+    codec_t load, store  # of an encoded stream; ``store`` only if steps write to it
+    int64_t width  # bytes of an encoded element
     int64_t parts[4]  # what its blocks are made of
 
 
@@ -182,9 +204,10 @@ cdef struct Stream:
 cdef struct Job:
     const Tools* tools
     kernel_t kernel, finish
+    kernel_t fused  # takes encoded streams as they are; NULL: blocks are made of them
     measure_t measure, begin
     scalars_t scalars, settle
-    bint double, clipping, zeroing, apart
+    bint double, clipping, zeroing, apart, encoded
     int64_t itemsize, rows, columns, sets, width
     int64_t scalar_count, measured, terms, carried  # numbers besides the factor; sums
     int64_t settle_count  # numbers that settle takes, the last of those of scalars
@@ -193,8 +216,10 @@ cdef struct Job:
     int64_t given  # elements with a gradient
     int64_t* averages  # addresses
     make_t gradient  # makes blocks of the gradients; NULL: kernels take them from memory
-    Stream* streams  # those of each row's state; NULL: all are plain
+    Stream* streams  # those of each row; NULL: all are plain
+    int64_t block  # elements of a block
     int64_t* tasks  # addresses: for each task those of its gradients
+    Stream* task_streams  # how these are encoded; NULL: all are plain
     int64_t task_count  # 0: there is one gradient, that in the table
     char* weights
     # For each set: the factor for gradients; what scalars or settle returned, in ``stride``
@@ -256,8 +281,9 @@ cdef inline char* limits_of(const Job* job, const int64_t* row) noexcept nogil:
     return job.limits + row[job.columns - 1] * (1 + MOST_LIMITS) * job.itemsize
 
 
-cdef inline const Stream* stream_of(const Job* job, int64_t r, int64_t k) noexcept nogil:
-    return job.streams + r * (job.columns - 4) + k
+cdef inline Stream* stream_of(const Job* job, int64_t r, int64_t c) noexcept nogil:
+    """The stream of a column, or NULL if all are plain."""
+    return job.streams + r * (job.columns - 2) + c if job.streams else NULL
 
 
 cdef inline int64_t chunks_of(int64_t length) noexcept nogil:
@@ -271,26 +297,30 @@ include "blocks.pxi"
 
 cdef inline void zero(const Job* job, int64_t r, int64_t start, int64_t n) noexcept nogil:
     """Set the gradients of all tasks to zero."""
-    cdef int64_t k, address
+    cdef int64_t k, address, width
+    cdef const Stream* stream
     for k in range(max(<int64_t> 1, job.task_count)):
-        address = job.table[r * job.columns + 1]
+        address, stream = job.table[r * job.columns + 1], stream_of(job, r, 1)
         if job.task_count:
             address = job.tasks[k * job.rows + r]
+            stream = job.task_streams + k * job.rows + r if job.task_streams else NULL
         if address:
-            memset(<char*> address + start * job.itemsize, 0, n * job.itemsize)
+            width = stream.width if stream and stream.load else job.itemsize
+            memset(<char*> address + start * width, 0, n * width)
 
 
 cdef inline void move(
-    const Job* job, int64_t r, const int64_t* row, bint kept, int64_t start, int64_t n
+    const Job* job, kernel_t kernel, int64_t r, const int64_t* row, bint kept,
+    int64_t start, int64_t n
 ) noexcept nogil:
-    """Update these elements with the rule's kernel or, if begin has done the rest, move the
+    """Update these elements with a kernel or, if begin has done the rest, move the
     parameters by what it kept."""
     cdef int64_t pair[2]
     if kept:
         pair[0], pair[1] = row[0], job.kept_at[r]
         job.finish(pair, start, n, constants_of(job, row))
     else:
-        job.kernel(row, start, n, constants_of(job, row))
+        kernel(row, start, n, constants_of(job, row))
 
 
 cdef void move_beside(
@@ -298,17 +328,21 @@ cdef void move_beside(
 ) noexcept nogil:
     """Update block by block, with everything else that the step does."""
     cdef const int64_t* row = job.table + r * job.columns
+    cdef bint moves = row[1] != 0
     cdef int64_t start = first, m, end = first + n
+    cdef int64_t columns = job.columns - 2 if moves and not kept else 1
     cdef int64_t pair[2]
     cdef int64_t local[MOST_COLUMNS]
     while start < end:
-        m = min(<int64_t> BLOCK, end - start)
-        if row[1] != 0:
-            if not kept:
-                make_blocks(job, r, job.columns - 2, start, m, local)
-            move(job, r, row if kept else local, kept, start, m)
+        m = min(job.block, end - start)
+        make_blocks(job, r, 0, columns, start, m, local)
+        if job.encoded:
+            prefetch_blocks(job, r, columns, start + m, min(job.block, end - start - m))
+        if moves:
+            move(job, job.kernel, r, local, kept, start, m)
+            store_blocks(job, r, 0, columns, start, m, local)
         if job.averages:
-            pair[0], pair[1] = job.averages[r], row[0]
+            pair[0], pair[1] = job.averages[r], local[0]
             job.tools.approach(pair, start, m, job.weight)
         if job.zeroing:
             zero(job, r, start, m)
@@ -318,14 +352,18 @@ cdef void move_beside(
 cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noexcept nogil:
     """Update elements [begin, end) of these segments, counted from the first to the last."""
     cdef int64_t r, first, last, head, start = 0
+    cdef kernel_t kernel = job.fused if job.fused else job.kernel
     cdef const int64_t* row = job.table + rows.first * job.columns
-    cdef bint beside = job.gradient or job.streams or job.zeroing or job.averages
+    cdef bint fused = job.fused and not rows.kept
+    cdef bint beside = (
+        job.gradient or job.zeroing or job.averages or (job.streams and not fused)
+    )
     for r in range(rows.first, rows.last):
         if row[1] != 0 or job.averages:
             first = begin - start if begin > start else 0
             last = min(end - start, row[job.columns - 2])
             head = 0
-            if last - first >= ALIGN_FROM:
+            if last - first >= ALIGN_FROM and not job.encoded:
                 head = (row[0] + first * job.itemsize) % CACHE_LINE
                 if head:
                     head = (CACHE_LINE - head) // job.itemsize
@@ -335,9 +373,9 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
                 move_beside(job, r, rows.kept, first + head, last - first - head)
             else:
                 if head:
-                    move(job, r, row, rows.kept, first, head)
+                    move(job, kernel, r, row, rows.kept, first, head)
                 if first + head < last:
-                    move(job, r, row, rows.kept, first + head, last - first - head)
+                    move(job, kernel, r, row, rows.kept, first + head, last - first - head)
             start += row[job.columns - 2]
             if start >= end:
                 break
@@ -380,7 +418,8 @@ cdef void measure_chunks(
 ) noexcept nogil:
     """Measure chunks [begin, end) of these segments."""
     cdef int64_t r, c, start, n, length, before = 0
-    cdef int64_t columns = 2 if measure == job.tools.square else job.columns - 2
+    cdef bint square = measure == job.tools.square
+    cdef int64_t columns = 2 if square else job.columns - 2
     cdef const int64_t* row = job.table + rows.first * job.columns
     cdef int64_t local[MOST_COLUMNS + 1]
     for r in range(rows.first, rows.last if begin < end else 0):
@@ -389,11 +428,13 @@ cdef void measure_chunks(
             for c in range(max(begin, before), min(end, before + chunks_of(length))):
                 start = (c - before) * CHUNK
                 n = min(<int64_t> CHUNK, length - start)
-                make_blocks(job, r, columns, start, n, local)
+                make_blocks(job, r, 1 if square else 0, columns, start, n, local)
                 local[job.columns] = job.kept_at[r]
                 measure(
                     local, start, n, constants_of(job, row), job.partials + c * terms
                 )
+                if measure == job.begin:
+                    store_blocks(job, r, 2, columns, start, n, local)
             before += chunks_of(length)
         row += job.columns
 

@@ -72,20 +72,22 @@ cdef struct Tiles:
     double* by_column
 
 
-cdef void square_combined(
+cdef void square_made(
     const Job* job, int64_t r, int64_t first, int64_t width, int64_t rows,
     int64_t columns, const char* limits, double* to_row, double* to_column
 ) noexcept nogil:
-    """Sum up a tile, row by row, of the gradients of several tasks."""
+    """Sum up a tile of gradients that must be made, row by row."""
     cdef int64_t i, j
-    cdef double* scratch = fastopt_scratch
+    cdef double* scratch = fastopt_scratch  # also of what is decoded, before by_column
     cdef double* by_column = fastopt_scratch + TILE_COLUMNS
     memset(to_column, 0, columns * sizeof(double))
     for i in range(rows):
-        job.tools.combine(
-            job.tasks + r, job.rows, job.task_count, job.weights, first + i * width,
-            columns, NULL, scratch,
-        )
+        if job.task_count:
+            combine_limited(
+                job, r, first + i * width, columns, NULL, <char*> scratch
+            )
+        else:
+            load_block(job, r, 1, first + i * width, columns, <char*> scratch)
         job.tools.squares(scratch, columns, 1, columns, limits, to_row + i, by_column)
         for j in range(columns):
             to_column[j] += by_column[j]
@@ -111,8 +113,8 @@ cdef void tiles_part(void* work, int part) noexcept nogil:
         to_column = (
             tiles.by_column + (i * tiles.matrices + matrix) * width + j * TILE_COLUMNS
         )
-        if job.task_count:
-            square_combined(
+        if job.task_count or stream_of(job, tiles.r, 1).load:
+            square_made(
                 job, tiles.r, first, width, rows, columns, limits_of(job, row), to_row,
                 to_column,
             )
@@ -130,7 +132,7 @@ cdef squares_of(Job* job, int64_t r):
     cdef int64_t length = job.table[(r + 1) * job.columns - 2], to_row, to_column
     cdef int parts = job.threads if length >= SERIAL_BELOW else 1
     tiles.job, tiles.r = job, r
-    tiles.height, tiles.width = stream_of(job, r, 0).parts[2], stream_of(job, r, 0).parts[3]
+    tiles.height, tiles.width = stream_of(job, r, 2).parts[2], stream_of(job, r, 2).parts[3]
     tiles.across = (tiles.width + TILE_COLUMNS - 1) // TILE_COLUMNS
     tiles.down = (tiles.height + TILE_ROWS - 1) // TILE_ROWS
     tiles.matrices = length // (tiles.height * tiles.width)

@@ -322,7 +322,7 @@ cdef int step_on(
     job.kernel, job.finish = native.kernels[job.double], native.finishes[job.double]
     job.measure, job.begin = native.measures[job.double], native.begins[job.double]
     job.scalars, job.settle = native.scalars, native.settle
-    job.apart = native_apart
+    job.apart, job.block = native_apart, BLOCK
     job.rows, job.columns = count, 4 + rule.state_count
     job.sets = count if native.by_segment else 1
     job.scalar_count, job.measured = native.scalar_count, native.measured

@@ -19,6 +19,7 @@ RULES = ROOT / "fastopt" / "rules"
 COMPOSED = ROOT / "fastopt" / "composed.py"
 LANGUAGE = ROOT / "fastopt" / "language.py"
 ORDER = ROOT / "fastopt" / "memory" / "order.py"
+FORMATS = ROOT / "fastopt" / "memory" / "formats.py"
 
 # What a rule's text may call by name, and the template has in C.
 PRIMITIVES = {"abs", "sqrt", "where", "maximum", "minimum", "copysign", "sign"}
@@ -321,6 +322,47 @@ class Native(ast.NodeTransformer):
         return [*stores, ast.parse(f"return -1 if _zero[0] else {len(values)}").body[0]]
 
 
+@dataclass(frozen=True)
+class Format:
+    """A format of stored numbers, from memory/formats.py."""
+
+    name: str
+    decode: Function
+    encode: Function
+    stored: str  # the name of a dtype
+
+    @property
+    def c_type(self):
+        return f"{self.stored}_t"
+
+    def decoded(self, text):
+        """Return the expression for a stored element's number."""
+        return f"{self.decode.name}_f32({text})"
+
+    def encoded(self, text):
+        """Return the expression for what is stored for a number."""
+        return f"<{self.c_type}> {self.encode.name}_f32({text})"
+
+
+class Plain:
+    """Numbers of float32 that are stored as they are."""
+
+    name, c_type = "fp32", "float"
+
+    def decoded(self, text):
+        return text
+
+    encoded = decoded
+
+
+# Rules whose kernels decode and encode in their registers: what most people train with.
+# All other rules have blocks of numbers made (blocks.pxi).
+FUSED = (
+    *("adam_update", "adamw_update", "sgd_update", "sgd_heavy_ball", "lion_update"),
+    *("floor_streams0", "floor_streams1", "floor_streams2"),
+)
+
+
 @functools.cache
 def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
@@ -421,6 +463,28 @@ def functions():
     return list(found.values())
 
 
+def formats():
+    """Return the formats of fastopt/memory/formats.py."""
+    calls = [node for node in ast.walk(parsed(FORMATS)) if isinstance(node, ast.Call)]
+    return [
+        Format(
+            ast.literal_eval(call.args[0]),
+            *(defined(FORMATS, argument.id) for argument in call.args[1:3]),
+            call.args[3].args[0].attr,
+        )
+        for call in calls
+        if ast.unparse(call.func) == "Format"
+    ]
+
+
+def fused(stored, rule, dtype):
+    """Return the formats of parameters and gradients for which a rule has a kernel."""
+    if dtype != "f32" or rule.name not in FUSED:
+        return []
+    bf16 = next(format for format in stored if format.name == "bf16")
+    return [(bf16, bf16), (Plain(), bf16)]
+
+
 def numbers():
     """Return the numbers of fastopt/memory/order.py, by name."""
     tree = ast.parse(ORDER.read_text(encoding="utf-8"))
@@ -448,9 +512,10 @@ def buffers(c_type, count):
 
 def renderer():
     """Return a function that renders a template of csrc with these values."""
-    found = functions()
+    found, stored = functions(), formats()
     updates = [f for f in found if type(f) is Kernel]
-    compiled = [function for function in found if type(function) is not Scalars]
+    codecs = [function for f in stored for function in (f.decode, f.encode)]
+    compiled = [f for f in (*found, *codecs) if type(f) is not Scalars]
     named = {c.name: c for function in compiled for c in function.named.values()}
     namespace = {
         "constants": list(named.values()),
@@ -458,6 +523,13 @@ def renderer():
         "clip": next(f for f in updates if f.name == "passes_limited"),
         "measures": [f for f in found if isinstance(f, Measure)],
         "helpers": [f for f in found if type(f) in (Function, Terms)],
+        "formats": stored,
+        "codecs": codecs,
+        "fused": functools.partial(fused, stored),
+        "forms": [(r, *pair) for r in updates for pair in fused(stored, r, "f32")],
+        "states": lambda c_type, count: "".join(
+            f"<{c_type}*> row[{2 + k}] + start, " for k in range(count)
+        ),
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
         "declared": declared,

@@ -27,6 +27,7 @@ cdef extern from *:
 
 WITHOUT_SETTLE = frozenset(["step", "scalars"])
 WITH_SETTLE = WITHOUT_SETTLE | {"settle"}
+FLOATS = dtype("float32"), dtype("float64")
 
 
 # An array that steps write to, as it was when the step was bound to it.
@@ -77,7 +78,16 @@ cdef class Step:
     cdef Watched* watched
     cdef int64_t watched_count
     cdef Scalars scalars, settle
-    cdef object keep, shapes, scalars_at, watched_arrays
+    cdef Kernels kernels
+    cdef object keep, shapes, scalars_at, watched_arrays, dtype
+    # The last dtype of a gradient and its format; and the last format and its codec.
+    cdef object stored_kind, stored_format, found_format
+    cdef codec_t found_load
+    cdef int64_t found_width
+    # The name of our kernel, the format of all parameters (None: plain), whether there is
+    # one, and fused kernels by the format of the gradients.
+    cdef object kernel_name, param_format, fused_kernels
+    cdef bint alike
 
     def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
                   addresses, *, shapes, averages, list streams, bint double, int64_t sets,
@@ -85,11 +95,12 @@ cdef class Step:
                   int64_t settle_count, int64_t count_address, int64_t carry_address,
                   int64_t carried, int64_t last_cache, keep):
         cdef Job* job = &self.job
+        self.kernels, self.dtype = kernels, FLOATS[double]
         job.tools = &kernels.tools[double]
         if isinstance(kernel, int):
             job.kernel = <kernel_t> <size_t> kernel
         else:
-            job.kernel = <kernel_t> kernels.find(kernel, double)
+            job.kernel, self.kernel_name = <kernel_t> kernels.find(kernel, double), kernel
         if isinstance(measure, int):
             job.measure = <measure_t> <size_t> measure
         elif measure is not None:
@@ -116,7 +127,7 @@ cdef class Step:
         job.stride = job.width + MOST_NUMBERS
         self.count, self.carry = <int64_t*> count_address, <double*> carry_address
         self.shapes = shapes
-        self.keep = keep, kernels  # the arrays whose addresses stand in the table
+        self.keep = keep  # the arrays whose addresses stand in the table
         self.span_count = job.rows * (job.columns - 3 + (averages is not None))
         self.spans = <int64_t*> calloc(2 * self.span_count + 1, sizeof(int64_t))
         job.table = <int64_t*> calloc(job.rows * job.columns + 1, sizeof(int64_t))
@@ -129,40 +140,77 @@ cdef class Step:
         if averages is not None:
             job.averages = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
         if streams:
-            job.streams = <Stream*> calloc(job.rows * (job.columns - 4), sizeof(Stream))
+            self.make_streams()
         if not (
             self.spans and job.table and job.constants and job.limits and job.factors
             and job.numbers and job.steps and job.kept_at and (averages is None or job.averages)
-            and (not streams or job.streams)
         ):
             raise MemoryError("no memory for the table of segments")
+        job.block = BLOCK
+        for stream in streams:
+            self.enter_stream(*stream)
         self.enter(addresses, averages)
-        for row, column, *parts in streams:
-            self.enter_stream(row, column, parts)
+        self.fused_kernels = {}
+        made = [column for _, column, *_ in streams]
+        kinds = {kind for _, _, kind, *_ in streams}
+        self.param_format = kinds.pop() if len(kinds) == 1 else None
+        self.alike = made == [0] * job.rows or not made
 
-    cdef int enter_stream(self, int64_t r, int64_t k, list parts) except -1:
-        """Note that the blocks of a stream are made, and from which rows and columns."""
-        cdef Stream* stream = self.job.streams + r * (self.job.columns - 4) + k
-        if self.job.columns > 5:
-            raise ValueError("a rule with factored state has one state buffer")
-        stream.make = multiply_block
-        for c in range(4):
-            stream.parts[c] = parts[c]
+    cdef int make_streams(self) except -1:
+        """Allocate the streams. All of them are plain."""
+        cdef Job* job = &self.job
+        if job.columns - 2 + AT_A_TIME > FASTOPT_MOST_MADE:
+            raise ValueError(
+                f"a rule whose streams are encoded or factored may have at most "
+                f"{FASTOPT_MOST_MADE - AT_A_TIME - 2} state buffers"
+            )
+        job.streams = <Stream*> calloc(job.rows * (job.columns - 2) + 1, sizeof(Stream))
+        if not job.streams:
+            raise MemoryError("no memory for streams")
+        return 0
+
+    def enter_stream(self, int64_t r, int64_t c, kind, *parts):
+        """Note that the blocks of a stream are made: from rows and columns, if its kind is
+        "product", or from elements of a format."""
+        cdef Stream* stream = stream_of(&self.job, r, c)
+        for k, part in enumerate(parts):
+            stream.parts[k] = part
+        if kind == "product":
+            if self.job.columns > 5:
+                raise ValueError("a rule with factored state has one state buffer")
+            stream.make = multiply_block
+        else:
+            self.enter_format(stream, kind)
+            stream.store = <codec_t> self.kernels.find(f"store_{kind.name}", False)
+
+    cdef int enter_format(self, Stream* stream, format) except -1:
+        """Note how the elements of a stream are encoded."""
+        if format is not self.found_format:
+            self.found_load = <codec_t> self.kernels.find(f"load_{format.name}", False)
+            self.found_width, self.found_format = format.stored.itemsize, format
+        stream.make, stream.load, stream.width = load_block, self.found_load, self.found_width
+        self.job.encoded, self.job.block = True, ENCODED_BLOCK
         return 0
 
     cdef int enter(self, addresses, averages) except -1:
         cdef Job* job = &self.job
+        cdef const Stream* stream
         cdef int64_t r, c
         written = []
         for r in range(job.rows):
             for c in range(job.columns):
                 job.table[r * job.columns + c] = addresses[r][c]
-            here = [addresses[r][0], *addresses[r][2:job.columns - 2]]
+            length = addresses[r][job.columns - 2]
+            for c in (0, *range(2, job.columns - 2)):
+                stream = stream_of(job, r, c)
+                if stream and stream.load:
+                    begin, width = stream.parts[0], stream.width
+                else:
+                    begin, width = addresses[r][c], job.itemsize
+                written.append((begin, begin + length * width if begin else 0))
             if averages is not None:
                 job.averages[r] = averages[r]
-                here.append(averages[r])
-            nbytes = addresses[r][job.columns - 2] * job.itemsize
-            written += [(at, at + nbytes if at else 0) for at in here]
+                written.append((averages[r], averages[r] + length * job.itemsize))
         written.sort()
         for r in range(self.span_count):
             self.spans[2 * r], self.spans[2 * r + 1] = written[r]
@@ -179,6 +227,7 @@ cdef class Step:
         free(self.job.steps)
         free(self.job.kept_at)
         free(self.job.tasks)
+        free(self.job.task_streams)
         free(self.job.weights)
         free(self.spans)
         free(self.watched)
@@ -254,9 +303,15 @@ cdef class Step:
                 return -1
             if grad is None:
                 row[1] = 0
+            elif self.is_encoded(grad):
+                if not self.accept_encoded(r, grad):
+                    return -1
+                total += row[self.job.columns - 2]
             else:
                 if type(grad) is not ndarray or grad.shape != self.shapes[r]:
                     return -1
+                if self.job.streams:
+                    memset(stream_of(&self.job, r, 1), 0, sizeof(Stream))
                 try:
                     PyObject_GetBuffer(
                         grad, &view, PyBUF_ND | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS
@@ -276,7 +331,72 @@ cdef class Step:
             row += self.job.columns
             r += 1
         self.job.given = total
+        self.choose_kernel()
         return total if r == self.job.rows else -1
+
+    cdef inline bint is_encoded(self, grad):
+        """Whether a gradient may be of fewer bits than kernels compute in."""
+        if type(grad) is ndarray:
+            descr = <object> (<fastopt_ndarray*> <PyObject*> grad).descr
+            return descr is not self.dtype and not self.job.double and descr.itemsize == 2
+        return type(grad) is Encoded
+
+    cdef bint accept_encoded(self, int64_t r, grad) except -1:
+        """Accept a gradient that is decoded block by block. Return whether it fits."""
+        cdef const fastopt_ndarray* array
+        if type(grad) is ndarray:
+            kind = grad.dtype
+            if kind is not self.stored_kind:
+                self.stored_format, self.stored_kind = format_of(kind), kind
+            format = self.stored_format
+        else:
+            format, (grad,) = grad
+        if format is None or self.job.double or grad.shape != self.shapes[r]:
+            return False
+        array = <fastopt_ndarray*> <PyObject*> grad
+        if not array.flags & C_CONTIGUOUS:
+            return False
+        if not self.job.streams:
+            self.make_streams()
+        self.enter_format(stream_of(&self.job, r, 1), format)
+        return self.place_encoded(r, <int64_t> array.data)
+
+    cdef int choose_kernel(self) except -1:
+        """Use a fused kernel, if there is one for the parameters and the gradients, which
+        must each be all of one format."""
+        cdef Job* job = &self.job
+        cdef const Stream* stream
+        cdef int64_t r
+        cdef codec_t load = NULL
+        cdef bint first = True
+        job.fused = NULL
+        if not (job.encoded and self.alike and self.kernel_name) or job.double:
+            return 0
+        for r in range(job.rows):
+            if job.table[r * job.columns + 1]:
+                stream = stream_of(job, r, 1)
+                if not first and stream.load != load:
+                    return 0
+                load, first = stream.load, False
+        format = self.found_format if load else None
+        if load and load != self.found_load:
+            return 0
+        if format not in self.fused_kernels:
+            names = [of.name if of else "fp32" for of in (self.param_format, format)]
+            name = "_".join([self.kernel_name, *names])
+            self.fused_kernels[format] = <size_t> self.kernels.look_up(name, False)
+        job.fused = <kernel_t> <size_t> self.fused_kernels[format]
+        return 0
+
+    cdef bint place_encoded(self, int64_t r, int64_t address) noexcept:
+        """Note where a gradient of encoded elements is. Return whether it overlaps nothing
+        that a step writes."""
+        cdef Stream* stream = stream_of(&self.job, r, 1)
+        cdef int64_t* row = self.job.table + r * self.job.columns
+        row[1] = stream.parts[0] = address
+        return not self.overlaps(
+            address, address + row[self.job.columns - 2] * stream.width
+        )
 
     cdef int64_t accept_tasks(self, list tasks, weights) except -2:
         """Accept the gradients of several tasks. The table keeps the address of any task's
@@ -284,7 +404,9 @@ cdef class Step:
         cdef int64_t r, k, count = len(tasks)
         cdef int64_t* row = self.job.table
         free(self.job.tasks)
+        free(self.job.task_streams)
         free(self.job.weights)
+        self.job.task_streams = NULL
         self.job.tasks = <int64_t*> malloc((count * self.job.rows + 1) * sizeof(int64_t))
         self.job.weights = <char*> malloc(count * self.job.itemsize)
         if not (self.job.tasks and self.job.weights):
@@ -294,6 +416,7 @@ cdef class Step:
                 return -1
             for r in range(self.job.rows):
                 self.job.tasks[k * self.job.rows + r] = self.job.table[r * self.job.columns + 1]
+            self.note_streams(k, count)
             put(&self.job, self.job.weights, k, weights[k])
         self.job.given = 0
         for r in range(self.job.rows):
@@ -306,32 +429,61 @@ cdef class Step:
         self.job.task_count = count
         return self.job.given
 
+    cdef int note_streams(self, int64_t k, int64_t count) except -1:
+        """Note how the gradients of task k are encoded, if any task's are."""
+        cdef Job* job = &self.job
+        cdef int64_t r
+        if not job.streams:
+            return 0
+        if not job.task_streams:
+            job.task_streams = <Stream*> calloc(count * job.rows + 1, sizeof(Stream))
+            if not job.task_streams:
+                raise MemoryError("no memory for the streams of tasks")
+        for r in range(job.rows):
+            job.task_streams[k * job.rows + r] = stream_of(job, r, 1)[0]
+        return 0
+
     def take(self, list grads, weights=None):
         if weights is None:
             return self.accept(grads) >= 0
         return self.accept_tasks(grads, weights) >= 0
 
-    def place(self, addresses):
+    def place(self, addresses, format=None):
         """Take gradients by their addresses, an array of int64 with 0 for none. The caller
-        has checked that they fit; only overlaps are checked here."""
+        has checked that they fit, and names their format if they are encoded; only overlaps
+        are checked here."""
+        cdef int64_t r
+        if format is not None and not self.job.streams:
+            self.make_streams()
+        for r in range(self.job.rows if self.job.streams else 0):
+            memset(stream_of(&self.job, r, 1), 0, sizeof(Stream))
+            if format is not None:
+                self.enter_format(stream_of(&self.job, r, 1), format)
         # Not a memoryview, for which Cython writes 20,000 lines of C.
         cdef Py_buffer view
         PyObject_GetBuffer(addresses, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
         try:
             if view.itemsize != 8 or view.len != self.job.rows * 8:
                 raise ValueError(f"wanted {self.job.rows} addresses")
-            return self.place_at(<const int64_t*> view.buf)
+            fits = self.place_at(<const int64_t*> view.buf)
+            self.choose_kernel()
+            return fits
         finally:
             PyBuffer_Release(&view)
 
     cdef bint place_at(self, const int64_t* addresses) noexcept:
         cdef int64_t r, total = 0, length
         cdef int64_t* row = self.job.table
+        cdef const Stream* stream
         for r in range(self.job.rows):
             row[1] = addresses[r]
             if row[1]:
                 length = row[self.job.columns - 2]
-                if self.overlaps(row[1], row[1] + length * self.job.itemsize):
+                stream = stream_of(&self.job, r, 1)
+                if stream and stream.load:
+                    if not self.place_encoded(r, row[1]):
+                        return False
+                elif self.overlaps(row[1], row[1] + length * self.job.itemsize):
                     return False
                 total += length
             row += self.job.columns
@@ -543,8 +695,9 @@ cdef class Step:
             squares = []
             for r in range(job.rows):
                 if (
-                    job.streams and stream_of(job, r, 0).make and row[1]
-                    and row[job.columns - 2]
+                    job.streams != NULL
+                    and stream_of(job, r, 2).make == multiply_block
+                    and row[1] and row[job.columns - 2]
                 ):
                     s = row[job.columns - 1]
                     put_limits(job, s, rows[s][0])

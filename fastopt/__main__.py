@@ -76,6 +76,7 @@ def run_bench(
     rules: list[str],
     sizes: list[int] | None,
     tensors: list[tuple[int, int]] | None,
+    dtypes: list[str],
     against: list[str] | None,
     rounds: int | None,
     quick: bool,
@@ -105,7 +106,7 @@ def run_bench(
         tensors = [] if quick else list(cases.TENSORS)
     try:
         bench(
-            cases.cases(rules, sizes, tensors),
+            cases.cases(rules, sizes, tensors, dtypes),
             [name for name in known if name in chosen],
             rounds or (5 if quick else 15),
             output,
@@ -184,6 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=tensors,
         metavar="COUNTxN",
         help="cases of many tensors (default: 100x1000 150x333333)",
+    )
+    command.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        default=["float32"],
+        help="of parameters and gradients (default: float32)",
     )
     command.add_argument(
         "--against",

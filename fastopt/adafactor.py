@@ -96,5 +96,5 @@ class Adafactor(Optimizer):
 
     def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("eps1") is None:
-            values["eps1"] = float(np.finfo(self._params.arrays[0].dtype).eps)
+            values["eps1"] = float(np.finfo(self._params.dtype).eps)
         return values

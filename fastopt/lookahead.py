@@ -12,7 +12,7 @@ import numpy as np
 from fastopt.backends.numpy_ref import written
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
-from fastopt.memory.segments import Array
+from fastopt.memory.segments import Array, Encoded
 from fastopt.optimizer import saving
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import no_optimizer
@@ -82,7 +82,7 @@ class Lookahead:
     def _make_room(self) -> None:
         """Make the slow weights; those of new parameters begin as these are."""
         opt, arrays = self.opt, self.opt._params.arrays
-        (slow,) = zeros(opt._module.state_arena, arrays, 1)
+        (slow,) = zeros(opt._module.state_arena, opt._params.likes, 1)
         values = [*self._slow, *arrays[len(self._slow) :]]
         for new, value in zip(slow, values, strict=True):
             fill(new, value)
@@ -130,14 +130,14 @@ class Lookahead:
         """Return the calls that move the slow weights, unless they have been moved
         after so many steps, and then the parameters. ``values`` has, by identity, what
         arrays will contain by then; the others will contain what they do now."""
-        opt, arrays = self.opt, self.opt._params.arrays
+        opt, streams = self.opt, self.opt._params.streams
         moving = [not opt.groups[number].frozen for number in opt._params.group_of]
         calls: list[Call] = []
         if self._moved[0] != steps:
             self._pull.runner.take(
                 [
-                    values.get(id(array), array) if moves else None
-                    for array, moves in zip(arrays, moving, strict=True)
+                    after(stream, values) if moves else None
+                    for stream, moves in zip(streams, moving, strict=True)
                 ]
             )
             key = Key(1, (), (self.k, self.alpha))
@@ -201,6 +201,15 @@ class Lookahead:
 
     def __repr__(self) -> str:
         return f"<lookahead k={self.k} alpha={self.alpha} of {self.opt!r}>"
+
+
+def after(stream: Array | Encoded, values: Mapping[int, Any]) -> Array | Encoded:
+    """Return a stream as it will be, if ``values`` has what its arrays will contain."""
+    if isinstance(stream, Encoded):
+        parts = [values.get(id(part), part) for part in stream.parts]
+        return Encoded(stream.format, tuple(parts))
+    value: Array = values.get(id(stream), stream)
+    return value
 
 
 def checked(k: Any, alpha: Any) -> dict[str, Any]:

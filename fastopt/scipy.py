@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import OptimizeResult, OptimizeWarning, approx_fprime
 
+from fastopt.memory.formats import DTYPES
 from fastopt.memory.segments import Array
-from fastopt.optimizer.checks import DTYPES
 from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, shown
 from fastopt.rules import RULES

@@ -69,7 +69,7 @@ class FastoptOps(NumpyOps):
                     f"{name} must be a NumPy array, got {shown(array)}; other arrays "
                     f"have operations of their own in thinc"
                 )
-        checks.check_params(names, arrays, arrays)
+        checks.check_params(names, arrays, arrays, formats=frozenset())
         for name, array in zip(names, arrays, strict=True):
             checks.check_grad(name, array, "weights", weights, ())
         numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}

@@ -40,7 +40,17 @@ from fastopt.rules import passes
 from fastopt.runtime.atomic import Call
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
+__all__ = [
+    "as_array",
+    "bind",
+    "formats",
+    "gram",
+    "missing",
+    "scalars",
+    "state_arena",
+]
+
+formats: frozenset[str] = frozenset()  # its kernels decode none yet
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time

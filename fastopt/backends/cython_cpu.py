@@ -24,14 +24,25 @@ from fastopt.backends.numpy_ref import Step
 from fastopt.language import Function
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
-from fastopt.memory.segments import Array, Product, Segment, Stream
+from fastopt.memory.formats import FORMATS
+from fastopt.memory.segments import Array, Encoded, Product, Segment, Stream
 from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES, RULES
 from fastopt.rules.floor import FLOORS
 from fastopt.rules.muon import direction
 from fastopt.rules.passes import PASSES
 
-__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
+__all__ = [
+    "as_array",
+    "bind",
+    "formats",
+    "gram",
+    "missing",
+    "scalars",
+    "state_arena",
+]
+
+formats = frozenset(FORMATS)
 
 HOW_TO_GET = (
     "install a C compiler (on Debian: apt-get install gcc python3-dev) and reinstall: "
@@ -184,12 +195,7 @@ def step(
         addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
-        streams=[
-            (row, k, *map(address, stream), *(part.shape[1] for part in stream))
-            for row, segment in enumerate(segments)
-            for k, stream in enumerate(segment.state)
-            if isinstance(stream, Product)
-        ],
+        streams=streams_of(segments),
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
         scalar_count=rule.scalar_count,
@@ -204,6 +210,21 @@ def step(
         keep=(segments, count, carry),
     )
     return bound
+
+
+def streams_of(segments: Sequence[Segment]) -> list[tuple[Any, ...]]:
+    """Return the streams whose blocks are made: row, column, "product" or a format, and
+    what the blocks are made of."""
+    streams: list[tuple[Any, ...]] = []
+    for row, segment in enumerate(segments):
+        for column, stream in enumerate((segment.param, None, *segment.state)):
+            if isinstance(stream, Product):
+                parts = *map(address, stream), *(part.shape[1] for part in stream)
+                streams.append((row, column, "product", *parts))
+            elif isinstance(stream, Encoded):
+                parts = tuple(map(address, stream.parts))
+                streams.append((row, column, stream.format, *parts))
+    return streams
 
 
 def settle_of(rule: Rule) -> Any:
@@ -227,8 +248,11 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
 
 
 def address(stream: Stream) -> int:
-    """Return the address of an array, or 0 for a stream whose blocks are made."""
-    return 0 if isinstance(stream, Product) else int(stream.ctypes.data)
+    """Return the address of an array, or of what is encoded; 0 for a product."""
+    if isinstance(stream, Product):
+        return 0
+    (array,) = stream.parts if isinstance(stream, Encoded) else (stream,)
+    return int(array.ctypes.data)
 
 
 def addresses_of(averages: Sequence[Array | None]) -> list[int] | None:

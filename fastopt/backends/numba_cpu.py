@@ -43,6 +43,7 @@ from fastopt.language import Function, concrete
 from fastopt.memory import order
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
+from fastopt.memory.formats import FORMATS
 from fastopt.memory.order import ALIGN_FROM, CACHE_LINE, LANES, SERIAL_BELOW
 from fastopt.memory.segments import Array, Segment
 from fastopt.rule import Rule
@@ -51,7 +52,17 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
+__all__ = [
+    "as_array",
+    "bind",
+    "formats",
+    "gram",
+    "missing",
+    "scalars",
+    "state_arena",
+]
+
+formats = frozenset(FORMATS)
 
 # Columns of the table, as in the compiled backend: p, g, state..., length, row.
 PARAM, GRAD, LENGTH, ROW = 0, 1, -2, -1
@@ -487,7 +498,7 @@ def gram(tasks: Sequence[Sequence[Array | None]], threads: int) -> Array:
 
 class Alone(Step):
     """Steps by our own driver; sums, what a step does besides its rule, and all of it
-    where state is factored, are left to NumPy."""
+    where streams must be decoded or multiplied, are left to NumPy."""
 
     def __init__(
         self, rule: Rule, segments: Sequence[Segment], count: Array, carry: Array
@@ -497,7 +508,7 @@ class Alone(Step):
         self.rule, self.kernel = rule, kernel(rule, "update", segments)
         self.table = np.array(
             [
-                (s.param.ctypes.data, 0)
+                (cython_cpu.address(s.param), 0)
                 + tuple(map(cython_cpu.address, s.state))
                 + (s.param.size, s.row)
                 for s in segments
@@ -512,7 +523,7 @@ class Alone(Step):
 
     @standard
     def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
-        if any(segment.is_factored for segment in self.segments):
+        if any(segment.is_made for segment in self.segments):
             return super().calls(rows, request)
         for row in rows:
             if len(row) != self.width:
@@ -541,10 +552,11 @@ class Alone(Step):
             partial(len, read),  # which live until the call before this one
             *(self._average(request) if self.averages else ()),
             *[
-                partial(setitem, grad, ..., 0)
+                partial(setitem, part, ..., 0)
                 for task in self.tasks
                 for grad in task
                 if request.zero_grads and grad is not None
+                for part in numpy_ref.parts_of(grad)
             ],
         ]
 

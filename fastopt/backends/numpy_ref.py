@@ -2,7 +2,8 @@
 
 Every backend is a module with the same functions: ``bind`` takes segments and returns
 the runner that does steps over them (see :class:`fastopt.step.Runner`); ``as_array``
-and ``state_arena`` provide arrays and memory for state where it works; ``scalars``
+and ``state_arena`` provide arrays and memory for state where it works; ``formats`` are
+the names of those formats of :mod:`fastopt.memory.formats` that it has; ``scalars``
 returns a rule's scalars, compiled if possible; ``gram`` multiplies the gradients of
 several tasks; ``missing`` says why the backend cannot be used, if so.
 """
@@ -20,15 +21,34 @@ from fastopt.language import NUMPY, Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
+from fastopt.memory.formats import FORMATS
 from fastopt.memory.order import CHUNK, LANES
-from fastopt.memory.segments import Array, Product, Segment
+from fastopt.memory.segments import (
+    Array,
+    Encoded,
+    Product,
+    Segment,
+    Stream,
+    decoded,
+    encoded,
+)
 from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = ["as_array", "bind", "gram", "missing", "scalars", "state_arena"]
+__all__ = [
+    "as_array",
+    "bind",
+    "formats",
+    "gram",
+    "missing",
+    "scalars",
+    "state_arena",
+]
+
+formats = frozenset(FORMATS)
 
 
 def missing() -> str | None:
@@ -135,9 +155,10 @@ class Step:
         weighted sum is taken. Return False if one needs a closer look; other backends
         may."""
         self.tasks: list[list[Any]] = [grads] if weights is None else grads
-        self.grads: list[Any] = grads
+        tasks = [[numbers(grad) for grad in task] for task in self.tasks]
+        self.grads: list[Any] = tasks[0]
         if weights is not None:
-            self.grads = [combined(of, weights) for of in zip(*grads, strict=True)]
+            self.grads = [combined(of, weights) for of in zip(*tasks, strict=True)]
         return True
 
     def grad(self, i: int, factor: float, request: Request) -> Array:
@@ -155,6 +176,8 @@ class Step:
             if isinstance(stream, Product):
                 product = stream.rows[:, :, None] * stream.columns[:, None, :]
                 state.append(product.reshape(segment.param.shape))
+            elif isinstance(stream, Encoded):
+                state.append(stream.numbers())
             else:
                 state.append(self.instead.get(id(stream), stream))
         return state
@@ -191,7 +214,7 @@ class Step:
                 grad = self.grad(i, factor, request)
                 state = self.state_of(segment) if what == "rule" else ()
                 used = rounded(constants[:taken], self.type)
-                terms = measure(segment.param, grad, *state, *used)
+                terms = measure(decoded(segment.param), grad, *state, *used)
                 sums.append(tuple(map(sum_in_order, terms)))
         return sums
 
@@ -201,17 +224,15 @@ class Step:
         results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
-                p = segment.param
+                p = decoded(segment.param)
                 if self.grads[i] is not None:
                     factor, *constants = rows[segment.row]
                     grad = self.grad(i, factor, request)
                     used = rounded(constants, self.type)
                     new = self.update(p, grad, *self.state_of(segment), *used)
-                    results += [
-                        (stream, value)
-                        for stream, value in zip((p, *segment.state), new, strict=True)
-                        if not isinstance(stream, Product)
-                    ]
+                    streams = segment.param, *segment.state
+                    for stream, value in zip(streams, new, strict=True):
+                        results += stored(stream, value)
                     p = new[0]
                 if segment.average is not None:
                     weight = self.type(request.ema_weight)
@@ -219,7 +240,8 @@ class Step:
                     results.append((segment.average, new))
                 for task in self.tasks if request.zero_grads else ():
                     if task[i] is not None:
-                        results.append((task[i], np.zeros_like(task[i])))
+                        parts = parts_of(task[i])
+                        results += [(part, np.zeros_like(part)) for part in parts]
         # Copies, as a rule may return an array that another of these calls writes to.
         return [
             *(partial(setitem, to, ..., np.array(value)) for to, value in results),
@@ -230,6 +252,26 @@ class Step:
         """Do the step. Return True, as a compiled step does."""
         uninterrupted(*self.calls(rows, request))
         return True
+
+
+def parts_of(stream: Array | Encoded) -> tuple[Array, ...]:
+    """Return the arrays in memory that a stream consists of."""
+    return stream.parts if isinstance(stream, Encoded) else (stream,)
+
+
+def numbers(grad: Array | Encoded | None) -> Array | None:
+    """Return a gradient in the dtype that kernels compute in."""
+    return grad if grad is None else decoded(encoded(grad))
+
+
+def stored(stream: Stream, value: Array) -> list[tuple[Array, Array]]:
+    """Return what to write where, so that a stream has a new value."""
+    if isinstance(stream, Product):
+        return []
+    if isinstance(stream, Encoded):
+        (part,) = stream.parts
+        return [(part, stream.format.written(value))]
+    return [(stream, value)]
 
 
 def evaluate(

@@ -32,6 +32,7 @@ def title(case: Case) -> str:
     """Return a title such as ``sgd (momentum)``."""
     on = ", ".join(case.hyperparameters)
     beside = "".join(f" + {name}" for name in case.asked)
+    beside += "" if case.dtype == "float32" else f", {case.dtype}"
     return (f"{case.rule} ({on})" if on else case.rule) + beside
 
 
@@ -47,22 +48,29 @@ def all_elements(case: Case) -> int:
 
 def bytes_moved(case: Case) -> int:
     """Return the least bytes that a step moves: it reads all streams and writes all but
-    the gradients, 4 bytes an element; for norms it reads the streams once more."""
-    streams = 2 + state_count(case)
-    moved = 2 * streams - 1 + 2 * ("ema" in case.asked) + ("clip_norm" in case.asked)
+    the gradients; for norms it reads the streams once more. State and averages have 4
+    bytes an element."""
+    width = 4 if case.dtype == "float32" else 2
+    states = state_count(case)
+    moved = (3 + ("clip_norm" in case.asked)) * width + 8 * states
+    moved += 8 * ("ema" in case.asked)
     if getattr(fastopt, case.rule).measure is not None:
-        moved += streams
-    return 4 * moved * all_elements(case)
+        moved += 2 * width + 4 * states
+    return moved * all_elements(case)
 
 
 def cases(
-    rules: Iterable[str], sizes: Iterable[int], tensors: Iterable[tuple[int, int]]
+    rules: Iterable[str],
+    sizes: Iterable[int],
+    tensors: Iterable[tuple[int, int]],
+    dtypes: Iterable[str] = ("float32",),
 ) -> list[Case]:
     shapes = [(1, size) for size in sizes] + list(tensors)
     return [
-        Case(name, hyperparameters, count, elements, asked)
+        Case(name, hyperparameters, count, elements, asked, dtype)
         for name in rules
         for hyperparameters in switched(getattr(fastopt, name))
         for asked in ({}, *ASKED.get(name, ()))
+        for dtype in dtypes
         for count, elements in shapes
     ]

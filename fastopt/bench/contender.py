@@ -66,6 +66,7 @@ class Case:
     tensors: int
     elements: int  # of each tensor
     asked: dict[str, Any] = field(default_factory=dict)  # clip_norm, ema
+    dtype: str = "float32"  # of parameters and gradients
 
 
 class Contender(NamedTuple):
@@ -101,7 +102,15 @@ def every_hyperparameter(case: Case) -> dict[str, Any]:
 def normal(case: Case, seed: int) -> Iterator[Array]:
     rng = np.random.default_rng(seed)
     for _ in range(case.tensors):
-        yield rng.standard_normal(case.elements, np.float32)
+        yield rng.standard_normal(case.elements, np.float32).astype(numpy_dtype(case))
+
+
+def numpy_dtype(case: Case) -> np.dtype[Any]:
+    name: Any = case.dtype
+    if name == "bfloat16":  # not NumPy's own
+        name = importlib.import_module("ml_dtypes").bfloat16
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
 # fastopt, its floor and NumPy -------------------------------------------------------
@@ -139,8 +148,11 @@ def fastopt_arrays(case: Case) -> Contender:
     return Contender(step, lambda: params, grads)
 
 
-def refuse_extras(case: Case) -> None:
-    """Raise Unavailable if a contender that only does plain steps is asked for more."""
+def refuse_extras(case: Case, dtypes: bool = False) -> None:
+    """Raise Unavailable if a contender that only does plain steps is asked for more, or
+    for other dtypes than float32, unless it has them."""
+    if case.dtype != "float32" and not dtypes:
+        raise Unavailable(f"it is not measured with {case.dtype}")
     if case.asked:
         raise Unavailable(f"it has no {' and '.join(case.asked)}")
 
@@ -148,7 +160,7 @@ def refuse_extras(case: Case) -> None:
 def floor(case: Case) -> Contender:
     from fastopt.rules.floor import FLOORS
 
-    refuse_extras(case)
+    refuse_extras(case, dtypes=True)
     count = state_count(case)
     if count >= len(FLOORS):
         raise Unavailable(f"there is no floor with {count} state buffers")
@@ -191,7 +203,7 @@ def naive_numpy(case: Case) -> Contender:
 
 def in_table(table: dict[str, Any], case: Case, peer: str) -> Any:
     if peer not in ("torch", "timm"):
-        refuse_extras(case)
+        refuse_extras(case, dtypes=peer == "DeepSpeed")
     if case.rule not in table:
         raise Unavailable(f"{peer} does not have this rule")
     return table[case.rule]
@@ -217,8 +229,10 @@ def torch_tensors(case: Case) -> list[Any]:
     torch.set_num_threads(available_threads())
     params = []
     for param, grad in zip(normal(case, PARAMS), normal(case, GRADS), strict=True):
-        tensor = torch.from_numpy(param).clone().requires_grad_()
-        tensor.grad = torch.from_numpy(grad).clone()
+        kind = getattr(torch, case.dtype)
+        values, gradients = (x.astype(np.float32) for x in (param, grad))
+        tensor = torch.tensor(values, dtype=kind).requires_grad_()
+        tensor.grad = torch.tensor(gradients, dtype=kind)
         params.append(tensor)
     return params
 
@@ -228,7 +242,7 @@ def torch_contender(
 ) -> Contender:
     return Contender(
         peers.torch_sequence(asked, step, params),
-        lambda: [p.detach().numpy() for p in params],
+        lambda: [p.detach().float().numpy() for p in params],
         [p.grad for p in params],
     )
 

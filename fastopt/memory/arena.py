@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fastopt.memory.order import CACHE_LINE
-from fastopt.memory.segments import Array
+from fastopt.memory.segments import Array, Encoded
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -38,6 +38,18 @@ def zeroed(nbytes: int) -> Array:
         raw = np.frombuffer(region, np.uint8)
     start = -raw.ctypes.data % boundary
     return raw[start : start + nbytes]
+
+
+ALIGNED = zeroed(CACHE_LINE)
+
+
+def like(stream: Array | Encoded) -> Array:
+    """Return an array for which state can be made as for a stream: the array itself,
+    or, if it is encoded, one that takes no memory, and begins with a cache line,
+    because the blocks that kernels see do."""
+    if not isinstance(stream, Encoded):
+        return stream
+    return np.broadcast_to(ALIGNED.view(stream.dtype)[0:1].reshape(()), stream.shape)
 
 
 def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastopt.memory.arena import STAGGER, zeroed
+from fastopt.memory.formats import DTYPES, WANTED_DTYPES, format_of
 from fastopt.memory.trees import leaves, rebuild
 
 
@@ -55,10 +56,11 @@ class FlatBuffer:
         # A copy's views must lie in the copy's own data.
         return flatten, (self.views,)
 
-    def zeros_like(self) -> FlatBuffer:
-        """Return a zeroed buffer of the same layout and dtype, such as for the
-        gradients."""
-        same = FlatBuffer(self.views, self.data.dtype, offset=STAGGER // 2)
+    def zeros_like(self, dtype: npt.DTypeLike | None = None) -> FlatBuffer:
+        """Return a zeroed buffer of the same layout, such as for the gradients, and of
+        the same dtype, if no other is given."""
+        kind = self.data.dtype if dtype is None else dtype
+        same = FlatBuffer(self.views, kind, offset=STAGGER // 2)
         same.shapes = self.shapes  # one object, so that comparing them takes no time
         return same
 
@@ -72,8 +74,8 @@ class FlatBuffer:
 def flatten(tree: Any) -> FlatBuffer:
     """Copy the arrays of a dict or list, nested too, into one :class:`FlatBuffer`.
 
-    A step over one buffer is the fastest there is. All arrays must have one dtype,
-    float32 or float64.
+    A step over one buffer is the fastest there is. All arrays must have one dtype:
+    float32, float64, float16 or the bfloat16 of ml_dtypes.
 
     Example
     -------
@@ -93,9 +95,9 @@ def flatten(tree: Any) -> FlatBuffer:
                 f"arrays{path} must be a NumPy array, got {type(leaf).__name__}; "
                 f"{advice}"
             )
-        if leaf.dtype not in (np.float32, np.float64):
+        if leaf.dtype not in DTYPES and format_of(leaf.dtype) is None:
             raise TypeError(
-                f"arrays{path} has dtype {leaf.dtype}; float32 or float64 is needed"
+                f"arrays{path} has dtype {leaf.dtype}; {WANTED_DTYPES} is needed"
             )
         if leaf.dtype != arrays[0][1].dtype:
             raise TypeError(

@@ -20,6 +20,10 @@ TILE_COLUMNS = 2048
 # stay in the first cache.
 BLOCK = 2048
 
+# Blocks are smaller where streams are decoded, because the next block of each stream is
+# fetched meanwhile (docs/performance.md).
+ENCODED_BLOCK = 256
+
 # Below this many elements in all, waking a second thread costs more than it saves.
 SERIAL_BELOW = 32768
 

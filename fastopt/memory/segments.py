@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
+
+from fastopt.memory.formats import COMPUTED, Format, format_of
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -17,16 +20,53 @@ class Product(NamedTuple):
     columns: Array  # matrices x columns
 
 
-# An operand of a kernel: an array, which the kernel reads in place, or a Product, of
-# which blocks are computed for the kernel.
-Stream: TypeAlias = Array | Product
+class Encoded(NamedTuple):
+    """Numbers that are stored in fewer bits than kernels compute in. Kernels see it as
+    an array of float32."""
+
+    format: Format
+    parts: tuple[Array, ...]  # what is stored: unsigned integers
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return COMPUTED
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def size(self) -> int:
+        return self.parts[0].size
+
+    def numbers(self) -> Array:
+        """Return the numbers, decoded."""
+        return self.format.read(self.parts[0])
+
+
+def encoded(array: Array | Encoded) -> Array | Encoded:
+    """Return an array as kernels take it: encoded, if its dtype is that of a format."""
+    if isinstance(array, Encoded):
+        return array
+    format = format_of(array.dtype)
+    return array if format is None else Encoded(format, (array.view(format.stored),))
+
+
+def decoded(array: Array | Encoded) -> Array:
+    """Return the numbers of an array that kernels take."""
+    return array.numbers() if isinstance(array, Encoded) else array
+
+
+# An operand of a kernel: an array, which the kernel reads in place, or what blocks are
+# made of for the kernel.
+Stream: TypeAlias = Array | Product | Encoded
 
 
 class Segment(NamedTuple):
     """Streams of one length that kernels walk side by side. The arrays are C-contiguous
     and of one dtype; kernels see them as flat. On a GPU they are device arrays."""
 
-    param: Array
+    param: Array | Encoded
     state: tuple[Stream, ...]
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
@@ -34,3 +74,9 @@ class Segment(NamedTuple):
     @property
     def is_factored(self) -> bool:
         return any(isinstance(stream, Product) for stream in self.state)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether blocks must be made of a stream before a kernel can take it."""
+        streams = self.param, *self.state
+        return any(isinstance(stream, (Product, Encoded)) for stream in streams)

@@ -35,6 +35,7 @@ from typing import Any
 
 from fastopt import backends
 from fastopt.memory.arrays import on_device
+from fastopt.memory.formats import DTYPES
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.multitask.methods import (
@@ -145,7 +146,7 @@ def _check_rows(paths: Sequence[str], tasks: Sequence[Sequence[Any]]) -> None:
             array, name = task[i], f"tasks[{k}]{path}"
             if array is None:
                 continue
-            if array.dtype not in checks.DTYPES:
+            if array.dtype not in DTYPES:
                 raise TypeError(
                     f"{name} has dtype {array.dtype}; float32 or float64 is needed"
                 )

@@ -76,7 +76,7 @@ class Bindings:
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
         self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
-        self._averages = None if ema is None else self._params.like()
+        self._averages = None if ema is None else self._params.like(computed=True)
         groups, values = zip(
             *[
                 self._new_group(number, bool(own), given, hyperparameters)
@@ -129,7 +129,7 @@ class Bindings:
         steps: int = 0,
     ) -> tuple[Group, dict[str, Any]]:
         """Return a group, and its first hyperparameters: its own and common ones."""
-        prefix, dtype = f"groups[{number}]" * named, self._params.arrays[0].dtype
+        prefix, dtype = f"groups[{number}]" * named, self._params.dtype
         frozen = own.get("frozen", False)
         group = Group(self.rule, prefix, number, self._assign, dtype, frozen)
         changes = {key: value for key, value in own.items() if key != "frozen"}
@@ -143,7 +143,7 @@ class Bindings:
         """Bind to the groups that were added, in one go however many they are."""
         params, averages = self._params, None
         if self._averages is not None:
-            averages, old = params.like(), self._averages[1]
+            averages, old = params.like(computed=True), self._averages[1]
             values = [*old, *params.arrays[len(old) :]]
             for average, value in zip(averages[1], values, strict=True):
                 fill(average, value)
@@ -290,7 +290,7 @@ class Bindings:
         """Return the hyperparameters of the sets of these groups, which are the last
         ones, after so many steps. Check that the scalars of all but the ``known`` sets
         are finite in the parameters' dtype."""
-        rule, dtype = self.rule.variant(on), params.arrays[0].dtype
+        rule, dtype = self.rule.variant(on), params.dtype
         now = [
             dict(zip(named, group.at(steps, named), strict=True))
             for group, named in zip(groups, values, strict=True)

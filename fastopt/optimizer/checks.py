@@ -6,13 +6,14 @@ from __future__ import annotations
 import inspect
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastopt.memory.arrays import as_array, read_only, span
 from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.formats import DTYPES, WANTED_DTYPES, computed, format_of
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
@@ -23,7 +24,6 @@ LIMITING = [*inspect.signature(limits).parameters]  # the options that it takes
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
 MOST_THREADS = 1024
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
@@ -92,25 +92,32 @@ def check_params(
     names: Sequence[str],
     arrays: Sequence[Array],
     originals: Sequence[Any],
-    like: tuple[str, Array] | None = None,
+    formats: Set[str],
+    like: tuple[str, np.dtype[Any]] | None = None,
     placed: list[Placed] | None = None,
 ) -> None:
     """Check the dtype, layout and writeability of every parameter, and that none
     overlap, neither each other nor those ``placed`` before, to which they are added.
-    ``like`` is the name and the array of one whose dtype they must have, if it is not
-    the first of these."""
+    ``formats`` are those that the backend has. ``like`` is the name of one, and what is
+    computed in for it, and so must be for these, if it is not the first of these."""
     placed = [] if placed is None else placed
     for name, array, original in zip(names, arrays, originals, strict=True):
-        if array.dtype not in DTYPES:
+        format, kind = format_of(array.dtype), computed(array.dtype)
+        if format is not None and format.name not in formats:
             raise TypeError(
-                f"{name} has dtype {array.dtype}; float32 or float64 is needed: "
+                f"{name} has dtype {array.dtype}, which this backend does not store; "
+                f"convert it by .astype(np.float32), or use another backend"
+            )
+        if kind not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; {WANTED_DTYPES} is needed: "
                 f"convert it, such as by .astype(np.float32)"
             )
-        first, model = like = like or (name, array)
-        if array.dtype != model.dtype:
+        first, wanted = like = like or (name, kind)
+        if kind != wanted:
             raise TypeError(
-                f"{name} has dtype {array.dtype} but {first} has {model.dtype}; use "
-                f"one optimizer for each dtype"
+                f"{name} has dtype {array.dtype} but {first} is computed in {wanted}; "
+                f"use one optimizer for each"
             )
         check_layout(name, array, updated=True)
         if read_only(original) or read_only(array):
@@ -146,7 +153,7 @@ def check_grad(
 ) -> None:
     """Check a gradient against its parameter, and against all that a step writes, whose
     spans are in order and do not overlap each other."""
-    if grad.dtype != param.dtype:
+    if computed(grad.dtype) != computed(param.dtype):
         raise TypeError(
             f"{name} has dtype {grad.dtype} but {of} has {param.dtype}; "
             f"convert it with .astype"

@@ -70,7 +70,7 @@ def of_tasks(params: Parameters, grads: Any, weights: Any) -> Gradients:
     for k, task in enumerate(checks.split_tasks("grads", grads)):
         tasks.append([])
         checks.collect(params.layout, task, "", tasks[k], f"grads[{k}]")
-    dtype = params.arrays[0].dtype
+    dtype = params.dtype
     return Gradients(tasks, checks.check_weights(weights, len(tasks), dtype))
 
 

@@ -36,10 +36,11 @@ class Optimizer(Bindings):
         What a step does, such as ``fastopt.adamw``.
     params
         An array, a list or dict of arrays (nested too), a ``FlatBuffer``, or a list of
-        groups ``{"params": ..., "lr": ...}``. Arrays are float32 or float64 (one dtype
-        throughout), C-contiguous, writeable and apart in memory: NumPy arrays, or what
-        shares memory by DLPack, ``__array_interface__`` or
-        ``__cuda_array_interface__``.
+        groups ``{"params": ..., "lr": ...}``. Arrays are C-contiguous, writeable and
+        apart in memory: NumPy arrays, or what shares memory by DLPack,
+        ``__array_interface__`` or ``__cuda_array_interface__``. All are float64, or
+        each is float32, float16 or ml_dtypes' bfloat16. Those of 16 bits are updated in
+        float32, with state of float32, and rounded to the nearest once a step.
     backend
         "numpy", "cython", "numba" or "cuda"; by default the arrays' device and the rule
         decide. All of them give the same bits.
@@ -134,9 +135,10 @@ class Optimizer(Bindings):
         Parameters
         ----------
         grads
-            Gradients in the structure, shapes and dtype of the parameters; ``None`` in
-            place of one leaves that parameter and its state alone. They are only read,
-            unless ``zero_grads`` is set.
+            Gradients in the structure and shapes of the parameters, of float64 if these
+            are, or else of float32, float16 or bfloat16; ``None`` in place of one
+            leaves that parameter and its state alone. They are only read, unless
+            ``zero_grads`` is set.
             With groups: a list with the gradients of each. By default those that were
             accumulated, which start at zero again.
         weights
@@ -144,7 +146,7 @@ class Optimizer(Bindings):
             gradients of each task, or an array with a row for each, and the step is
             that of their weighted sum, which is formed in the cache and never written
             to memory: the sum from zero on, in the order of the tasks, in the
-            parameters' dtype. That is, to the last bit, what ``accumulate(grads[k],
+            state's dtype. That is, to the last bit, what ``accumulate(grads[k],
             grad_scale=weights[k])`` for each of them would have come to. None in place
             of a gradient: the task does not depend on that parameter. A task whose
             weight is 0 is left out, and not read.
@@ -179,7 +181,7 @@ class Optimizer(Bindings):
         parameter that was left alone has the bias correction of the others.
         """
         if grad_scale is not AS_GIVEN:
-            grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
+            grad_scale = checks.check_factor(grad_scale, self._params.dtype)
         busy = self._busy
         while busy[0]:
             busy = free_flag(self)
@@ -341,15 +343,15 @@ class Optimizer(Bindings):
     def accumulate(self, grads: Any, *, grad_scale: float = 1.0) -> None:
         """Add gradients, times a factor, to a sum that the next ``step()`` takes.
 
-        They are as for :meth:`step`, and only read. The sums have the parameters'
+        They are as for :meth:`step`, and only read. The sums have the state's
         dtype; a parameter that only got None is left alone by that step.
         """
-        grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
+        grad_scale = checks.check_factor(grad_scale, self._params.dtype)
         gradients: list[Any] = []
         checks.collect(self._params.layout, grads, "", gradients)
         pending = self._pending or self._spare
         if pending is None:
-            pending = new_pending(self._module, self._params.arrays)
+            pending = new_pending(self._module, self._params.likes)
         runner = pending.program.runner
         taken = take(self._params, runner, Gradients([gradients]), pending.spans)
         pending, calls = pending.added(taken.tasks[0], grad_scale, self._threads_now)
@@ -369,7 +371,7 @@ class Optimizer(Bindings):
         but parameters and the count stay."""
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} does not use estimates")
-        grad_scale = checks.check_factor(grad_scale, self._params.arrays[0].dtype)
+        grad_scale = checks.check_factor(grad_scale, self._params.dtype)
         self._params.watch.check()
         gradients: list[Any] = []
         checks.collect(self._params.layout, grads, "", gradients)

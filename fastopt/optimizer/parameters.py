@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fastopt.memory.arena import zeros
+from fastopt.memory.arena import like, zeros
 from fastopt.memory.flat import FlatBuffer, expanded
-from fastopt.memory.segments import Array
+from fastopt.memory.segments import Array, Encoded, encoded
 from fastopt.memory.trees import leaves, rebuild
 from fastopt.optimizer import checks
 from fastopt.optimizer.watching import Watch
@@ -30,6 +30,9 @@ class Parameters:
         The backend's.
     names, arrays, group_of
         Of each segment: what messages call it, its memory, its group's number.
+    streams, likes
+        Of each segment: its memory as kernels take it, and something of its shape in
+        the dtype that they compute in, which is that of its state.
     sets, set_of
         What needs hyperparameters of its own: a group, and which of them are 0, such as
         its weight decay, where that does not apply. And for each segment its place in
@@ -55,6 +58,8 @@ class Parameters:
         self.trees: list[Any] = []
         self.names: list[str] = []
         self.arrays: list[Array] = []
+        self.streams: list[Array | Encoded] = []
+        self.likes: list[Array] = []
         self.group_of: list[int] = []
         self.sets: list[tuple[int, tuple[str, ...]]] = []
         self.set_of: list[int] = []
@@ -81,11 +86,15 @@ class Parameters:
         group_of = [number for _, _, number in entries]
         names = [f"params{path}" for path in paths]
         arrays = list(map(self.module.as_array, names, originals))
-        like = (self.names[0], self.arrays[0]) if start else None
-        checks.check_params(names, arrays, originals, like, self._placed)
+        first_kind = (self.names[0], self.dtype) if start else None
+        formats = self.module.formats
+        checks.check_params(names, arrays, originals, formats, first_kind, self._placed)
+        streams = list(map(encoded, arrays))
         self.trees += trees
         self.names += names
         self.arrays += arrays
+        self.streams += streams
+        self.likes += map(like, streams)
         self.group_of += group_of
         self._held += map(weakref.ref, owners(*originals, *arrays))
         for segment, name in enumerate(names, start):
@@ -106,6 +115,11 @@ class Parameters:
         self.sets += sets
         self.set_of += [places[row] for row in rows]
         return list(map(checks.layout, plain))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What kernels compute in."""
+        return self.likes[0].dtype
 
     @property
     def masked(self) -> bool:
@@ -204,22 +218,24 @@ class Parameters:
                 )
         return list(map(bool, told))
 
-    def like(self) -> tuple[Any, list[Array]]:
+    def like(self, computed: bool = False) -> tuple[Any, list[Array]]:
         """Return new arrays like these: in the structure of the parameters, in which a
-        FlatBuffer stands for one; and one for each segment."""
+        FlatBuffer stands for one; and one for each segment. They have the dtypes of
+        the parameters or, if ``computed``, the one that kernels compute in."""
+        of = self.likes if computed else self.arrays
         segments: list[Array | None] = []  # None: not in a FlatBuffer
         originals = [leaf for _, leaf in leaves(self.trees)]
         trees: list[FlatBuffer | None] = []
         for leaf in originals:
             if isinstance(leaf, FlatBuffer):
-                flat = leaf.zeros_like()
+                flat = leaf.zeros_like(self.dtype if computed else None)
                 trees.append(flat)
                 views = [view for _, view in leaves(flat.views)]
                 segments += views if self._separate else [flat.data]
             else:
                 trees.append(None)
                 segments.append(None)
-        alone = [a for a, s in zip(self.arrays, segments, strict=True) if s is None]
+        alone = [a for a, s in zip(of, segments, strict=True) if s is None]
         fresh = zeros(self.module.state_arena, alone, 1)[0] if alone else []
         of_segments, of_leaves = iter(fresh), iter(fresh)
         arrays = [next(of_segments) if s is None else s for s in segments]

@@ -181,7 +181,7 @@ def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
     )
     pending = None
     if saved["accumulated"] is not None:
-        pending = new_pending(opt._module, opt._params.arrays)
+        pending = new_pending(opt._module, opt._params.likes)
         pending = pending.restored(saved["accumulated"])
     pairs = {
         name: list(zip(buffers, saved["state"][name], strict=True))
@@ -363,7 +363,7 @@ def check_arrays(
         )
     shapes = shapes or [param.shape for param in params.arrays]
     for i, (array, of, param, shape) in enumerate(
-        zip(arrays, params.names, params.arrays, shapes, strict=True)
+        zip(arrays, params.names, params.likes, shapes, strict=True)
     ):
         if array is None and optional:
             continue

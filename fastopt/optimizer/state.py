@@ -13,7 +13,7 @@ from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import Factors, is_factored
-from fastopt.memory.segments import Array, Segment
+from fastopt.memory.segments import Array, Segment, decoded
 from fastopt.optimizer import checks
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
@@ -45,33 +45,40 @@ class Bound:
     ):
         self.rule, self.params, self.averages = rule, params, averages
         self.on = on  # the switches that selected the rule
-        arrays = params.arrays
+        arrays, likes = params.arrays, params.likes
         since = {name: len(state.get(name, ())) for name in rule.state}
         self.buffers = {name: list(state.get(name, ())) for name in rule.state}
         # Of what is factored, buffers are empty, and the state is in ``factors``.
-        likes = [np.empty(0, a.dtype) if is_factored(rule, a) else a for a in arrays]
+        empty = np.empty(0, params.dtype)
+        full = [empty if is_factored(rule, like) else like for like in likes]
         self.factors: list[Factors | None] = [None] * len(arrays)
-        for i, array in enumerate(arrays):
-            if is_factored(rule, array):
+        for i, like in enumerate(likes):
+            if is_factored(rule, like):
                 (kept,) = self.buffers.values()
                 there = kept[i] if i < len(kept) else None
-                self.factors[i] = Factors(module, array, there)
-                kept[i : i + 1] = [] if there is None else [likes[i]]
+                self.factors[i] = Factors(module, like, there)
+                kept[i : i + 1] = [] if there is None else [empty]
         for first in set(since.values()) - {len(arrays)}:
             names = [name for name in rule.state if since[name] == first]
-            fresh = zeros(module.state_arena, likes[first:], len(names))
+            fresh = zeros(module.state_arena, full[first:], len(names))
             for name, streams in zip(names, fresh, strict=True):
                 self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
         segments = [
             Segment(
-                array,
+                param,
                 tuple(streams) if of is None else (of.product,),
                 row,
                 averages[i] if averages else None,
             )
-            for i, (array, row, of, *streams) in enumerate(
-                zip(arrays, row_of, self.factors, *self.buffers.values(), strict=True)
+            for i, (param, row, of, *streams) in enumerate(
+                zip(
+                    params.streams,
+                    row_of,
+                    self.factors,
+                    *self.buffers.values(),
+                    strict=True,
+                )
             )
         ]
         carry = np.zeros((2, len(self.sets), len(rule.carry)))
@@ -149,7 +156,7 @@ class Bound:
     @standard
     def evaluated(self, values: Sequence[Values]) -> Any:
         """New arrays with the parameters to use, in the structure of the parameters."""
-        rule, params, dtype = self.rule, self.params, self.params.arrays[0].dtype
+        rule, params, dtype = self.rule, self.params, self.params.dtype
         if rule.evaluate is None:
             raise TypeError(
                 f"{rule.name} has no other parameters for evaluation; use those that "
@@ -160,9 +167,9 @@ class Bound:
         row_of = range(len(params.arrays)) if rule.by_segment else params.set_of
         tree, arrays = params.like()
         for array, param, row, *state in zip(
-            arrays, params.arrays, row_of, *self.state.values(), strict=True
+            arrays, params.streams, row_of, *self.state.values(), strict=True
         ):
-            buffers = list(map(to_host, (param, *state)))
+            buffers = list(map(to_host, (decoded(param), *state)))
             fill(array, evaluate(rule, buffers, rows[row], dtype))
         return tree
 

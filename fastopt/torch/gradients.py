@@ -19,6 +19,7 @@ from fastopt.step import Key, Program, execute, plain
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import (
     COMPUTED,
+    HALVES,
     NUMPY,
     array,
     check_gradient,
@@ -211,8 +212,11 @@ def is_left(grad: Tensor | None) -> bool:
 
 
 def fitted(grad: Tensor, like: Tensor) -> Tensor:
-    """Return a gradient in the layout and dtype of another tensor, copied if it has
-    others."""
-    if same_layout(grad, like):
+    """Return a gradient in the layout of another tensor and in the dtype that kernels
+    compute in for it, copied if it has others. One of 16 bits that kernels decode stays
+    as it is."""
+    dtype = computed(like)
+    encoded = dtype is torch.float32 and grad.dtype in HALVES
+    if same_layout(grad, like, grad.dtype if encoded else dtype):
         return grad.detach()
-    return torch.empty_like(like, requires_grad=False).copy_(grad.detach())
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(grad.detach())

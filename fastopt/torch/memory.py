@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastopt.memory.segments import Array
+from fastopt.memory.formats import FORMATS, Format
+from fastopt.memory.segments import Array, Encoded
 
 native: Any
 try:
@@ -30,7 +31,10 @@ COMPUTED = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-HALVES = (torch.bfloat16, torch.float16)
+HALVES: dict[torch.dtype, Format] = {
+    torch.bfloat16: FORMATS["bf16"],
+    torch.float16: FORMATS["fp16"],
+}
 NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -83,11 +87,14 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def is_plain(tensor: Tensor, shaped: bool = False) -> bool:
-    """Whether kernels can work in its memory; if ``shaped``, row by row."""
+def is_plain(
+    tensor: Tensor, shaped: bool = False, formats: Set[str] = frozenset()
+) -> bool:
+    """Whether kernels that have these formats can work in its memory; if ``shaped``,
+    row by row."""
     return (
         tensor.dtype in COMPUTED
-        and tensor.dtype not in HALVES
+        and (tensor.dtype not in HALVES or HALVES[tensor.dtype].name in formats)
         and not tensor.is_neg()
         and not (tensor.is_complex() and tensor.is_conj())
         and (tensor.is_contiguous() if shaped else is_dense(tensor))
@@ -124,17 +131,18 @@ def numbers(tensor: Tensor) -> int:
 
 
 def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
-    """Return the numbers of a dense tensor, in the order of memory, as an array for its
-    device's kernels; ``count`` of them, if those of other tensors follow."""
+    """Return the numbers of a dense tensor, in the order of memory, as its device's
+    kernels take them; ``count`` of them, if those of other tensors follow."""
     count = numbers(tensor) if count is None else count
-    dtype = COMPUTED[tensor.dtype]
     if tensor.is_cpu:
-        if not count:
-            return np.empty(0, NUMPY[dtype])
+        format = HALVES.get(tensor.dtype)
+        dtype = NUMPY[COMPUTED[tensor.dtype]] if format is None else format.stored
         address = tensor.data_ptr()
-        if not address:
+        if not address and count:
             raise RuntimeError(f"{type(tensor).__name__} has no memory for a kernel")
-        return at_address(address, count, NUMPY[dtype]).reshape(shape)
+        memory = at_address(address, count, dtype) if count else np.empty(0, dtype)
+        memory = memory.reshape(shape)
+        return memory if format is None else Encoded(format, (memory,))
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
     from fastopt.backends import cuda_driver

@@ -16,7 +16,7 @@ from fastopt.optimizer.state import bind_alone
 from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import state
 from fastopt.torch.gradients import Gradients, fitted
-from fastopt.torch.memory import array, numbers
+from fastopt.torch.memory import HALVES, array, numbers
 from fastopt.torch.runs import find_runs
 from fastopt.torch.state import EMA, FACTORS, Kind, Member, Values
 from fastopt.torch.turns import Call
@@ -27,7 +27,7 @@ class Part:
 
     First ``take`` the gradients, then make the calls that ``update`` returns. Only
     these calls write what a user sees. If kernels cannot work in a parameter's memory,
-    because it is bfloat16 or has gaps, each step has a new program over copies.
+    because it has gaps, or is of 16 bits on a GPU, each step works on copies.
     """
 
     def __init__(self, kind: Kind, wave: int = 0):
@@ -114,9 +114,11 @@ class Part:
 
     # A step ---------------------------------------------------------------------------
 
-    def take(self, grads: Sequence[Any], addresses: Array, moved: bool) -> bool:
-        """Take the gradients, some of which may have ``moved`` since the last step.
-        Return whether there are any."""
+    def take(
+        self, grads: Sequence[Any], addresses: Array, moved: bool, odd: bool
+    ) -> bool:
+        """Take the gradients, some of which may have ``moved`` since the last step, or
+        be ``odd``: of another dtype. Return whether there are any."""
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
@@ -125,7 +127,7 @@ class Part:
         elif moved or not self._placed:
             np.take(addresses, self.places, out=self._here)
             self._know(self._here != 0)
-            self._placed = self._place(grads)
+            self._placed = self._place(grads, odd)
             self.usual &= self._placed
         return self.any
 
@@ -134,11 +136,12 @@ class Part:
         self.any, self.all = bool(active.any()), bool(active.all())
         self.usual &= self.all
 
-    def _place(self, grads: Sequence[Any]) -> bool:
+    def _place(self, grads: Sequence[Any], odd: bool) -> bool:
         """Return whether the native step has noted where the gradients are, and need
         not be told again before they move."""
-        runner = self.program.runner
-        if "scalars" in runner.fuses and runner.place(self._here):
+        runner, format = self.program.runner, HALVES.get(self.members[0].param.dtype)
+        odd = odd and format is not None  # or those are copies in the right dtype
+        if "scalars" in runner.fuses and not odd and runner.place(self._here, format):
             return True
         self._give([[grads[place] for place in self.places]])
         return False

@@ -21,9 +21,10 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
 from fastopt.torch.arguments import spared
-from fastopt.torch.gradients import Gradients
+from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
     COMPUTED,
+    HALVES,
     Unsupported,
     check_gradient,
     check_memory,
@@ -120,7 +121,10 @@ class Plan:
             if not planned[place]:
                 continue
             rule = self.rules[group]
-            plain = is_plain(param, rule.factored)
+            formats: frozenset[str] = frozenset()
+            if param.dtype in HALVES:
+                formats = module_for(rule, optimizer.backend, param).formats
+            plain = is_plain(param, rule.factored, formats)
             entry: dict[str, Any] = {}
             if keeps[group]:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
@@ -206,7 +210,7 @@ class Plan:
             return False
         if tensors.moved:
             for part in self.parts:
-                part.take(grads, tensors.addresses, True)
+                part.take(grads, tensors.addresses, True, False)
             tensors.moved = False
         calls = [turns.claim]
         for part in self.parts:
@@ -246,10 +250,9 @@ class Plan:
             check_gradient(param, grad)
             self._odd.append(grad)
             if place in self._plain:
-                fitted = torch.empty_like(param, requires_grad=False)
-                grads[place] = fitted.copy_(grad.detach())
-                tensors.addresses[place] = fitted.data_ptr()
-        where = tensors.addresses, tensors.moved
+                grads[place] = fitted(grad, param)
+                tensors.addresses[place] = grads[place].data_ptr()
+        where = tensors.addresses, tensors.moved, bool(tensors.odd)
         taken = [part.take(grads, *where) for part in self.parts]
         tensors.moved = False
         return self._stepping(taken)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastopt.backends.numpy_ref import evaluate
-from fastopt.memory.arena import state_arena
+from fastopt.memory import arena
 from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule
@@ -149,10 +149,15 @@ def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
     dtype = COMPUTED[first.dtype]
     if first.is_cpu:
         arrays = [
-            array(member.param) if member.plain else np.empty(size, NUMPY[dtype])
+            arena.like(array(member.param))
+            if member.plain
+            else np.empty(size, NUMPY[dtype])
             for member, size in zip(members, sizes, strict=True)
         ]
-        return [tuple(map(torch.from_numpy, of)) for of in state_arena(arrays, streams)]
+        return [
+            tuple(map(torch.from_numpy, of))
+            for of in arena.state_arena(arrays, streams)
+        ]
     unit = 256 // dtype.itemsize
     padded = [-(-size // unit) * unit for size in sizes]
     rows = [

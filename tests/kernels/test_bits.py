@@ -7,7 +7,16 @@ import functools
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, IDS, nonzero, odd_view, same_bits, special_values
+from cases import (
+    CASES,
+    DTYPES,
+    IDS,
+    STORED,
+    nonzero,
+    odd_view,
+    same_bits,
+    special_values,
+)
 
 import fastopt
 from fastopt import backends
@@ -25,7 +34,7 @@ def gradients(size, dtype):
     return [nonzero(rng, size, dtype) for _ in range(STEPS)]
 
 
-def run(rule, values, size, dtype, layout, backend, threads=1):
+def run(rule, values, size, dtype, layout, backend, threads=1, of_grads=None):
     """Ten steps; the parameters and the state, in one list of arrays."""
     start = nonzero(np.random.default_rng(1 + size), size, dtype)
     if layout == "aligned":
@@ -34,7 +43,7 @@ def run(rule, values, size, dtype, layout, backend, threads=1):
         params = [odd_view(start, 1), odd_view(start[:3], 0), odd_view(start, 3)]
         places = [3, 1, 1]
     opt = rule(params, backend=backend, threads=threads, **values)
-    for grad in gradients(size, dtype):
+    for grad in gradients(size, of_grads or dtype):
         grads = [
             odd_view(grad[: param.size], offset)
             for param, offset in zip(params, places, strict=True)
@@ -70,6 +79,22 @@ def on_isa(monkeypatch):
 @pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
 def test_same_bits(rule, values, dtype, size, on_isa):
     compare(rule, values, dtype, size, on_isa)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_same_bits_of_stored(rule, values, stored, on_isa):
+    """Parameters and gradients that are decoded and encoded block by block."""
+    dtype, of_grads = STORED[stored]
+    for size, threads in ((65, 1), (4097, 2), (40_003, 3)):
+        case = (rule, values, size, dtype, "odd")
+        expected = run(*case, "numpy", 1, of_grads)
+        for isa in compiled_isas():
+            on_isa(isa)
+            got = run(*case, "cython", threads, of_grads)
+            assert not differing(expected, got), (size, isa)
+        got = run(*case, "numba", threads, of_grads)
+        assert not differing(expected, got), (size, "numba")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 from fastopt.backends import cython_cpu
+from fastopt.memory.formats import FORMATS
 
 pytestmark = [
     pytest.mark.skipif(
@@ -126,6 +127,28 @@ def test_every_kernel_is_vectorised_at_full_width(built, kernel, dtype, isa):
     # What stands in the scalar tail stands in the vector body too.
     scalar = {m for m in used if m[:-2] in ("add", "sub", "mul", "div", "sqrt")}
     assert scalar and {m[:-2] + suffix for m in scalar} <= packed
+
+
+CODECS = [f"{way}_{name}" for way in ("load", "store") for name in FORMATS]
+FUSED = [
+    f"{rule}_f32_{formats}"
+    for rule in ("adamw_update", "adam_update", "sgd_heavy_ball", "lion_update")
+    for formats in ("bf16_bf16", "fp32_bf16")
+]
+
+
+@pytest.mark.parametrize("isa", WIDTH)
+@pytest.mark.parametrize("function", [*CODECS, *FUSED])
+def test_what_decodes_and_encodes_is_vectorised_at_full_width(built, function, isa):
+    if isa not in built:
+        pytest.skip(f"no {isa} extension was built here")
+    inlined = function.replace("load", "decode").replace("store", "encode")
+    name = re.compile(rf".*_kernels_{isa}_({function}|{inlined})(_kernel|_loop|)")
+    bodies = [body for found, body in built[isa].items() if name.fullmatch(found)]
+    instructions = [instruction for body in bodies for instruction in body]
+    # Shifts and masks of words are what decoding and encoding consist of.
+    packed = [m for m, operands in instructions if WIDTH[isa] in operands]
+    assert any(re.match(r"v?ps(ll|rl)d", mnemonic) for mnemonic in packed)
 
 
 def test_nothing_takes_much_of_a_stack(built):

@@ -6,12 +6,21 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fastopt import RULES, Rule
 from fastopt.rule import sign
 
 DTYPES = (np.float32, np.float64)
+bfloat16 = ml_dtypes.bfloat16
+# Dtypes of parameters and of their gradients that are stored in fewer bits.
+STORED = {
+    "bf16": (bfloat16, bfloat16),
+    "fp16": (np.float16, np.float16),
+    "bf16 gradients": (np.float32, bfloat16),
+    "fp16, float32 gradients": (np.float16, np.float32),
+}
 
 
 def off_default(name: str, default: float) -> float:
@@ -103,7 +112,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     and sign to the machine."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    whole = np.uint32 if a.dtype == np.float32 else np.uint64
+    whole = f"u{a.dtype.itemsize}"
     equal = np.atleast_1d(a).view(whole) == np.atleast_1d(b).view(whole)
     return bool(np.all(equal | (np.isnan(a) & np.isnan(b))))
 

@@ -1,0 +1,306 @@
+"""Formats of stored numbers: their codecs against oracles, and what steps make of them.
+
+That every rule has the same bits on every backend for them is in test_bits.py.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import bfloat16, nonzero, same_bits
+
+import fastopt
+from fastopt import backends
+from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.memory.formats import FORMATS, format_of
+from fastopt.memory.segments import Encoded, Segment
+from fastopt.rules import passes
+from fastopt.runtime.atomic import uninterrupted
+from fastopt.step import Key, Program, Request, execute
+
+# An independent implementation of each format: NumPy's own, and ml_dtypes'.
+ORACLES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
+WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
+
+
+def equal(words, expected, oracle):
+    """Whether words are those expected, or both those of a NaN."""
+    nan = np.isnan(expected.astype(np.float32))
+    return ((words == expected.view(words.dtype)) & ~nan) | (
+        np.isnan(words.view(oracle).astype(np.float32)) & nan
+    )
+
+
+def patterns(low):
+    """Float32 numbers with these lower halves and every sign, exponent and upper half
+    of the mantissa, one after the other."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    for lower in low:
+        yield (upper | np.uint32(lower)).view(np.float32)
+
+
+def test_every_format_has_an_oracle():
+    assert ORACLES.keys() == FORMATS.keys()
+    assert {name: format_of(oracle).name for name, oracle in ORACLES.items()} == {
+        name: name for name in FORMATS
+    }
+    assert format_of(np.dtype(np.float32)) is None
+    assert format_of(np.dtype(np.uint16)) is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_word_is_decoded_exactly(name):
+    got = FORMATS[name].read(WORDS)
+    expected = WORDS.view(ORACLES[name]).astype(np.float32)
+    assert got.dtype == np.float32 and same_bits(got, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_word_is_encoded_as_itself(name):
+    format, oracle = FORMATS[name], ORACLES[name]
+    assert equal(format.written(format.read(WORDS)), WORDS.view(oracle), oracle).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_are_rounded_to_the_nearest(name):
+    """The bits that decide are around the middle between two numbers: for float16 they
+    are in every place of the mantissa, as its subnormals have fewer bits."""
+    low = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0x2FFF}
+    low |= {0x3000, 0x3001, *np.random.default_rng(0).integers(0, 1 << 16, 30).tolist()}
+    format, oracle = FORMATS[name], ORACLES[name]
+    for numbers in patterns(sorted(low)):
+        with np.errstate(all="ignore"):
+            expected = numbers.astype(oracle)
+        assert equal(format.written(numbers), expected, oracle).all()
+
+
+def copied(numbers, format, backend, threads=2):
+    """Numbers that a backend's kernels have encoded, and decoded again: 0 + g."""
+    zeros = np.zeros(numbers.size, format.stored)
+    segment = Segment(Encoded(format, (zeros,)), (), 0)
+    program = Program(backends.load(backend), passes.accumulate, [segment])
+    assert program.runner.take([numbers])
+    request = Request(threads=threads)
+    uninterrupted(*execute(program, [Key(1, (), ())], request))
+    total = np.zeros(numbers.size, np.float32)
+    program = Program(
+        backends.load(backend), passes.accumulate, [Segment(total, (), 0)]
+    )
+    assert program.runner.take([Encoded(format, (zeros,))])
+    uninterrupted(*execute(program, [Key(1, (), ())], request))
+    return zeros, total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_round_to_the_nearest(name):
+    """Every lower half of a float32, each with a 61st of the upper halves."""
+    format, oracle = FORMATS[name], ORACLES[name]
+    for first in range(0, 1 << 16, 512):
+        lower = np.arange(first, first + 512, dtype=np.uint32)[:, None]
+        upper = np.arange(0, (1 << 16) - 60, 61, dtype=np.uint32) + lower % 61
+        numbers = (upper << np.uint32(16) | lower).ravel().view(np.float32)
+        with np.errstate(all="ignore"):
+            numbers = numbers + np.float32(0)  # as the kernel does, which adds
+            expected = numbers.astype(oracle)
+        words, _ = copied(numbers, format, BACKENDS[-1])
+        assert equal(words, expected, oracle).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbas_own_driver_has_the_bits_of_the_reference(name, monkeypatch):
+    monkeypatch.setattr(numba_cpu, "bind", numba_cpu.bind_alone)
+    format = FORMATS[name]
+    (numbers,) = patterns([0x8001])
+    expected = copied(numbers, format, "numpy")
+    for got, of_numpy in zip(copied(numbers, format, "numba"), expected, strict=True):
+        assert got.tobytes() == of_numpy.tobytes()
+    param = np.ones(5, bfloat16)
+    opt = fastopt.adamw(param, lr=0.1, backend="numba")
+    grad = np.full(5, 2, np.float16)
+    opt.step(grad, zero_grads=True)
+    assert param.tolist() == [0.8984375] * 5 and not grad.any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_have_the_bits_of_the_reference(name, monkeypatch):
+    format, oracle = FORMATS[name], ORACLES[name]
+    numbers = np.concatenate([*patterns([0, 0x1000, 0x7FFF, 0x8000, 0x9001])])
+    with np.errstate(all="ignore"):
+        numbers = numbers + np.float32(0)  # as the kernel does, which adds
+        expected = numbers.astype(oracle)
+    isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
+    cases = [("numpy", None), ("numba", None), *(("cython", isa) for isa in isas)]
+    for backend, isa in cases:
+        if isa:
+            extension = cython_cpu.extension(isa)
+            monkeypatch.setattr(cython_cpu, "kernels", lambda of=extension: of)
+        words, total = copied(numbers, format, backend)
+        assert equal(words, expected, oracle).all(), (backend, isa)
+        assert same_bits(total, format.read(words) + np.float32(0)), (backend, isa)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_parameters_are_what_float32_makes_of_them_rounded(dtype, backend):
+    """State is float32, and nothing but the parameters is rounded, once a step."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (30, 7), "b": (3,), "none": (0,)}
+    params = {k: rng.normal(size=s).astype(dtype) for k, s in shapes.items()}
+    exact = {k: p.astype(np.float32) for k, p in params.items()}
+    opt = fastopt.adamw(params, lr=0.1, backend=backend, ema=0.9)
+    reference = fastopt.adamw(exact, lr=0.1, backend=backend, ema=0.9)
+    for kind in (dtype, np.float32, np.float16, bfloat16):
+        grads = {k: rng.normal(size=s).astype(kind) for k, s in shapes.items()}
+        full = {k: g.astype(np.float32) for k, g in grads.items()}
+        opt.step(grads, clip_norm=1.0, clip_value=0.1, zero_grads=True)
+        reference.step(full, clip_norm=1.0, clip_value=0.1)
+        assert not any(grad.any() for grad in grads.values())
+        for key, param in exact.items():
+            assert same_bits(params[key], param.astype(dtype))
+            param[...] = param.astype(dtype)
+    for name, arrays in opt.state.items():
+        for array, other in zip(arrays, reference.state[name], strict=True):
+            assert array.dtype == np.float32 and same_bits(array, other)
+    for key, average in opt.ema_params.items():
+        assert average.dtype == np.float32
+        assert same_bits(average, reference.ema_params[key])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_a_saved_state_goes_on_with_the_same_bits(dtype):
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=100).astype(dtype)
+    grads = [rng.normal(size=100).astype(dtype) for _ in range(6)]
+    one, two = start.copy(), start.copy()
+    opt = fastopt.adamw(one, lr=0.1)
+    for grad in grads:
+        opt.step(grad)
+    other = fastopt.adamw(two, lr=0.1)
+    for grad in grads[:3]:
+        other.step(grad)
+    resumed = fastopt.adamw(two, lr=0.5)
+    resumed.load_state_dict(other.state_dict())
+    for grad in grads[3:]:
+        resumed.step(grad)
+    assert same_bits(one, two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes_of_one_optimizer_may_differ(backend):
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=50).astype(t) for t in (np.float32, np.float16, bfloat16)]
+    alone = [p.copy() for p in params]
+    grads = [rng.normal(size=50).astype(bfloat16) for _ in params]
+    fastopt.lamb(params, lr=0.1, backend=backend).step(grads)
+    for one, grad, param in zip(alone, grads, params, strict=True):
+        fastopt.lamb(one, lr=0.1, backend=backend).step(grad)
+        assert same_bits(one, param)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_optimizers_take_them(backend):
+    rng = np.random.default_rng(0)
+    start, grad = (rng.normal(size=(6, 4)).astype(bfloat16) for _ in range(2))
+    for make in (
+        fastopt.Adafactor,
+        lambda p, **o: fastopt.schedule_free_adamw(p, lr=0.1, **o),
+        lambda p, **o: fastopt.Muon(p, lr=0.1, **o),
+    ):
+        param, exact = start.copy(), start.astype(np.float32)
+        make(param, backend=backend).step(grad.copy())
+        make(exact, backend=backend).step(grad.astype(np.float32))
+        assert same_bits(param, exact.astype(bfloat16))
+        assert not same_bits(param, start)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slow_weights_are_of_float32(backend):
+    rng = np.random.default_rng(0)
+    start, grad = (rng.normal(size=50).astype(bfloat16) for _ in range(2))
+    param = start.copy()
+    opt = fastopt.Lookahead(fastopt.gd(param, lr=0.1, backend=backend), k=1, alpha=0.25)
+    opt.step(grad)
+    slow = start.astype(np.float32)
+    step = slow - np.float32(0.1) * grad.astype(np.float32)
+    slow = slow + np.float32(0.25) * (step.astype(bfloat16).astype(np.float32) - slow)
+    assert same_bits(opt.state_dict()["slow"][0], slow)
+    assert same_bits(param, slow.astype(bfloat16))
+
+
+def test_gradients_are_summed_in_float32():
+    """256 times 1/256 of a gradient come to it, where bfloat16 would stop at a part."""
+    param = np.zeros(3, bfloat16)
+    opt = fastopt.gd(param, lr=1.0)
+    for _ in range(256):
+        opt.accumulate(np.full(3, 1 / 256, bfloat16))
+    opt.step()
+    assert param.tolist() == [-1.0] * 3
+
+
+@pytest.mark.parametrize("make", [fastopt.adamw, fastopt.lamb, fastopt.Adafactor])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_several_tasks_may_differ(backend, make):
+    """Seven tasks, of which four at a time are decoded."""
+    rng = np.random.default_rng(0)
+    kinds = [
+        bfloat16,
+        np.float32,
+        np.float16,
+        bfloat16,
+        np.float32,
+        bfloat16,
+        np.float16,
+    ]
+    shapes = (70, 90), (5,), (3000,)
+    tasks = [[rng.normal(size=s).astype(kind) for s in shapes] for kind in kinds]
+    tasks[1][1] = tasks[6][2] = None
+    full = [[g if g is None else g.astype(np.float32) for g in t] for t in tasks]
+    start = [rng.normal(size=shape).astype(bfloat16) for shape in shapes]
+    weights = [0.5, 0.25, -1.0, 0.0, 0.125, 2.0, 1.5]
+    of_float32 = [p.copy() for p in start]
+    params = [p.copy() for p in start]
+    options = {"weights": weights, "clip_value": 0.5, "clip_norm": 10.0}
+    make(of_float32, lr=0.1, backend="numpy").step(full, **options)
+    make(params, lr=0.1, backend=backend).step(tasks, zero_grads=True, **options)
+    for param, expected, before in zip(params, of_float32, start, strict=True):
+        assert same_bits(param, expected) and not same_bits(param, before)
+    assert not any(g.any() for task in tasks for g in task if g is not None)
+
+
+def test_what_overlaps_is_refused():
+    memory = np.zeros(10, np.float16)
+    opt = fastopt.gd(memory[:6])
+    for grad in (memory[4:], memory[:6]):
+        with pytest.raises(ValueError, match="overlaps" if grad.size == 6 else "shape"):
+            opt.step(grad)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        fastopt.gd([memory[:6], memory[5:]])
+
+
+def test_sixteen_bits_are_not_taken_for_what_they_are_not():
+    opt = fastopt.gd(np.ones(3, np.float32))
+    for dtype in (np.uint16, np.int16, ">f2", np.float64):
+        with pytest.raises(TypeError, match="has dtype"):
+            opt.step(np.ones(3, dtype))
+    double = fastopt.gd(np.ones(3))
+    for dtype in (np.float16, bfloat16):
+        with pytest.raises(TypeError, match="has dtype"):
+            double.step(np.ones(3, dtype))
+
+
+def test_a_step_makes_no_copies():
+    """Gradients are decoded in the cache, block by block."""
+    import tracemalloc
+
+    param, grad = (nonzero(np.random.default_rng(k), 1 << 20, bfloat16) for k in (0, 1))
+    opt = fastopt.adamw(param, backend="cython" if "cython" in BACKENDS else "numpy")
+    opt.step(grad)
+    if opt.backend == "numpy":
+        pytest.skip("the reference computes in whole arrays")
+    tracemalloc.start()
+    opt.step(grad)
+    opt.step(grad, clip_norm=1.0, clip_value=0.1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < param.nbytes / 4
