@@ -16,11 +16,11 @@ from fastopt.memory.segments import Array, Encoded
 from fastopt.optimizer import saving
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import no_optimizer
-from fastopt.optimizer.state import bind_alone, fill
+from fastopt.optimizer.state import bind_alone, fill, filling
 from fastopt.rule import check_hyperparameter
 from fastopt.rules.lookahead import lookahead
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import Call, filling, uninterrupted
+from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.runtime.exclusive import exclusive
 from fastopt.step import Key, Request, execute
 

@@ -22,9 +22,9 @@ from fastopt.optimizer import checks
 from fastopt.optimizer.gradients import Gradients
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.optimizer import Optimizer
-from fastopt.optimizer.state import Bound, bind_alone, fill
+from fastopt.optimizer.state import Bound, bind_alone, fill, filling
 from fastopt.rules.muon import direction, muon
-from fastopt.runtime.atomic import Call, filling, uninterrupted
+from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.step import Key, Program, Request, execute
 
 # Jordan et al. 2024: chosen to push small singular values up fast.

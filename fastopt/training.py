@@ -30,8 +30,9 @@ from fastopt.optimizer.refusals import (
     named,
     no_optimizer,
 )
+from fastopt.optimizer.state import filling
 from fastopt.rule import check_hyperparameter
-from fastopt.runtime.atomic import filling, uninterrupted
+from fastopt.runtime.atomic import uninterrupted
 
 
 def is_number(value: Any) -> bool:

@@ -9,7 +9,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fastopt.backends.cuda_kernels import (
     SIMULATED,
     VECTOR_BYTES,
     Beside,
+    Formats,
     NumbaPerformanceWarning,
     check,
     cuda,
@@ -33,8 +34,9 @@ from fastopt.backends.cuda_kernels import (
 from fastopt.backends.numpy_ref import Step, pairs_of, scalars
 from fastopt.memory.arrays import on_device
 from fastopt.memory.factored import in_order
+from fastopt.memory.formats import FORMATS
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
-from fastopt.memory.segments import Array, Product, Segment
+from fastopt.memory.segments import Array, Encoded, Product, Segment, encoded
 from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.atomic import Call
@@ -50,11 +52,18 @@ __all__ = [
     "state_arena",
 ]
 
-formats: frozenset[str] = frozenset()  # its kernels decode none yet
+formats = frozenset(FORMATS)
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time
 ALIGNMENT = 256  # of each segment's state, as of what cudaMalloc returns
+
+
+def replace(p: Any, g: Any) -> tuple[Any]:
+    return (g,)
+
+
+COPY = Rule(replace, passes.none)
 
 HOW_TO_GET = (
     "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older driver)"
@@ -79,7 +88,12 @@ def as_array(name: str, value: Any) -> Any:
             f"{name} is a {type(value).__name__} in host memory, but backend 'cuda' "
             f"needs device arrays; copy it with numba.cuda.to_device"
         )
-    return value if is_cuda_ndarray(value) else cuda.as_cuda_array(value)
+    if is_cuda_ndarray(value):
+        return value
+    array, dtype = cuda.as_cuda_array(value), getattr(value, "dtype", None)
+    # The interface has no name for bfloat16.
+    renamed = isinstance(dtype, np.dtype) and dtype != array.dtype
+    return array.view(dtype) if renamed else array
 
 
 def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
@@ -87,16 +101,16 @@ def state_arena(params: Sequence[Any], streams: int) -> list[tuple[Any, ...]]:
 
     Each stream is one allocation for all parameters, in which all of them are aligned.
     """
-    dtype, sizes = params[0].dtype, [param.size for param in params]
-    unit = ALIGNMENT // dtype.itemsize
-    ends = np.cumsum([-(-size // unit) * unit for size in sizes]).tolist()
-    starts = [0, *ends]
-    arenas = [cuda.device_array(max(starts[-1], unit), dtype) for _ in range(streams)]
+    word = np.dtype(np.float64)
+    unit = ALIGNMENT // word.itemsize
+    counts = [-(-param.size * param.dtype.itemsize // ALIGNMENT) for param in params]
+    ends = np.cumsum([unit * max(count, 1) for count in counts]).tolist()
+    arenas = [cuda.device_array(ends[-1], word) for _ in range(streams)]
     for arena in arenas:
         arena[:] = 0
     return [
-        tuple(arena[start : start + size] for arena in arenas)
-        for start, size in zip(starts, sizes, strict=False)
+        tuple(arena[start:end].view(param.dtype)[: param.size] for arena in arenas)
+        for start, end, param in zip([0, *ends], ends, params, strict=False)
     ]
 
 
@@ -140,17 +154,57 @@ def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
         return compiled(make, *of)[blocks, BLOCK]
 
 
-def address(array: Any) -> int:
-    """Return the address at which a device array begins."""
+def part(stream: Any) -> Any:
+    """Return the device array that a stream consists of."""
+    return stream.parts[0] if isinstance(stream, Encoded) else stream
+
+
+def stretch(stream: Any, start: int = 0, end: int | None = None) -> Any:
+    """Return a part of a stream as one without dimensions."""
+    if isinstance(stream, Encoded):
+        return Encoded(stream.format, (stretch(part(stream), start, end),))
+    flat = stream.reshape(-1)
+    return flat if start == 0 and end is None else flat[start:end]
+
+
+def address(stream: Any) -> int:
+    """Return the address at which a stream begins."""
+    array = part(stream)
     if SIMULATED:
         return int(array.ctypes.data)
     return int(array.__cuda_array_interface__["data"][0])
 
 
-def operand(array: Any) -> Any:
-    """Return what a kernel takes: the array's address, which numba passes on
+def operand(stream: Any) -> Any:
+    """Return what a kernel takes: the stream's address, which numba passes on
     fastest."""
-    return array.reshape(-1) if SIMULATED else address(array)
+    return part(stream).reshape(-1) if SIMULATED else address(stream)
+
+
+def formats_of(streams: Sequence[Any]) -> Formats:
+    return tuple(s.format if isinstance(s, Encoded) else None for s in streams)
+
+
+def offset(*streams: Any) -> int:
+    """Return a multiple of VECTOR_BYTES if all streams begin with a whole vector. The
+    vector of a stream that is encoded has fewer bytes."""
+    found = 0
+    for stream in streams:
+        shrunk: int = stream.dtype.itemsize // part(stream).dtype.itemsize
+        found |= shrunk * address(stream)
+    return found
+
+
+class Buffers(NamedTuple):
+    """What a kernel takes besides the gradient."""
+
+    operands: tuple[Any, ...]
+    offset: int
+    formats: Formats
+
+
+def buffers_of(streams: Sequence[Any]) -> Buffers:
+    return Buffers(tuple(map(operand, streams)), offset(*streams), formats_of(streams))
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
@@ -163,20 +217,24 @@ class OnDevice(Step):
     def __init__(self, rule: Rule, segments: Sequence[Segment], count: Array):
         self.rule, self.segments, self.count = rule, segments, count
         self.dtype = segments[0].param.dtype
-        self.buffers = []  # what the kernels take, and all the addresses' bits
+        self.buffers: list[Buffers] = []
         for segment in segments:
             average = () if segment.average is None else (segment.average,)
             streams = (segment.param, *segment.state, *average)
             arrays = [s for s in streams if not isinstance(s, Product)]
-            bits = functools.reduce(operator.or_, map(address, arrays))
-            self.buffers.append((tuple(map(operand, arrays)), bits))
+            self.buffers.append(buffers_of(arrays))
         most = max((s.param.size for s in segments if s.is_factored), default=0)
         self.room: Any = cuda.device_array(min(most, ROOM), self.dtype) if most else ()
         self.made: list[Any] = []  # where the gradients of several tasks are combined
 
     def take(self, grads: list[Any], weights: Sequence[float] | None = None) -> bool:
-        self.tasks = [grads] if weights is None else grads
-        self.grads = grads if weights is None else self.combined(grads, weights)
+        self.tasks = [
+            [None if grad is None else encoded(grad) for grad in task]
+            for task in ([grads] if weights is None else grads)
+        ]
+        self.grads = self.tasks[0]
+        if weights is not None:
+            self.grads = self.combined(self.tasks, weights)
         return True
 
     def combined(self, tasks: list[list[Any]], weights: Sequence[float]) -> list[Any]:
@@ -190,7 +248,7 @@ class OnDevice(Step):
         step = OnDevice(passes.accumulate, segments, np.zeros(1, np.int64))
         for task, weight in zip(tasks, weights, strict=True):
             if self.dtype.type(weight) != 0:
-                step.take([None if g is None else g.reshape(-1) for g in task])
+                step.take([None if g is None else stretch(g) for g in task])
                 step([(weight,)])
         given = [any(g is not None for g in of) for of in zip(*tasks, strict=True)]
         return [
@@ -215,7 +273,7 @@ class OnDevice(Step):
                     launches.append((launch, size, start, *shape, *factors))
                     parts.append(self.room[:size])
                 else:
-                    parts.append(stream.reshape(-1)[start : start + size])
+                    parts.append(stretch(stream, start, start + size))
             yield launches, parts
 
     def squares(
@@ -251,7 +309,8 @@ class OnDevice(Step):
                 here = -(-grad.size // CHUNK) * LANES
                 scalars = (*rows[segment.row][: 1 + rule.measure_count], *limits)
                 of = rule.measure, len(arrays) - 1, self.dtype, terms, bool(limits)
-                launcher(-(-here // BLOCK), sums_kernel, *of)(
+                stored = formats_of([grad, *arrays])
+                launcher(-(-here // BLOCK), sums_kernel, *of, stored)(
                     grad.size,
                     operand(grad),
                     tuple(map(operand, arrays)),
@@ -294,17 +353,18 @@ class OnDevice(Step):
         # Complete before the first, so that no error leaves half a step.
 
         def add(
-            rule: Rule, beside: Beside, grad: Any, buffers: Any, bits: int, scalars: Any
+            rule: Rule, beside: Beside, grad: Any, buffers: Buffers, scalars: Any
         ) -> None:
             size = grad.size
-            aligned = (bits | address(grad)) % VECTOR_BYTES == 0
+            aligned = (buffers.offset | offset(grad)) % VECTOR_BYTES == 0
             width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
             blocks = -(-(size // width + size % width) // BLOCK)
-            of = rule.update, len(rule.state), self.dtype, width, beside
+            formats = *formats_of([grad]), *buffers.formats
+            of = rule.update, len(rule.state), self.dtype, width, beside, formats
             launch = launcher(blocks, kernel, *of)
-            launches.append((launch, size, operand(grad), buffers, scalars))
+            launches.append((launch, size, operand(grad), buffers.operands, scalars))
 
-        for segment, grad, (buffers, bits) in zip(
+        for segment, grad, buffers in zip(
             self.segments, self.grads, self.buffers, strict=True
         ):
             averaged = segment.average is not None
@@ -315,26 +375,41 @@ class OnDevice(Step):
                 continue
             if grad is None:
                 if averaged:  # then only the average moves
-                    of = passes.average, NOTHING, segment.param, buffers[-1:], bits
-                    add(*of, (1.0, *weight))
+                    last = buffers_of([segment.average])
+                    add(passes.average, NOTHING, segment.param, last, (1.0, *weight))
             elif not segment.is_factored:
-                add(self.rule, beside, grad, buffers, bits, scalars)
+                add(self.rule, beside, grad, buffers, scalars)
             else:
                 average = (segment.average,) if averaged else ()
                 for before, (*arrays, g) in self.blocks(segment, *average, grad):
                     launches += before
-                    bits = functools.reduce(operator.or_, map(address, arrays))
-                    given = tuple(map(operand, arrays))
-                    add(self.rule, beside, g, given, bits, scalars)
+                    add(self.rule, beside, g, buffers_of(arrays), scalars)
         for launch, *arguments in launches:
             launch(*arguments)
         if request.zero_grads and self.tasks[0] is not self.grads:
             for task in self.tasks:
                 for grad in task:
                     if grad is not None:
-                        grad.reshape(-1)[:] = 0
+                        part(grad).reshape(-1)[:] = 0
         self.count[0] += 1
         return True
+
+
+def filling(array: Any, value: Any) -> Call:
+    """Return a call that writes a number, or as many numbers as there are, into a
+    device array, where one of the two has a dtype of 16 bits. Numba's own assignment
+    would compile C++ for bfloat16."""
+    array = as_array("an array", array)
+    if isinstance(value, float):
+        value = np.full(1, value, array.dtype)
+    if value.dtype == array.dtype:  # the words are copied
+        words, new = (part(encoded(each)).reshape(-1) for each in (array, value))
+        return functools.partial(operator.setitem, words, slice(None), new)
+    value = value if on_device(value) else cuda.to_device(value)
+    segment = Segment(encoded(array), (), 0)
+    step = OnDevice(COPY, [segment], np.zeros(1, np.int64))
+    step.take([as_array("values", value)])
+    return functools.partial(step, [(1.0,)])
 
 
 def limits_of(request: Request) -> tuple[float, ...]:
@@ -353,14 +428,15 @@ def square_sums(
 ) -> tuple[Array, Array]:
     """Do what :func:`fastopt.memory.factored.square_sums` does, with a device array."""
     *_, height, width = grad.shape
-    flat = grad.reshape(-1)
+    flat, (format,) = stretch(grad), formats_of([grad])
     matrices, clip = flat.size // (height * width), len(scalars) > 1
     across, down = -(-width // TILE_COLUMNS), -(-height // TILE_ROWS)
 
     def launch(
         by_column: bool, matrices: int, height: int, given: Any, to: Any
     ) -> None:
-        call = launcher(-(-to.size // BLOCK), tiles_kernel, by_column, clip, dtype)
+        of = by_column, clip, dtype, format
+        call = launcher(-(-to.size // BLOCK), tiles_kernel, *of)
         start = operand(given)
         call(matrices, height, width, start, (start,), scalars, operand(to))
 
@@ -372,7 +448,7 @@ def square_sums(
     for row in range(0, count, most):
         sums = rows[row * across : (row + most) * across]
         lanes = cuda.device_array(sums.size * LANES, np.float64)
-        launch(False, 1, sums.size // across, flat[row * width :], lanes)
+        launch(False, 1, sums.size // across, stretch(flat, row * width), lanes)
         launch_lanes(lanes, sums)
     by_row = rows.copy_to_host().reshape(matrices, height, across)
     by_column = columns.copy_to_host().reshape(down, matrices, width)

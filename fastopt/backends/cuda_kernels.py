@@ -2,6 +2,8 @@
 
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
+A stream that is stored in fewer bits has as many lanes in fewer bytes. The kernel
+decodes them after the load and encodes them before the store.
 The kernel's body is plain Python around a load and a store, written out for the rule's
 number of buffers. Numba compiles this text, and its simulator runs the same text.
 What a step does besides the rule is in the same kernel. For sums, each lane of each
@@ -16,7 +18,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,8 @@ from llvmlite import ir
 from numba import config
 
 from fastopt.backends import llvm_ir
-from fastopt.language import NUMPY, concrete
+from fastopt.language import NUMPY, Word, concrete
+from fastopt.memory.formats import COMPUTED, DTYPES, Format
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.rule import Rule
 from fastopt.rules import passes
@@ -48,6 +51,10 @@ else:
 SIMULATED = bool(config.ENABLE_CUDASIM)
 VECTOR_BYTES = 16
 LIMITS = passes.clip.scalar_count
+
+# The formats of a kernel's streams: of the gradient, of the parameter, of each state
+# buffer and of the average, if there is one. None is of those that are not encoded.
+Formats: TypeAlias = tuple[Format | None, ...]
 
 
 def inlined(function: Any) -> Any:
@@ -102,11 +109,10 @@ def unfused(context: Any) -> None:
     getattr(library, "_nvvm_options", {})["fma"] = False
 
 
-def accesses(dtype: np.dtype[Any], width: int) -> dict[str, Any]:
+def accesses(width: int) -> dict[str, Any]:
     """Return functions that load and store ``width`` elements of a buffer from the i-th
-    on. In a kernel they are intrinsics, because only LLVM's vectors become 16-byte
-    loads and stores."""
-    align = width * dtype.itemsize
+    on. In a kernel they are intrinsics, because only LLVM's vectors become loads and
+    stores of vectors. The elements of a buffer of integers are words."""
 
     def place(context: Any, builder: Any, kind: Any, pointer: Any, i: Any) -> Any:
         unfused(context)
@@ -115,52 +121,94 @@ def accesses(dtype: np.dtype[Any], width: int) -> dict[str, Any]:
         return builder.addrspacecast(first, vector.as_pointer(1))  # global
 
     def load(context: Any, pointer: Any, i: Any) -> Any:
+        words = isinstance(pointer.dtype, types.Integer)
+        word = llvm_ir.Word(8 * COMPUTED.itemsize)
+
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            at = place(context, builder, signature.args[0], *given)
-            loaded = builder.load(at, align=align)
+            at = place(context, builder, pointer, *given)
+            loaded = builder.load(at, align=width * pointer.dtype.bitwidth // 8)
             lanes = map(ir.IntType(32), range(width))
             values = [builder.extract_element(loaded, lane) for lane in lanes]
+            if words:
+                values = [llvm_ir.resized(builder, x, word.width) for x in values]
             return context.make_tuple(builder, signature.return_type, values)
 
-        return types.UniTuple(pointer.dtype, width)(pointer, i), generate
+        kind = word if words else pointer.dtype
+        return types.UniTuple(kind, width)(pointer, i), generate
 
     def store(context: Any, pointer: Any, i: Any, values: Any) -> Any:
+        kind = pointer.dtype
+
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            kind, _, kinds = signature.args
-            at = place(context, builder, kind, *given[:2])
+            at = place(context, builder, pointer, *given[:2])
             stored = ir.Constant(at.type.pointee, ir.Undefined)
             for lane, value in enumerate(cgutils.unpack_tuple(builder, given[2])):
-                value = context.cast(builder, value, kinds[lane], kind.dtype)
+                if isinstance(kind, types.Integer):
+                    value = llvm_ir.resized(builder, value, kind.bitwidth)
+                else:
+                    value = context.cast(builder, value, values[lane], kind)
                 stored = builder.insert_element(stored, value, ir.IntType(32)(lane))
-            builder.store(stored, at, align=align)
+            builder.store(stored, at, align=width * kind.bitwidth // 8)
             return context.get_dummy_value()
 
         return types.void(pointer, i, values), generate
 
     if not SIMULATED:
         return {"load": intrinsic(load), "store": intrinsic(store)}
-    return {
-        "load": lambda buffer, i: tuple(buffer[j] for j in range(i, i + width)),
-        "store": lambda buffer, i, values: buffer.__setitem__(
-            slice(i, i + width), np.array(values, dtype)
-        ),
-    }
+    return {"load": functools.partial(simulated_load, width), "store": simulated_store}
 
 
-def generated(lines: list[str], element: Any, dtype: np.dtype[Any], width: int) -> Any:
+def simulated_load(width: int, buffer: Any, i: int) -> tuple[Any, ...]:
+    elements = [buffer[j] for j in range(i, i + width)]
+    if buffer.dtype.kind == "u":
+        return tuple(Word(np.uint32(x)) for x in elements)
+    if buffer.dtype not in DTYPES:  # NumPy would compute with what a kernel would not
+        raise TypeError(f"a kernel reads no {buffer.dtype}")
+    return tuple(elements)
+
+
+def simulated_store(buffer: Any, i: int, values: tuple[Any, ...]) -> None:
+    stored = [x.array if isinstance(x, Word) else x for x in values]
+    buffer[i : i + len(values)] = np.array(stored).astype(buffer.dtype)
+
+
+def loading(names: Sequence[str], stream: str, format: Format | None) -> list[str]:
+    """Return the lines that load numbers from a stream, from the i-th on."""
+    if format is None:
+        return [f"{', '.join(names)}, = load({stream}, i)"]
+    words = [f"{name}_word" for name in names]
+    pairs = zip(names, words, strict=True)
+    decoding = [f"{name} = decode_{format.name}({word})" for name, word in pairs]
+    return [*loading(words, stream, None), *decoding]
+
+
+def storing(numbers: Sequence[str], stream: str, format: Format | None) -> str:
+    """Return the line that stores numbers in a stream, from the i-th on."""
+    if format is not None:
+        numbers = [f"encode_{format.name}({number})" for number in numbers]
+    return f"store({stream}, i, ({', '.join(numbers)},))"
+
+
+def generated(
+    lines: list[str], element: Any, dtype: np.dtype[Any], formats: Formats, width: int
+) -> Any:
     """Compile these lines to a function. They may call ``update``, which is the
-    element's, ``clip`` and ``average``, loads and stores."""
+    element's, ``clip`` and ``average``, loads and stores, and what decodes and encodes
+    the formats."""
     of = {"update": element, "clip": passes.clip.update}
     of["average"] = passes.average.update
+    for format in filter(None, {*formats}):
+        of[f"decode_{format.name}"] = format.decode
+        of[f"encode_{format.name}"] = format.encode
     ours = primitives(dtype.type)
     made: dict[str, Any] = {
         "__name__": element.__module__,
-        **accesses(dtype, width),
+        **accesses(width),
         "zero": dtype.type(0),
         "wide": ours["wide"],
     }
-    for name in ("update", "clip", "average"):
-        made[name] = inlined(concrete(of[name], dtype, ours, inlined))
+    for name, function in of.items():
+        made[name] = inlined(concrete(function, dtype, ours, inlined))
     if SIMULATED:
         lines.insert(1, "    scalars = tuple(map(type(zero), scalars))")
     exec("\n".join(lines), made)
@@ -174,7 +222,12 @@ def limits_after(scalars: Sequence[str]) -> str:
 
 
 def update_of(
-    element: Any, states: int, beside: Beside, dtype: np.dtype[Any], width: int
+    element: Any,
+    states: int,
+    beside: Beside,
+    dtype: np.dtype[Any],
+    formats: Formats,
+    width: int,
 ) -> Any:
     """Return a function (i, grad, buffers, scalars) that updates ``width`` elements
     from i on. The update is written out for each of them."""
@@ -185,12 +238,14 @@ def update_of(
     limits = limits_after(scalars)
     weight = f"scalars[{len(scalars) + LIMITS * beside.clip}]"
     buffers, lanes = range(1 + states + beside.average), range(width)
+    of_grad, *of_buffers = formats
 
-    def vector(name: str) -> str:
-        return "".join(f"{name}_{k}, " for k in lanes)
+    def vector(name: str) -> list[str]:
+        return [f"{name}_{k}" for k in lanes]
 
-    body = [f"{vector('g')} = load(grad, i)"]
-    body += [f"{vector(f'b{j}')} = load(buffers[{j}], i)" for j in buffers]
+    body = loading(vector("g"), "grad", of_grad)
+    for j in buffers:
+        body += loading(vector(f"b{j}"), f"buffers[{j}]", of_buffers[j])
     for k in lanes:
         g, (p, *state) = f"g_{k}", (f"b{j}_{k}" for j in buffers)
         body.append(f"{g} = {g} * {factor}")
@@ -201,15 +256,21 @@ def update_of(
         body.append(f"{', '.join([p, *state])}, = update({given})")
         if beside.average:
             body.append(f"({average},) = average({average}, {p}, {weight})")
-    body += [f"store(buffers[{j}], i, ({vector(f'b{j}')}))" for j in buffers]
+    for j in buffers:
+        body.append(storing(vector(f"b{j}"), f"buffers[{j}]", of_buffers[j]))
     if beside.zero:
-        body.append(f"store(grad, i, ({'zero, ' * width}))")
+        body.append(storing(["zero"] * width, "grad", of_grad))
     lines = ["def function(i, grad, buffers, scalars):", *(f"    {x}" for x in body)]
-    return generated(lines, element, dtype, width)
+    return generated(lines, element, dtype, formats, width)
 
 
 def lane_sum(
-    element: Any, states: int, clip: bool, terms: int, dtype: np.dtype[Any]
+    element: Any,
+    states: int,
+    clip: bool,
+    terms: int,
+    dtype: np.dtype[Any],
+    formats: Formats,
 ) -> Any:
     """Return a function (first, count, stride, grad, buffers, scalars, sums, to). It
     stores, for every term, the sum over each stride-th element from ``first`` on."""
@@ -218,8 +279,10 @@ def lane_sum(
     ]
     limits = limits_after(scalars)
     state = [f"s{k}" for k in range(states)]
-    loop = ["i = first + k * stride", "(g,) = load(grad, i)"]
-    loop += [f"({b},) = load(buffers[{j}], i)" for j, b in enumerate(["p", *state])]
+    of_grad, *of_buffers = formats
+    loop = ["i = first + k * stride", *loading(["g"], "grad", of_grad)]
+    for j, b in enumerate(["p", *state]):
+        loop += loading([b], f"buffers[{j}]", of_buffers[j])
     loop.append(f"g = g * {scalars[0]}")
     if clip:
         loop.append(f"(g,) = clip(g, g, {limits})")
@@ -233,7 +296,19 @@ def lane_sum(
         *(f"        {line}" for line in loop),
         *(f"    sums[to + {k * LANES}] = t{k}" for k in range(terms)),
     ]
-    return generated(lines, element, dtype, 1)
+    return generated(lines, element, dtype, formats, 1)
+
+
+def real(dtype: np.dtype[Any]) -> Any:
+    """Return what Numba calls a dtype."""
+    return getattr(types, dtype.name)
+
+
+def pointers(dtype: np.dtype[Any], formats: Formats) -> tuple[Any, Any]:
+    """Return the types of a kernel's gradient and of its other streams."""
+    stored = [dtype if format is None else format.stored for format in formats]
+    grad, *buffers = (types.CPointer(real(kind)) for kind in stored)
+    return grad, types.Tuple(buffers)
 
 
 def kernel(
@@ -242,9 +317,14 @@ def kernel(
     dtype: np.dtype[Any],
     width: int,
     beside: Beside = NOTHING,
+    formats: Formats = (),
 ) -> tuple[Callable[..., None], Any]:
-    """Return the kernel, not yet compiled, and its signature."""
-    several, single = (update_of(update, states, beside, dtype, w) for w in (width, 1))
+    """Return the kernel, not yet compiled, and its signature. Without ``formats``, no
+    stream is encoded."""
+    formats = formats or (None,) * (2 + states + beside.average)
+    several, single = (
+        update_of(update, states, beside, dtype, formats, w) for w in (width, 1)
+    )
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:
         thread = cuda.grid(1)
@@ -257,20 +337,23 @@ def kernel(
     kernel.__qualname__ = f"{update.__module__}.{update.__name__}"  # for profilers
     if SIMULATED:
         return kernel, None
-    real = types.float32 if dtype == np.float32 else types.float64
-    pointer = types.CPointer(real)
-    buffers = types.UniTuple(pointer, 1 + states + beside.average)
     constants = update.__code__.co_argcount - 1 - states
     constants += LIMITS * beside.clip + beside.average
-    scalars = types.UniTuple(real, constants)
-    return kernel, types.void(types.int64, pointer, buffers, scalars)
+    scalars = types.UniTuple(real(dtype), constants)
+    return kernel, types.void(types.int64, *pointers(dtype, formats), scalars)
 
 
 def sums_kernel(
-    measure: Any, states: int, dtype: np.dtype[Any], terms: int, clip: bool = False
+    measure: Any,
+    states: int,
+    dtype: np.dtype[Any],
+    terms: int,
+    clip: bool = False,
+    formats: Formats = (),
 ) -> tuple[Callable[..., None], Any]:
     """Return the kernel that sums up each lane of each chunk, and its signature."""
-    lane_of = lane_sum(measure, states, clip, terms, dtype)
+    formats = formats or (None,) * (2 + states)
+    lane_of = lane_sum(measure, states, clip, terms, dtype, formats)
 
     def kernel(size: int, grad: Any, buffers: Any, scalars: Any, sums: Any) -> None:
         thread = cuda.grid(1)
@@ -285,24 +368,22 @@ def sums_kernel(
     kernel.__qualname__ = f"{measure.__module__}.{measure.__name__}"
     if SIMULATED:
         return kernel, None
-    real = types.float32 if dtype == np.float32 else types.float64
-    pointer = types.CPointer(real)
     taken = measure.__code__.co_argcount - 1 - states + LIMITS * clip
     return kernel, types.void(
         types.int64,
-        pointer,
-        types.UniTuple(pointer, 1 + states),
-        types.UniTuple(real, taken),
+        *pointers(dtype, formats),
+        types.UniTuple(real(dtype), taken),
         types.CPointer(types.float64),
     )
 
 
 def tiles_kernel(
-    by_column: bool, clip: bool, dtype: np.dtype[Any]
+    by_column: bool, clip: bool, dtype: np.dtype[Any], format: Format | None = None
 ) -> tuple[Callable[..., None], Any]:
     """Return the kernel that sums up the squares in each tile of matrices, by lanes of
     rows or by columns, and its signature."""
-    sum_of = lane_sum(passes.square, 0, clip, 1, dtype)
+    formats = format, format
+    sum_of = lane_sum(passes.square, 0, clip, 1, dtype, formats)
 
     def rows(
         matrices: int,
@@ -347,13 +428,10 @@ def tiles_kernel(
     kernel = columns if by_column else rows
     if SIMULATED:
         return kernel, None
-    real = types.float32 if dtype == np.float32 else types.float64
-    pointer = types.CPointer(real)
     return kernel, types.void(
         *[types.int64] * 3,
-        pointer,
-        types.UniTuple(pointer, 1),
-        types.UniTuple(real, 1 + LIMITS * clip),
+        *pointers(dtype, formats),
+        types.UniTuple(real(dtype), 1 + LIMITS * clip),
         types.CPointer(types.float64),
     )
 
@@ -372,7 +450,7 @@ def product_kernel(dtype: np.dtype[Any]) -> tuple[Callable[..., None], Any]:
     """That kernel and its signature."""
     if SIMULATED:
         return multiply, None
-    pointer = types.CPointer(types.float32 if dtype == np.float32 else types.float64)
+    pointer = types.CPointer(real(dtype))
     return multiply, types.void(*[types.int64] * 4, *[pointer] * 3)
 
 
@@ -419,30 +497,39 @@ def compile_ptx(
     cc: tuple[int, int] = (9, 0),
     aligned: bool = True,
     beside: Beside = NOTHING,
+    formats: Formats = (),
 ) -> str:
     """Compile the kernel that a step launches for a compute capability, without a
     GPU."""
     dtype = np.dtype(dtype)
     width = VECTOR_BYTES // dtype.itemsize if aligned else 1
-    of = rule.update, len(rule.state), dtype, width, beside
+    of = rule.update, len(rule.state), dtype, width, beside, formats
     function, signature = kernel(*of)
     ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
     return check(ptx, single=dtype == np.float32)
 
 
 def compile_sums_ptx(
-    rule: Rule, dtype: npt.DTypeLike, cc: tuple[int, int] = (9, 0), clip: bool = False
+    rule: Rule,
+    dtype: npt.DTypeLike,
+    cc: tuple[int, int] = (9, 0),
+    clip: bool = False,
+    formats: Formats = (),
 ) -> str:
     """Compile the kernel for what a rule measures, likewise."""
-    of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip
+    of = rule.measure, len(rule.state), np.dtype(dtype), rule.terms, clip, formats
     function, signature = sums_kernel(*of)
     return check(cuda.compile_ptx(function, signature, cc=cc)[0], single=False)
 
 
 def compile_tiles_ptx(
-    by_column: bool, dtype: npt.DTypeLike, clip: bool, cc: tuple[int, int] = (9, 0)
+    by_column: bool,
+    dtype: npt.DTypeLike,
+    clip: bool,
+    cc: tuple[int, int] = (9, 0),
+    format: Format | None = None,
 ) -> str:
     """Compile the kernel for the squares in tiles, likewise."""
-    function, signature = tiles_kernel(by_column, clip, np.dtype(dtype))
+    function, signature = tiles_kernel(by_column, clip, np.dtype(dtype), format)
     ptx = cuda.compile_ptx(function, signature, cc=cc)[0]
     return check(ptx, single=False)

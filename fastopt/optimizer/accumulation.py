@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from fastopt.memory.arena import zeros
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
-from fastopt.optimizer.state import bind_alone
+from fastopt.optimizer.state import bind_alone, filling
 from fastopt.rules import passes
-from fastopt.runtime.atomic import Call, filling
+from fastopt.runtime.atomic import Call
 from fastopt.step import Key, Program, Request, execute
 
 

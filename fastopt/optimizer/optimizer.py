@@ -12,10 +12,10 @@ from fastopt.optimizer.accumulation import Pending, new_pending
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.gradients import Gradients, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Values
-from fastopt.optimizer.state import bind_alone
+from fastopt.optimizer.state import bind_alone, filling
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import Call, filling, uninterrupted
+from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
 from fastopt.step import Key, Options, Request, examine, execute, plain

@@ -14,9 +14,9 @@ from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
 from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
-from fastopt.optimizer.state import fill
+from fastopt.optimizer.state import fill, filling
 from fastopt.rule import check_hyperparameter, shown
-from fastopt.runtime.atomic import Call, filling
+from fastopt.runtime.atomic import Call
 
 if TYPE_CHECKING:
     from fastopt.optimizer.optimizer import Optimizer

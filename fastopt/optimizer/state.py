@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -11,15 +13,16 @@ import numpy as np
 
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory.arena import zeros
-from fastopt.memory.arrays import to_host
+from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.factored import Factors, is_factored
-from fastopt.memory.segments import Array, Segment, decoded
+from fastopt.memory.formats import format_of
+from fastopt.memory.segments import Array, Segment, decoded, encoded
 from fastopt.optimizer import checks
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import filling
+from fastopt.runtime.atomic import Call
 from fastopt.step import Key, Program
 
 
@@ -167,9 +170,10 @@ class Bound:
         row_of = range(len(params.arrays)) if rule.by_segment else params.set_of
         tree, arrays = params.like()
         for array, param, row, *state in zip(
-            arrays, params.streams, row_of, *self.state.values(), strict=True
+            arrays, params.arrays, row_of, *self.state.values(), strict=True
         ):
-            buffers = list(map(to_host, (decoded(param), *state)))
+            here = map(to_host, (param, *state))
+            buffers = [decoded(encoded(stream)) for stream in here]
             fill(array, evaluate(rule, buffers, rows[row], dtype))
         return tree
 
@@ -177,6 +181,34 @@ class Bound:
 def fill(array: Array, value: Any) -> None:
     """Write into an array, in host memory or on a device."""
     filling(array, value)()
+
+
+def filling(array: Any, value: Any) -> Call:
+    """Return a call that writes a number, or an array of as many elements, into an
+    array. For a NumPy array the call is compiled, as ``uninterrupted`` needs; for a
+    device array it runs Python code.
+
+    >>> import numpy as np
+    >>> from fastopt.runtime.atomic import uninterrupted
+    >>> array = np.zeros(2)
+    >>> uninterrupted(filling(array, np.ones(2)))
+    >>> array
+    array([1., 1.])
+    """
+    if not array.size:
+        return bool  # nothing to write
+    number = isinstance(value, float)
+    if type(array) is np.ndarray and (number or isinstance(value, np.ndarray)):
+        # Not into array.reshape(-1), which is a copy if the array is not C-contiguous.
+        whole = value if number else value.reshape(array.shape)
+        return partial(operator.setitem, array, Ellipsis, whole)
+    dtypes = [array.dtype] if number else [array.dtype, value.dtype]
+    if on_device(array) and any(map(format_of, dtypes)):
+        from fastopt.backends import cuda_driver
+
+        return cuda_driver.filling(array, value)
+    flat = value if number else value.reshape(-1)  # on a device
+    return partial(operator.setitem, array.reshape(-1), slice(None), flat)
 
 
 def bind_alone(

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
-
 Call: TypeAlias = "partial[Any] | Callable[[], Any]"
 
 _call = operator.methodcaller("__call__")
@@ -45,25 +43,3 @@ def uninterrupted(*calls: Call) -> None:
     {'steps': 1, 't': 1}
     """
     deque(map(_call, calls), maxlen=0)
-
-
-def filling(array: Any, value: Any) -> Call:
-    """Return a call that writes a number, or an array of as many elements, into an
-    array. For a NumPy array the call is compiled, as :func:`uninterrupted` needs; for a
-    device array it runs Python code.
-
-    >>> import numpy as np
-    >>> array = np.zeros(2)
-    >>> uninterrupted(filling(array, np.ones(2)))
-    >>> array
-    array([1., 1.])
-    """
-    if not array.size:
-        return bool  # nothing to write
-    number = isinstance(value, float)
-    if type(array) is np.ndarray and (number or isinstance(value, np.ndarray)):
-        # Not into array.reshape(-1), which is a copy if the array is not C-contiguous.
-        whole = value if number else value.reshape(array.shape)
-        return partial(operator.setitem, array, Ellipsis, whole)
-    flat = value if number else value.reshape(-1)  # on a device
-    return partial(operator.setitem, array.reshape(-1), slice(None), flat)

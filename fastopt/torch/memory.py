@@ -134,8 +134,8 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
     """Return the numbers of a dense tensor, in the order of memory, as its device's
     kernels take them; ``count`` of them, if those of other tensors follow."""
     count = numbers(tensor) if count is None else count
+    format = HALVES.get(tensor.dtype)
     if tensor.is_cpu:
-        format = HALVES.get(tensor.dtype)
         dtype = NUMPY[COMPUTED[tensor.dtype]] if format is None else format.stored
         address = tensor.data_ptr()
         if not address and count:
@@ -145,11 +145,15 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
         return memory if format is None else Encoded(format, (memory,))
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
+    if format is not None:  # numba has no bfloat16 of torch's
+        real = real.view(torch.int16)
     from fastopt.backends import cuda_driver
 
-    return cuda_driver.as_array(
-        "params", real.as_strided((count,), (1,)).reshape(shape)
-    )
+    flat = real.as_strided((count,), (1,)).reshape(shape)
+    memory = cuda_driver.as_array("params", flat)
+    if format is None:
+        return memory
+    return Encoded(format, (memory.view(format.stored),))
 
 
 def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -> Array:

@@ -27,7 +27,7 @@ class Part:
 
     First ``take`` the gradients, then make the calls that ``update`` returns. Only
     these calls write what a user sees. If kernels cannot work in a parameter's memory,
-    because it has gaps, or is of 16 bits on a GPU, each step works on copies.
+    because it has gaps, each step works on copies.
     """
 
     def __init__(self, kind: Kind, wave: int = 0):

@@ -703,27 +703,57 @@ def test_every_backend_has_the_same_bits(name, backend):
 
 
 SIMULATED = """
-import torch, fastopt.torch as ft
+import itertools, torch, fastopt.torch as ft
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from fastopt.backends import cuda_driver
 from fastopt.torch import part, plan
-host, chosen = part.array, plan.module_for
-for name in ("SGD", "AdamW", "Adafactor", "LAMB", "DoG"):
+
+host, chosen, dtypes = part.array, plan.module_for, []
+cuda_driver.as_array = lambda name, tensor: FakeCUDAArray(tensor.numpy())
+
+class OnDevice:
+    is_cpu = False
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+def device(tensor, *a, **k):
+    dtypes.append(tensor.dtype)
+    return host(OnDevice(tensor), *a, **k)
+
+names = "SGD", "AdamW", "Adafactor", "LAMB", "DoG"
+kinds = torch.float32, torch.bfloat16, torch.float16
+for name, dtype in itertools.product(names, kinds):
     found = []
     for simulated in (False, True):
-        device = lambda *a, **k: FakeCUDAArray(host(*a, **k))
         part.array = device if simulated else host
         plan.module_for = (lambda *a: cuda_driver) if simulated else chosen
         torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 5), (7,))]
-        opt = getattr(ft, name)(params, lr=0.1, clip_norm=0.7)
+        draw = lambda *s, kind=dtype: torch.randn(s).to(kind)
+        params = [torch.nn.Parameter(draw(*s)) for s in ((3, 5), (7,), (0,))]
+        opt = getattr(ft, name)(params, lr=0.1, clip_norm=0.7, ema=0.5)
+        start = torch.cat([p.detach().reshape(-1) for p in params])
         for step in range(3):
             for p in params:
-                p.grad = torch.randn(p.shape)
+                p.grad = draw(*p.shape)
             params[0].grad = None if step == 1 else params[0].grad
             opt.step()
-        found.append(torch.cat([p.detach().reshape(-1) for p in params]))
-    assert torch.equal(*found), (name, found)
+        for p in params:
+            p.grad = None
+        tasks = [[draw(*p.shape, kind=kind) for p in params] for kind in kinds]
+        opt.step(grads=tasks, weights=[0.5, -1.0, 2.0])
+        assert all(entry["ema"].dtype == torch.float32 for entry in opt.state.values())
+        end = [p.detach().reshape(-1) for p in params]
+        end += [entry["ema"].reshape(-1) for entry in opt.state.values()]
+        found.append(torch.cat(end[:3]))
+        found.append(torch.cat(end[3:]))
+    assert torch.equal(found[0], found[2]), (name, found)
+    assert torch.equal(found[1], found[3]), (name, found)
+    assert name == "DoG" or not torch.equal(found[0], start)  # whose steps are small
+    assert dtype in dtypes
 """
 
 

@@ -25,13 +25,14 @@ from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
 from fastopt.backends.cuda_kernels import Beside
 from fastopt.language import reached
 from fastopt.memory.formats import FORMATS
-from fastopt.memory.segments import Segment
+from fastopt.memory.segments import Encoded, Segment
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where
 from fastopt.rules import passes
 from fastopt.step import Request, limits
 
 PROJECT = Path(__file__).resolve().parents[2]
-SIMULATOR = PROJECT / "tests" / "support" / "cuda_simulator.py"
+SUPPORT = PROJECT / "tests" / "support"
+OF_BITS = pytest.mark.parametrize("name", ["cuda_simulator.py", "cuda_stored.py"])
 EVERYTHING = [rule for public in RULES for rule in public.all]
 WIDTH = {"float32": 4, "float64": 2}
 
@@ -55,11 +56,11 @@ def test_a_backend_has_the_functions_of_the_reference(name):
 # The bits
 
 
-def report(simulated: bool) -> str:
-    """What cuda_simulator.py finds wrong. In a process of its own, because the choice
-    is made when numba is imported."""
+def report(name: str, simulated: bool) -> str:
+    """What this file finds wrong. In a process of its own, because the choice is made
+    when numba is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", SIMULATOR],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", SUPPORT / name],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(simulated))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -71,13 +72,15 @@ def report(simulated: bool) -> str:
 @pytest.mark.skipif(
     bool(cuda_kernels.not_installed), reason="numba-cuda is not installed"
 )
-def test_bits_in_the_simulator():
-    assert not report(simulated=True)
+@OF_BITS
+def test_bits_in_the_simulator(name):
+    assert not report(name, simulated=True)
 
 
 @pytest.mark.skipif(bool(cuda_driver.missing()), reason=f"{cuda_driver.missing()}")
-def test_bits_on_the_gpu():
-    assert not report(simulated=False)
+@OF_BITS
+def test_bits_on_the_gpu(name):
+    assert not report(name, simulated=False)
 
 
 # The machine code
@@ -110,11 +113,20 @@ def inexact(ptx: str) -> list[str]:
     return wrong
 
 
-def flaws(ptx: str, dtype: str, streams: int, zeroing: bool = False) -> list[str]:
+def flaws(
+    ptx: str, dtype: str, streams: int, zeroing: bool = False, formats=()
+) -> list[str]:
     """What in the PTX of a kernel that writes so many streams is not as wanted."""
     kind = f"v{WIDTH[dtype]}.f{dtype[-2:]}"
     found = instructions_of(ptx)
-    wanted = {f"ld.global.{kind}": streams + 1, f"st.global.{kind}": streams + zeroing}
+    read = sum(format is not None for format in formats)
+    written = sum(format is not None for format in formats[not zeroing :])
+    wanted = {
+        f"ld.global.{kind}": streams + 1 - read,
+        f"st.global.{kind}": streams + zeroing - written,
+        f"ld.global.v{WIDTH[dtype]}.u16": read,
+        f"st.global.v{WIDTH[dtype]}.u16": written,
+    }
     wrong = [
         f"{found[instruction]} times {instruction}, not {times}"
         for instruction, times in wanted.items()
@@ -125,7 +137,7 @@ def flaws(ptx: str, dtype: str, streams: int, zeroing: bool = False) -> list[str
     return wrong + inexact(ptx)
 
 
-def sums_flaws(ptx: str, dtype: str, terms: int) -> list[str]:
+def sums_flaws(ptx: str, dtype: str, terms: int, words: bool = False) -> list[str]:
     """The same of a kernel for sums: its totals are of float64, its terms are not, but
     for products of what is made wide."""
     found = instructions_of(ptx)
@@ -134,7 +146,8 @@ def sums_flaws(ptx: str, dtype: str, terms: int) -> list[str]:
         wrong.append(f"{found['st.global.f64']} stores, not {terms}")
     for instruction in found:
         of_arrays = instruction.startswith("ld.") and ".param" not in instruction
-        if of_arrays and instruction != f"ld.global.f{dtype[-2:]}":
+        kinds = [f"ld.global.f{dtype[-2:]}", *["ld.global.u16"] * words]
+        if of_arrays and instruction not in kinds:
             wrong.append(instruction)
     if dtype == "float32":
         wide = {instruction for instruction in found if ".f64" in instruction}
@@ -197,8 +210,9 @@ def registers(usage: str) -> int:
     return max(map(int, re.findall(r"REG:(\d+)", usage)))
 
 
-def wide_accesses(instructions: str) -> list[int]:
-    return [len(re.findall(rf"\b{op}\.E\.128", instructions)) for op in ("LDG", "STG")]
+def wide_accesses(instructions: str, bits: int = 128) -> list[int]:
+    kinds = (rf"\b{op}\.E\.{bits}\b" for op in ("LDG", "STG"))
+    return [len(re.findall(kind, instructions)) for kind in kinds]
 
 
 def threshold(x, cut):
@@ -295,6 +309,81 @@ def test_machine_code_with_all_beside_the_rule(rule, dtype, disassemble):
     if divides(ptx):
         _, instructions = disassemble(assemble(without_division(ptx)))
     assert not fuses(instructions)
+
+
+BF16, FP16 = FORMATS["bf16"], FORMATS["fp16"]
+# Of the gradient, of the parameter, of the state.
+STORED = {
+    "bf16": (BF16, BF16, None),
+    "fp16": (FP16, FP16, None),
+    "gradients": (BF16, None, None),
+    "all": (FP16, BF16, FP16),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rule", "stored", "beside"),
+    [
+        *((fastopt.adamw, stored, ALL) for stored in STORED),
+        *((rule, "bf16", cuda_kernels.NOTHING) for rule in (fastopt.adamw, hashed)),
+        *((rule, "fp16", cuda_kernels.NOTHING) for rule in (fastopt.gd, EIGHT)),
+        (fastopt.lamb, "all", cuda_kernels.NOTHING),
+    ],
+    ids=lambda value: getattr(value, "name", value if type(value) is str else "also"),
+)
+def test_machine_code_where_streams_are_encoded(rule, stored, beside, disassemble):
+    """A vector of theirs has 64 bits."""
+    grad, param, state = STORED[stored]
+    formats = grad, param, *[state] * len(rule.state), *[None] * beside.average
+    ptx = cuda_kernels.compile_ptx(rule, "float32", beside=beside, formats=formats)
+    assert not flaws(ptx, "float32", len(formats) - 1, beside.zero, formats)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions)
+    encoded = [format is not None for format in formats]
+    read, written = sum(encoded), sum(encoded[not beside.zero :])
+    assert wide_accesses(instructions, 64) == [read, written]
+    both = [len(formats) - read, len(formats) - (not beside.zero) - written]
+    assert wide_accesses(instructions) == both
+    assert registers(usage) <= ROOM.get(rule, 64)
+    assert divides(ptx) or not fuses(instructions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", ["bf16", "all"])
+def test_machine_code_of_single_elements_that_are_encoded(stored):
+    grad, param, state = STORED[stored]
+    formats = grad, param, state, state, None
+    ptx = cuda_kernels.compile_ptx(
+        fastopt.adamw, "float32", aligned=False, beside=ALL, formats=formats
+    )
+    assert not inexact(ptx) and ".f64" not in ptx
+    assert not re.search(r"(?:ld|st)\.global\.v", ptx)
+    wrong = flaws(ptx, "float32", 4, zeroing=True, formats=formats)
+    assert any("0 times ld.global.v4.u16, not" in flaw for flaw in wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", ["bf16", "all"])
+def test_machine_code_of_sums_where_streams_are_encoded(stored, disassemble):
+    grad, param, state = STORED[stored]
+    formats = grad, param, state, state
+    ptx = cuda_kernels.compile_sums_ptx(
+        fastopt.lamb, "float32", clip=True, formats=formats
+    )
+    assert not sums_flaws(ptx, "float32", 2, words=True)
+    loads = instructions_of(ptx)["ld.global.u16"]
+    # The compiler unrolls the loop.
+    assert loads and loads % sum(format is not None for format in formats) == 0
+    assert not spills(*disassemble(assemble(ptx)))
+    assert not fuses(disassemble(assemble(without_division(ptx)))[1])
+    for by_column in (False, True):
+        ptx = cuda_kernels.compile_tiles_ptx(by_column, "float32", True, format=grad)
+        found = instructions_of(ptx)
+        assert found["ld.global.u16"] and not found["ld.global.f32"]
+        exact = re.findall(r"\b(?:add|mul|fma)\.\S*f\d\d", ptx)
+        assert {*exact} - {"mul.rn.f32"} == {"add.rn.f64", "mul.rn.f64"}
+        assert not spills(*disassemble(assemble(ptx)))
 
 
 @needs_compiler
@@ -507,12 +596,12 @@ def launches(monkeypatch):
 
 
 class OnDevice(SimpleNamespace):
-    """An array of so many float32 at an address."""
+    """An array of so many float32, or others, at an address."""
 
-    def __init__(self, address: int, size: int):
+    def __init__(self, address: int, size: int, dtype="float32"):
         interface = {"data": (address, False)}
         super().__init__(
-            size=size, dtype=np.dtype("float32"), __cuda_array_interface__=interface
+            size=size, dtype=np.dtype(dtype), __cuda_array_interface__=interface
         )
 
 
@@ -547,6 +636,29 @@ def test_launch(launches, disassemble):
     usage, instructions = disassemble(vectors[1].code)
     assert wide_accesses(instructions) == [4, 3]
     assert not spills(usage, instructions)
+
+
+@needs_compiler
+def test_launch_where_streams_are_encoded(launches, disassemble):
+    """At 8 bytes a vector of 16 bits begins, but none of float32."""
+
+    def words(address: int) -> Encoded:
+        return Encoded(BF16, (OnDevice(address, 4097, np.uint16),))
+
+    where_ = [(4096 + 8, 8192), (4096 + 4, 8192), (4096 + 8, 8192 + 8)]
+    state = [(OnDevice(m, 4097), OnDevice(1 << 20, 4097)) for _, m in where_]
+    pairs = zip(where_, state, strict=True)
+    segments = [Segment(words(p), buffers, 0) for (p, _), buffers in pairs]
+    count = np.zeros(1, np.int64)
+    step = cuda_driver.bind(fastopt.adamw, segments, count, np.zeros((1, 2, 0)))
+    assert step.take([words(16384 + 8)] * 3)
+    assert step([(0.5, 0.1, 0.2, 0.3, 0.4, 0.6)], Request())
+    blocks = [config.grid[0] for config, *_ in launches]
+    assert blocks == [-(-(1024 + 1) // 256), *[-(-4097 // 256)] * 2]
+    assert launches[0][3:7] == (16384 + 8, 4096 + 8, 8192, 1 << 20)
+    found = [disassemble(launch[1].code)[1] for launch in launches]
+    assert [wide_accesses(each, 64) for each in found] == [[2, 1], [0, 0], [0, 0]]
+    assert [wide_accesses(each) for each in found] == [[2, 2], [0, 0], [0, 0]]
 
 
 class Room(OnDevice):

@@ -100,7 +100,7 @@ def nonzero(rng: np.random.Generator, size: int, dtype: type) -> np.ndarray:
 def special_values(dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Every pair, as parameters and gradients, of infinities, NaN, zeros of both signs,
     subnormals and extremes."""
-    limits = np.finfo(dtype)
+    limits = ml_dtypes.finfo(dtype)
     tiny, large = limits.smallest_subnormal, limits.max
     values = [np.inf, -np.inf, np.nan, 0.0, -0.0, tiny, -tiny, 1.0, large]
     p, g = np.meshgrid(values, values)

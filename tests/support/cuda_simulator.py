@@ -104,7 +104,9 @@ def on_device(values, offset):
     return whole[offset : offset + values.size].reshape(values.shape), whole
 
 
-def differing(rule, values, size, dtype, offset, steps=10, reference=None):
+def differing(
+    rule, values, size, dtype, offset, steps=10, reference=None, of_grads=None
+):
     """What differs after some steps: buffers by position, and writes outside them."""
     rng = np.random.default_rng(size)
     shape = (size // 7, 7) if size % 7 == 0 else (size,)
@@ -114,7 +116,7 @@ def differing(rule, values, size, dtype, offset, steps=10, reference=None):
     cpu = (reference or rule)(expected, backend="numpy", **values)
     gpu = rule(got, backend="cuda", **values)
     for _ in range(steps):
-        grad = nonzero(rng, size, dtype).reshape(shape)
+        grad = nonzero(rng, size, of_grads or dtype).reshape(shape)
         cpu.step(grad, grad_scale=0.5)
         gpu.step(on_device(grad, offset)[0], grad_scale=0.5)
     room = whole.copy_to_host()
@@ -124,7 +126,9 @@ def differing(rule, values, size, dtype, offset, steps=10, reference=None):
     wrong = [i for i, (a, b) in enumerate(pairs) if not same_bits(a, b)]
     outside = np.delete(room, range(offset, offset + size))
     assert cpu.steps == gpu.steps == steps
-    assert size == 0 or not np.array_equal(expected, start)
+    # Small steps may leave parameters of 16 bits where they are.
+    moved = of_grads and any(np.any(a) for a, _ in pairs[1:])
+    assert size == 0 or moved or not np.array_equal(expected, start)
     return wrong + ["outside"] * (not np.all(outside == 7))
 
 
@@ -216,10 +220,10 @@ def test_state_starts_at_zero():
 def test_an_error_leaves_the_parameters_alone(monkeypatch):
     """The first segment must not be updated when the second has no kernel."""
 
-    def only_aligned(blocks, make, update, states, dtype, width, beside):
+    def only_aligned(blocks, make, update, states, dtype, width, *of):
         if width == 1:
             raise RuntimeError("no kernel")
-        return launcher(blocks, make, update, states, dtype, width, beside)
+        return launcher(blocks, make, update, states, dtype, width, *of)
 
     launcher = cuda_driver.launcher
     monkeypatch.setattr(cuda_driver, "launcher", only_aligned)
@@ -274,7 +278,9 @@ BESIDE = {
 }
 
 
-def run_beside(rule, values, dtype=np.float32, sizes=(7, 0, 65, 33), steps=3):
+def run_beside(
+    rule, values, dtype=np.float32, sizes=(7, 0, 65, 33), steps=3, of_grads=None
+):
     """A run with all that a step does beside its rule, in which every gradient is None
     once; every second array is misaligned, or every second gradient."""
 
@@ -285,7 +291,7 @@ def run_beside(rule, values, dtype=np.float32, sizes=(7, 0, 65, 33), steps=3):
         for k in range(steps):
             grads = [
                 put(g, (i + k) // 2 % 2)
-                for i, g in enumerate(drawn(1 + k, sizes, dtype))
+                for i, g in enumerate(drawn(1 + k, sizes, of_grads or dtype))
             ]
             grads[-1 - k % len(grads)] = None
             opt.step(grads, grad_scale=0.7, **BESIDE)
@@ -321,14 +327,15 @@ def test_sums_over_several_chunks(rule, values, dtype, small_chunks):
     assert not unlike(run_beside(rule, values, dtype, sizes))
 
 
-def run_sums(rule, values, dtype, sizes):
+def run_sums(rule, values, dtype, sizes, of_grads=None):
     """The sums themselves, which may agree in float32 where they differ."""
 
     def run(backend, put):
         params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes, dtype))]
         opt = rule(params, backend=backend, **values)
-        opt.step(list(map(put, drawn(1, sizes, dtype))))
-        grads = [put(g, i // 2 % 2) for i, g in enumerate(drawn(2, sizes, dtype))]
+        kind = of_grads or dtype
+        opt.step(list(map(put, drawn(1, sizes, kind))))
+        grads = [put(g, i // 2 % 2) for i, g in enumerate(drawn(2, sizes, kind))]
         step = opt._bound.program.runner
         step.take([*grads[:-1], None])
         rows = [(0.7, *[0.3 + i] * rule.measure_count) for i in range(len(sizes))]
@@ -562,7 +569,7 @@ class Foreign:
     """An array of another library, such as CuPy: all that it shows is the interface."""
 
     def __init__(self, array):
-        self.array = array
+        self.array, self.dtype = array, array.dtype
 
     @property
     def __cuda_array_interface__(self):
