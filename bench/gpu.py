@@ -4,12 +4,14 @@
                         [--bursts 30] [--steps 10]
 
 For the traffic of three kinds of rule (AdamW: 4 streams read, 3 written; SGD with
-momentum and Lion: 3 and 2) it times, by events on the device, fastopt, the same traffic
+momentum and Lion: 3 and 2), and for AdamW with parameters and gradients of bfloat16
+beside state of float32, it times, by events on the device, fastopt, the same traffic
 without arithmetic, a copy within the device, and the fused optimizers of torch and apex
 where they are installed: one after the other, for a billion parameters fill a GPU, the
 median of 30 bursts of steps each. Small steps wait for the host that launches them, so
 at a million it is launches that are compared. A rate is the bytes that a step must move
-over its time; a copy's, the bytes it reads and writes.
+over its time; a copy's, the bytes it reads and writes. torch's state has the dtype of
+its parameters, so that it moves fewer bytes with bfloat16.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from collections.abc import Callable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numba import cuda
 
@@ -36,27 +39,49 @@ WARM_UP = 3
 Step = Callable[[], object]
 
 
-# Name -> the rule, its hyperparameters, its state buffers, torch's class and apex's.
-KINDS: dict[str, tuple[Rule, dict[str, float], int, str, str]] = {
-    "adamw": (fastopt.adamw, {}, 2, "AdamW", "FusedAdam"),
-    "sgd (momentum)": (fastopt.sgd, {"momentum": 0.9}, 1, "SGD", "FusedSGD"),
-    "lion": (fastopt.lion, {}, 1, "", ""),
+class Kind(NamedTuple):
+    rule: Rule
+    hyperparameters: dict[str, float]
+    states: int  # buffers
+    torch: str  # the class
+    apex: str
+    dtype: str = "float32"  # of parameters and gradients
+
+
+KINDS = {
+    "adamw": Kind(fastopt.adamw, {}, 2, "AdamW", "FusedAdam"),
+    "adamw, bfloat16": Kind(fastopt.adamw, {}, 2, "AdamW", "FusedAdam", "bfloat16"),
+    "sgd (momentum)": Kind(fastopt.sgd, {"momentum": 0.9}, 1, "SGD", "FusedSGD"),
+    "lion": Kind(fastopt.lion, {}, 1, "", ""),
 }
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def device_array(size: int, seed: int) -> Any:
+def device_array(size: int, seed: int, dtype: str = "float32") -> Any:
     """Normal numbers; large arrays repeat a million of them."""
     part = np.random.default_rng(seed).standard_normal(min(size, 2**20), np.float32)
-    array = cuda.device_array(size, np.float32)
+    part = part.astype(DTYPES[dtype])
+    array = cuda.device_array(size, DTYPES[dtype])
     for begin in range(0, size, part.size):
         end = min(begin + part.size, size)
         array[begin:end].copy_to_device(part[: end - begin])
     return array
 
 
-def ours(rule: Rule, size: int, scale: float = 1.0, **hyperparameters: float) -> Step:
-    opt = rule(device_array(size, 0), backend="cuda", **hyperparameters)
-    grad = device_array(size, 1)
+def ours(kind: Kind, size: int) -> Step:
+    return steps(kind.rule, kind.dtype, size, **kind.hyperparameters)
+
+
+def floor(kind: Kind, size: int) -> Step:
+    """The same traffic."""
+    return steps(FLOORS[kind.states], kind.dtype, size, scale=1e-6)
+
+
+def steps(
+    rule: Rule, dtype: str, size: int, scale: float = 1.0, **hyperparameters: float
+) -> Step:
+    opt = rule(device_array(size, 0, dtype), backend="cuda", **hyperparameters)
+    grad = device_array(size, 1, dtype)
     return lambda: opt.step(grad, grad_scale=scale)
 
 
@@ -83,11 +108,12 @@ def peers(torch_name: str, apex_name: str, momentum: dict[str, float]) -> Any:
     return classes
 
 
-def of_torch(optimizer: Any, options: dict[str, Any], size: int) -> Step:
+def of_torch(optimizer: Any, options: dict[str, Any], size: int, name: str) -> Step:
     import torch
 
-    param = torch.randn(size, device="cuda", requires_grad=True)
-    param.grad = torch.randn(size, device="cuda")
+    kind = {"dtype": getattr(torch, name), "device": "cuda"}
+    param = torch.randn(size, requires_grad=True, **kind)
+    param.grad = torch.randn(size, **kind)
     step: Step = optimizer([param], **options).step
     return step
 
@@ -112,22 +138,26 @@ def release_memory() -> None:
 
 def measure(name: str, size: int, bursts: int, steps: int) -> dict[str, Any]:
     """Each contender alone in memory: a billion parameters of AdamW take 16 GB."""
-    rule, hyperparameters, states, torch_name, apex_name = KINDS[name]
+    kind = KINDS[name]
     make: dict[str, Callable[[], Step]] = {
-        "fastopt": lambda: ours(rule, size, **hyperparameters),
-        "floor": lambda: ours(FLOORS[states], size, scale=1e-6),
+        "fastopt": lambda: ours(kind, size),
+        "floor": lambda: floor(kind, size),
         "device copy": lambda: copy(size),
     }
     for peer, (optimizer, options) in peers(
-        torch_name, apex_name, hyperparameters
+        kind.torch, kind.apex, kind.hyperparameters
     ).items():
-        make[peer] = lambda o=optimizer, arguments=options: of_torch(o, arguments, size)
-    streams = 3 + 2 * states
+        make[peer] = lambda o=optimizer, arguments=options: of_torch(
+            o, arguments, size, kind.dtype
+        )
+    width = DTYPES[kind.dtype].itemsize
     results = {}
     for contender, build in make.items():
         step = build()
         times = [milliseconds(step, steps) for _ in range(WARM_UP + bursts)][WARM_UP:]
-        moved = 4 * size * (2 if contender == "device copy" else streams)
+        of_state = width if contender == "torch fused" else 4
+        moved = size * (3 * width + 2 * of_state * kind.states)
+        moved = 8 * size if contender == "device copy" else moved
         median = float(np.median(times))
         results[contender] = {
             "milliseconds": median,
@@ -167,7 +197,7 @@ def main() -> None:
             for contender, result in results.items():
                 rate = result["GB/s"]
                 print(
-                    f"{name:<15} {size:>13,} {contender:<12} "
+                    f"{name:<16} {size:>13,} {contender:<12} "
                     f"{result['milliseconds']:>9.3f} ms  "
                     f"{'' if rate is None else f'{rate:,.0f} GB/s'}"
                 )

@@ -772,6 +772,6 @@ def test_the_gpu_benchmark_runs(tmp_path):
         capture_output=True,
     )
     results = json.loads(record.read_text())["results"]
-    assert set(results) == {"adamw", "sgd (momentum)", "lion"}
+    assert set(results) == {"adamw", "adamw, bfloat16", "sgd (momentum)", "lion"}
     for kind in results.values():
         assert {"fastopt", "floor", "device copy"} <= set(kind["70"])
