@@ -108,12 +108,14 @@ cdef inline void store_blocks(
 ) noexcept nogil:
     """Encode those of the columns [first, end) that a kernel has written to blocks."""
     cdef int64_t c
+    cdef uint32_t draw[3]
     cdef const Stream* stream
     for c in range(first, end if job.streams else first):
         stream = stream_of(job, r, c)
         if stream.store:
+            draw[0], draw[1], draw[2] = stream.first, job.steps[local[job.columns - 1]], c
             stream.store(
-                stream.parts, start, n, <char*> local[c] + start * job.itemsize
+                stream.parts, start, n, <char*> local[c] + start * job.itemsize, draw
             )
 
 

@@ -195,7 +195,9 @@ ctypedef void (*make_t)(
 # A stream. If ``make`` is NULL, kernels take it from memory.
 cdef struct Stream:
     make_t make
-    codec_t load, store  # of an encoded stream; ``store`` only if steps write to it
+    load_t load  # of an encoded stream
+    store_t store  # of one that steps write to
+    uint32_t first  # the number of its first element, for what is drawn at random
     int64_t width  # bytes of an encoded element
     int64_t parts[4]  # what its blocks are made of
 
@@ -204,7 +206,7 @@ cdef struct Stream:
 cdef struct Job:
     const Tools* tools
     kernel_t kernel, finish
-    kernel_t fused  # takes encoded streams as they are; NULL: blocks are made of them
+    kernel_t* fused  # of each row, takes its streams as they are; NULL: blocks are made
     measure_t measure, begin
     scalars_t scalars, settle
     bint double, clipping, zeroing, apart, encoded
@@ -352,12 +354,11 @@ cdef void move_beside(
 cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noexcept nogil:
     """Update elements [begin, end) of these segments, counted from the first to the last."""
     cdef int64_t r, first, last, head, start = 0
-    cdef kernel_t kernel = job.fused if job.fused else job.kernel
+    cdef kernel_t kernel = job.kernel
+    cdef const int64_t* at
+    cdef int64_t local[MOST_COLUMNS + 1]
     cdef const int64_t* row = job.table + rows.first * job.columns
-    cdef bint fused = job.fused and not rows.kept
-    cdef bint beside = (
-        job.gradient or job.zeroing or job.averages or (job.streams and not fused)
-    )
+    cdef bint beside = job.gradient or job.zeroing or job.averages
     for r in range(rows.first, rows.last):
         if row[1] != 0 or job.averages:
             first = begin - start if begin > start else 0
@@ -367,15 +368,26 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
                 head = (row[0] + first * job.itemsize) % CACHE_LINE
                 if head:
                     head = (CACHE_LINE - head) // job.itemsize
-            if beside:
+            if job.streams:
+                kernel = job.fused[r]
+                if rows.kept and stream_of(job, r, 0).make:
+                    kernel = NULL
+                memcpy(local, row, job.columns * sizeof(int64_t))
+                local[job.columns] = stream_of(job, r, 0).first + (
+                    job.steps[row[job.columns - 1]] << 32
+                )
+            if beside or (job.streams and not kernel):
                 if head:
                     move_beside(job, r, rows.kept, first, head)
                 move_beside(job, r, rows.kept, first + head, last - first - head)
             else:
+                at = row
+                if job.streams:
+                    at = local
                 if head:
-                    move(job, kernel, r, row, rows.kept, first, head)
+                    move(job, kernel, r, at, rows.kept, first, head)
                 if first + head < last:
-                    move(job, kernel, r, row, rows.kept, first + head, last - first - head)
+                    move(job, kernel, r, at, rows.kept, first + head, last - first - head)
             start += row[job.columns - 2]
             if start >= end:
                 break

@@ -339,9 +339,17 @@ class Format:
         """Return the expression for a stored element's number."""
         return f"{self.decode.name}_f32({text})"
 
-    def encoded(self, text):
-        """Return the expression for what is stored for a number."""
+    def encoded(self, text, stream):
+        """Return the expression for what is stored for a number. If the format is
+        stochastic, ``element`` and ``step`` are those of random_word."""
+        if self.stochastic:
+            pair, shift = f"({stream}) >> 1", f"(({stream}) & 1) << 4"
+            text += f", formats_random_word_f32(element, step, {pair}) << ({shift})"
         return f"<{self.c_type}> {self.encode.name}_f32({text})"
+
+    @property
+    def stochastic(self):
+        return len(self.encode.arguments) == 2
 
 
 class Plain:
@@ -352,7 +360,23 @@ class Plain:
     def decoded(self, text):
         return text
 
-    encoded = decoded
+    def encoded(self, text, stream):
+        return text
+
+
+@dataclass(frozen=True)
+class Form:
+    """The formats of the streams of a kernel that decodes and encodes in registers."""
+
+    rule: Kernel
+    param: Format | Plain
+    grad: Format | Plain
+    state: Format | Plain
+
+    @property
+    def name(self):
+        streams = self.param, self.grad, *(self.state for _ in self.rule.states)
+        return "_".join([self.rule.name, *(stream.name for stream in streams)])
 
 
 # Rules whose kernels decode and encode in their registers: what most people train with.
@@ -477,12 +501,15 @@ def formats():
     ]
 
 
-def fused(stored, rule, dtype):
-    """Return the formats of parameters and gradients for which a rule has a kernel."""
-    if dtype != "f32" or rule.name not in FUSED:
+def fused(stored, rule):
+    """Return the forms in which a rule has a kernel."""
+    if rule.name not in FUSED:
         return []
-    bf16 = next(format for format in stored if format.name == "bf16")
-    return [(bf16, bf16), (Plain(), bf16)]
+    by_name, plain = {format.name: format for format in stored}, Plain()
+    bf16, rounded = by_name["bf16"], by_name["bf16_sr"]
+    states = (plain, rounded) if rule.states else (plain,)
+    params = bf16, plain
+    return [Form(rule, param, bf16, state) for param in params for state in states]
 
 
 def numbers():
@@ -515,6 +542,10 @@ def renderer():
     found, stored = functions(), formats()
     updates = [f for f in found if type(f) is Kernel]
     codecs = [function for f in stored for function in (f.decode, f.encode)]
+    codecs.append(defined(FORMATS, "random_word"))
+    codecs = list(
+        {f.name: f for c in codecs for f in (c, *c.helpers.values())}.values()
+    )
     compiled = [f for f in (*found, *codecs) if type(f) is not Scalars]
     named = {c.name: c for function in compiled for c in function.named.values()}
     namespace = {
@@ -526,10 +557,7 @@ def renderer():
         "formats": stored,
         "codecs": codecs,
         "fused": functools.partial(fused, stored),
-        "forms": [(r, *pair) for r in updates for pair in fused(stored, r, "f32")],
-        "states": lambda c_type, count: "".join(
-            f"<{c_type}*> row[{2 + k}] + start, " for k in range(count)
-        ),
+        "forms": [form for rule in updates for form in fused(stored, rule)],
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
         "declared": declared,

@@ -82,12 +82,16 @@ cdef class Step:
     cdef object keep, shapes, scalars_at, watched_arrays, dtype
     # The last dtype of a gradient and its format; and the last format and its codec.
     cdef object stored_kind, stored_format, found_format
-    cdef codec_t found_load
+    cdef load_t found_load
     cdef int64_t found_width
-    # The name of our kernel, the format of all parameters (None: plain), whether there is
-    # one, and fused kernels by the format of the gradients.
-    cdef object kernel_name, param_format, fused_kernels
-    cdef bint alike
+    # The name of our kernel; for each row the formats of p and states, if they are not all
+    # plain; names of formats by the address of what decodes them; and the kernels for
+    # formats of p, g and states. For each row, how gradients were decoded that its kernel
+    # was chosen for.
+    cdef object kernel_name
+    cdef dict forms, names, fused_kernels
+    cdef tuple plain_form
+    cdef load_t* chosen_for
 
     def __cinit__(self, Kernels kernels, kernel, measure, begin, finish, scalars,
                   addresses, *, shapes, averages, list streams, bint double, int64_t sets,
@@ -139,6 +143,8 @@ cdef class Step:
         job.kept_at = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
         if averages is not None:
             job.averages = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
+        self.forms, self.names, self.fused_kernels = {}, {0: "fp32"}, {}
+        self.plain_form = ("fp32",) * (job.columns - 3)
         if streams:
             self.make_streams()
         if not (
@@ -147,14 +153,13 @@ cdef class Step:
         ):
             raise MemoryError("no memory for the table of segments")
         job.block = BLOCK
-        for stream in streams:
-            self.enter_stream(*stream)
+        for row, column, kind, *more in streams:
+            self.enter_stream(row, column, kind, *more)
+            name = "product" if kind == "product" else kind.name
+            form = list(self.forms.get(row, self.plain_form))
+            form[max(0, column - 1)] = name
+            self.forms[row] = tuple(form)
         self.enter(addresses, averages)
-        self.fused_kernels = {}
-        made = [column for _, column, *_ in streams]
-        kinds = {kind for _, _, kind, *_ in streams}
-        self.param_format = kinds.pop() if len(kinds) == 1 else None
-        self.alike = made == [0] * job.rows or not made
 
     cdef int make_streams(self) except -1:
         """Allocate the streams. All of them are plain."""
@@ -165,13 +170,16 @@ cdef class Step:
                 f"{FASTOPT_MOST_MADE - AT_A_TIME - 2} state buffers"
             )
         job.streams = <Stream*> calloc(job.rows * (job.columns - 2) + 1, sizeof(Stream))
-        if not job.streams:
+        job.fused = <kernel_t*> calloc(job.rows + 1, sizeof(kernel_t))
+        self.chosen_for = <load_t*> malloc((job.rows + 1) * sizeof(load_t))
+        if not (job.streams and job.fused and self.chosen_for):
             raise MemoryError("no memory for streams")
+        memset(self.chosen_for, -1, job.rows * sizeof(load_t))  # for nothing yet
         return 0
 
-    def enter_stream(self, int64_t r, int64_t c, kind, *parts):
+    def enter_stream(self, int64_t r, int64_t c, kind, int64_t first, *parts):
         """Note that the blocks of a stream are made: from rows and columns, if its kind is
-        "product", or from elements of a format."""
+        "product", or from elements of a format, of which the first has this number."""
         cdef Stream* stream = stream_of(&self.job, r, c)
         for k, part in enumerate(parts):
             stream.parts[k] = part
@@ -181,13 +189,16 @@ cdef class Step:
             stream.make = multiply_block
         else:
             self.enter_format(stream, kind)
-            stream.store = <codec_t> self.kernels.find(f"store_{kind.name}", False)
+            stream.first = stream_of(&self.job, r, 0).first = <uint32_t> first
+            stream.store = <store_t> self.kernels.find(f"store_{kind.name}", False)
 
     cdef int enter_format(self, Stream* stream, format) except -1:
         """Note how the elements of a stream are encoded."""
         if format is not self.found_format:
-            self.found_load = <codec_t> self.kernels.find(f"load_{format.name}", False)
+            self.found_load = <load_t> self.kernels.find(f"load_{format.name}", False)
             self.found_width, self.found_format = format.stored.itemsize, format
+            # Formats may share what decodes them; then any of their names does.
+            self.names.setdefault(<size_t> self.found_load, format.name)
         stream.make, stream.load, stream.width = load_block, self.found_load, self.found_width
         self.job.encoded, self.job.block = True, ENCODED_BLOCK
         return 0
@@ -220,6 +231,8 @@ cdef class Step:
         free(self.job.table)
         free(self.job.averages)
         free(self.job.streams)
+        free(self.job.fused)
+        free(self.chosen_for)
         free(self.job.constants)
         free(self.job.limits)
         free(self.job.factors)
@@ -331,7 +344,7 @@ cdef class Step:
             row += self.job.columns
             r += 1
         self.job.given = total
-        self.choose_kernel()
+        self.choose_kernels()
         return total if r == self.job.rows else -1
 
     cdef inline bint is_encoded(self, grad):
@@ -361,32 +374,31 @@ cdef class Step:
         self.enter_format(stream_of(&self.job, r, 1), format)
         return self.place_encoded(r, <int64_t> array.data)
 
-    cdef int choose_kernel(self) except -1:
-        """Use a fused kernel, if there is one for the parameters and the gradients, which
-        must each be all of one format."""
+    cdef int choose_kernels(self) except -1:
+        """For each row with streams that must be made, find the kernel that takes them as
+        they are, if there is one."""
         cdef Job* job = &self.job
-        cdef const Stream* stream
+        cdef const Stream* streams
         cdef int64_t r
-        cdef codec_t load = NULL
-        cdef bint first = True
-        job.fused = NULL
-        if not (job.encoded and self.alike and self.kernel_name) or job.double:
-            return 0
-        for r in range(job.rows):
-            if job.table[r * job.columns + 1]:
-                stream = stream_of(job, r, 1)
-                if not first and stream.load != load:
-                    return 0
-                load, first = stream.load, False
-        format = self.found_format if load else None
-        if load and load != self.found_load:
-            return 0
-        if format not in self.fused_kernels:
-            names = [of.name if of else "fp32" for of in (self.param_format, format)]
-            name = "_".join([self.kernel_name, *names])
-            self.fused_kernels[format] = <size_t> self.kernels.look_up(name, False)
-        job.fused = <kernel_t> <size_t> self.fused_kernels[format]
+        for r in range(job.rows if job.streams else 0):
+            streams = stream_of(job, r, 0)
+            if job.table[r * job.columns + 1] and streams[1].load != self.chosen_for[r]:
+                self.chosen_for[r] = streams[1].load
+                form = self.forms.get(r, self.plain_form)
+                grad = self.names[<size_t> streams[1].load]
+                key = form[0], grad, *form[1:]
+                if key not in self.fused_kernels:
+                    self.fused_kernels[key] = self.find_fused(key)
+                job.fused[r] = <kernel_t> <size_t> self.fused_kernels[key]
         return 0
+
+    cdef size_t find_fused(self, tuple key) except? 0:
+        """Return the address of the kernel for these formats of p, g and states, or 0."""
+        if set(key) == {"fp32"}:
+            return <size_t> self.job.kernel
+        if self.kernel_name is None or "product" in key:
+            return 0
+        return <size_t> self.kernels.look_up("_".join([self.kernel_name, *key]), False)
 
     cdef bint place_encoded(self, int64_t r, int64_t address) noexcept:
         """Note where a gradient of encoded elements is. Return whether it overlaps nothing
@@ -466,7 +478,7 @@ cdef class Step:
             if view.itemsize != 8 or view.len != self.job.rows * 8:
                 raise ValueError(f"wanted {self.job.rows} addresses")
             fits = self.place_at(<const int64_t*> view.buf)
-            self.choose_kernel()
+            self.choose_kernels()
             return fits
         finally:
             PyBuffer_Release(&view)
@@ -546,11 +558,11 @@ cdef class Step:
 
     # Steps -----------------------------------------------------------------------------
 
-    def calls(self, list rows, request=None):
+    def calls(self, list rows, request=None, list steps=None):
         """Return the step as one call for ``uninterrupted``."""
-        return [partial(self, rows, request)]
+        return [partial(self, rows, request, steps)]
 
-    def __call__(self, list rows, request=None):
+    def __call__(self, list rows, request=None, list steps=None):
         cdef Job* job = &self.job
         cdef int64_t r
         cdef uint64_t modes = fastopt_enter()
@@ -560,6 +572,8 @@ cdef class Step:
                 self.accept_request(request)
             self.note_all(rows, job.scalar_count)
             for r in range(job.sets):
+                if steps is not None:
+                    job.steps[r] = steps[r]
                 put_row(job, r, job.factors[r], 0, job.scalar_count)
             with nogil:
                 update_all(job)
@@ -604,6 +618,7 @@ cdef class Step:
         try:
             job.threads = threads
             for r in range(job.sets):
+                job.steps[r] = self.count[0] + 1
                 self.compute(
                     r, hyperparameters[r], old + r * job.carried, new + r * job.carried
                 )

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
 import numpy as np
 
 from fastopt.memory.factored import Factors
-from fastopt.memory.segments import Array, Segment
+from fastopt.memory.formats import DTYPES
+from fastopt.memory.segments import Array, Product, Segment
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
@@ -130,8 +131,14 @@ class Runner(Protocol):
         """Sum up the squares of the gradient by row and by column, for each segment
         with factored state; None for the others and where there is no gradient."""
 
-    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
-        """Return the calls that do the update and raise the count of steps."""
+    def calls(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> list[Call]:
+        """Return the calls that do the update and raise the count of steps. ``steps``
+        are the numbers of the rows' steps, if anything is drawn at random."""
 
 
 class Key(NamedTuple):
@@ -183,6 +190,8 @@ class Program:
         self.carry = carry
         self.numbers: int = carry.shape[2]  # that the rule carries, for each row
         self.scalars = module.scalars(rule) if scalars is None else scalars
+        self.draws = any(segment.draws for segment in segments)
+        check_dtypes(segments)
         self.runner: Any = module.bind(rule, segments, self.count, carry)
 
     @property
@@ -217,6 +226,22 @@ class Program:
             (size, terms) if terms is not None and size else (0, None)
             for size, terms in zip(self.sizes, measured, strict=True)
         ]
+
+
+def check_dtypes(segments: Sequence[Segment]) -> None:
+    """Check that kernels can compute in one dtype. Arrays of 16 bits must be encoded
+    streams: kernels would take them for float32, and write beyond their ends."""
+    kinds = {
+        stream.dtype
+        for segment in segments
+        for stream in (segment.param, *segment.state, segment.average)
+        if stream is not None and not isinstance(stream, Product)
+    }
+    if len(kinds) > 1 or not kinds <= {*DTYPES}:
+        names = ", ".join(sorted(map(str, kinds)))
+        raise TypeError(
+            f"kernels compute in float32 or float64, got segments of {names}"
+        )
 
 
 class Examination(NamedTuple):
@@ -311,7 +336,8 @@ def execute(
     same: dict[int, Row] = {}
     for row in rows:
         scalars.append(same.setdefault(id(row), row[: 1 + rule.scalar_count]))
-    calls: list[Call] = runner.calls(scalars, request)
+    numbers = [key.t for key in keys] if program.draws else None
+    calls: list[Call] = runner.calls(scalars, request, numbers)
     return calls
 
 

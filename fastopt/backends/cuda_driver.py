@@ -52,7 +52,8 @@ __all__ = [
     "state_arena",
 ]
 
-formats = frozenset(FORMATS)
+# Its kernels do not draw random numbers yet.
+formats = frozenset(k for k, format in FORMATS.items() if not format.stochastic)
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time
@@ -342,11 +343,21 @@ class OnDevice(Step):
             results.append(None if grad is None else tuple(totals))
         return results
 
-    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
+    def calls(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> list[Call]:
         # Launches are Python code of Numba's, so an interrupt may come between them.
         return [functools.partial(self, rows, request)]
 
-    def __call__(self, rows: list[Row], request: Request = PLAIN) -> bool:
+    def __call__(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> bool:
         limits = limits_of(request)
         clip = bool(limits)
         launches: list[tuple[Any, ...]] = []

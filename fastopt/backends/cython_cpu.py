@@ -32,15 +32,7 @@ from fastopt.rules.floor import FLOORS
 from fastopt.rules.muon import direction
 from fastopt.rules.passes import PASSES
 
-__all__ = [
-    "as_array",
-    "bind",
-    "formats",
-    "gram",
-    "missing",
-    "scalars",
-    "state_arena",
-]
+__all__ = ["as_array", "bind", "formats", "gram", "missing", "scalars", "state_arena"]
 
 formats = frozenset(FORMATS)
 
@@ -213,17 +205,17 @@ def step(
 
 
 def streams_of(segments: Sequence[Segment]) -> list[tuple[Any, ...]]:
-    """Return the streams whose blocks are made: row, column, "product" or a format, and
-    what the blocks are made of."""
+    """Return the streams whose blocks are made: row, column, "product" or a format, the
+    number of the first element, and what the blocks are made of."""
     streams: list[tuple[Any, ...]] = []
     for row, segment in enumerate(segments):
         for column, stream in enumerate((segment.param, None, *segment.state)):
             if isinstance(stream, Product):
                 parts = *map(address, stream), *(part.shape[1] for part in stream)
-                streams.append((row, column, "product", *parts))
+                streams.append((row, column, "product", 0, *parts))
             elif isinstance(stream, Encoded):
                 parts = tuple(map(address, stream.parts))
-                streams.append((row, column, stream.format, *parts))
+                streams.append((row, column, stream.format, segment.first, *parts))
     return streams
 
 

@@ -52,15 +52,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = [
-    "as_array",
-    "bind",
-    "formats",
-    "gram",
-    "missing",
-    "scalars",
-    "state_arena",
-]
+__all__ = ["as_array", "bind", "formats", "gram", "missing", "scalars", "state_arena"]
 
 formats = frozenset(FORMATS)
 
@@ -522,9 +514,14 @@ class Alone(Step):
         self.constants = (REAL[dtype.itemsize] * (self.sets * self.width))()
 
     @standard
-    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
+    def calls(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> list[Call]:
         if any(segment.is_made for segment in self.segments):
-            return super().calls(rows, request)
+            return super().calls(rows, request, steps)
         for row in rows:
             if len(row) != self.width:
                 raise TypeError(

@@ -38,15 +38,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.step import PLAIN, Request, Row
 
-__all__ = [
-    "as_array",
-    "bind",
-    "formats",
-    "gram",
-    "missing",
-    "scalars",
-    "state_arena",
-]
+__all__ = ["as_array", "bind", "formats", "gram", "missing", "scalars", "state_arena"]
 
 formats = frozenset(FORMATS)
 
@@ -219,7 +211,12 @@ class Step:
         return sums
 
     @standard
-    def calls(self, rows: list[Row], request: Request = PLAIN) -> list[Call]:
+    def calls(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> list[Call]:
         # An error in a rule is raised here, before anything is written.
         results: list[tuple[Array, Array]] = []
         with np.errstate(all="ignore"):
@@ -231,8 +228,10 @@ class Step:
                     used = rounded(constants, self.type)
                     new = self.update(p, grad, *self.state_of(segment), *used)
                     streams = segment.param, *segment.state
-                    for stream, value in zip(streams, new, strict=True):
-                        results += stored(stream, value)
+                    step = steps[segment.row] if steps else 0
+                    columns = 0, *range(2, 1 + len(new))
+                    for c, stream, value in zip(columns, streams, new, strict=True):
+                        results += stored(stream, value, (segment.first, step, c))
                     p = new[0]
                 if segment.average is not None:
                     weight = self.type(request.ema_weight)
@@ -248,9 +247,14 @@ class Step:
             partial(setitem, self.count, 0, self.count[0] + 1),
         ]
 
-    def __call__(self, rows: list[Row], request: Request = PLAIN) -> bool:
+    def __call__(
+        self,
+        rows: list[Row],
+        request: Request = PLAIN,
+        steps: Sequence[int] | None = None,
+    ) -> bool:
         """Do the step. Return True, as a compiled step does."""
-        uninterrupted(*self.calls(rows, request))
+        uninterrupted(*self.calls(rows, request, steps))
         return True
 
 
@@ -264,13 +268,15 @@ def numbers(grad: Array | Encoded | None) -> Array | None:
     return grad if grad is None else decoded(encoded(grad))
 
 
-def stored(stream: Stream, value: Array) -> list[tuple[Array, Array]]:
+def stored(
+    stream: Stream, value: Array, draw: tuple[int, int, int]
+) -> list[tuple[Array, Array]]:
     """Return what to write where, so that a stream has a new value."""
     if isinstance(stream, Product):
         return []
     if isinstance(stream, Encoded):
         (part,) = stream.parts
-        return [(part, stream.format.written(value))]
+        return [(part, stream.format.written(value, draw))]
     return [(stream, value)]
 
 

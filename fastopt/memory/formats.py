@@ -8,6 +8,8 @@ nothing about formats.
 
 from __future__ import annotations
 
+import importlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +37,8 @@ class Format:
     decode
         Takes the stored word, and returns the number.
     encode
-        Takes a number, and returns the word to store, in its lowest bits.
+        Takes a number, and returns the word to store, in its lowest bits. If it is
+        ``stochastic``, it takes a random word, too.
     stored
         The dtype of what is stored: an unsigned integer.
     """
@@ -52,12 +55,47 @@ class Format:
             numbers: npt.NDArray[Any] = decode(Word(stored.astype(np.uint32)))
         return numbers
 
-    def written(self, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the words to store for these numbers."""
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of arrays of it, for users. That of bfloat16 is ml_dtypes'."""
+        if self.decode is decode_fp16:
+            return np.dtype(np.float16)
+        try:
+            module = importlib.import_module("ml_dtypes")
+        except ImportError as error:
+            raise ImportError(
+                "arrays of bfloat16 need ml_dtypes; pip install ml_dtypes"
+            ) from error
+        dtype: np.dtype[Any] = np.dtype(module.bfloat16)
+        return dtype
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it rounds up or down at random."""
+        return self.encode.__code__.co_argcount == 2
+
+    def written(
+        self, numbers: npt.NDArray[Any], draw: tuple[int, int, int] = (0, 0, 0)
+    ) -> npt.NDArray[Any]:
+        """Return the words to store for these numbers. ``draw`` decides what a
+        stochastic format draws: the number of the first element among all that an
+        optimizer updates, that of the step, and the stream's."""
         encode = concrete(self.encode, COMPUTED, NUMPY, lambda helper: helper)
         with np.errstate(all="ignore"):
-            words: npt.NDArray[Any] = encode(numbers).array
+            random = (drawn(numbers.shape, draw),) if self.stochastic else ()
+            words: npt.NDArray[Any] = encode(numbers, *random).array
         return words.astype(self.stored)
+
+
+def drawn(shape: tuple[int, ...], draw: tuple[int, int, int]) -> Word:
+    """Return a random word for each element of an array."""
+    first, step, pair = (
+        np.asarray(k % 2**32, np.uint32) for k in (*draw[:2], draw[2] // 2)
+    )
+    count = np.arange(math.prod(shape), dtype=np.uint64).astype(np.uint32)
+    random = concrete(random_word, COMPUTED, NUMPY, lambda helper: helper)
+    word: Word = random(Word(count.reshape(shape) + first), Word(step), Word(pair))
+    return word << 16 if draw[2] % 2 else word
 
 
 # bfloat16: the upper half of a float32.
@@ -76,6 +114,34 @@ def encode_bf16(x: Any) -> Any:
     w = bits(x)
     nearest = w + BELOW_HALF + ((w >> 16) & ONE)
     return bits(where(x == x, real(nearest), real(w | QUIET))) >> 16
+
+
+# Stochastic rounding: up with the probability that makes the expected result exact, so
+# that what is too small to move a number does move it now and then.
+
+FIRST_FACTOR = word(0x7FEB352D)
+SECOND_FACTOR = word(0x846CA68B)
+STEP_FACTOR = word(0x9E3779B9)
+
+
+def mixed(w: Word) -> Any:
+    """Return a hash of a word: C. Wellons' lowbias32, which has two multiplications."""
+    w = (w ^ (w >> 16)) * FIRST_FACTOR
+    w = (w ^ (w >> 15)) * SECOND_FACTOR
+    return w ^ (w >> 16)
+
+
+def random_word(element: Word, step: Word, pair: Word) -> Any:
+    """Return a word that depends on nothing but these, so that it is the same on every
+    backend, for any number of threads, and when a run is resumed. It serves a pair of
+    streams: the upper half is the first one's, the lower half the other's."""
+    return mixed(element ^ mixed(step * STEP_FACTOR + pair))
+
+
+def encode_bf16_sr(x: Any, random: Word) -> Any:
+    """Round up or down, by the upper half of a random word."""
+    w = bits(x)
+    return bits(where(x == x, real(w + (random >> 16)), real(w | QUIET))) >> 16
 
 
 # float16: 5 bits of exponent, 10 of mantissa.
@@ -119,6 +185,7 @@ FORMATS = {
     format.name: format
     for format in (
         Format("bf16", decode_bf16, encode_bf16, np.dtype(np.uint16)),
+        Format("bf16_sr", decode_bf16, encode_bf16_sr, np.dtype(np.uint16)),
         Format("fp16", decode_fp16, encode_fp16, np.dtype(np.uint16)),
     )
 }

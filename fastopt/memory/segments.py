@@ -70,10 +70,17 @@ class Segment(NamedTuple):
     state: tuple[Stream, ...]
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
+    first: int = 0  # the number of its first element among all that are updated
 
     @property
     def is_factored(self) -> bool:
         return any(isinstance(stream, Product) for stream in self.state)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a stream is rounded at random."""
+        streams = self.param, *self.state
+        return any(isinstance(s, Encoded) and s.format.stochastic for s in streams)
 
     @property
     def is_made(self) -> bool:

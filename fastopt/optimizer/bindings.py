@@ -13,6 +13,7 @@ from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending
+from fastopt.optimizer.formats import StateFormats, state_formats
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.refusals import check_rule
@@ -34,11 +35,13 @@ class Bindings:
     ema: float | None
     groups: tuple[Group, ...]
 
+    _formats: StateFormats
     _bound: Bound  # missing from add_group until the next look at it
     _bound_before: Any = None  # by add_group
     _plan: tuple[Any, list[Values] | None, int, Any]
     _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
+    _leaves_state = True  # to kernels, which know how it is encoded
     _in_one_call = True  # whether the compiled step alone can do a plain step
     _estimated = False  # whether there was an estimate before the first step
 
@@ -51,6 +54,7 @@ class Bindings:
         threads: int | None = None,
         ema: float | None = None,
         weight_decay_mask: Any = None,
+        formats: Any = None,
         **hyperparameters: Any,
     ):
         check_rule("rule", rule)
@@ -69,6 +73,7 @@ class Bindings:
             weight_decay_mask,
         )
         self.rule, self.backend = rule, backend
+        self._formats = state_formats(formats, self)
         self.threads = available() if threads is None else threads
         self.ema = ema
         if self._params.masked:
@@ -338,6 +343,7 @@ class Bindings:
             params,
             sets,
             averages=averages[1] if averages else None,
+            formats=self._formats,
             **{"state": {}, "carried": None, "steps": steps, **kept, **saved},
         )
 

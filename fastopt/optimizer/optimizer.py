@@ -376,7 +376,7 @@ class Optimizer(Bindings):
         gradients: list[Any] = []
         checks.collect(self._params.layout, grads, "", gradients)
         buffer, rule = self.rule.estimate
-        arrays, values = self._bound.state[buffer], self._values(self.steps)
+        arrays, values = self._bound.streams[buffer], self._values(self.steps)
         if not self.steps:
             self._start(values)
         program = bind_alone(self._module, rule, arrays, self._params.set_of)

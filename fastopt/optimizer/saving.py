@@ -318,7 +318,8 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
         )
     for buffer, arrays in saved["state"].items():
         shapes = [kept_shape(rule, param) for param in opt._bound.params.arrays]
-        check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes)
+        kinds = [opt._formats.like(buffer, of).dtype for of in opt._params.likes]
+        check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes, kinds=kinds)
     if (saved["ema"] is None) != (opt.ema is None):
         here, there = ("none", "one") if opt.ema is None else ("one", "none")
         raise ValueError(
@@ -353,8 +354,10 @@ def check_arrays(
     opt: Optimizer,
     optional: bool = False,
     shapes: Sequence[tuple[int, ...]] | None = None,
+    kinds: Sequence[np.dtype[Any]] | None = None,
 ) -> None:
-    """Saved arrays, one for each parameter, in its shape if no other is given."""
+    """Saved arrays, one for each parameter, in its shape and in the dtype that is
+    computed in, if no others are given."""
     params = opt._bound.params
     check_sequence(name, arrays)
     if len(arrays) != len(params.arrays):
@@ -362,14 +365,15 @@ def check_arrays(
             f"{name} has {len(arrays)} arrays for {len(params.arrays)} parameters"
         )
     shapes = shapes or [param.shape for param in params.arrays]
-    for i, (array, of, param, shape) in enumerate(
-        zip(arrays, params.names, params.likes, shapes, strict=True)
+    kinds = kinds or [like.dtype for like in params.likes]
+    for i, (array, of, param, shape, kind) in enumerate(
+        zip(arrays, params.names, params.likes, shapes, kinds, strict=True)
     ):
         if array is None and optional:
             continue
-        if not isinstance(array, np.ndarray) or array.dtype != param.dtype:
+        if not isinstance(array, np.ndarray) or array.dtype != kind:
             raise TypeError(
-                f"{name}[{i}] must be a NumPy array of {param.dtype}, as it was saved, "
+                f"{name}[{i}] must be a NumPy array of {kind}, as it was saved, "
                 f"got {getattr(array, 'dtype', type(array).__name__)}"
             )
         if array.shape != shape:

@@ -16,8 +16,9 @@ from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.factored import Factors, is_factored
 from fastopt.memory.formats import format_of
-from fastopt.memory.segments import Array, Segment, decoded, encoded
+from fastopt.memory.segments import Array, Encoded, Segment, decoded, encoded
 from fastopt.optimizer import checks
+from fastopt.optimizer.formats import StateFormats
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.rule import Rule
@@ -45,6 +46,7 @@ class Bound:
         averages: list[Array] | None,
         carried: Array | None,
         steps: int,
+        formats: StateFormats,
     ):
         self.rule, self.params, self.averages = rule, params, averages
         self.on = on  # the switches that selected the rule
@@ -62,27 +64,33 @@ class Bound:
                 self.factors[i] = Factors(module, like, there)
                 kept[i : i + 1] = [] if there is None else [empty]
         for first in set(since.values()) - {len(arrays)}:
-            names = [name for name in rule.state if since[name] == first]
-            fresh = zeros(module.state_arena, full[first:], len(names))
-            for name, streams in zip(names, fresh, strict=True):
-                self.buffers[name] += streams
+            alike: dict[Any, list[str]] = {}  # by format
+            for name in rule.state:
+                if since[name] == first:
+                    alike.setdefault(formats.by_name.get(name), []).append(name)
+            for names in alike.values():
+                kinds = [formats.like(names[0], of) for of in full[first:]]
+                fresh = zeros(module.state_arena, kinds, len(names))
+                for name, streams in zip(names, fresh, strict=True):
+                    self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
+        # The buffers of the state, as kernels take them.
+        self.streams = {
+            name: list(map(partial(formats.stream, name), buffers, likes))
+            for name, buffers in self.buffers.items()
+        }
+        firsts = np.cumsum([0, *(like.size for like in likes)]).tolist()
+        states = self.streams.values()
+        each = zip(params.streams, row_of, self.factors, *states, strict=True)
         segments = [
             Segment(
                 param,
                 tuple(streams) if of is None else (of.product,),
                 row,
                 averages[i] if averages else None,
+                firsts[i],
             )
-            for i, (param, row, of, *streams) in enumerate(
-                zip(
-                    params.streams,
-                    row_of,
-                    self.factors,
-                    *self.buffers.values(),
-                    strict=True,
-                )
-            )
+            for i, (param, row, of, *streams) in enumerate(each)
         ]
         carry = np.zeros((2, len(self.sets), len(rule.carry)))
         for row, of_set in enumerate(self.sets):
@@ -214,16 +222,19 @@ def filling(array: Any, value: Any) -> Call:
 def bind_alone(
     module: ModuleType,
     rule: Rule,
-    arrays: Sequence[Array],
+    arrays: Sequence[Array | Encoded],
     row_of: Sequence[int] | None = None,
     state: Sequence[Sequence[Array]] = (),
     count: Array | None = None,
 ) -> Program:
     """Bind a rule to arrays that are no optimizer's parameters, with a row of scalars
     for all of them, or ``row_of`` each; ``state`` has for each buffer its arrays."""
+    firsts = np.cumsum([0, *(array.size for array in arrays)]).tolist()
     rows = [0] * len(arrays) if row_of is None else row_of
     segments = [
-        Segment(array, tuple(streams), row)
-        for array, row, *streams in zip(arrays, rows, *state, strict=True)
+        Segment(array, tuple(streams), row, first=first)
+        for array, row, first, *streams in zip(
+            arrays, rows, firsts[:-1], *state, strict=True
+        )
     ]
     return Program(module, rule, segments, count=count)

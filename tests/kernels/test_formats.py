@@ -6,7 +6,7 @@ That every rule has the same bits on every backend for them is in test_bits.py.
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import bfloat16, nonzero, same_bits
+from cases import CASES, IDS, bfloat16, nonzero, same_bits
 
 import fastopt
 from fastopt import backends
@@ -19,6 +19,7 @@ from fastopt.step import Key, Program, Request, execute
 
 # An independent implementation of each format: NumPy's own, and ml_dtypes'.
 ORACLES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
+NEAREST = [name for name, format in FORMATS.items() if not format.stochastic]
 WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
 
@@ -40,28 +41,28 @@ def patterns(low):
 
 
 def test_every_format_has_an_oracle():
-    assert ORACLES.keys() == FORMATS.keys()
-    assert {name: format_of(oracle).name for name, oracle in ORACLES.items()} == {
-        name: name for name in FORMATS
-    }
+    assert [*ORACLES] == NEAREST
+    for name, oracle in ORACLES.items():
+        assert format_of(oracle) is FORMATS[name] and FORMATS[name].dtype == oracle
+    assert FORMATS["bf16_sr"].dtype == bfloat16
     assert format_of(np.dtype(np.float32)) is None
     assert format_of(np.dtype(np.uint16)) is None
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_every_word_is_decoded_exactly(name):
     got = FORMATS[name].read(WORDS)
     expected = WORDS.view(ORACLES[name]).astype(np.float32)
     assert got.dtype == np.float32 and same_bits(got, expected)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_every_word_is_encoded_as_itself(name):
     format, oracle = FORMATS[name], ORACLES[name]
     assert equal(format.written(format.read(WORDS)), WORDS.view(oracle), oracle).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_numbers_are_rounded_to_the_nearest(name):
     """The bits that decide are around the middle between two numbers: for float16 they
     are in every place of the mantissa, as its subnormals have fewer bits."""
@@ -92,7 +93,7 @@ def copied(numbers, format, backend, threads=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_kernels_round_to_the_nearest(name):
     """Every lower half of a float32, each with a 61st of the upper halves."""
     format, oracle = FORMATS[name], ORACLES[name]
@@ -107,7 +108,7 @@ def test_kernels_round_to_the_nearest(name):
         assert equal(words, expected, oracle).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_numbas_own_driver_has_the_bits_of_the_reference(name, monkeypatch):
     monkeypatch.setattr(numba_cpu, "bind", numba_cpu.bind_alone)
     format = FORMATS[name]
@@ -122,7 +123,7 @@ def test_numbas_own_driver_has_the_bits_of_the_reference(name, monkeypatch):
     assert param.tolist() == [0.8984375] * 5 and not grad.any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NEAREST)
 def test_kernels_have_the_bits_of_the_reference(name, monkeypatch):
     format, oracle = FORMATS[name], ORACLES[name]
     numbers = np.concatenate([*patterns([0, 0x1000, 0x7FFF, 0x8000, 0x9001])])
@@ -304,3 +305,191 @@ def test_a_step_makes_no_copies():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < param.nbytes / 4
+
+
+# Stochastic rounding, and formats of state ---------------------------------------------
+
+SR = FORMATS["bf16_sr"]
+
+
+def test_stochastic_rounding_is_to_one_of_two_neighbours():
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 1 << 32, 100_000, np.uint32).view(np.float32)
+    numbers = np.concatenate([numbers, WORDS.view(bfloat16).astype(np.float32)])
+    words = SR.written(numbers, (7, 3, 2))
+    down = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    nan, exact = np.isnan(numbers), numbers.view(np.uint32) & 0xFFFF == 0
+    assert np.isnan(SR.read(words[nan])).all()
+    assert ((words == down) | (words == down + 1))[~nan].all()
+    assert (words == down)[exact & ~nan].all()  # infinities, too
+    assert (words != down)[~exact & ~nan].mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("fraction", [1, 0x1234, 0x8000, 0xFEDC])
+def test_stochastic_rounding_has_the_right_mean(fraction):
+    """Up with a probability of ``fraction`` of 2**16, for each stream of a pair."""
+    count = 1 << 20
+    numbers = np.full(count, 0x3F800000 + fraction, np.uint32).view(np.float32)
+    for stream in (2, 3, 5):
+        up = (SR.written(numbers, (0, 1, stream)) == 0x3F81).mean()
+        p = fraction / 2**16
+        assert abs(up - p) < 5 * np.sqrt(p * (1 - p) / count)
+
+
+def test_what_is_drawn_depends_on_element_step_and_stream():
+    numbers = np.full(4096, 1.001, np.float32)
+    draws = [(0, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, 4), (1, 1, 2), (4096, 1, 2)]
+    words = [SR.written(numbers, draw) for draw in draws]
+    for i, one in enumerate(words):
+        for other in words[:i]:
+            assert 0.1 < (one != other).mean() < 0.6
+    np.testing.assert_array_equal(words[4][:-1], words[0][1:])  # by the element alone
+    np.testing.assert_array_equal(words[0], SR.written(numbers, draws[0]))
+    past = SR.written(numbers, (2**32 + 1, 2**32 + 1, 2))  # both wrap around
+    np.testing.assert_array_equal(past, words[4])
+
+
+def with_formats(rule, backend, threads, formats, steps=3, **values):
+    rng = np.random.default_rng(0)
+    sizes = 5000, 3, 40_001, 4096, 4095
+    kinds = bfloat16, np.float32, np.float32, np.float16, bfloat16
+    params = [
+        rng.normal(size=n).astype(kind) for n, kind in zip(sizes, kinds, strict=True)
+    ]
+    opt = rule(params, backend=backend, threads=threads, formats=formats, **values)
+    for step in range(steps):
+        grads = [rng.normal(size=n).astype(bfloat16) for n in sizes]
+        grads[step % 2] = None
+        opt.step(grads, clip_value=2.0 if step == 1 else None)
+    return opt, params + [array for arrays in opt.state.values() for array in arrays]
+
+
+@pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
+def test_formats_of_state_have_the_same_bits(rule, values, monkeypatch):
+    _, expected = with_formats(rule, "numpy", 1, "bf16", **values)
+    isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
+    cases = [("numba", None, 2), *(("cython", isa, 3) for isa in isas)]
+    for backend, isa, threads in cases:
+        if isa:
+            extension = cython_cpu.extension(isa)
+            monkeypatch.setattr(cython_cpu, "kernels", lambda of=extension: of)
+        _, got = with_formats(rule, backend, threads, "bf16", **values)
+        for a, b in zip(expected, got, strict=True):
+            assert same_bits(a, b), (backend, isa)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("formats", ["bf16", {"m": "fp16", "v": "bf16_sr"}])
+def test_a_format_holds_from_4096_elements_on(backend, formats):
+    opt, _ = with_formats(fastopt.adamw, backend, 2, formats)
+    m = np.float16 if isinstance(formats, dict) else bfloat16
+    wanted = [[m, np.float32, m, m, np.float32], [bfloat16, np.float32] * 2]
+    wanted[1].insert(2, bfloat16)
+    wanted[1][3:] = [bfloat16, np.float32]
+    for arrays, kinds in zip(opt.state.values(), wanted, strict=True):
+        assert [array.dtype for array in arrays] == kinds
+        assert all(array.any() for array in arrays)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.lamb, fastopt.nadam])
+def test_a_saved_state_of_a_format_goes_on_with_the_same_bits(rule, backend):
+    opt, arrays = with_formats(rule, backend, 2, "bf16")
+    _, same = with_formats(rule, backend, 2, "bf16")
+    params = same[:5]
+    other = rule(params, backend=backend, formats="bf16")
+    other.load_state_dict(opt.state_dict())
+    grads = [p.astype(bfloat16) for p in params]
+    opt.step(grads)
+    other.step(grads)
+    for a, b in zip(arrays[:5], params, strict=True):
+        assert same_bits(a, b)
+    for name, kept in opt.state.items():
+        for a, b in zip(kept, other.state[name], strict=True):
+            assert same_bits(a, b)
+    plain = rule([p.copy() for p in params], backend=backend)
+    with pytest.raises(TypeError, match="must be a NumPy array of float32, as it was"):
+        plain.load_state_dict(opt.state_dict())
+
+
+def test_what_follows_does_not_depend_on_how_arrays_are_put_together():
+    """The number of an element is that in all parameters, so a flat buffer has the bits
+    of its arrays."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=n).astype(np.float32) for n in (5000, 7000, 4096)]
+    flat = fastopt.flatten([a.copy() for a in arrays])
+    grads = flat.zeros_like()
+    grads.data[:] = rng.normal(size=grads.data.size)
+    for opt, given in (
+        (fastopt.adamw(arrays, lr=0.1, formats="bf16"), list(grads.views)),
+        (fastopt.adamw(flat, lr=0.1, formats="bf16"), grads),
+    ):
+        for _ in range(3):
+            opt.step(given)
+    for array, view in zip(arrays, flat.views, strict=True):
+        assert same_bits(array, view)
+
+
+def test_averages_are_biased_by_rounding_to_the_nearest_only():
+    """The average of squares, of gradients that were 1 and are 0 for 1,000 steps: to
+    the nearest it stops where 0.1% of it is less than half of its last place."""
+    left = {}
+    for kind in ("fp32", "bf16", "bf16_sr"):
+        param = np.zeros(4096, np.float32)
+        opt = fastopt.adamw(param, beta2=0.999, formats={"v": kind})
+        opt.state["v"][0][:] = 1
+        for _ in range(1000):
+            opt.step(np.zeros_like(param))
+        left[kind] = opt.state["v"][0].astype(np.float64).mean()
+    assert left["fp32"] == pytest.approx(0.999**1000, rel=1e-4)
+    assert left["bf16_sr"] == pytest.approx(left["fp32"], rel=0.01)
+    assert abs(left["bf16"] / left["fp32"] - 1) > 0.15
+
+
+@pytest.mark.parametrize(
+    ("formats", "error", "message"),
+    [
+        ("8bit", ValueError, "must be one of 'fp32', 'bf16', or a dict"),
+        ({"q": "bf16"}, ValueError, "formats has 'q', but adamw keeps m, v"),
+        ({"m": "e4m3"}, ValueError, r"formats\['m'\] must be one of 'fp32', 'bf16'"),
+        (3, TypeError, "must be a string, or a dict"),
+    ],
+)
+def test_refused_formats(formats, error, message):
+    with pytest.raises(error, match=message):
+        fastopt.adamw(np.ones(3, np.float32), formats=formats)
+
+
+def test_formats_are_refused_where_there_are_none():
+    with pytest.raises(TypeError, match="need state of float64"):
+        fastopt.adamw(np.ones(3), formats="bf16")
+    for make in (fastopt.Muon, fastopt.Adafactor):
+        with pytest.raises(TypeError, match="keeps its state in float32 only"):
+            make(np.ones((3, 3), np.float32), formats="bf16")
+
+
+def test_estimates_go_into_state_of_a_format():
+    params = [np.ones(5000, np.float32), np.ones(5000, np.float32)]
+    grads = [np.full(5000, 0.3, np.float32)] * 2
+    found = []
+    for backend in BACKENDS:
+        opt = fastopt.sophia_g(
+            [p.copy() for p in params], backend=backend, formats="bf16"
+        )
+        for _ in range(3):
+            opt.estimate(grads)
+            opt.step(grads)
+        found.append(opt.state["h"])
+    for state in found:
+        assert all(map(same_bits, state, found[0])) and state[0].any()
+        assert not same_bits(state[0], state[1])  # which drew other numbers
+
+
+def test_arrays_of_16_bits_are_not_taken_for_float32():
+    """Kernels would write beyond their ends."""
+    array = np.ones(8, np.float16)
+    with pytest.raises(TypeError, match="kernels compute in float32 or float64"):
+        Program(backends.load("numpy"), passes.accumulate, [Segment(array, (), 0)])
+    mixed = Segment(np.ones(8, np.float32), (array,), 0)
+    with pytest.raises(TypeError, match="segments of float16, float32"):
+        Program(backends.load("numpy"), passes.accumulate, [mixed])

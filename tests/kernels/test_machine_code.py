@@ -130,10 +130,12 @@ def test_every_kernel_is_vectorised_at_full_width(built, kernel, dtype, isa):
 
 
 CODECS = [f"{way}_{name}" for way in ("load", "store") for name in FORMATS]
+STATES = {"adamw_update": 2, "adam_update": 2, "sgd_heavy_ball": 1, "lion_update": 1}
 FUSED = [
-    f"{rule}_f32_{formats}"
-    for rule in ("adamw_update", "adam_update", "sgd_heavy_ball", "lion_update")
-    for formats in ("bf16_bf16", "fp32_bf16")
+    "_".join([rule, param, "bf16", *[state] * count])
+    for rule, count in STATES.items()
+    for param in ("bf16", "fp32")
+    for state in ("bf16_sr", "fp32")
 ]
 
 
