@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,12 @@ def like(stream: Array | Encoded) -> Array:
     because the blocks that kernels see do."""
     if not isinstance(stream, Encoded):
         return stream
-    return np.broadcast_to(ALIGNED.view(stream.dtype)[0:1].reshape(()), stream.shape)
+    return aligned(stream.dtype, stream.shape)
+
+
+def aligned(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """Return an array for which state is made that begins with a cache line."""
+    return np.broadcast_to(ALIGNED[: dtype.itemsize].view(dtype).reshape(()), shape)
 
 
 def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]]:

@@ -22,6 +22,8 @@ from fastopt.rule import bits, real, where, word
 # What kernels compute in, and that for numbers that are stored in fewer bits.
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 COMPUTED = DTYPES[0]
+# The state of fewer elements stays plain: it takes little memory, and needs more care.
+SMALLEST = 4096
 # For messages.
 WANTED_DTYPES = "float32, float64, float16 or ml_dtypes' bfloat16"
 

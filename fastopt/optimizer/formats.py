@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from fastopt.memory.arena import ALIGNED
-from fastopt.memory.formats import COMPUTED, FORMATS, Format
+from fastopt.memory.arena import aligned
+from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format
 from fastopt.memory.segments import Array, Encoded
 from fastopt.rule import shown
 
@@ -19,8 +17,6 @@ PLAIN = "fp32"  # what a buffer is kept in that has no format
 # What a single name stands for, for every buffer. Averages change little at a step, so
 # rounded to the nearest they would not move.
 ALL = {PLAIN: PLAIN, "bf16": "bf16_sr"}
-# Arrays of fewer elements keep plain state: they need little memory, and more care.
-SMALLEST = 4096
 
 
 class StateFormats(NamedTuple):
@@ -35,10 +31,7 @@ class StateFormats(NamedTuple):
     def like(self, name: str, like: Array) -> Array:
         """Return something for which an arena makes such a buffer."""
         format = self.of(name, like)
-        if format is None:
-            return like
-        element = ALIGNED[: format.dtype.itemsize].view(format.dtype).reshape(())
-        return np.broadcast_to(element, like.shape)
+        return like if format is None else aligned(format.dtype, like.shape)
 
     def stream(self, name: str, buffer: Array, like: Array) -> Array | Encoded:
         """Return a buffer as kernels take it."""

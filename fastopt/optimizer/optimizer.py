@@ -55,6 +55,11 @@ class Optimizer(Bindings):
         Where weight decay applies: a tree of bools in the structure of the parameters,
         or a callable of a parameter's path, such as ``"['w'][0]"``, and the array.
         ``lambda path, array: array.ndim > 1`` spares vectors, as people do.
+    formats
+        "bf16", or a dict with the format of each buffer of state: those of
+        ``fastopt.memory.formats`` or "fp32", as by default. Arrays of fewer than 4,096
+        elements keep state of float32. "bf16" rounds stochastically; what is drawn is
+        the same on every backend, and when a run is resumed.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable

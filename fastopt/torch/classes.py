@@ -147,6 +147,7 @@ class ASGD(Averaging, torch.optim.ASGD):
 
 
 class Adafactor(Stepping, torch.optim.Adafactor):
+    _encodes = False
     _default_rule = adafactor
     _names = Names({"v": "variance"}, real=True)
 
@@ -162,6 +163,7 @@ class Muon(Stepping, torch.optim.Muon):
 
     _default_rule = muon
     _names = Names(steps=None)
+    _encodes = False
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise Unsupported("products of matrices")

@@ -16,9 +16,9 @@ from fastopt.optimizer.state import bind_alone
 from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import state
 from fastopt.torch.gradients import Gradients, fitted
-from fastopt.torch.memory import HALVES, array, numbers
+from fastopt.torch.memory import HALVES, ROUNDED, array, computed, numbers
 from fastopt.torch.runs import find_runs
-from fastopt.torch.state import EMA, FACTORS, Kind, Member, Values
+from fastopt.torch.state import EMA, FACTORS, Kind, Member, Names, Values
 from fastopt.torch.turns import Call
 
 
@@ -86,7 +86,7 @@ class Part:
             count = sum(numbers(params[i]) for i in run)
             shape = tuple(param.shape) if self.rule.factored else (-1,)
             streams = {
-                key: array(member.state[key], count)
+                key: rounded(self.names, member.state[key], count)
                 for key in self.buffer_keys
                 if key in member.state
             }
@@ -97,7 +97,8 @@ class Part:
             state = tuple(streams.values())
             if member.factors is not None:
                 state = (member.factors.product,)
-            segments.append(Segment(array(param, count, shape), state, r, average))
+            memory = array(param, count, shape)
+            segments.append(Segment(memory, state, r, average, member.first))
         self.program = Program(
             self.module,
             self.rule,
@@ -257,7 +258,8 @@ class Part:
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
         rows = [row] * len(self.runs)
-        step = partial(self.program.runner, rows, plain(threads))
+        steps = [t] * len(rows) if self.program.draws else None
+        step = partial(self.program.runner, rows, plain(threads), steps)
         if self.names.steps is None:
             return (step,)
         return step, partial(self.vectors[0].fill, t)
@@ -383,6 +385,15 @@ def copy(member: Member, tensor: Tensor) -> Tensor:
     return empty.copy_(tensor.detach())
 
 
+def rounded(names: Names, tensor: Tensor, count: int | None = None) -> Any:
+    """Return a buffer of the state as kernels take it. Where steps are not counted, as
+    in torch's SGD, each would draw what the last one drew, so none draws anything."""
+    memory = array(tensor, count)
+    if tensor.dtype not in ROUNDED or names.steps is None:
+        return memory
+    return memory._replace(format=ROUNDED[tensor.dtype])
+
+
 def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
     """Return the calls that put an estimate into the state. The gradients are of
     another kind than those of a step."""
@@ -390,14 +401,15 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
     (buffer, rule), grads = estimate, []
     part._check_steps()
     streams = [member.state[part.names.key(buffer)] for member in part.members]
-    arrays, keys = list(map(array, streams)), []
+    arrays = [rounded(part.names, stream) for stream in streams]
+    keys = []
     program = bind_alone(part.module, rule, arrays, range(len(arrays)))
     for stream, member, steps in zip(
         streams, part.members, part.vectors[0], strict=True
     ):
         keys.append(Key(int(steps) + 1, (), values[member.group]))
         grad = member.param.grad
-        empty = torch.empty_like(stream)
+        empty = torch.empty_like(stream, dtype=computed(member.param))
         grads.append(None if grad is None else empty.copy_(grad.detach()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])
     # An array does not keep a tensor's memory, so the last call holds the gradients.

@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from fastopt import backends
+from fastopt.memory.formats import SMALLEST
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -25,11 +26,13 @@ from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
     COMPUTED,
     HALVES,
+    ROUNDED,
     Unsupported,
     check_gradient,
     check_memory,
     computed,
     is_plain,
+    numbers,
     watched,
 )
 from fastopt.torch.part import Part
@@ -115,6 +118,10 @@ class Plan:
             dict(zip(rule.hyperparameters, values, strict=True))
             for rule, values in zip(self.rules, self.values, strict=True)
         ]
+        count, firsts = 0, {}  # of the elements of all parameters
+        for param, _ in optimizer._all():
+            firsts[param] = count
+            count += numbers(param)
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (param, group) in enumerate(pairs):
@@ -130,9 +137,11 @@ class Plan:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = gradients is not None
-            of = param, computed(param), place, group, named[group], entry, plain
+            module = module_for(rule, optimizer.backend, param)
+            dtype = state_dtype(optimizer.state_dtype, rule, param, plain, module)
+            of = param, dtype, place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain
-            alike.setdefault(key, []).append(Member(*of, alone))
+            alike.setdefault(key, []).append(Member(*of, alone, firsts[param]))
         self.parts = []
         for members in alike.values():
             rule = self.rules[members[0].group]
@@ -506,6 +515,24 @@ def check(
                 f"{tuple(shape)} in its state, where it has {tuple(tensor.shape)}; cut "
                 f"or pad the state as the parameter, or delete it"
             )
+
+
+def state_dtype(
+    wanted: torch.dtype | None, rule: Rule, param: Tensor, plain: bool, module: Any
+) -> torch.dtype:
+    """Return the dtype of a parameter's buffers."""
+    dtype = computed(param)
+    if wanted not in ROUNDED or dtype is not torch.float32 or not plain:
+        return dtype
+    if rule.factored or param.numel() < SMALLEST:
+        return dtype
+    format = ROUNDED[wanted]
+    if format.name not in module.formats:
+        raise ValueError(
+            f"the kernels for {param.device} do not keep state in {wanted}; leave "
+            f"state_dtype out"
+        )
+    return wanted
 
 
 def in_fake_mode() -> bool:

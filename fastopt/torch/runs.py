@@ -48,6 +48,7 @@ def placement(
         return None
     common = (
         member.group,
+        member.dtype,
         *(vector[i] for vector in vectors),
         # Tensors may follow one another by chance, but not for long.
         param.untyped_storage().data_ptr(),

@@ -21,9 +21,11 @@ from fastopt.memory.segments import Array
 from fastopt.rule import Rule
 from fastopt.torch.memory import (
     COMPUTED,
+    HALVES,
     NUMPY,
     array,
     at_address,
+    computed,
     is_plain,
     like,
     numbers,
@@ -60,23 +62,29 @@ class Member:
     """A parameter that is updated, and its place among all parameters."""
 
     param: Tensor
-    dtype: torch.dtype  # of its state
+    dtype: torch.dtype  # of the rule's buffers
     place: int
     group: int
     values: Mapping[str, Any]  # the group's hyperparameters
     state: dict[str, Any]
     plain: bool  # whether steps work in its own memory
     alone: bool  # whether it is always a segment by itself
+    first: int = 0  # the number of its first element among all parameters'
     factors: Factors | None = None
 
-    def has(self, tensor: Any) -> bool:
-        """Whether a tensor of the state can be worked in as it is."""
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype of a buffer."""
+        return computed(self.param) if key == EMA else self.dtype
+
+    def has(self, key: str) -> bool:
+        """Whether a buffer of the state can be worked in as it is."""
+        tensor, dtype = self.state.get(key), self.dtype_of(key)
         if not isinstance(tensor, Tensor):
             return False
         if self.plain:
-            return same_layout(tensor, self.param, self.dtype)
+            return same_layout(tensor, self.param, dtype)
         alike = (tensor.dtype, tensor.device, tensor.shape) == (
-            self.dtype,
+            dtype,
             self.param.device,
             self.param.shape,
         )
@@ -107,7 +115,7 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
         if not in_one_piece([members[i].state.get(key) for i in run])
         for i in run
     }
-    batches: dict[tuple[str, ...], list[Member]] = {}
+    batches: dict[tuple[Any, ...], list[Member]] = {}
     for i, member in enumerate(members):
         of_matrix = rule.factored and member.param.dim() > 1
         if of_matrix:
@@ -116,13 +124,15 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
             name
             for name, key in keys.items()
             if not (of_matrix and name != EMA)
-            and ((i, name) in apart or not member.has(member.state.get(key)))
+            and ((i, name) in apart or not member.has(key))
         )
-        if lacking:
-            batches.setdefault(lacking, []).append(member)
-    for lacking, batch in batches.items():
-        for member, streams in zip(batch, zeros(batch, len(lacking)), strict=True):
-            for name, flat in zip(lacking, streams, strict=True):
+        for dtype in dict.fromkeys(member.dtype_of(keys[name]) for name in lacking):
+            alike = [n for n in lacking if member.dtype_of(keys[n]) == dtype]
+            batches.setdefault((dtype, *alike), []).append(member)
+    for (dtype, *names), batch in batches.items():
+        made = zeros(batch, len(names), dtype)
+        for member, streams in zip(batch, made, strict=True):
+            for name, flat in zip(names, streams, strict=True):
                 tensor = like(member.param, flat, member.plain)
                 before, of = member.state.get(keys[name]), rule.starts.get(name)
                 if isinstance(before, Tensor):
@@ -143,10 +153,19 @@ def in_one_piece(tensors: Sequence[Any]) -> bool:
     )
 
 
-def zeros(members: Sequence[Member], streams: int) -> list[tuple[Tensor, ...]]:
+def zeros(
+    members: Sequence[Member], streams: int, dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
     """Return, for each member, ``streams`` flat buffers of zeros."""
     first, sizes = members[0].param, [numbers(member.param) for member in members]
-    dtype = COMPUTED[first.dtype]
+    dtype = COMPUTED[dtype] if dtype.is_complex else dtype
+    if first.is_cpu and dtype in HALVES:
+        stored = HALVES[dtype].stored
+        kinds = [arena.aligned(stored, (size,)) for size in sizes]
+        return [
+            tuple(torch.from_numpy(flat).view(dtype) for flat in of)
+            for of in arena.state_arena(kinds, streams)
+        ]
     if first.is_cpu:
         arrays = [
             arena.like(array(member.param))

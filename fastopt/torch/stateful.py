@@ -47,6 +47,8 @@ class Stateful(Optimizer):
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients
     weight_decay_mask: Any = None
+    state_dtype: torch.dtype | None = None
+    _encodes = True  # whether there is state that may have a state_dtype
     threads: int | None
 
     def _renew(self) -> None:

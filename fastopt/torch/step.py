@@ -20,7 +20,7 @@ from fastopt.step import OPTIONS, PLAIN, Options, Request
 from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
-from fastopt.torch.memory import Unsupported
+from fastopt.torch.memory import ROUNDED, Unsupported
 from fastopt.torch.part import Part, estimate
 from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
@@ -48,6 +48,11 @@ class Stepping(Stateful):
     weight_decay_mask
         Where weight decay applies: a callable of a parameter's name (empty if torch has
         none) and the parameter, such as ``lambda name, param: param.ndim > 1``.
+    state_dtype
+        ``torch.bfloat16`` keeps the averages of parameters of 4,096 elements and more
+        in bfloat16, rounded stochastically (by SGD, which does not count its steps, to
+        the nearest); the same run draws the same numbers. By default, and for float64
+        parameters, state has the dtype that is computed in.
     threads
         The most to use; by default as many as torch uses, within the container's quota.
     backend
@@ -73,6 +78,7 @@ class Stepping(Stateful):
         nonfinite: str = "propagate",
         ema: float | None = None,
         weight_decay_mask: Callable[[str, Tensor], bool] | None = None,
+        state_dtype: torch.dtype | None = None,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -88,6 +94,16 @@ class Stepping(Stateful):
                 f"got {weight_decay_mask!r}"
             )
         self.weight_decay_mask = weight_decay_mask
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype must be torch.float32 or torch.bfloat16, got "
+                f"{state_dtype!r}"
+            )
+        if state_dtype in ROUNDED and not self._encodes:
+            raise ValueError(
+                f"{type(self).__name__} has no state_dtype={state_dtype}; leave it out"
+            )
+        self.state_dtype = state_dtype
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(

@@ -307,7 +307,7 @@ def test_a_step_makes_no_copies():
     assert peak < param.nbytes / 4
 
 
-# Stochastic rounding, and formats of state ---------------------------------------------
+# Stochastic rounding, and formats of state ------------------------------------------
 
 SR = FORMATS["bf16_sr"]
 

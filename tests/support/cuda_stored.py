@@ -384,7 +384,8 @@ def mutated(monkeypatch, pattern, new):
     generated = rewritten(pattern, new)
 
     def with_all(lines, element, dtype, formats, width):
-        formats = *formats, *(FORMATS[k] for k in sorted(cuda_driver.formats))  # so that there is what mutants call
+        # So that there is what mutants call.
+        formats = *formats, *(FORMATS[k] for k in sorted(cuda_driver.formats))
         lines.insert(1, "    from fastopt.rule import bits, real, word")
         lines.insert(2, "    HALF = word(0x8000)")
         return generated(lines, element, dtype, formats, width)
