@@ -195,10 +195,10 @@ class Interrupting:
     def __init__(self, runner, after):
         self.runner, self.after, self.take = runner, after, runner.take
 
-    def calls(self, rows, request):
+    def calls(self, rows, request, steps):
         def interrupted():
             if self.after:
-                uninterrupted(*self.runner.calls(rows, request))
+                uninterrupted(*self.runner.calls(rows, request, steps))
             raise KeyboardInterrupt
 
         return [interrupted]
