@@ -156,7 +156,7 @@ cdef void slowed_sums(
 # The kernels of any rule"""
 # The calls of kernels in the driver, and what stands there instead.
 CALLS = {
-    "    job.kernel(row, ": "    slowed(job.kernel, row, ",
+    "    kernel(row, ": "    slowed(kernel, row, ",
     "    job.finish(pair, ": "    slowed(job.finish, pair, ",
     "    measure(\n": "    slowed_sums(measure,\n",
 }

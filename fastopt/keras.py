@@ -147,6 +147,12 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         self._tensors = [variable.value.detach() for variable in variables]
+        for variable in variables:
+            if variable.dtype in ("float16", "bfloat16"):
+                raise TypeError(
+                    f"variable {variable.path} has dtype {variable.dtype}; float32 or "
+                    f"float64 is needed"
+                )
         self._spare(variables)
         self._decays = list(map(self._use_weight_decay, variables))
         self._optimizer = self._new(self._decays)

@@ -132,8 +132,19 @@ def fastopt_flat(case: Case, backend: str) -> Contender:
     return Contender(step, lambda: params.views, grads.views)
 
 
-def fastopt_step(case: Case, params: Any, grads: Any, backend: str) -> Any:
-    asked, options = dict(case.asked), case.hyperparameters
+def fastopt_bf16_state(case: Case) -> Contender:
+    """Keep the state in bfloat16, as torch's optimizers do for such parameters."""
+    if case.dtype == "float32":
+        raise Unavailable("torch's state is float32 for parameters of float32")
+    params, grads = flat_buffers(case)
+    step = fastopt_step(case, params, grads, "cython", formats="bf16")
+    return Contender(step, lambda: params.views, grads.views)
+
+
+def fastopt_step(
+    case: Case, params: Any, grads: Any, backend: str, **options: Any
+) -> Any:
+    asked, options = dict(case.asked), {**case.hyperparameters, **options}
     if "ema" in asked:  # old versions have none
         options = {**options, "ema": asked.pop("ema")}
     opt = fastopt_rule(case)(params, backend=backend, **options)
@@ -450,6 +461,7 @@ def jax_contender(case: Case, jax: Any, init: Any, advance: Any) -> Contender:
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "fastopt": partial(fastopt_flat, backend="cython"),
     "fastopt arrays": fastopt_arrays,
+    "fastopt, bf16 state": fastopt_bf16_state,
     "fastopt C": fastopt_c,
     "floor": floor,
     "naive NumPy": naive_numpy,

@@ -28,6 +28,7 @@ LINES = {
     "fastopt": Line("#000000", "-", 2.8),
     "fastopt arrays": Line("#000000", "--"),
     "fastopt numba": Line("#000000", ":"),
+    "fastopt, bf16 state": Line("#555555", "-."),
     "fastopt C": Line("#555555", ":"),
     "fastopt torch": Line("#555555", "--"),
     "fastopt torch, flat": Line("#555555", "-"),

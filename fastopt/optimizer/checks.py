@@ -117,7 +117,7 @@ def check_params(
         if kind != wanted:
             raise TypeError(
                 f"{name} has dtype {array.dtype} but {first} is computed in {wanted}; "
-                f"use one optimizer for each"
+                f"use one optimizer for each dtype"
             )
         check_layout(name, array, updated=True)
         if read_only(original) or read_only(array):

@@ -121,7 +121,7 @@ class Plan:
         count, firsts = 0, {}  # of the elements of all parameters
         for param, _ in optimizer._all():
             firsts[param] = count
-            count += numbers(param)
+            count += 0 if is_lazy(param) else numbers(param)
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (param, group) in enumerate(pairs):

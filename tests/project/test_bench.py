@@ -137,6 +137,37 @@ def test_they_do_the_same_update(package):
         assert f"{name} {rule}" in done.stdout
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_they_do_the_same_update_of_16_bits(dtype):
+    """Up to the last place of the parameters, and what bfloat16 leaves of averages."""
+    pytest.importorskip("torch")
+    case = Case("adamw", {"lr": 0.1}, 2, 5000, dtype=dtype)
+    names = "fastopt", "fastopt arrays", "fastopt torch", "torch fused"
+    params = {}
+    for name in (*names, "fastopt, bf16 state"):
+        made = contender.CONTENDERS[name](case)
+        for _ in range(3):
+            made.step()
+        params[name] = np.concatenate(made.params()).astype(np.float32)
+    for name in names[:3]:
+        np.testing.assert_array_equal(params[name], params["fastopt"])
+    if dtype == "float16":  # in which torch's average of small squares is 0
+        del params["torch fused"]
+    for name, values in params.items():
+        np.testing.assert_allclose(values, params["fastopt"], 2**-6, 2**-6, name)
+
+
+def test_other_dtypes_are_said():
+    case = Case("adamw", {}, 1, 10, dtype="bfloat16")
+    assert cases.title(case) == "adamw, bfloat16"
+    assert cases.bytes_moved(case) == (3 * 2 + 8 * 2) * 10
+    for name in ("optax", "fastopt C", "naive NumPy"):
+        with pytest.raises(Unavailable, match="not measured with bfloat16"):
+            contender.CONTENDERS[name](case)
+    with pytest.raises(Unavailable, match="torch's state is float32"):
+        contender.CONTENDERS["fastopt, bf16 state"](TINY)
+
+
 # The protocol -------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from cases import CASES, DTYPES, label, nonzero, same_bits
+from cases import CASES, DTYPES, bfloat16, label, nonzero, same_bits
 
 import fastopt
 from fastopt import backends
@@ -190,8 +190,8 @@ def core_makes(shape: Any) -> Iterator[Makes]:
 def core(backend: str, long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """The cases of a backend: what each is called, and what does it."""
     number, one_of = 0, {"cython": 330, "numba": 2500}[backend]
-    shaped = itertools.cycle(MATRICES)
-    for size, edge, dtype in itertools.product(SIZES, EDGES, DTYPES):
+    shaped, halves = itertools.cycle(MATRICES), (np.float16, bfloat16)
+    for size, edge, dtype in itertools.product(SIZES, EDGES, (*DTYPES, *halves)):
         for name, make, of_its_own in core_makes(next(shaped)):
             for turn in range(3):
                 number += 1
@@ -200,6 +200,9 @@ def core(backend: str, long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 shapes = [first, (3,), (0,), (size + 1,)] if number % 3 else [first]
                 if name == "muon" and asked[2]:
                     continue  # it refuses the gradients of tasks
+                if dtype in halves and name not in ("muon", "adafactor"):
+                    of_step, of_optimizer, tasks = asked
+                    asked = of_step, {**of_optimizer, "formats": "bf16"}, tasks
                 what = f"{backend} {name} {shapes} {dtype.__name__} {edge} {asked}"
                 if long or chosen(what, one_of):
                     case = make, shapes, dtype, asked
