@@ -1,10 +1,10 @@
-# Kernels take most streams from memory as they are. This file makes blocks of the others in
-# the cache, just before a kernel takes them, and stores what the kernel has changed. A
-# ``make_t`` makes a block of column c of row r.
+# Kernels read most streams in memory. For the other streams, this file makes blocks in the
+# cache just before a kernel reads them, and encodes the blocks that the kernel has changed.
+# A ``make_t`` makes a block of column c of row r.
 
 cdef inline int64_t block_bytes(const Job* job, int64_t n) noexcept nogil:
-    """The bytes from one block of n elements to the next. Blocks lie close together, and
-    begin with a cache line."""
+    """Return the distance in bytes between blocks of n elements. Each begins at a cache
+    line."""
     return (n * job.itemsize + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
@@ -19,8 +19,8 @@ cdef void combine_block(
 cdef void combine_limited(
     const Job* job, int64_t r, int64_t start, int64_t n, const char* limits, char* block
 ) noexcept nogil:
-    """Combine the gradients of several tasks. Those that are encoded are decoded into the
-    blocks behind this one, some at a time."""
+    """Combine the gradients of several tasks in a block. Encoded gradients are decoded
+    into the blocks behind it, a few at a time."""
     cdef int64_t k, j, count, room = block_bytes(job, n)
     cdef int64_t addresses[AT_A_TIME]
     cdef const Stream* stream
@@ -37,12 +37,8 @@ cdef void combine_limited(
             stream = job.task_streams + (k + j) * job.rows + r
             addresses[j] = job.tasks[(k + j) * job.rows + r]
             if addresses[j] and stream.load:
-                stream.load(
-                    stream.parts, start, n, block + (1 + j) * room
-                )
-                addresses[j] = (
-                    <int64_t> block + (1 + j) * room - start * job.itemsize
-                )
+                stream.load(stream.parts, start, n, block + (1 + j) * room)
+                addresses[j] = <int64_t> block + (1 + j) * room - start * job.itemsize
         job.tools.combine(
             addresses, 1, count, job.weights + k * job.itemsize, start, n,
             limits if k + count == job.task_count else NULL, block,
@@ -53,7 +49,7 @@ cdef void combine_limited(
 cdef void load_block(
     const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil:
-    """Decode a stream."""
+    """Decode a stream into a block."""
     cdef const Stream* stream = stream_of(job, r, c)
     stream.load(stream.parts, start, n, block)
 
@@ -61,8 +57,8 @@ cdef void load_block(
 cdef void clip_block(
     const Job* job, int64_t r, int64_t c, int64_t start, int64_t n, char* block
 ) noexcept nogil:
-    """Clip a gradient. If it is encoded, it is decoded into the block behind this one, which
-    is made later."""
+    """Clip a gradient in a block. An encoded gradient is first decoded into the next block,
+    which no stream uses yet."""
     cdef const int64_t* row = job.table + r * job.columns
     cdef const Stream* stream = stream_of(job, r, c)
     cdef int64_t pair[2]
@@ -83,8 +79,8 @@ cdef inline void make_blocks(
     const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
     int64_t* local
 ) noexcept nogil:
-    """Copy a row, with blocks in place of those of its columns [first, end) that must be
-    made."""
+    """Copy a row. In columns [first, end), replace streams that kernels cannot read by
+    blocks."""
     cdef int64_t c
     cdef make_t make
     cdef const Stream* stream
@@ -106,7 +102,7 @@ cdef inline void store_blocks(
     const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
     const int64_t* local
 ) noexcept nogil:
-    """Encode those of the columns [first, end) that a kernel has written to blocks."""
+    """Encode the blocks of columns [first, end) that a kernel has written."""
     cdef int64_t c
     cdef uint32_t draw[3]
     cdef const Stream* stream
@@ -122,8 +118,8 @@ cdef inline void store_blocks(
 cdef inline void prefetch_blocks(
     const Job* job, int64_t r, int64_t end, int64_t start, int64_t n
 ) noexcept nogil:
-    """Fetch columns [0, end) of elements that come next, because a loop that decodes does
-    little else than wait for memory (docs/performance.md)."""
+    """Prefetch the next elements of columns [0, end), because a loop that only decodes
+    would wait for memory (docs/performance.md)."""
     cdef int64_t c, width, at, last
     cdef const int64_t* row = job.table + r * job.columns
     cdef const Stream* stream

@@ -340,8 +340,8 @@ class Format:
         return f"{self.decode.name}_f32({text})"
 
     def encoded(self, text, stream):
-        """Return the expression for what is stored for a number. If the format is
-        stochastic, ``element`` and ``step`` are those of random_word."""
+        """Return the expression for the word to store. A stochastic format uses the
+        variables ``element`` and ``step``, the arguments of ``random_word``."""
         if self.stochastic:
             pair, shift = f"({stream}) >> 1", f"(({stream}) & 1) << 4"
             text += f", formats_random_word_f32(element, step, {pair}) << ({shift})"
@@ -366,7 +366,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Form:
-    """The formats of the streams of a kernel that decodes and encodes in registers."""
+    """A kernel that decodes and encodes in registers: its rule and its formats."""
 
     rule: Kernel
     param: Format | Plain
@@ -379,8 +379,8 @@ class Form:
         return "_".join([self.rule.name, *(stream.name for stream in streams)])
 
 
-# Rules whose kernels decode and encode in their registers: what most people train with.
-# All other rules have blocks of numbers made (blocks.pxi).
+# Rules with kernels that decode and encode in registers, because most people train with
+# them. For all other rules, the driver makes blocks (blocks.pxi).
 FUSED = (
     *("adam_update", "adamw_update", "sgd_update", "sgd_heavy_ball", "lion_update"),
     *("floor_streams0", "floor_streams1", "floor_streams2"),
@@ -502,7 +502,7 @@ def formats():
 
 
 def fused(stored, rule):
-    """Return the forms in which a rule has a kernel."""
+    """Return the forms of a rule's kernels that decode and encode in registers."""
     if rule.name not in FUSED:
         return []
     by_name, plain = {format.name: format for format in stored}, Plain()
@@ -543,9 +543,8 @@ def renderer():
     updates = [f for f in found if type(f) is Kernel]
     codecs = [function for f in stored for function in (f.decode, f.encode)]
     codecs.append(defined(FORMATS, "random_word"))
-    codecs = list(
-        {f.name: f for c in codecs for f in (c, *c.helpers.values())}.values()
-    )
+    codecs += [helper for codec in codecs for helper in codec.helpers.values()]
+    codecs = list({codec.name: codec for codec in codecs}.values())
     compiled = [f for f in (*found, *codecs) if type(f) is not Scalars]
     named = {c.name: c for function in compiled for c in function.named.values()}
     namespace = {

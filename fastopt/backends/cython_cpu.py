@@ -184,7 +184,7 @@ def step(
         kernels(),
         *functions,
         scalars(rule),
-        addresses,
+        addresses=addresses,
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
         streams=streams_of(segments),

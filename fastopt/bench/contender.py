@@ -126,9 +126,9 @@ def flat_buffers(case: Case) -> tuple[Any, Any]:
     return params, grads
 
 
-def fastopt_flat(case: Case, backend: str) -> Contender:
+def fastopt_flat(case: Case, backend: str, **options: Any) -> Contender:
     params, grads = flat_buffers(case)
-    step = fastopt_step(case, params, grads, backend)
+    step = fastopt_step(case, params, grads, backend, **options)
     return Contender(step, lambda: params.views, grads.views)
 
 
@@ -136,9 +136,7 @@ def fastopt_bf16_state(case: Case) -> Contender:
     """Keep the state in bfloat16, as torch's optimizers do for such parameters."""
     if case.dtype == "float32":
         raise Unavailable("torch's state is float32 for parameters of float32")
-    params, grads = flat_buffers(case)
-    step = fastopt_step(case, params, grads, "cython", formats="bf16")
-    return Contender(step, lambda: params.views, grads.views)
+    return fastopt_flat(case, "cython", formats="bf16")
 
 
 def fastopt_step(

@@ -45,16 +45,16 @@ ALIGNED = zeroed(CACHE_LINE)
 
 
 def like(stream: Array | Encoded) -> Array:
-    """Return an array for which state can be made as for a stream: the array itself,
-    or, if it is encoded, one that takes no memory, and begins with a cache line,
-    because the blocks that kernels see do."""
+    """Return an array that :func:`state_arena` makes state for: the stream itself if
+    it is an array. For an encoded one, state has the dtype that kernels compute in."""
     if not isinstance(stream, Encoded):
         return stream
     return aligned(stream.dtype, stream.shape)
 
 
 def aligned(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """Return an array for which state is made that begins with a cache line."""
+    """Return an array of a dtype and shape that takes no memory. State that is made for
+    it begins at a cache line, as blocks of encoded streams do."""
     return np.broadcast_to(ALIGNED[: dtype.itemsize].view(dtype).reshape(()), shape)
 
 

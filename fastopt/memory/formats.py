@@ -1,13 +1,13 @@
-"""How streams are stored in fewer bits than kernels compute in.
+"""Formats: how numbers are stored in fewer bits than kernels compute in.
 
-Kernels compute in float32. A format says how a number of float32 becomes a stored word,
-and how a word becomes a number again. Its two functions are written in the language of
-rules, so every backend compiles them, and the bits are the same on each. A rule says
-nothing about formats.
+Kernels compute in float32. A format encodes a float32 number as a word, which is
+stored, and decodes it again. Both functions are written in the language of rules, so
+every backend compiles them and computes the same bits. Rules do not know about formats.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ import numpy.typing as npt
 from fastopt.language import NUMPY, Function, Word, concrete
 from fastopt.rule import bits, real, where, word
 
-# What kernels compute in, and that for numbers that are stored in fewer bits.
+# The dtypes that kernels compute in. Decoded numbers have the first.
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 COMPUTED = DTYPES[0]
-# The state of fewer elements stays plain: it takes little memory, and needs more care.
+# Arrays of fewer elements keep float32 state, which takes little memory there.
 SMALLEST = 4096
 # For messages.
 WANTED_DTYPES = "float32, float64, float16 or ml_dtypes' bfloat16"
@@ -30,28 +30,31 @@ WANTED_DTYPES = "float32, float64, float16 or ml_dtypes' bfloat16"
 
 @dataclass(frozen=True)
 class Format:
-    """A format of stored numbers.
+    """A format in which numbers are stored.
 
     Parameters
     ----------
     name
-        What users and kernels call it.
+        The name in ``formats=`` and in the names of kernels.
     decode
-        Takes the stored word, and returns the number.
+        Takes a stored word and returns its number.
     encode
-        Takes a number, and returns the word to store, in its lowest bits. If it is
-        ``stochastic``, it takes a random word, too.
+        Takes a number and returns the word to store, in the lowest bits. A
+        ``stochastic`` format takes a random word as well.
     stored
-        The dtype of what is stored: an unsigned integer.
+        The dtype of the stored words, an unsigned integer.
+    public
+        The name of the dtype of such arrays, which users see: NumPy's or ml_dtypes'.
     """
 
     name: str
     decode: Function
     encode: Function
     stored: np.dtype[Any]
+    public: str
 
     def read(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the numbers of an array of stored words."""
+        """Decode an array of stored words."""
         decode = concrete(self.decode, COMPUTED, NUMPY, lambda helper: helper)
         with np.errstate(all="ignore"):
             numbers: npt.NDArray[Any] = decode(Word(stored.astype(np.uint32)))
@@ -59,29 +62,33 @@ class Format:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of arrays of it, for users. That of bfloat16 is ml_dtypes'."""
-        if self.decode is decode_fp16:
-            return np.dtype(np.float16)
-        try:
-            module = importlib.import_module("ml_dtypes")
-        except ImportError as error:
-            raise ImportError(
-                "arrays of bfloat16 need ml_dtypes; pip install ml_dtypes"
-            ) from error
-        dtype: np.dtype[Any] = np.dtype(module.bfloat16)
+        """The ``public`` dtype. Raise ImportError if it needs ml_dtypes, which is not
+        installed."""
+        module: Any = np
+        if not hasattr(np, self.public):
+            try:
+                module = importlib.import_module("ml_dtypes")
+            except ImportError as error:
+                raise ImportError(
+                    f"arrays of {self.public} need ml_dtypes; pip install ml_dtypes"
+                ) from error
+        dtype: np.dtype[Any] = np.dtype(getattr(module, self.public))
         return dtype
 
     @property
     def stochastic(self) -> bool:
-        """Whether it rounds up or down at random."""
+        """Whether numbers are rounded up or down at random."""
         return self.encode.__code__.co_argcount == 2
 
     def written(
         self, numbers: npt.NDArray[Any], draw: tuple[int, int, int] = (0, 0, 0)
     ) -> npt.NDArray[Any]:
-        """Return the words to store for these numbers. ``draw`` decides what a
-        stochastic format draws: the number of the first element among all that an
-        optimizer updates, that of the step, and the stream's."""
+        """Encode an array of numbers.
+
+        A stochastic format draws random words. They depend on ``draw`` only: the index
+        of the first element among all elements of an optimizer, the number of the step,
+        and the index of the stream.
+        """
         encode = concrete(self.encode, COMPUTED, NUMPY, lambda helper: helper)
         with np.errstate(all="ignore"):
             random = (drawn(numbers.shape, draw),) if self.stochastic else ()
@@ -90,7 +97,7 @@ class Format:
 
 
 def drawn(shape: tuple[int, ...], draw: tuple[int, int, int]) -> Word:
-    """Return a random word for each element of an array."""
+    """Return a random word for each element, as :meth:`Format.written` says."""
     first, step, pair = (
         np.asarray(k % 2**32, np.uint32) for k in (*draw[:2], draw[2] // 2)
     )
@@ -118,8 +125,8 @@ def encode_bf16(x: Any) -> Any:
     return bits(where(x == x, real(nearest), real(w | QUIET))) >> 16
 
 
-# Stochastic rounding: up with the probability that makes the expected result exact, so
-# that what is too small to move a number does move it now and then.
+# Stochastic rounding rounds up with the probability that makes the mean exact. So even
+# changes that are too small for rounding to nearest are not lost on average.
 
 FIRST_FACTOR = word(0x7FEB352D)
 SECOND_FACTOR = word(0x846CA68B)
@@ -127,21 +134,21 @@ STEP_FACTOR = word(0x9E3779B9)
 
 
 def mixed(w: Word) -> Any:
-    """Return a hash of a word: C. Wellons' lowbias32, which has two multiplications."""
+    """Hash a word, by C. Wellons' lowbias32, which takes two multiplications."""
     w = (w ^ (w >> 16)) * FIRST_FACTOR
     w = (w ^ (w >> 15)) * SECOND_FACTOR
     return w ^ (w >> 16)
 
 
 def random_word(element: Word, step: Word, pair: Word) -> Any:
-    """Return a word that depends on nothing but these, so that it is the same on every
-    backend, for any number of threads, and when a run is resumed. It serves a pair of
-    streams: the upper half is the first one's, the lower half the other's."""
+    """Return a pseudorandom word. It depends on the arguments only, so it is the same
+    on every backend, for any number of threads, and in a resumed run. Two streams share
+    it: the first uses the upper half of its bits, the second the lower half."""
     return mixed(element ^ mixed(step * STEP_FACTOR + pair))
 
 
 def encode_bf16_sr(x: Any, random: Word) -> Any:
-    """Round up or down, by the upper half of a random word."""
+    """Round up or down at random, by the upper half of a random word."""
     w = bits(x)
     return bits(where(x == x, real(w + (random >> 16)), real(w | QUIET))) >> 16
 
@@ -186,23 +193,21 @@ def encode_fp16(x: Any) -> Any:
 FORMATS = {
     format.name: format
     for format in (
-        Format("bf16", decode_bf16, encode_bf16, np.dtype(np.uint16)),
-        Format("bf16_sr", decode_bf16, encode_bf16_sr, np.dtype(np.uint16)),
-        Format("fp16", decode_fp16, encode_fp16, np.dtype(np.uint16)),
+        Format("bf16", decode_bf16, encode_bf16, np.dtype(np.uint16), "bfloat16"),
+        Format("bf16_sr", decode_bf16, encode_bf16_sr, np.dtype(np.uint16), "bfloat16"),
+        Format("fp16", decode_fp16, encode_fp16, np.dtype(np.uint16), "float16"),
     )
 }
 
 
+@functools.cache
 def format_of(dtype: np.dtype[Any]) -> Format | None:
-    """Return the format of a dtype's elements, or None if kernels do not decode it.
-    ``bfloat16`` is not NumPy's own: ml_dtypes provides it."""
-    if dtype == np.float16:
-        return FORMATS["fp16"]
-    if dtype.itemsize == 2 and dtype.name == "bfloat16":
-        return FORMATS["bf16"]
-    return None
+    """Return the format of arrays of a dtype, or None if kernels do not decode it. The
+    first of the formats with that dtype rounds to nearest."""
+    alike = (format for format in FORMATS.values() if format.public == dtype.name)
+    return next(alike, None) if dtype.isnative else None
 
 
 def computed(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype that kernels compute in for elements of a dtype."""
+    """Return the dtype that kernels compute in for arrays of a dtype."""
     return dtype if format_of(dtype) is None else COMPUTED

@@ -21,11 +21,11 @@ class Product(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Numbers that are stored in fewer bits than kernels compute in. Kernels see it as
+    """Numbers that are stored in fewer bits than kernels compute in. To kernels, it is
     an array of float32."""
 
     format: Format
-    parts: tuple[Array, ...]  # what is stored: unsigned integers
+    parts: tuple[Array, ...]  # the stored words
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -40,12 +40,12 @@ class Encoded(NamedTuple):
         return self.parts[0].size
 
     def numbers(self) -> Array:
-        """Return the numbers, decoded."""
+        """Decode the numbers."""
         return self.format.read(self.parts[0])
 
 
 def encoded(array: Array | Encoded) -> Array | Encoded:
-    """Return an array as kernels take it: encoded, if its dtype is that of a format."""
+    """Return an array as kernels take it: ``Encoded`` if its dtype has a format."""
     if isinstance(array, Encoded):
         return array
     format = format_of(array.dtype)
@@ -53,12 +53,12 @@ def encoded(array: Array | Encoded) -> Array | Encoded:
 
 
 def decoded(array: Array | Encoded) -> Array:
-    """Return the numbers of an array that kernels take."""
+    """Return the numbers of a stream as an array."""
     return array.numbers() if isinstance(array, Encoded) else array
 
 
-# An operand of a kernel: an array, which the kernel reads in place, or what blocks are
-# made of for the kernel.
+# An operand of a kernel. The kernel reads an array in place. Blocks of the others are
+# made for it in the cache, unless it decodes the stored words itself.
 Stream: TypeAlias = Array | Product | Encoded
 
 
@@ -70,7 +70,7 @@ class Segment(NamedTuple):
     state: tuple[Stream, ...]
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
-    first: int = 0  # the number of its first element among all that are updated
+    first: int = 0  # the index of its first element among all elements of the optimizer
 
     @property
     def is_factored(self) -> bool:
@@ -78,7 +78,7 @@ class Segment(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether a stream is rounded at random."""
+        """Whether a stream is rounded stochastically."""
         streams = self.param, *self.state
         return any(isinstance(s, Encoded) and s.format.stochastic for s in streams)
 

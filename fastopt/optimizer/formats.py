@@ -1,4 +1,4 @@
-"""The formats in which an optimizer keeps its state."""
+"""The argument ``formats`` of an optimizer: the formats of its state."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastopt.memory.arena import aligned
-from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format
+from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format, format_of
 from fastopt.memory.segments import Array, Encoded
 from fastopt.rule import shown
 
 if TYPE_CHECKING:
     from fastopt.optimizer.bindings import Bindings
 
-PLAIN = "fp32"  # what a buffer is kept in that has no format
-# What a single name stands for, for every buffer. Averages change little at a step, so
-# rounded to the nearest they would not move.
+PLAIN = "fp32"  # the name for buffers without a format
+# What a single name means for every buffer. Averages change little in a step, so
+# rounding to nearest would stop them.
 ALL = {PLAIN: PLAIN, "bf16": "bf16_sr"}
 
 
 class StateFormats(NamedTuple):
-    """For each buffer of state the format in which it is kept."""
+    """The format of each buffer of the state."""
 
-    by_name: Mapping[str, Format] = {}  # none for plain ones
+    by_name: Mapping[str, Format] = {}  # plain buffers are not in it
 
-    def of(self, name: str, like: Array) -> Format | None:
-        """Return the format of a parameter's buffer, or None for a plain one."""
-        return self.by_name.get(name) if like.size >= SMALLEST else None
+    def model(self, name: str, like: Array) -> Array:
+        """Return an array that an arena makes a buffer for. ``like`` has the shape of
+        the parameter and the dtype of plain state."""
+        format = self.by_name.get(name)
+        if format is None or like.size < SMALLEST:
+            return like
+        return aligned(format.dtype, like.shape)
 
-    def like(self, name: str, like: Array) -> Array:
-        """Return something for which an arena makes such a buffer."""
-        format = self.of(name, like)
-        return like if format is None else aligned(format.dtype, like.shape)
-
-    def stream(self, name: str, buffer: Array, like: Array) -> Array | Encoded:
+    def stream(self, name: str, buffer: Array) -> Array | Encoded:
         """Return a buffer as kernels take it."""
-        format = self.of(name, like)
-        if format is None:
+        if format_of(buffer.dtype) is None:
             return buffer
+        format = self.by_name[name]
         return Encoded(format, (buffer.view(format.stored),))
 
 
 def state_formats(formats: Any, opt: Bindings) -> StateFormats:
-    """Check the argument ``formats`` of an optimizer whose parameters are known."""
+    """Check an optimizer's argument ``formats`` and return what it says. The optimizer
+    has its parameters already."""
     if formats is None:
         return StateFormats()
     rule, dtype = opt.rule, opt._params.dtype
@@ -81,5 +81,5 @@ def state_formats(formats: Any, opt: Bindings) -> StateFormats:
             raise ValueError(
                 f"this backend does not keep state in the format {format.name!r}"
             )
-        format.dtype  # noqa: B018  (it raises if ml_dtypes is missing)
+        format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
     return StateFormats(by_name)

@@ -318,7 +318,7 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
         )
     for buffer, arrays in saved["state"].items():
         shapes = [kept_shape(rule, param) for param in opt._bound.params.arrays]
-        kinds = [opt._formats.like(buffer, of).dtype for of in opt._params.likes]
+        kinds = [opt._formats.model(buffer, of).dtype for of in opt._params.likes]
         check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes, kinds=kinds)
     if (saved["ema"] is None) != (opt.ema is None):
         here, there = ("none", "one") if opt.ema is None else ("one", "none")

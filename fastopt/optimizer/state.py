@@ -69,14 +69,14 @@ class Bound:
                 if since[name] == first:
                     alike.setdefault(formats.by_name.get(name), []).append(name)
             for names in alike.values():
-                kinds = [formats.like(names[0], of) for of in full[first:]]
-                fresh = zeros(module.state_arena, kinds, len(names))
+                models = [formats.model(names[0], of) for of in full[first:]]
+                fresh = zeros(module.state_arena, models, len(names))
                 for name, streams in zip(names, fresh, strict=True):
                     self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
         # The buffers of the state, as kernels take them.
         self.streams = {
-            name: list(map(partial(formats.stream, name), buffers, likes))
+            name: list(map(partial(formats.stream, name), buffers))
             for name, buffers in self.buffers.items()
         }
         firsts = np.cumsum([0, *(like.size for like in likes)]).tolist()

@@ -25,7 +25,6 @@ from fastopt.torch.arguments import spared
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
     COMPUTED,
-    HALVES,
     ROUNDED,
     Unsupported,
     check_gradient,
@@ -128,16 +127,13 @@ class Plan:
             if not planned[place]:
                 continue
             rule = self.rules[group]
-            formats: frozenset[str] = frozenset()
-            if param.dtype in HALVES:
-                formats = module_for(rule, optimizer.backend, param).formats
-            plain = is_plain(param, rule.factored, formats)
+            module = module_for(rule, optimizer.backend, param)
+            plain = is_plain(param, rule.factored, module.formats)
             entry: dict[str, Any] = {}
             if keeps[group]:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = gradients is not None
-            module = module_for(rule, optimizer.backend, param)
             dtype = state_dtype(optimizer.state_dtype, rule, param, plain, module)
             of = param, dtype, place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain
