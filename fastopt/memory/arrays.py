@@ -40,7 +40,14 @@ def as_array(name: str, value: Any) -> Array:
         try:
             array = np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{name} does not share its memory: {error}") from error
+            advice = (
+                ""
+                if "bfloat16" not in str(value.dtype)
+                else ("; use fastopt.torch, or pass an array of ml_dtypes' bfloat16")
+            )
+            raise TypeError(
+                f"{name} does not share its memory: {error}{advice}"
+            ) from error
         if array.flags.owndata and array.size:
             # NumPy allocates an array where it is given a null address.
             raise TypeError(

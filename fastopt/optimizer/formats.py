@@ -13,10 +13,14 @@ from fastopt.rule import shown
 if TYPE_CHECKING:
     from fastopt.optimizer.bindings import Bindings
 
-PLAIN = "fp32"  # the name for buffers without a format
-# What a single name means for every buffer. Averages change little in a step, so
-# rounding to nearest would stop them.
-ALL = {PLAIN: PLAIN, "bf16": "bf16_sr"}
+# What users call the formats of state. "bf16" rounds stochastically, because averages
+# change little in a step, and rounding to nearest would stop them.
+NAMES: Mapping[str, Format | None] = {
+    "fp32": None,
+    "bf16": FORMATS["bf16_sr"],
+    "bf16_nearest": FORMATS["bf16"],
+    "fp16": FORMATS["fp16"],
+}
 
 
 class StateFormats(NamedTuple):
@@ -48,27 +52,28 @@ def state_formats(formats: Any, opt: Bindings) -> StateFormats:
     rule, dtype = opt.rule, opt._params.dtype
     buffers = {name for variant in rule.all for name in variant.state}
     if isinstance(formats, str):
-        if formats not in ALL:
-            raise ValueError(
-                f"formats must be one of {', '.join(map(repr, ALL))}, or a dict with "
-                f"the format of each buffer of state, got {formats!r}"
-            )
-        formats = dict.fromkeys(buffers, ALL[formats])
+        check_name("formats", formats, ", or a dict with the format of each buffer")
+        formats = dict.fromkeys(buffers, formats)
     if not isinstance(formats, Mapping):
         raise TypeError(
             f"formats must be a string, or a dict with the format of each buffer of "
             f"state, got {shown(formats)}"
         )
+    by_name = {}
     for name, kind in formats.items():
         if name not in buffers:
             raise ValueError(
                 f"formats has {name!r}, but {rule.name} keeps "
                 f"{', '.join(sorted(buffers)) or 'no state'}"
             )
-        if kind != PLAIN and kind not in FORMATS:
-            names = ", ".join(map(repr, (PLAIN, *FORMATS)))
-            raise ValueError(f"formats[{name!r}] must be one of {names}, got {kind!r}")
-    by_name = {name: FORMATS[kind] for name, kind in formats.items() if kind != PLAIN}
+        check_name(f"formats[{name!r}]", kind)
+        if format := NAMES[kind]:
+            by_name[name] = format
+            if format.name not in opt._module.formats:
+                raise ValueError(
+                    f"backend {opt.backend!r} does not keep state in format {kind!r}"
+                )
+            format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
     if by_name and dtype != COMPUTED:
         raise TypeError(
             f"formats are for state of float32, but these parameters need state of "
@@ -76,10 +81,11 @@ def state_formats(formats: Any, opt: Bindings) -> StateFormats:
         )
     if by_name and (rule.factored or not opt._leaves_state):
         raise TypeError(f"{rule.name} keeps its state in float32 only, without formats")
-    for format in by_name.values():
-        if format.name not in opt._module.formats:
-            raise ValueError(
-                f"this backend does not keep state in the format {format.name!r}"
-            )
-        format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
     return StateFormats(by_name)
+
+
+def check_name(what: str, name: Any, more: str = "") -> None:
+    """Check the name of a format."""
+    if not isinstance(name, str) or name not in NAMES:
+        names = ", ".join(map(repr, NAMES))
+        raise ValueError(f"{what} must be one of {names}{more}, got {name!r}")

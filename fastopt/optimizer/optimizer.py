@@ -40,7 +40,7 @@ class Optimizer(Bindings):
         apart in memory: NumPy arrays, or what shares memory by DLPack,
         ``__array_interface__`` or ``__cuda_array_interface__``. All are float64, or
         each is float32, float16 or ml_dtypes' bfloat16. Those of 16 bits are updated in
-        float32, with state of float32, and rounded to the nearest once a step.
+        float32, and rounded to nearest once a step.
     backend
         "numpy", "cython", "numba" or "cuda"; by default the arrays' device and the rule
         decide. All of them give the same bits.
@@ -56,10 +56,10 @@ class Optimizer(Bindings):
         or a callable of a parameter's path, such as ``"['w'][0]"``, and the array.
         ``lambda path, array: array.ndim > 1`` spares vectors, as people do.
     formats
-        "bf16", or a dict with the format of each buffer of state: those of
-        ``fastopt.memory.formats`` or "fp32", as by default. Arrays of fewer than 4,096
-        elements keep state of float32. "bf16" rounds stochastically; what is drawn is
-        the same on every backend, and when a run is resumed.
+        The format of the state, or a dict with that of each buffer: "fp32" (the
+        default), "bf16", "bf16_nearest" or "fp16". Arrays of fewer than 4,096 elements
+        keep state of float32. "bf16" rounds stochastically, with the same random
+        numbers on every backend and in a resumed run.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable

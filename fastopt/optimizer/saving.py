@@ -373,8 +373,9 @@ def check_arrays(
             continue
         if not isinstance(array, np.ndarray) or array.dtype != kind:
             raise TypeError(
-                f"{name}[{i}] must be a NumPy array of {kind}, as it was saved, "
-                f"got {getattr(array, 'dtype', type(array).__name__)}"
+                f"{name}[{i}] must be a NumPy array of {kind}, which this optimizer "
+                f"keeps, got {getattr(array, 'dtype', type(array).__name__)}; make it "
+                f"with the formats that it was saved with"
             )
         if array.shape != shape:
             kept = "has" if shape == param.shape else "needs"
