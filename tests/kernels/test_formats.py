@@ -3,6 +3,8 @@
 That every rule has the same bits on every backend for them is in test_bits.py.
 """
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from cases import CASES, IDS, bfloat16, nonzero, same_bits
 import fastopt
 from fastopt import backends
 from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.memory import formats
 from fastopt.memory.formats import FORMATS, format_of
 from fastopt.memory.segments import Encoded, Segment
+from fastopt.rule import word
 from fastopt.rules import passes
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Key, Program, Request, execute
@@ -493,3 +497,49 @@ def test_arrays_of_16_bits_are_not_taken_for_float32():
     mixed = Segment(np.ones(8, np.float32), (array,), 0)
     with pytest.raises(TypeError, match="segments of float16, float32"):
         Program(backends.load("numpy"), passes.accumulate, [mixed])
+
+
+# Mutants ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("constant", "value", "check"),
+    [
+        (
+            "BELOW_HALF",
+            0x8000,
+            partial(test_numbers_are_rounded_to_the_nearest, "bf16"),
+        ),
+        (
+            "BELOW_HALF16",
+            0x1000,
+            partial(test_numbers_are_rounded_to_the_nearest, "fp16"),
+        ),
+        ("QUIET", 0, partial(test_numbers_are_rounded_to_the_nearest, "bf16")),
+        ("QUIET", 0, test_stochastic_rounding_is_to_one_of_two_neighbours),
+        ("EXPONENT", 0, partial(test_every_word_is_decoded_exactly, "fp16")),
+        ("STEP_FACTOR", 0, test_what_is_drawn_depends_on_element_step_and_stream),
+    ],
+    ids=["tie bf16", "tie fp16", "NaN bf16", "NaN bf16_sr", "infinity", "no step"],
+)
+def test_a_mutant_of_a_codec_is_caught(constant, value, check, monkeypatch):
+    monkeypatch.setattr(formats, constant, word(value))
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_reference_that_draws_for_another_step_is_caught(step, monkeypatch):
+    """Kernels are compared with the reference, for the first and later steps."""
+    drawn, calls = formats.drawn, []
+
+    def off_by_one(shape, draw):
+        calls.append(draw)
+        first, t, stream = draw
+        return drawn(shape, (first, t + (t > step), stream))
+
+    monkeypatch.setattr(formats, "drawn", off_by_one)
+    _, expected = with_formats(fastopt.adamw, "numpy", 1, "bf16")
+    _, got = with_formats(fastopt.adamw, BACKENDS[-1], 2, "bf16")
+    assert calls
+    assert not all(map(same_bits, expected, got))
