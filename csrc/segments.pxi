@@ -2,6 +2,7 @@
 
 cdef enum:
     C_CONTIGUOUS = 0x0001  # among NumPy's flags
+    ALIGNED = 0x0100
     WRITEABLE = 0x0400
 
 cdef extern from *:
@@ -314,7 +315,7 @@ cdef class Segments:
         if format is None or self.job.double or grad.shape != self.shapes[r]:
             return False
         array = <fastopt_ndarray*> <PyObject*> grad
-        if not array.flags & C_CONTIGUOUS:
+        if array.flags & (C_CONTIGUOUS | ALIGNED) != C_CONTIGUOUS | ALIGNED:
             return False
         self.expect(r, format)
         return self.place_encoded(r, <int64_t> array.data)

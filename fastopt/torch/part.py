@@ -116,10 +116,11 @@ class Part:
     # A step ---------------------------------------------------------------------------
 
     def take(
-        self, grads: Sequence[Any], addresses: Array, moved: bool, odd: bool
+        self, grads: Sequence[Any], addresses: Array, moved: bool, mixed: bool
     ) -> bool:
-        """Take the gradients, some of which may have ``moved`` since the last step, or
-        be ``odd``: of another dtype. Return whether there are any."""
+        """Take the gradients. Some may have ``moved`` since the last step. ``mixed``
+        says that the dtypes of some are not those of their parameters. Return whether
+        there are any."""
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
@@ -128,7 +129,7 @@ class Part:
         elif moved or not self._placed:
             np.take(addresses, self.places, out=self._here)
             self._know(self._here != 0)
-            self._placed = self._place(grads, odd)
+            self._placed = self._place(grads, mixed)
             self.usual &= self._placed
         return self.any
 
@@ -137,12 +138,11 @@ class Part:
         self.any, self.all = bool(active.any()), bool(active.all())
         self.usual &= self.all
 
-    def _place(self, grads: Sequence[Any], odd: bool) -> bool:
+    def _place(self, grads: Sequence[Any], mixed: bool) -> bool:
         """Return whether the native step has noted where the gradients are, and need
         not be told again before they move."""
         runner, format = self.program.runner, HALVES.get(self.members[0].param.dtype)
-        odd = odd and format is not None  # or those are copies in the right dtype
-        if "scalars" in runner.fuses and not odd and runner.place(self._here, format):
+        if "scalars" in runner.fuses and not mixed and runner.place(self._here, format):
             return True
         self._give([[grads[place] for place in self.places]])
         return False

@@ -257,7 +257,12 @@ class Plan:
             if place in self._plain:
                 grads[place] = fitted(grad, param)
                 tensors.addresses[place] = grads[place].data_ptr()
-        where = tensors.addresses, tensors.moved, bool(tensors.odd)
+        # Kernels know one format for all gradients that they find by their addresses.
+        mixed = any(
+            grads[place].dtype != self._params[place].dtype
+            for place in tensors.odd or ()
+        )
+        where = tensors.addresses, tensors.moved, mixed
         taken = [part.take(grads, *where) for part in self.parts]
         tensors.moved = False
         return self._stepping(taken)

@@ -95,8 +95,8 @@ class Stateful(Optimizer):
         for param, state in self._entries():
             changed = dict(self._outward(state))
             for key in buffers & changed.keys():
-                if param.dtype in HALVES:  # float32 here, but not there
-                    changed[key] = changed[key].to(param.dtype)
+                # Ours may be of another dtype, float32 or ``state_dtype``.
+                changed[key] = changed[key].to(param.dtype)
             calls.append(partial(state.update, changed))
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
 

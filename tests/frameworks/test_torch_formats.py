@@ -164,3 +164,48 @@ def test_gradients_of_another_dtype_are_not_rounded(dtype):
     opt.step(grads=[[g - 1 for g in grads], grads], weights=[1.0, 0.0])
     expected = torch.zeros(5000, dtype=dtype)
     assert all(torch.equal(param, expected) for param in params)
+
+
+def with_gradients_of(dtypes, kind, zero_grads, steps=4):
+    """Float32 parameters after some steps with gradients of these dtypes in turn. Each
+    gradient is followed by others in memory, which must stay as they are."""
+    params = [torch.nn.Parameter(torch.from_numpy(p)) for p in drawn(0)]
+    opt = kind(params, lr=0.01)
+    for step in range(1, steps + 1):
+        memory = []
+        for param, values in zip(params, drawn(step), strict=True):
+            rounded = torch.from_numpy(values).to(torch.bfloat16)
+            whole = torch.full((3 * param.numel(),), 7.0).to(dtypes[step % len(dtypes)])
+            grad = whole[: param.numel()].view(param.shape).copy_(rounded)
+            param.grad_dtype = None
+            param.grad = grad
+            memory.append((whole, grad.numel()))
+        opt.step(zero_grads=zero_grads)
+        for whole, size in memory:
+            assert (whole[size:] == 7).all()
+            assert bool((whole[:size] == 0).all()) == zero_grads
+    return [numbers(param) for param in params]
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+@pytest.mark.parametrize("kind", [ft.SGD, ft.AdamW, ft.LAMB])
+def test_a_float32_parameter_may_have_a_gradient_of_16_bits(kind, zero_grads):
+    """The gradients' numbers are the same in bfloat16 and in float32."""
+    expected = with_gradients_of([torch.float32], kind, zero_grads)
+    for dtypes in ([torch.bfloat16], [torch.bfloat16, torch.float32]):
+        got = with_gradients_of(dtypes, kind, zero_grads)
+        assert all(map(same_bits, got, expected))
+
+
+def test_torchs_own_step_takes_state_of_the_parameters_dtype():
+    """torch's own step takes over for a sparse gradient, which fastopt has no kernels
+    for. Its state has the dtypes of the parameters."""
+    param = torch.nn.Parameter(torch.ones(5000, 1))
+    opt = ft.SGD([param], lr=0.1, momentum=0.5, state_dtype=torch.bfloat16)
+    param.grad = torch.ones(5000, 1)
+    opt.step()
+    assert opt.state[param]["momentum_buffer"].dtype == torch.bfloat16
+    param.grad = torch.ones(5000, 1).to_sparse(1)
+    opt.step()
+    torch.testing.assert_close(param.detach(), torch.full((5000, 1), 0.75))
+    assert opt.state[param]["momentum_buffer"].dtype == torch.float32

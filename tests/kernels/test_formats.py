@@ -285,13 +285,25 @@ def test_what_overlaps_is_refused():
 
 def test_sixteen_bits_are_not_taken_for_what_they_are_not():
     opt = fastopt.gd(np.ones(3, np.float32))
-    for dtype in (np.uint16, np.int16, ">f2", np.float64):
+    swapped = np.dtype(bfloat16).newbyteorder(">")
+    for dtype in (np.uint16, np.int16, ">f2", swapped, np.float64):
         with pytest.raises(TypeError, match="has dtype"):
             opt.step(np.ones(3, dtype))
     double = fastopt.gd(np.ones(3))
     for dtype in (np.float16, bfloat16):
         with pytest.raises(TypeError, match="has dtype"):
             double.step(np.ones(3, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_misaligned_gradients_are_refused(dtype, backend):
+    param = np.ones(3, np.float32)
+    opt = fastopt.gd(param, backend=backend)
+    grad = np.zeros(7, np.uint8)[1:].view(dtype)
+    with pytest.raises(ValueError, match="not aligned to its 2-byte elements"):
+        opt.step(grad)
+    assert param.tolist() == [1, 1, 1]
 
 
 def test_a_step_makes_no_copies():
@@ -456,6 +468,7 @@ def test_averages_are_biased_by_rounding_to_the_nearest_only():
         ("8bit", ValueError, "must be one of 'fp32', 'bf16', .* or a dict"),
         ({"q": "bf16"}, ValueError, "formats has 'q', but adamw keeps m, v"),
         ({"m": "e4m3"}, ValueError, r"formats\['m'\] must be one of 'fp32', 'bf16'"),
+        ({"m": ["bf16"]}, ValueError, r"formats\['m'\] must be one of 'fp32', 'bf16'"),
         (3, TypeError, "must be a string, or a dict"),
     ],
 )
