@@ -21,7 +21,8 @@ from render import CSRC, renderer  # noqa: E402
 RENDERED = ROOT / "build" / "kernels"
 # What kernels are made of, which take long to compile; and all that is compiled.
 OF_KERNELS = [
-    CSRC / name for name in ("kernels.pyx.in", "table.pxi.in", "gram.h", "render.py")
+    *sorted(CSRC.glob("*.in")),
+    *(CSRC / name for name in ("gram.h", "render.py")),
 ]
 SOURCES = [
     ROOT / "fastopt" / "include" / "fastopt.h",
@@ -74,7 +75,7 @@ def extension(name, text, flags=(), sources=SOURCES):
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
     render = renderer()
-    for name in ("table.pxi", "scalars.pxi"):
+    for name in ("table.pxi", "scalars.pxi", "formats.pxi"):
         write(name, render(f"{name}.in"))
     for isa, flags in ISAS.items():
         text = render("kernels.pyx.in", isa=isa)

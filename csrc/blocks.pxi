@@ -115,21 +115,29 @@ cdef inline void store_blocks(
             )
 
 
+cdef inline void prefetch(int64_t at, int64_t start, int64_t n, int64_t stride) noexcept nogil:
+    """Prefetch elements [start, start + n) of an array, which has so many bytes for each
+    GROUP. If it has no address or no elements, there is nothing to prefetch."""
+    cdef int64_t last = at + (start + n) * stride // GROUP
+    if at:
+        at += start * stride // GROUP
+        while at < last:
+            fastopt_prefetch(<const void*> at)
+            at += CACHE_LINE
+
+
 cdef inline void prefetch_blocks(
     const Job* job, int64_t r, int64_t end, int64_t start, int64_t n
 ) noexcept nogil:
     """Prefetch the next elements of columns [0, end), because a loop that only decodes
     would wait for memory (docs/performance.md)."""
-    cdef int64_t c, width, at, last
+    cdef int64_t c, k
     cdef const int64_t* row = job.table + r * job.columns
     cdef const Stream* stream
     for c in range(end):
         stream = stream_of(job, r, c)
-        width = stream.width if stream.load else job.itemsize
-        at = stream.parts[0] if stream.load else row[c]
-        if at:
-            last = at + (start + n) * width
-            at += start * width
-            while at < last:
-                fastopt_prefetch(<const void*> at)
-                at += CACHE_LINE
+        if not stream.load:
+            prefetch(row[c], start, n, GROUP * job.itemsize)
+            continue
+        for k in range(2):
+            prefetch(stream.parts[k], start, n, stream.strides[k])

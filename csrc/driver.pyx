@@ -198,8 +198,9 @@ cdef struct Stream:
     load_t load  # decodes; NULL: the stream is not encoded
     store_t store  # encodes; NULL: steps do not write to the stream
     uint32_t first  # index of its first element, for stochastic rounding
-    int64_t width  # bytes of an encoded element
+    int64_t width  # bytes of an encoded element, without remainder and scale
     int64_t parts[4]  # what its blocks are made of
+    int64_t strides[4]  # bytes of each part for a GROUP of elements; 0: it has no elements
 
 
 # All that a step needs. A part of a step whose field is zero is left out.
@@ -363,6 +364,9 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
         if row[1] != 0 or job.averages:
             first = begin - start if begin > start else 0
             last = min(end - start, row[job.columns - 2])
+            if job.encoded:  # groups that share a scale belong to one thread
+                first = min((first + GROUP - 1) // GROUP * GROUP, row[job.columns - 2])
+                last = min((last + GROUP - 1) // GROUP * GROUP, row[job.columns - 2])
             head = 0
             if last - first >= ALIGN_FROM and not job.encoded:
                 head = (row[0] + first * job.itemsize) % CACHE_LINE

@@ -329,11 +329,28 @@ class Format:
     name: str
     decode: Function
     encode: Function
-    stored: str  # the name of a dtype
+    c_type: str  # of the stored words
+    remainder: str  # the type of their remainders, or ""
+    scale: Function | None  # of a group
 
     @property
-    def c_type(self):
-        return f"{self.stored}_t"
+    def shift(self):
+        """The number of bits of a remainder."""
+        return {"": 0, "uint8_t": 8, "uint16_t": 16}[self.remainder]
+
+    @property
+    def word(self):
+        """The expression for the word of element i."""
+        return (
+            f"<uint32_t> words[i] << {self.shift} | rest[i]"
+            if self.shift
+            else "words[i]"
+        )
+
+    def parts(self, way):
+        """Return the arguments for the arrays of a format without scales."""
+        rest = f"{self.remainder}_{way} rest," if self.remainder else ""
+        return f"{self.c_type}_{way} words, {rest}"
 
     def decoded(self, text):
         """Return the expression for a stored element's number."""
@@ -345,11 +362,11 @@ class Format:
         if self.stochastic:
             pair, shift = f"({stream}) >> 1", f"(({stream}) & 1) << 4"
             text += f", formats_random_word_f32(element, step, {pair}) << ({shift})"
-        return f"<{self.c_type}> {self.encode.name}_f32({text})"
+        return f"{self.encode.name}_f32({text})"
 
     @property
     def stochastic(self):
-        return len(self.encode.arguments) == 2
+        return len(self.encode.arguments) == (3 if self.scale else 2)
 
 
 class Plain:
@@ -489,16 +506,24 @@ def functions():
 
 def formats():
     """Return the formats of fastopt/memory/formats.py."""
-    calls = [node for node in ast.walk(parsed(FORMATS)) if isinstance(node, ast.Call)]
-    return [
-        Format(
-            ast.literal_eval(call.args[0]),
-            *(defined(FORMATS, argument.id) for argument in call.args[1:3]),
-            call.args[3].args[0].attr,
-        )
-        for call in calls
-        if ast.unparse(call.func) == "Format"
-    ]
+    stored = ast.literal_eval(found(FORMATS, "STORED", ast.Assign)[1].value)
+    formats = []
+    for call in ast.walk(parsed(FORMATS)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Format":
+            name, decode, encode, public = call.args
+            more = {keyword.arg: keyword.value for keyword in call.keywords}
+            remainder, scale = more.get("remainder"), more.get("scale")
+            formats.append(
+                Format(
+                    name.value,
+                    defined(FORMATS, decode.id),
+                    defined(FORMATS, encode.id),
+                    f"{stored[public.value]}_t",
+                    f"{remainder.value}_t" if remainder else "",
+                    defined(FORMATS, scale.id) if scale else None,
+                )
+            )
+    return formats
 
 
 def fused(stored, rule):
@@ -541,7 +566,7 @@ def renderer():
     """Return a function that renders a template of csrc with these values."""
     found, stored = functions(), formats()
     updates = [f for f in found if type(f) is Kernel]
-    codecs = [function for f in stored for function in (f.decode, f.encode)]
+    codecs = [f for of in stored for f in (of.decode, of.encode, of.scale) if f]
     codecs.append(defined(FORMATS, "random_word"))
     codecs += [helper for codec in codecs for helper in codec.helpers.values()]
     codecs = list({codec.name: codec for codec in codecs}.values())

@@ -74,21 +74,18 @@ cdef class Segments:
         job.columns = len(addresses[0]) if addresses else 4
         if job.columns > MOST_COLUMNS:
             raise ValueError(f"a rule may have at most {MOST_COLUMNS - 4} state buffers")
-        self.span_count = job.rows * (job.columns - 3 + (averages is not None))
-        self.spans = <int64_t*> calloc(2 * self.span_count + 1, sizeof(int64_t))
         job.table = <int64_t*> calloc(job.rows * job.columns + 1, sizeof(int64_t))
         job.kept_at = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
         if averages is not None:
             job.averages = <int64_t*> calloc(job.rows + 1, sizeof(int64_t))
-        if not (
-            self.spans and job.table and job.kept_at and (averages is None or job.averages)
-        ):
+        if not (job.table and job.kept_at and (averages is None or job.averages)):
             raise MemoryError("no memory for the table of segments")
         if streams:
             self.make_streams()
-        for row, column, kind, first, *parts in streams:
-            self.enter_stream(row, column, kind, first, tuple(parts))
-        self.enter(addresses, averages)
+        written = []
+        for row, column, kind, first, parts in streams:
+            written += self.enter_stream(row, column, kind, first, parts)
+        self.enter(addresses, averages, written)
 
     def __dealloc__(self):
         free(self.job.table)
@@ -102,27 +99,29 @@ cdef class Segments:
         free(self.spans)
         free(self.watched)
 
-    cdef int enter(self, addresses, averages) except -1:
-        """Fill the table, and note what steps write to."""
+    cdef int enter(self, addresses, averages, list written) except -1:
+        """Fill the table, and note what steps write to: plain streams and averages, besides
+        what is ``written`` of others."""
         cdef Job* job = &self.job
         cdef const Stream* stream
         cdef int64_t r, c
-        written = []
         for r in range(job.rows):
             for c in range(job.columns):
                 job.table[r * job.columns + c] = addresses[r][c]
             length = addresses[r][job.columns - 2]
             for c in (0, *range(2, job.columns - 2)):
                 stream = stream_of(job, r, c)
-                if stream and stream.load:
-                    begin, width = stream.parts[0], stream.width
-                else:
-                    begin, width = addresses[r][c], job.itemsize
-                written.append((begin, begin + length * width if begin else 0))
+                if not (stream and stream.make):
+                    begin = addresses[r][c]
+                    written.append((begin, begin + length * job.itemsize if begin else 0))
             if averages is not None:
                 job.averages[r] = averages[r]
                 written.append((averages[r], averages[r] + length * job.itemsize))
         written.sort()
+        self.span_count = len(written)
+        self.spans = <int64_t*> calloc(2 * self.span_count + 1, sizeof(int64_t))
+        if not self.spans:
+            raise MemoryError("no memory for what a step writes")
         for r in range(self.span_count):
             self.spans[2 * r], self.spans[2 * r + 1] = written[r]
         return 0
@@ -143,24 +142,25 @@ cdef class Segments:
         self.kinds = [list(plain) for _ in range(job.rows)]
         return 0
 
-    cdef int enter_stream(
-        self, int64_t r, int64_t c, kind, int64_t first, tuple parts
-    ) except -1:
+    cdef list enter_stream(
+        self, int64_t r, int64_t c, kind, int64_t first, parts
+    ):
         """Note that the blocks of a stream are made: from rows and columns, if its kind is
-        "product", or from elements of a format, of which the first has this number."""
+        "product", or from elements of a format, of which the first has this number. Return
+        the begin and the end of each part that steps write to."""
         cdef Stream* stream = stream_of(&self.job, r, c)
         self.kinds[r][c] = kind
-        for k, part in enumerate(parts):
+        for k, (part, size) in enumerate(parts):
             stream.parts[k] = part
         if kind == "product":
             if self.job.columns > 5:
                 raise ValueError("a rule with factored state has one state buffer")
             stream.make = multiply_block
-        else:
-            self.enter_format(stream, kind)
-            stream.store = <store_t> self.kernels.find(f"store_{kind.name}", False)
-            stream_of(&self.job, r, 0).first = stream.first = <uint32_t> first
-        return 0
+            return []
+        self.enter_format(stream, kind)
+        stream.store = <store_t> self.kernels.find(f"store_{kind.name}", False)
+        stream_of(&self.job, r, 0).first = stream.first = <uint32_t> first
+        return [(part, part + size) for part, size in parts]
 
     cdef int enter_format(self, Stream* stream, format) except -1:
         """Note how a stream is encoded; None: it is plain."""
@@ -168,6 +168,8 @@ cdef class Segments:
             stream.make, stream.load, stream.width = NULL, NULL, 0
             return 0
         stream.make, stream.width = load_block, format.stored.itemsize
+        for k, stride in enumerate(format.strides):
+            stream.strides[k] = stride
         stream.load = <load_t> self.kernels.find(f"load_{format.name}", False)
         self.job.encoded, self.job.block = True, ENCODED_BLOCK
         return 0

@@ -21,6 +21,7 @@ from fastopt.memory.flat import flatten as flatten
 from fastopt.multitask import gram as gram
 from fastopt.muon import Muon as Muon
 from fastopt.native import get_include as get_include
+from fastopt.optimizer.converting import convert_state as convert_state
 from fastopt.optimizer.optimizer import Optimizer as Optimizer
 from fastopt.rule import Rule as Rule
 from fastopt.training import EarlyStopping as EarlyStopping

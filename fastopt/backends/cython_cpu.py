@@ -206,16 +206,18 @@ def step(
 
 def streams_of(segments: Sequence[Segment]) -> list[tuple[Any, ...]]:
     """Return the streams whose blocks are made: row, column, "product" or a format, the
-    number of the first element, and what the blocks are made of."""
+    number of the first element, and what the blocks are made of: addresses, each with
+    its number of bytes. For a product, numbers of rows and columns follow."""
     streams: list[tuple[Any, ...]] = []
     for row, segment in enumerate(segments):
         for column, stream in enumerate((segment.param, None, *segment.state)):
             if isinstance(stream, Product):
-                parts = *map(address, stream), *(part.shape[1] for part in stream)
-                streams.append((row, column, "product", 0, *parts))
+                sizes = [part.shape[1] for part in stream]
+                parts = [*map(address, stream), *sizes]
+                streams.append((row, column, "product", 0, [(k, 0) for k in parts]))
             elif isinstance(stream, Encoded):
-                parts = tuple(map(address, stream.parts))
-                streams.append((row, column, stream.format, segment.first, *parts))
+                of = [(address(part), part.nbytes) for part in stream.parts]
+                streams.append((row, column, stream.format, segment.first, of))
     return streams
 
 
@@ -243,7 +245,7 @@ def address(stream: Stream) -> int:
     """Return the address of an array, or of what is encoded; 0 for a product."""
     if isinstance(stream, Product):
         return 0
-    (array,) = stream.parts if isinstance(stream, Encoded) else (stream,)
+    array = stream.parts[0] if isinstance(stream, Encoded) else stream
     return int(array.ctypes.data)
 
 

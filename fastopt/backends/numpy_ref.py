@@ -275,8 +275,8 @@ def stored(
     if isinstance(stream, Product):
         return []
     if isinstance(stream, Encoded):
-        (part,) = stream.parts
-        return [(part, stream.format.written(value, draw))]
+        words = stream.format.written(value, draw, stream.parts)
+        return list(zip(stream.parts, words, strict=True))
     return [(stream, value)]
 
 

@@ -3,6 +3,13 @@
 Kernels compute in float32. A format encodes a float32 number as a word, which is
 stored, and decodes it again. Both functions are written in the language of rules, so
 every backend compiles them and computes the same bits. Rules do not know about formats.
+
+There are three kinds:
+
+- A word is stored as it is: bfloat16, float16.
+- A word is split: its upper half is a bfloat16 number, the rest is stored elsewhere. So
+  parameters of bfloat16 have the precision of float32 between steps.
+- Groups of 64 numbers share a scale, and each has a code of 8 bits.
 """
 
 from __future__ import annotations
@@ -11,19 +18,32 @@ import functools
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fastopt.language import NUMPY, Function, Word, concrete
-from fastopt.rule import bits, real, where, word
+from fastopt.memory.order import GROUP
+from fastopt.rule import (
+    bits,
+    copysign,
+    maximum,
+    minimum,
+    real,
+    sqrt,
+    where,
+    word,
+)
+
+Parts: TypeAlias = tuple[npt.NDArray[Any], ...]
 
 # The dtypes that kernels compute in. Decoded numbers have the first.
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 COMPUTED = DTYPES[0]
 # Arrays of fewer elements keep float32 state, which takes little memory there.
 SMALLEST = 4096
+INFINITY = 0x7F800000  # the bits of infinity: a NaN has more
 # For messages.
 WANTED_DTYPES = "float32, float64, float16 or ml_dtypes' bfloat16"
 
@@ -37,27 +57,40 @@ class Format:
     name
         The name in ``formats=`` and in the names of kernels.
     decode
-        Takes a stored word and returns its number.
+        Takes a stored word, and the scale if there is one. Returns the number.
     encode
-        Takes a number and returns the word to store, in the lowest bits. A
-        ``stochastic`` format takes a random word as well.
-    stored
-        The dtype of the stored words, an unsigned integer.
+        Takes a number, and the scale if there is one. Returns the word to store, in the
+        lowest bits. A ``stochastic`` format takes a random word as well.
     public
         The name of the dtype of such arrays, which users see: NumPy's or ml_dtypes'.
+    remainder
+        The dtype of what is stored of a word below the bits of ``public``, if it is
+        split.
+    scale
+        Takes the bits of the greatest magnitude of a group. Returns the group's scale.
     """
 
     name: str
     decode: Function
     encode: Function
-    stored: np.dtype[Any]
     public: str
+    remainder: str = ""
+    scale: Function | None = None
 
-    def read(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Decode an array of stored words."""
-        decode = concrete(self.decode, COMPUTED, NUMPY, lambda helper: helper)
+    def function(self, function: Function | None) -> Any:
+        """Return a function that works on arrays."""
+        return function and concrete(function, COMPUTED, NUMPY, lambda helper: helper)
+
+    def read(self, parts: Parts) -> npt.NDArray[Any]:
+        """Decode an array, which is stored in several ``parts``."""
+        words = parts[0].astype(np.uint32)
+        scales: Parts = ()
+        if self.remainder:
+            words = words << self.shift | parts[1]
+        elif self.scale:
+            scales = (spread(parts[1], words),)
         with np.errstate(all="ignore"):
-            numbers: npt.NDArray[Any] = decode(Word(stored.astype(np.uint32)))
+            numbers: npt.NDArray[Any] = self.function(self.decode)(Word(words), *scales)
         return numbers
 
     @property
@@ -76,24 +109,90 @@ class Format:
         return dtype
 
     @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype of the stored words, an unsigned integer."""
+        return np.dtype(STORED[self.public])
+
+    @property
+    def shift(self) -> np.uint32:
+        """The number of bits below those of ``public``."""
+        return np.uint32(8 * np.dtype(self.remainder or np.void).itemsize)
+
+    @property
+    def second(self) -> tuple[str, np.dtype[Any], int] | None:
+        """The name of the second part, its dtype, and the number of elements for each
+        element of it."""
+        if self.remainder:
+            return "remainder", np.dtype(self.remainder), 1
+        return ("scale", COMPUTED, GROUP) if self.scale else None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The bytes of each part for a group of elements."""
+        first = (GROUP * self.stored.itemsize,)
+        if self.second is None:
+            return first
+        _, dtype, elements = self.second
+        return *first, GROUP // elements * dtype.itemsize
+
+    @property
     def stochastic(self) -> bool:
         """Whether numbers are rounded up or down at random."""
-        return self.encode.__code__.co_argcount == 2
+        arguments = 2 if self.scale is None else 3
+        return self.encode.__code__.co_argcount == arguments
 
     def written(
-        self, numbers: npt.NDArray[Any], draw: tuple[int, int, int] = (0, 0, 0)
-    ) -> npt.NDArray[Any]:
-        """Encode an array of numbers.
+        self,
+        numbers: npt.NDArray[Any],
+        draw: tuple[int, int, int] = (0, 0, 0),
+        parts: Parts = (),
+    ) -> Parts:
+        """Encode an array of numbers, and return its parts.
 
         A stochastic format draws random words. They depend on ``draw`` only: the index
         of the first element among all elements of an optimizer, the number of the step,
         and the index of the stream.
+
+        The groups of a format with scales need finite numbers. Other groups are taken
+        from ``parts``, whose last part counts them.
         """
-        encode = concrete(self.encode, COMPUTED, NUMPY, lambda helper: helper)
+        numbers = np.asarray(numbers, COMPUTED)
+        random = (drawn(numbers.shape, draw),) if self.stochastic else ()
+        encode = self.function(self.encode)
+        scales: Parts = ()
         with np.errstate(all="ignore"):
-            random = (drawn(numbers.shape, draw),) if self.stochastic else ()
-            words: npt.NDArray[Any] = encode(numbers, *random).array
-        return words.astype(self.stored)
+            if self.scale:
+                tops = greatest(numbers)
+                scale = np.asarray(self.function(self.scale)(Word(tops)), COMPUTED)
+                scales = (spread(scale, numbers),)
+            words: npt.NDArray[Any] = encode(numbers, *scales, *random).array
+        if self.remainder:
+            return (words >> self.shift).astype(self.stored), words.astype(
+                self.remainder
+            )
+        words = words.astype(self.stored)
+        if not self.scale:
+            return (words,)
+        finite = tops < INFINITY
+        if parts:
+            words = np.where(spread(finite, words), words, parts[0])
+            scale = np.where(finite, scale, parts[1])
+            return words, scale, parts[2] + np.count_nonzero(~finite)
+        return words, scale
+
+
+def spread(groups: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Repeat what there is of each group for each of its elements."""
+    return np.repeat(groups, GROUP)[: like.size].reshape(like.shape)
+
+
+def greatest(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the bits of the greatest magnitude of each group."""
+    padded = np.zeros(-(-numbers.size // GROUP) * GROUP, COMPUTED)
+    padded[: numbers.size] = numbers.reshape(-1)
+    magnitudes = abs(padded).view(np.uint32).reshape(-1, GROUP)
+    tops: npt.NDArray[Any] = magnitudes.max(axis=1, initial=0)
+    return tops
 
 
 def drawn(shape: tuple[int, ...], draw: tuple[int, int, int]) -> Word:
@@ -190,12 +289,108 @@ def encode_fp16(x: Any) -> Any:
     return bits(y) | ((bits(x) >> 16) & SIGN16)
 
 
+# bfloat16 with a remainder, a signed integer of 8 or 16 bits that is added below. So
+# the bfloat16 number alone is the nearest. With 16 bits, all finite numbers and
+# infinities are exact; with 8, the last 8 bits are rounded.
+
+UPPER16 = word(0xFFFF0000)
+UPPER24 = word(0xFFFFFF00)
+HALF8 = word(0x80)
+
+
+def decode_r16(w: Word) -> Any:
+    """Subtract 1 from the upper half if the remainder is negative, unless the bfloat16
+    number is zero: then a user has set it, and to subtract would make a NaN."""
+    borrowed = (((w >> 16) & REST16) + REST16) & (w & SIGN16)
+    return real(w - (borrowed << 1))
+
+
+def encode_r16(x: Any) -> Any:
+    """A NaN has no remainder, because it could become zero."""
+    w = bits(where(x == x, x, real((bits(x) & UPPER16) | QUIET)))
+    return w + ((w & SIGN16) << 1)
+
+
+def decode_r8(w: Word) -> Any:
+    return decode_r16(w << 8)
+
+
+def encode_r8(x: Any) -> Any:
+    """Round to the nearest, ties away from zero."""
+    w = bits(x)
+    w = bits(where(x == x, real(w + HALF8), real((w & UPPER16) | QUIET))) & UPPER24
+    return (w + ((w & SIGN16) << 1)) >> 8
+
+
+# Codes of 8 bits, rounded stochastically. The bits of 2**23 with a word below it set
+# are those of their sum. Numbers from 256 to 512 have 15 bits for what is below 1.
+
+INTEGER = word(0x4B000000)  # the bits of 2**23
+INTEGERS = 2.0**23
+SIGN8 = word(0x80)
+OFFSET_INTEGERS = 2.0**23 + 128
+OFFSET = 256.0
+MIDDLE = 384.0
+SIGNED = 127.0
+UNSIGNED = 255.0
+TWICE_SIGNED = 254.0
+ZERO = 0.0
+UNIT = 1.0
+
+
+def scale_m8(top: Word) -> Any:
+    return real(top)
+
+
+def decode_m8(w: Word, scale: Any) -> Any:
+    code = real((w ^ SIGN8) | INTEGER) - OFFSET_INTEGERS
+    return scale * (code / (TWICE_SIGNED - abs(code)))
+
+
+def encode_m8(x: Any, scale: Any, random: Word) -> Any:
+    """Encode softsign, 2 y / (1 + |y|) of y = x / scale. It has more codes for small
+    numbers. The code is signed."""
+    size = abs(x)
+    y = minimum(TWICE_SIGNED * (size / (scale + size)), SIGNED)
+    y = where(size > ZERO, y, ZERO)
+    return ((bits(copysign(y, x) + MIDDLE) + (random >> 17)) >> 15) ^ SIGN8
+
+
+def scale_v8(top: Word) -> Any:
+    return sqrt(real(top)) / UNSIGNED
+
+
+def decode_v8(w: Word, scale: Any) -> Any:
+    root = (real(w | INTEGER) - INTEGERS) * scale
+    return root * root
+
+
+def encode_v8(x: Any, scale: Any, random: Word) -> Any:
+    """Encode the square root of a number that is not negative. The code of a number
+    above 0 is at least 1, because rules divide by the root."""
+    y = sqrt(x) * (UNIT / scale)
+    y = where(x > ZERO, minimum(maximum(y, UNIT), UNSIGNED), ZERO)
+    return (bits(y + OFFSET) + (random >> 17)) >> 15
+
+
+# The dtypes of stored words, by the dtypes that users see.
+STORED = {
+    "bfloat16": "uint16",
+    "float16": "uint16",
+    "int8": "uint8",
+    "uint8": "uint8",
+}
+
 FORMATS = {
     format.name: format
     for format in (
-        Format("bf16", decode_bf16, encode_bf16, np.dtype(np.uint16), "bfloat16"),
-        Format("bf16_sr", decode_bf16, encode_bf16_sr, np.dtype(np.uint16), "bfloat16"),
-        Format("fp16", decode_fp16, encode_fp16, np.dtype(np.uint16), "float16"),
+        Format("bf16", decode_bf16, encode_bf16, "bfloat16"),
+        Format("bf16_sr", decode_bf16, encode_bf16_sr, "bfloat16"),
+        Format("fp16", decode_fp16, encode_fp16, "float16"),
+        Format("r8", decode_r8, encode_r8, "bfloat16", remainder="uint8"),
+        Format("r16", decode_r16, encode_r16, "bfloat16", remainder="uint16"),
+        Format("m8", decode_m8, encode_m8, "int8", scale=scale_m8),
+        Format("v8", decode_v8, encode_v8, "uint8", scale=scale_v8),
     )
 }
 
@@ -204,8 +399,9 @@ FORMATS = {
 def format_of(dtype: np.dtype[Any]) -> Format | None:
     """Return the format of arrays of a dtype, or None if kernels do not decode it. The
     first of the formats with that dtype rounds to nearest."""
-    alike = (format for format in FORMATS.values() if format.public == dtype.name)
-    return next(alike, None) if dtype.isnative else None
+    if dtype.itemsize != 2 or not dtype.isnative:  # codes need scales
+        return None
+    return next((f for f in FORMATS.values() if f.public == dtype.name), None)
 
 
 def computed(dtype: np.dtype[Any]) -> np.dtype[Any]:

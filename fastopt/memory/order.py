@@ -14,6 +14,9 @@ LANES = 32
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
 
+# In formats with scales, groups of this many elements share a scale.
+GROUP = 64
+
 # The numbers below change no bits, since elements do not depend on their neighbours.
 
 # What a step does besides its rule works on blocks of this many elements: few enough to

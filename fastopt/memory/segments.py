@@ -25,7 +25,9 @@ class Encoded(NamedTuple):
     an array of float32."""
 
     format: Format
-    parts: tuple[Array, ...]  # the stored words
+    # The stored words; their remainders or scales, if there are any; and behind scales
+    # an int64 that counts the groups that were not finite, and not stored.
+    parts: tuple[Array, ...]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -41,7 +43,7 @@ class Encoded(NamedTuple):
 
     def numbers(self) -> Array:
         """Decode the numbers."""
-        return self.format.read(self.parts[0])
+        return self.format.read(self.parts)
 
 
 def encoded(array: Array | Encoded) -> Array | Encoded:

@@ -13,7 +13,7 @@ from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending
-from fastopt.optimizer.formats import StateFormats, state_formats
+from fastopt.optimizer.formats import Formats
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.refusals import check_rule
@@ -35,7 +35,6 @@ class Bindings:
     ema: float | None
     groups: tuple[Group, ...]
 
-    _formats: StateFormats
     _bound: Bound  # missing from add_group until the next look at it
     _bound_before: Any = None  # by add_group
     _plan: tuple[Any, list[Values] | None, int, Any]
@@ -64,16 +63,19 @@ class Bindings:
             device = any(on_device(leaf) for _, leaf in leaves(trees))
             backend = backends.choose(rule, device)
         self._module = backends.load(backend)
+        of = Formats.of_rule(formats, rule, self._leaves_state)
+        separate = rule.by_segment or self._separately or callable(formats)
         self._params = Parameters(
             self._module,
             trees,
             own is not None,
-            rule.by_segment or self._separately or weight_decay_mask is not None,
+            separate or weight_decay_mask is not None,
             self._off,
             weight_decay_mask,
+            of,
         )
+        of.check_used(self._params.chosen)
         self.rule, self.backend = rule, backend
-        self._formats = state_formats(formats, self)
         self.threads = available() if threads is None else threads
         self.ema = ema
         if self._params.masked:
@@ -343,7 +345,6 @@ class Bindings:
             params,
             sets,
             averages=averages[1] if averages else None,
-            formats=self._formats,
             **{"state": {}, "carried": None, "steps": steps, **kept, **saved},
         )
 

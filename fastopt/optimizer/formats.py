@@ -1,17 +1,20 @@
-"""The argument ``formats`` of an optimizer: the formats of its state."""
+"""The argument ``formats`` of an optimizer: the formats of its state and parameters.
+
+A format with several parts makes several buffers of the state. The first part has the
+name of what it is of, and the others have longer names: "m_scale", "param_remainder".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from fastopt.memory.arena import aligned
-from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format, format_of
-from fastopt.memory.segments import Array, Encoded
-from fastopt.rule import shown
+from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format
+from fastopt.memory.segments import Array
+from fastopt.rule import Rule, shown
 
-if TYPE_CHECKING:
-    from fastopt.optimizer.bindings import Bindings
+PARAM = "param"  # what formats= calls the parameters
 
 # What users call the formats of state. "bf16" rounds stochastically, because averages
 # change little in a step, and rounding to nearest would stop them.
@@ -20,72 +23,170 @@ NAMES: Mapping[str, Format | None] = {
     "bf16": FORMATS["bf16_sr"],
     "bf16_nearest": FORMATS["bf16"],
     "fp16": FORMATS["fp16"],
+    "m8": FORMATS["m8"],
+    "v8": FORMATS["v8"],
+}
+# And those of parameters. They have a dtype already, which decides where it can.
+OF_PARAMS: Mapping[str, Format | None] = {
+    "bf16": FORMATS["bf16_sr"],
+    "bf16_nearest": FORMATS["bf16"],
+    "bf16+r8": FORMATS["r8"],
+    "bf16+r16": FORMATS["r16"],
+}
+# What "8bit" means for buffers of these names: averages of gradients, and of squares.
+# Other buffers, such as copies of parameters, stay float32.
+EIGHT_BITS = {
+    **dict.fromkeys(("m", "momentum_buffer", "grad_avg", "d"), "m8"),
+    **dict.fromkeys(("v", "square_avg", "n"), "v8"),
 }
 
-
-class StateFormats(NamedTuple):
-    """The format of each buffer of the state."""
-
-    by_name: Mapping[str, Format] = {}  # plain buffers are not in it
-
-    def model(self, name: str, like: Array) -> Array:
-        """Return an array that an arena makes a buffer for. ``like`` has the shape of
-        the parameter and the dtype of plain state."""
-        format = self.by_name.get(name)
-        if format is None or like.size < SMALLEST:
-            return like
-        return aligned(format.dtype, like.shape)
-
-    def stream(self, name: str, buffer: Array) -> Array | Encoded:
-        """Return a buffer as kernels take it."""
-        if format_of(buffer.dtype) is None:
-            return buffer
-        format = self.by_name[name]
-        return Encoded(format, (buffer.view(format.stored),))
+Chosen = Mapping[str, Format]  # by the name of a buffer, or PARAM; others are plain
 
 
-def state_formats(formats: Any, opt: Bindings) -> StateFormats:
-    """Check an optimizer's argument ``formats`` and return what it says. The optimizer
-    has its parameters already."""
-    if formats is None:
-        return StateFormats()
-    rule, dtype = opt.rule, opt._params.dtype
-    buffers = {name for variant in rule.all for name in variant.state}
-    if isinstance(formats, str):
-        check_name("formats", formats, ", or a dict with the format of each buffer")
-        formats = dict.fromkeys(buffers, formats)
-    if not isinstance(formats, Mapping):
-        raise TypeError(
-            f"formats must be a string, or a dict with the format of each buffer of "
-            f"state, got {shown(formats)}"
-        )
-    by_name = {}
-    for name, kind in formats.items():
-        if name not in buffers:
-            raise ValueError(
-                f"formats has {name!r}, but {rule.name} keeps "
-                f"{', '.join(sorted(buffers)) or 'no state'}"
+class Formats:
+    """What ``formats`` says.
+
+    Parameters
+    ----------
+    given
+        The argument: a name, a dict, or a callable of an array's path and the array
+        that returns one of these.
+    rule, buffers
+        The name of the rule, and those of the buffers of its state.
+    """
+
+    def __init__(self, given: Any, rule: str, buffers: Iterable[str]):
+        self.given, self.rule, self.buffers = given, rule, sorted(set(buffers))
+        self.common = {} if callable(given) else self._checked("formats", given)
+
+    @classmethod
+    def of_rule(cls, given: Any, rule: Rule, encodes: bool) -> Formats:
+        """Return the formats for a rule. ``encodes`` says whether its optimizer leaves
+        the state to kernels, which encode it."""
+        buffers = [name for variant in rule.all for name in variant.state]
+        formats = cls(given, rule.name, buffers)
+        if (formats.common or callable(given)) and (rule.factored or not encodes):
+            raise TypeError(f"{rule.name} keeps its state in float32, without formats")
+        return formats
+
+    def of(self, path: str, array: Array, like: Array, known: Set[str]) -> Chosen:
+        """Return the formats for an array, if the backend has them: it has the
+        ``known`` ones. ``like`` has the array's shape and the dtype that kernels
+        compute in."""
+        chosen = self.common
+        if callable(self.given):
+            what = f"formats({path!r}, array)"
+            chosen = self._checked(what, self.given(path, array))
+        if chosen and like.dtype != COMPUTED:
+            raise TypeError(
+                f"formats are for state of float32, but these parameters need state of "
+                f"{like.dtype}"
             )
-        check_name(f"formats[{name!r}]", kind)
-        if format := NAMES[kind]:
-            by_name[name] = format
-            if format.name not in opt._module.formats:
+        for name, format in chosen.items():
+            if format.name not in known:
                 raise ValueError(
-                    f"backend {opt.backend!r} does not keep state in format {kind!r}"
+                    f"formats asks for format {format.name!r} of {name!r}, which this "
+                    f"backend does not have; it has {', '.join(sorted(known))}"
                 )
-            format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
-    if by_name and dtype != COMPUTED:
-        raise TypeError(
-            f"formats are for state of float32, but these parameters need state of "
-            f"{dtype}"
+        return {
+            name: format
+            for name, format in chosen.items()
+            if (array.dtype == format.dtype if name == PARAM else like.size >= SMALLEST)
+        }
+
+    def check_used(self, of: Sequence[Chosen]) -> None:
+        """Check that there are parameters for the parameters' format."""
+        if PARAM in self.common and not any(PARAM in chosen for chosen in of):
+            raise TypeError(
+                f"formats has {PARAM!r}, which is for parameters of bfloat16, but none "
+                f"of these is bfloat16; pass the bfloat16 arrays that the model uses"
+            )
+
+    def _checked(self, what: str, given: Any) -> Chosen:
+        if given is None:
+            return {}
+        if isinstance(given, str):
+            given = self._named(what, given)
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{what} must be a string, or a dict with the format of each buffer of "
+                f"state, got {shown(given)}"
+            )
+        chosen = {}
+        for name, kind in given.items():
+            if name != PARAM and name not in self.buffers:
+                raise ValueError(
+                    f"{what} has {name!r}, but {self.rule} keeps "
+                    f"{', '.join(self.buffers) or 'no state'}"
+                )
+            names = OF_PARAMS if name == PARAM else NAMES
+            check_name(f"{what}[{name!r}]", kind, names)
+            if format := names[kind]:
+                chosen[name] = format
+                format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
+                if part_name(name, format) in self.buffers:
+                    raise ValueError(
+                        f"format {kind!r} of {name!r} needs a buffer "
+                        f"{part_name(name, format)!r}, but {self.rule} has one of that "
+                        f"name"
+                    )
+        return chosen
+
+    def _named(self, what: str, name: str) -> Mapping[str, str]:
+        """Return what a name means for each buffer."""
+        if name == "8bit":
+            given = {k: kind for k, kind in EIGHT_BITS.items() if k in self.buffers}
+            if not given:
+                raise ValueError(
+                    f"{what}='8bit' is for averages of gradients and of their squares, "
+                    f"but {self.rule} keeps "
+                    f"{', '.join(self.buffers) or 'no state'}"
+                )
+            return given
+        check_name(
+            what, name, NAMES, ", '8bit', or a dict with the format of each buffer"
         )
-    if by_name and (rule.factored or not opt._leaves_state):
-        raise TypeError(f"{rule.name} keeps its state in float32 only, without formats")
-    return StateFormats(by_name)
+        return dict.fromkeys(self.buffers, name)
 
 
-def check_name(what: str, name: Any, more: str = "") -> None:
+def check_name(what: str, name: Any, known: Iterable[str], more: str = "") -> None:
     """Check the name of a format."""
-    if not isinstance(name, str) or name not in NAMES:
-        names = ", ".join(map(repr, NAMES))
+    if not isinstance(name, str) or name not in known:
+        names = ", ".join(map(repr, known))
         raise ValueError(f"{what} must be one of {names}{more}, got {name!r}")
+
+
+def part_name(stream: str, format: Format) -> str | None:
+    """Return the name of the buffer for the second part of a format, or None."""
+    return f"{stream}_{format.second[0]}" if format.second else None
+
+
+class Buffer(NamedTuple):
+    """A buffer of the state: the first or second part of what has a format."""
+
+    stream: str  # the rule's name for it, or PARAM
+    second: bool = False
+
+    def model(self, chosen: Chosen, like: Array) -> Array:
+        """Return an array that an arena makes this buffer for, for an array with these
+        formats. ``like`` has its shape and the dtype of plain state."""
+        format = chosen.get(self.stream)
+        if not self.second:
+            return like if format is None else aligned(format.dtype, like.shape)
+        if format is None or format.second is None:
+            return aligned(COMPUTED, (0,))
+        _, dtype, elements = format.second
+        whole = -(-like.size // elements)
+        return aligned(dtype, like.shape if elements == 1 else (whole,))
+
+
+def buffers_of(state: Sequence[str], of: Sequence[Chosen]) -> dict[str, Buffer]:
+    """Return the buffers of a rule's state by name, for arrays with these formats."""
+    buffers = {}
+    for stream in (*state, PARAM):
+        if stream != PARAM:
+            buffers[stream] = Buffer(stream)
+        kinds = {chosen[stream] for chosen in of if stream in chosen}
+        for name in sorted(filter(None, (part_name(stream, kind) for kind in kinds))):
+            buffers[name] = Buffer(stream, True)
+    return buffers

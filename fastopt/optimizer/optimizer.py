@@ -7,12 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastopt.memory.flat import FlatBuffer
-from fastopt.optimizer import checks, saving
+from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending, new_pending
-from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.gradients import Gradients, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.state import bind_alone, filling
+from fastopt.optimizer.storage import Storage
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
@@ -27,7 +27,7 @@ ACCUMULATED: Any = object()  # stands for the accumulated gradients
 AS_GIVEN = 1.0  # compared by identity, so that the default needs no check
 
 
-class Optimizer(Bindings):
+class Optimizer(Storage):
     """Applies a rule to parameters, in place; made by calling the rule.
 
     Parameters
@@ -391,28 +391,6 @@ class Optimizer(Bindings):
         keys = [Key(self.steps + 1, (), given, grad_scale) for given in values]
         calls = execute(program, keys, Request(threads=self._threads_now))
         self._finish(calls, {"_estimated": True})
-
-    @exclusive
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of everything but the parameters that a run needs to go on exactly.
-
-        Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
-        a schedule is left out: give it to the optimizer that is to go on.
-        """
-        self._params.watch.check()
-        return saving.save(self)
-
-    @exclusive
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, bit for bit, on any backend.
-
-        All is checked before anything changes; state finds its parameters by name. The
-        saved hyperparameters replace ours; what was a schedule must be one here, too.
-        """
-        self._loading(saved)()
-
-    def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
-        return saving.loading(self, saved)
 
     def __repr__(self) -> str:
         arrays = self._params.arrays

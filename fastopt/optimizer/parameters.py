@@ -15,6 +15,7 @@ from fastopt.memory.flat import FlatBuffer, expanded
 from fastopt.memory.segments import Array, Encoded, encoded
 from fastopt.memory.trees import leaves, rebuild
 from fastopt.optimizer import checks
+from fastopt.optimizer.formats import Chosen, Formats
 from fastopt.optimizer.watching import Watch
 
 # What saved state is matched by: an array's path, after its group's number, and shape.
@@ -37,6 +38,8 @@ class Parameters:
         What needs hyperparameters of its own: a group, and which of them are 0, such as
         its weight decay, where that does not apply. And for each segment its place in
         this list.
+    chosen
+        Of each segment the formats of its state and of itself.
     layout
         For :func:`checks.collect`.
     watch
@@ -50,8 +53,9 @@ class Parameters:
         grouped: bool,
         separate: bool,
         off: Callable[[Array, bool], tuple[str, ...]],
-        weight_decay_mask: Any = None,
-        decided: Sequence[bool] = (),  # for the first of the arrays
+        weight_decay_mask: Any,
+        formats: Formats,
+        before: Parameters | None = None,  # the first of these, already known
     ):
         self.module, self.grouped = module, grouped
         self._separate, self._off, self._mask = separate, off, weight_decay_mask
@@ -63,7 +67,9 @@ class Parameters:
         self.group_of: list[int] = []
         self.sets: list[tuple[int, tuple[str, ...]]] = []
         self.set_of: list[int] = []
-        self._decays = list(decided)
+        self._decays: list[bool] = list(before._decays) if before else []
+        self.chosen: list[Chosen] = list(before.chosen) if before else []
+        self._formats = formats
         self._held: list[weakref.ref[Array]] = []
         self._placed: list[checks.Placed] = []
         self.watch = Watch()
@@ -87,14 +93,26 @@ class Parameters:
         names = [f"params{path}" for path in paths]
         arrays = list(map(self.module.as_array, names, originals))
         first_kind = (self.names[0], self.dtype) if start else None
-        formats = self.module.formats
-        checks.check_params(names, arrays, originals, formats, first_kind, self._placed)
+        formats_of, known_formats = self._formats.of, self.module.formats
+        checks.check_params(
+            names, arrays, originals, known_formats, first_kind, self._placed
+        )
         streams = list(map(encoded, arrays))
         self.trees += trees
         self.names += names
         self.arrays += arrays
         self.streams += streams
         self.likes += map(like, streams)
+        known = len(self.chosen)
+        self.chosen += [
+            formats_of(path, array, like, known_formats)
+            for path, array, like in zip(
+                paths[known - start :],
+                self.arrays[known:],
+                self.likes[known:],
+                strict=True,
+            )
+        ]
         self.group_of += group_of
         self._held += map(weakref.ref, owners(*originals, *arrays))
         for segment, name in enumerate(names, start):
@@ -158,7 +176,8 @@ class Parameters:
                 self._separate,
                 self._off,
                 self._mask,
-                self._decays,
+                self._formats,
+                self,
             )
         more = copy.copy(self)
         for name, value in vars(self).items():

@@ -14,13 +14,14 @@ from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
 from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
+from fastopt.optimizer.formats import buffers_of
 from fastopt.optimizer.state import fill, filling
 from fastopt.rule import check_hyperparameter, shown
 from fastopt.runtime.atomic import Call
 
 if TYPE_CHECKING:
-    from fastopt.optimizer.optimizer import Optimizer
-    from fastopt.optimizer.parameters import Part
+    from fastopt.optimizer.bindings import Bindings
+    from fastopt.optimizer.parameters import Parameters, Part
 
 FORMAT = 3
 WITHOUT_NAMES = 2  # an older one, which was of format 3 but for the parameters' names
@@ -30,14 +31,14 @@ KEYS = (
 )
 
 
-def save(opt: Optimizer) -> dict[str, Any]:
+def save(opt: Bindings) -> dict[str, Any]:
     """A copy of everything but the parameters, and the schedules."""
     bound, pending = opt._bound, opt._pending
     return {
         "format": FORMAT,
         "rule": opt.rule.name,
         "steps": opt.steps,
-        "skipped": opt.skipped,
+        "skipped": opt._skipped,
         "switched_on": sorted(bound.on),
         "params": [
             [[name, list(shape)] for name, shape in part] for part in bound.params.parts
@@ -50,6 +51,7 @@ def save(opt: Optimizer) -> dict[str, Any]:
         "state": {
             name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
         },
+        "formats": formats_of(bound.params),
         "carry": bound.program.carried.tolist(),
         "ema_decay": opt.ema,
         "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
@@ -58,10 +60,20 @@ def save(opt: Optimizer) -> dict[str, Any]:
     }
 
 
+def formats_of(params: Parameters) -> dict[str, dict[str, str]]:
+    """Return the formats of the arrays that have any, by the arrays' names."""
+    return {
+        name: {stream: format.name for stream, format in chosen.items()}
+        for part, chosen in zip(params.parts, params.chosen, strict=True)
+        for name, _ in part
+        if chosen
+    }
+
+
 Arrange: TypeAlias = Callable[[str, Sequence[Any]], Sequence[Any]]
 
 
-def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
+def by_name(saved: Mapping[str, Any], opt: Bindings) -> Arrange:
     """Return a function that puts saved things, one for each parameter, into the order
     of an optimizer's own parameters, by name, whether in a FlatBuffer or not."""
     here = opt._bound.params.parts
@@ -77,6 +89,7 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
             'state["params"] must have for each array the names and shapes of its '
             "parts, as they were saved, or be None"
         ) from error
+    check_formats(saved.get("formats"), formats_of(opt._bound.params), there)
     if there == here:
         return lambda what, items: items
     ours, theirs = ([name for part in p for name, _ in part] for p in (here, there))
@@ -107,6 +120,25 @@ def by_name(saved: Mapping[str, Any], opt: Optimizer) -> Arrange:
         return [joined(what, part, pieces) for part in here]
 
     return arrange
+
+
+def check_formats(
+    saved: Any, ours: Mapping[str, Any], there: Sequence[Sequence[Part]]
+) -> None:
+    """Check that state was saved in the formats that it has here. States of older
+    versions do not say in which; then the dtypes decide."""
+    if saved is None:
+        return
+    if not isinstance(saved, Mapping):
+        raise TypeError(f'state["formats"] must be a dict, got {shown(saved)}')
+    for name, _ in itertools.chain(*there):
+        if saved.get(name, {}) != ours.get(name, {}):
+            raise ValueError(
+                f"the state of parameter {name} has the formats "
+                f"{saved.get(name) or 'of float32 only'}, but this optimizer "
+                f"{ours.get(name) or 'has float32 only'}; make it with the formats "
+                f"that the state was saved with, or use fastopt.convert_state"
+            )
 
 
 def as_name(value: Any) -> str:
@@ -159,7 +191,7 @@ def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
     return np.concatenate([piece.reshape(-1) for piece in arrays])
 
 
-def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
+def loading(opt: Bindings, saved: Mapping[str, Any]) -> Callable[..., None]:
     """Check a saved state and make everything ready. The result commits it all, and
     the calls that it is given, at the same instant."""
     opt._params.watch.check()
@@ -211,7 +243,7 @@ def loading(opt: Optimizer, saved: Mapping[str, Any]) -> Callable[..., None]:
     return commit
 
 
-def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
+def check(saved: Any, opt: Bindings) -> Mapping[str, Any]:
     """A saved state against the optimizer that is to load it; in the order of its
     parameters."""
     rule, groups = opt.rule, opt.groups
@@ -277,7 +309,7 @@ def check(saved: Any, opt: Optimizer) -> Mapping[str, Any]:
 
 
 def check_switches(
-    saved: Mapping[str, Any], values: Sequence[Mapping[str, Any]], opt: Optimizer
+    saved: Mapping[str, Any], values: Sequence[Mapping[str, Any]], opt: Bindings
 ) -> None:
     """Check that the state has the buffers that its hyperparameters need."""
     for name in sorted(opt.rule.switches - set(saved["switched_on"])):
@@ -289,7 +321,7 @@ def check_switches(
                 )
 
 
-def arrange(saved: Mapping[str, Any], opt: Optimizer) -> Mapping[str, Any]:
+def arrange(saved: Mapping[str, Any], opt: Bindings) -> Mapping[str, Any]:
     """A saved state in the order of an optimizer's parameters."""
     if not isinstance(saved["state"], Mapping):
         raise TypeError(f'state["state"] must be a dict, got {shown(saved["state"])}')
@@ -307,18 +339,25 @@ def arrange(saved: Mapping[str, Any], opt: Optimizer) -> Mapping[str, Any]:
     return {**saved, **optional, "state": state, "carry": carry}
 
 
-def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
+def check_buffers(saved: Mapping[str, Any], opt: Bindings) -> None:
     """The arrays and numbers of a saved state against the parameters."""
     rule, on = opt.rule, set(saved["switched_on"])
-    buffers = rule.variant(on).state
+    chosen, likes = opt._params.chosen, opt._params.likes
+    buffers = buffers_of(rule.variant(on).state, chosen)
     if set(saved["state"]) != set(buffers):
         raise ValueError(
             f"the state has buffers {list(saved['state'])}, but {rule.name} with "
             f"{sorted(on)} on keeps {list(buffers)}"
         )
     for buffer, arrays in saved["state"].items():
-        shapes = [kept_shape(rule, param) for param in opt._bound.params.arrays]
-        kinds = [opt._formats.model(buffer, of).dtype for of in opt._params.likes]
+        models = list(map(buffers[buffer].model, chosen, likes))
+        kinds = [model.dtype for model in models]
+        shapes = [
+            kept_shape(rule, param) if model is like else model.shape
+            for param, model, like in zip(
+                opt._params.arrays, models, likes, strict=True
+            )
+        ]
         check_arrays(f'state["{buffer}"]', arrays, opt, shapes=shapes, kinds=kinds)
     if (saved["ema"] is None) != (opt.ema is None):
         here, there = ("none", "one") if opt.ema is None else ("one", "none")
@@ -351,7 +390,7 @@ def check_buffers(saved: Mapping[str, Any], opt: Optimizer) -> None:
 def check_arrays(
     name: str,
     arrays: Sequence[Any],
-    opt: Optimizer,
+    opt: Bindings,
     optional: bool = False,
     shapes: Sequence[tuple[int, ...]] | None = None,
     kinds: Sequence[np.dtype[Any]] | None = None,

@@ -18,7 +18,7 @@ from fastopt.memory.factored import Factors, is_factored
 from fastopt.memory.formats import format_of
 from fastopt.memory.segments import Array, Encoded, Segment, decoded, encoded
 from fastopt.optimizer import checks
-from fastopt.optimizer.formats import StateFormats
+from fastopt.optimizer.formats import PARAM, Buffer, buffers_of, part_name
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.rule import Rule
@@ -46,13 +46,13 @@ class Bound:
         averages: list[Array] | None,
         carried: Array | None,
         steps: int,
-        formats: StateFormats,
     ):
         self.rule, self.params, self.averages = rule, params, averages
         self.on = on  # the switches that selected the rule
         arrays, likes = params.arrays, params.likes
-        since = {name: len(state.get(name, ())) for name in rule.state}
-        self.buffers = {name: list(state.get(name, ())) for name in rule.state}
+        self.of: dict[str, Buffer] = buffers_of(rule.state, params.chosen)
+        since = {name: len(state.get(name, ())) for name in self.of}
+        self.buffers = {name: list(state.get(name, ())) for name in self.of}
         # Of what is factored, buffers are empty, and the state is in ``factors``.
         empty = np.empty(0, params.dtype)
         full = [empty if is_factored(rule, like) else like for like in likes]
@@ -64,24 +64,27 @@ class Bound:
                 self.factors[i] = Factors(module, like, there)
                 kept[i : i + 1] = [] if there is None else [empty]
         for first in set(since.values()) - {len(arrays)}:
-            alike: dict[Any, list[str]] = {}  # by format
-            for name in rule.state:
+            alike: dict[Any, tuple[list[str], list[Array]]] = {}  # by dtypes
+            for name in self.of:
                 if since[name] == first:
-                    alike.setdefault(formats.by_name.get(name), []).append(name)
-            for names in alike.values():
-                models = [formats.model(names[0], of) for of in full[first:]]
+                    models = list(map(self.of[name].model, params.chosen, full))[first:]
+                    key = tuple((model.dtype, model.shape) for model in models)
+                    alike.setdefault(key, ([], models))[0].append(name)
+            for names, models in alike.values():
                 fresh = zeros(module.state_arena, models, len(names))
                 for name, streams in zip(names, fresh, strict=True):
                     self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
-        # The buffers of the state, as kernels take them.
+        # For each stream and array, the groups that could not be stored.
+        self.not_stored = np.zeros((1 + len(rule.state), len(arrays)), np.int64)
+        # Parameters and the buffers of the state, as kernels take them.
         self.streams = {
-            name: list(map(partial(formats.stream, name), buffers))
-            for name, buffers in self.buffers.items()
+            name: [self._stream(name, i, k) for i in range(len(arrays))]
+            for k, name in enumerate((PARAM, *rule.state))
         }
         firsts = np.cumsum([0, *(like.size for like in likes)]).tolist()
-        states = self.streams.values()
-        each = zip(params.streams, row_of, self.factors, *states, strict=True)
+        param_streams, *states = self.streams.values()
+        each = zip(param_streams, row_of, self.factors, *states, strict=True)
         segments = [
             Segment(
                 param,
@@ -112,6 +115,19 @@ class Bound:
         written = [*arrays, *chain(*self.buffers.values()), *(averages or ())]
         self.spans = checks.spans_of(written)  # by address
         self.start(values, since)
+
+    def _stream(self, name: str, i: int, k: int) -> Array | Encoded:
+        """Return what kernels take for a parameter or a buffer, the k-th of them."""
+        first = (self.params.arrays if name == PARAM else self.buffers[name])[i]
+        format = self.params.chosen[i].get(name)
+        if format is None:
+            return self.params.streams[i] if name == PARAM else first
+        parts = [first.view(format.stored)]
+        if second := part_name(name, format):
+            parts.append(self.buffers[second][i])
+        if format.scale is not None:
+            parts.append(self.not_stored[k, i : i + 1])
+        return Encoded(format, tuple(parts))
 
     @property
     def steps(self) -> int:
@@ -144,10 +160,12 @@ class Bound:
                 continue
             for i in range(first, len(params.arrays)):
                 start, named = self.rule.starts[name], values[params.set_of[i]]
-                fill(
-                    self.buffers[name][i],
-                    params.arrays[i] if start == "p" else self.rule.start(start, named),
+                value = (
+                    params.arrays[i] if start == "p" else self.rule.start(start, named)
                 )
+                stream = self.streams[name][i]
+                for call in filling_stream(stream, value):
+                    call()
         if not self.steps:
             for row, of_set in enumerate(self.sets):
                 self.program.carry[:, row] = self.rule.first_carry(values[of_set])
@@ -177,13 +195,31 @@ class Bound:
         rows = [rule.scalars(t, *key.carry, *key.values) for key in self.keys(values)]
         row_of = range(len(params.arrays)) if rule.by_segment else params.set_of
         tree, arrays = params.like()
-        for array, param, row, *state in zip(
-            arrays, params.arrays, row_of, *self.state.values(), strict=True
+        for array, row, *streams in zip(
+            arrays, row_of, *self.streams.values(), strict=True
         ):
-            here = map(to_host, (param, *state))
-            buffers = [decoded(encoded(stream)) for stream in here]
+            buffers = list(map(numbers, streams))
             fill(array, evaluate(rule, buffers, rows[row], dtype))
         return tree
+
+
+def numbers(stream: Array | Encoded) -> Array:
+    """Return the numbers of a stream in host memory."""
+    if isinstance(stream, Encoded):
+        stream = Encoded(stream.format, tuple(map(to_host, stream.parts)))
+    return decoded(stream)
+
+
+def filling_stream(stream: Array | Encoded, value: Any) -> list[Call]:
+    """Return calls that write a number, or an array of as many elements, into a
+    stream."""
+    if not isinstance(stream, Encoded):
+        return [filling(stream, value)]
+    if not isinstance(value, float):
+        value = numbers(encoded(value)).reshape(stream.shape)
+    whole = np.broadcast_to(np.asarray(value, stream.dtype), stream.shape)
+    words = stream.format.written(whole)
+    return [filling(*pair) for pair in zip(stream.parts, words, strict=False)]
 
 
 def fill(array: Array, value: Any) -> None:

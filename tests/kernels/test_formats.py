@@ -3,6 +3,7 @@
 That every rule has the same bits on every backend for them is in test_bits.py.
 """
 
+import itertools
 from functools import partial
 
 import ml_dtypes
@@ -23,7 +24,7 @@ from fastopt.step import Key, Program, Request, execute
 
 # An independent implementation of each format: NumPy's own, and ml_dtypes'.
 ORACLES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
-NEAREST = [name for name, format in FORMATS.items() if not format.stochastic]
+NEAREST = [k for k, of in FORMATS.items() if not (of.stochastic or of.second)]
 WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
 
@@ -55,7 +56,7 @@ def test_every_format_has_an_oracle():
 
 @pytest.mark.parametrize("name", NEAREST)
 def test_every_word_is_decoded_exactly(name):
-    got = FORMATS[name].read(WORDS)
+    got = FORMATS[name].read((WORDS,))
     expected = WORDS.view(ORACLES[name]).astype(np.float32)
     assert got.dtype == np.float32 and same_bits(got, expected)
 
@@ -63,7 +64,9 @@ def test_every_word_is_decoded_exactly(name):
 @pytest.mark.parametrize("name", NEAREST)
 def test_every_word_is_encoded_as_itself(name):
     format, oracle = FORMATS[name], ORACLES[name]
-    assert equal(format.written(format.read(WORDS)), WORDS.view(oracle), oracle).all()
+    assert equal(
+        format.written(format.read((WORDS,)))[0], WORDS.view(oracle), oracle
+    ).all()
 
 
 @pytest.mark.parametrize("name", NEAREST)
@@ -76,7 +79,7 @@ def test_numbers_are_rounded_to_the_nearest(name):
     for numbers in patterns(sorted(low)):
         with np.errstate(all="ignore"):
             expected = numbers.astype(oracle)
-        assert equal(format.written(numbers), expected, oracle).all()
+        assert equal(format.written(numbers)[0], expected, oracle).all()
 
 
 def copied(numbers, format, backend, threads=2):
@@ -142,7 +145,7 @@ def test_kernels_have_the_bits_of_the_reference(name, monkeypatch):
             monkeypatch.setattr(cython_cpu, "kernels", lambda of=extension: of)
         words, total = copied(numbers, format, backend)
         assert equal(words, expected, oracle).all(), (backend, isa)
-        assert same_bits(total, format.read(words) + np.float32(0)), (backend, isa)
+        assert same_bits(total, format.read((words,)) + np.float32(0)), (backend, isa)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -332,10 +335,10 @@ def test_stochastic_rounding_is_to_one_of_two_neighbours():
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 1 << 32, 100_000, np.uint32).view(np.float32)
     numbers = np.concatenate([numbers, WORDS.view(bfloat16).astype(np.float32)])
-    words = SR.written(numbers, (7, 3, 2))
+    (words,) = SR.written(numbers, (7, 3, 2))
     down = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     nan, exact = np.isnan(numbers), numbers.view(np.uint32) & 0xFFFF == 0
-    assert np.isnan(SR.read(words[nan])).all()
+    assert np.isnan(SR.read((words[nan],))).all()
     assert ((words == down) | (words == down + 1))[~nan].all()
     assert (words == down)[exact & ~nan].all()  # infinities, too
     assert (words != down)[~exact & ~nan].mean() == pytest.approx(0.5, abs=0.01)
@@ -347,7 +350,7 @@ def test_stochastic_rounding_has_the_right_mean(fraction):
     count = 1 << 20
     numbers = np.full(count, 0x3F800000 + fraction, np.uint32).view(np.float32)
     for stream in (2, 3, 5):
-        up = (SR.written(numbers, (0, 1, stream)) == 0x3F81).mean()
+        up = (SR.written(numbers, (0, 1, stream))[0] == 0x3F81).mean()
         p = fraction / 2**16
         assert abs(up - p) < 5 * np.sqrt(p * (1 - p) / count)
 
@@ -355,13 +358,13 @@ def test_stochastic_rounding_has_the_right_mean(fraction):
 def test_what_is_drawn_depends_on_element_step_and_stream():
     numbers = np.full(4096, 1.001, np.float32)
     draws = [(0, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, 4), (1, 1, 2), (4096, 1, 2)]
-    words = [SR.written(numbers, draw) for draw in draws]
+    words = [SR.written(numbers, draw)[0] for draw in draws]
     for i, one in enumerate(words):
         for other in words[:i]:
             assert 0.1 < (one != other).mean() < 0.6
     np.testing.assert_array_equal(words[4][:-1], words[0][1:])  # by the element alone
-    np.testing.assert_array_equal(words[0], SR.written(numbers, draws[0]))
-    past = SR.written(numbers, (2**32 + 1, 2**32 + 1, 2))  # both wrap around
+    np.testing.assert_array_equal(words[0], SR.written(numbers, draws[0])[0])
+    (past,) = SR.written(numbers, (2**32 + 1, 2**32 + 1, 2))  # both wrap around
     np.testing.assert_array_equal(past, words[4])
 
 
@@ -380,16 +383,36 @@ def with_formats(rule, backend, threads, formats, steps=3, **values):
     return opt, params + [array for arrays in opt.state.values() for array in arrays]
 
 
+def several(rule, param, *kinds):
+    """These formats in turn for the buffers of a rule, whatever they are averages of:
+    here it is about bits."""
+    names = dict.fromkeys(name for variant in rule.all for name in variant.state)
+    return {"param": param, **dict(zip(names, itertools.cycle(kinds), strict=False))}
+
+
+KINDS = {
+    "bf16": lambda rule: "bf16",
+    "r8": lambda rule: several(rule, "bf16+r8", "m8", "v8"),
+    "r16": lambda rule: several(rule, "bf16+r16", "v8", "m8"),
+    "stochastic": lambda rule: several(rule, "bf16", "fp32", "m8", "bf16"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
-def test_formats_of_state_have_the_same_bits(rule, values, monkeypatch):
-    _, expected = with_formats(rule, "numpy", 1, "bf16", **values)
+def test_formats_have_the_same_bits(rule, values, kind, monkeypatch):
+    if rule.factored:
+        pytest.skip("its state has no formats")
+    formats = KINDS[kind](rule)
+    opt, expected = with_formats(rule, "numpy", 1, formats, **values)
     isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
     cases = [("numba", None, 2), *(("cython", isa, 3) for isa in isas)]
     for backend, isa, threads in cases:
         if isa:
             extension = cython_cpu.extension(isa)
             monkeypatch.setattr(cython_cpu, "kernels", lambda of=extension: of)
-        _, got = with_formats(rule, backend, threads, "bf16", **values)
+        other, got = with_formats(rule, backend, threads, formats, **values)
+        assert other.nonfinite_groups == opt.nonfinite_groups
         for a, b in zip(expected, got, strict=True):
             assert same_bits(a, b), (backend, isa)
 
@@ -424,7 +447,7 @@ def test_a_saved_state_of_a_format_goes_on_with_the_same_bits(rule, backend):
         for a, b in zip(kept, other.state[name], strict=True):
             assert same_bits(a, b)
     plain = rule([p.copy() for p in params], backend=backend)
-    with pytest.raises(TypeError, match="float32, which this optimizer keeps, got"):
+    with pytest.raises(ValueError, match="has the formats .* but this optimizer has fl"):
         plain.load_state_dict(opt.state_dict())
 
 
@@ -465,7 +488,7 @@ def test_averages_are_biased_by_rounding_to_the_nearest_only():
 @pytest.mark.parametrize(
     ("formats", "error", "message"),
     [
-        ("8bit", ValueError, "must be one of 'fp32', 'bf16', .* or a dict"),
+        ("4bit", ValueError, "must be one of 'fp32', 'bf16', .*, '8bit', or a dict"),
         ({"q": "bf16"}, ValueError, "formats has 'q', but adamw keeps m, v"),
         ({"m": "e4m3"}, ValueError, r"formats\['m'\] must be one of 'fp32', 'bf16'"),
         ({"m": ["bf16"]}, ValueError, r"formats\['m'\] must be one of 'fp32', 'bf16'"),
@@ -481,7 +504,9 @@ def test_formats_are_refused_where_there_are_none():
     with pytest.raises(TypeError, match="need state of float64"):
         fastopt.adamw(np.ones(3), formats="bf16")
     for make in (fastopt.Muon, fastopt.Adafactor):
-        with pytest.raises(TypeError, match="keeps its state in float32 only"):
+        with pytest.raises(
+            TypeError, match="keeps its state in float32, without formats"
+        ):
             make(np.ones((3, 3), np.float32), formats="bf16")
 
 

@@ -1,0 +1,141 @@
+"""What an optimizer keeps in memory, and how it is saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fastopt.optimizer import checks, saving
+from fastopt.optimizer.bindings import Bindings
+from fastopt.optimizer.formats import PARAM
+from fastopt.optimizer.state import fill, filling_stream, numbers
+from fastopt.runtime.atomic import uninterrupted
+from fastopt.runtime.exclusive import exclusive
+
+
+class Usage(NamedTuple):
+    """The memory of an optimizer, shown as a table.
+
+    Attributes
+    ----------
+    elements
+        The number of elements of all parameters.
+    buffers
+        For each buffer its name, the dtypes of its arrays, and its bytes. "param" are
+        the parameters themselves.
+    """
+
+    elements: int
+    buffers: tuple[tuple[str, str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """The bytes of all buffers."""
+        return sum(size for *_, size in self.buffers)
+
+    @property
+    def per_parameter(self) -> float:
+        """The bytes of all buffers for each element of the parameters."""
+        return self.total / max(self.elements, 1)
+
+    def __repr__(self) -> str:
+        rows = [*self.buffers, ("total", "", self.total)]
+        names = max(len(name) for name, *_ in rows)
+        kinds = max(len(kind) for _, kind, _ in rows)
+        lines = [
+            f"{name:{names}}  {kind:{kinds}}  {size:>15,} bytes  "
+            f"{size / max(self.elements, 1):7.3f} a parameter"
+            for name, kind, size in rows
+        ]
+        return "\n".join([f"{self.elements:,} parameters", *lines])
+
+
+class Storage(Bindings):
+    """The memory of an optimizer."""
+
+    @exclusive
+    def memory(self) -> Usage:
+        """Return the bytes of each buffer, in all and for each parameter.
+
+        Gradients are not counted, because they are the caller's.
+
+        Example
+        -------
+        >>> import numpy as np, fastopt
+        >>> opt = fastopt.adamw(np.ones(8192, np.float32), formats="8bit")
+        >>> opt.memory()
+        8,192 parameters
+        param    float32           32,768 bytes    4.000 a parameter
+        m        int8               8,192 bytes    1.000 a parameter
+        m_scale  float32              512 bytes    0.062 a parameter
+        v        uint8              8,192 bytes    1.000 a parameter
+        v_scale  float32              512 bytes    0.062 a parameter
+        total                      50,176 bytes    6.125 a parameter
+        """
+        pending = self._pending or self._spare
+        buffers = {PARAM: self._params.arrays, **self._bound.state}
+        buffers["ema"] = self._bound.averages or []
+        buffers["accumulated"] = pending.sums if pending else []
+        rows = []
+        for name, arrays in buffers.items():
+            if size := sum(array.nbytes for array in arrays):
+                kinds = dict.fromkeys(str(a.dtype) for a in arrays if a.nbytes)
+                rows.append((name, ", ".join(kinds), size))
+        return Usage(sum(a.size for a in self._params.arrays), tuple(rows))
+
+    @property
+    def nonfinite_groups(self) -> int:
+        """How often a group of 64 numbers of 8-bit state was left as it was, because
+        its new numbers were not all finite."""
+        return int(self._bound.not_stored.sum())
+
+    @exclusive
+    def master_params(self) -> Any:
+        """Return the parameters in float32 or float64, with all bits that are kept of
+        them, as new arrays in their structure: those of "bf16+r8" and "bf16+r16" with
+        their remainders."""
+        self._params.watch.check()
+        tree, arrays = self._params.like(computed=True)
+        for array, stream in zip(arrays, self._bound.streams[PARAM], strict=True):
+            fill(array, numbers(stream))
+        return tree
+
+    @exclusive
+    def load_master_params(self, masters: Any) -> None:
+        """Set the parameters to those of :meth:`master_params`, or to others in their
+        structure and shapes, and set what is kept of them besides."""
+        self._params.watch.check()
+        values: list[Any] = []
+        checks.collect(self._params.layout, masters, "", values, "masters")
+        names, calls = self._params.names, []
+        streams = self._bound.streams[PARAM]
+        for name, value, stream in zip(names, values, streams, strict=True):
+            if getattr(value, "shape", None) != stream.shape:
+                raise ValueError(
+                    f"{name} has shape {stream.shape}, but its master is "
+                    f"{getattr(value, 'shape', type(value).__name__)}"
+                )
+            calls += filling_stream(stream, value)
+        uninterrupted(*calls)
+
+    @exclusive
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything but the parameters that a run needs to go on exactly.
+
+        Plain dicts, lists, numbers, strings and NumPy arrays. A hyperparameter that is
+        a schedule is left out: give it to the optimizer that is to go on.
+        """
+        self._params.watch.check()
+        return saving.save(self)
+
+    @exclusive
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, bit for bit, on any backend.
+
+        All is checked before anything changes; state finds its parameters by name. The
+        saved hyperparameters replace ours; what was a schedule must be one here, too.
+        """
+        self._loading(saved)()
+
+    def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
+        return saving.loading(self, saved)
