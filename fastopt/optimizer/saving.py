@@ -131,7 +131,13 @@ def check_formats(
         return
     if not isinstance(saved, Mapping):
         raise TypeError(f'state["formats"] must be a dict, got {shown(saved)}')
-    for name, _ in itertools.chain(*there):
+    names = [name for name, _ in itertools.chain(*there)]
+    if extra := [name for name in saved if name not in names]:
+        raise ValueError(
+            f'state["formats"] has {shown(extra[0])}, but the state has the parameters '
+            f"{listed(names)}"
+        )
+    for name in names:
         if saved.get(name, {}) != ours.get(name, {}):
             raise ValueError(
                 f"the state of parameter {name} has the formats "

@@ -447,7 +447,9 @@ def test_a_saved_state_of_a_format_goes_on_with_the_same_bits(rule, backend):
         for a, b in zip(kept, other.state[name], strict=True):
             assert same_bits(a, b)
     plain = rule([p.copy() for p in params], backend=backend)
-    with pytest.raises(ValueError, match="has the formats .* but this optimizer has fl"):
+    with pytest.raises(
+        ValueError, match="has the formats .* but this optimizer has fl"
+    ):
         plain.load_state_dict(opt.state_dict())
 
 
