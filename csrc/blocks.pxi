@@ -98,6 +98,19 @@ cdef inline void make_blocks(
             block += stride
 
 
+cdef inline void store_copy(
+    const Job* job, int64_t r, int64_t start, int64_t n, const int64_t* local
+) noexcept nogil:
+    """Encode a block of parameters in the row's copy of them, if there is one."""
+    cdef uint32_t draw[3]
+    cdef const Stream* stream = job.copies + r
+    draw[0] = draw[1] = draw[2] = 0  # formats of copies are not stochastic
+    if stream.store:
+        stream.store(
+            stream.parts, start, n, <char*> local[0] + start * job.itemsize, draw
+        )
+
+
 cdef inline void store_blocks(
     const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
     const int64_t* local

@@ -220,6 +220,7 @@ cdef struct Job:
     int64_t* averages  # addresses
     make_t gradient  # makes blocks of the gradients; NULL: kernels take them from memory
     Stream* streams  # those of each row; NULL: all are plain
+    Stream* copies  # of the parameters in fewer bits, a stream a row; NULL: there are none
     int64_t block  # elements of a block
     int64_t* tasks  # addresses: for each task those of its gradients
     Stream* task_streams  # how these are encoded; NULL: all are plain
@@ -344,6 +345,8 @@ cdef void move_beside(
         if moves:
             move(job, job.kernel, r, local, kept, start, m)
             store_blocks(job, r, 0, columns, start, m, local)
+            if job.copies:
+                store_copy(job, r, start, m, local)
         if job.averages:
             pair[0], pair[1] = job.averages[r], local[0]
             job.tools.approach(pair, start, m, job.weight)
@@ -359,7 +362,7 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
     cdef const int64_t* at
     cdef int64_t local[MOST_COLUMNS + 1]
     cdef const int64_t* row = job.table + rows.first * job.columns
-    cdef bint beside = job.gradient or job.zeroing or job.averages
+    cdef bint beside = job.gradient or job.zeroing or job.averages or job.copies
     for r in range(rows.first, rows.last):
         if row[1] != 0 or job.averages:
             first = begin - start if begin > start else 0

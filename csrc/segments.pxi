@@ -59,7 +59,7 @@ cdef class Segments:
     cdef dict fused
 
     def __cinit__(self, Kernels kernels, kernel, *functions, addresses, shapes, averages,
-                  list streams, bint double, keep, **numbers):
+                  list streams, list copies, bint double, keep, **numbers):
         cdef Job* job = &self.job
         self.kernels, self.dtype, self.shapes = kernels, FLOATS[double], shapes
         self.keep = keep  # the arrays whose addresses stand in the table
@@ -85,6 +85,8 @@ cdef class Segments:
         written = []
         for row, column, kind, first, parts in streams:
             written += self.enter_stream(row, column, kind, first, parts)
+        if copies:
+            written += self.enter_copies(copies)
         self.enter(addresses, averages, written)
 
     def __dealloc__(self):
@@ -92,6 +94,7 @@ cdef class Segments:
         free(self.job.kept_at)
         free(self.job.averages)
         free(self.job.streams)
+        free(self.job.copies)
         free(self.job.fused)
         free(self.job.tasks)
         free(self.job.task_streams)
@@ -161,6 +164,19 @@ cdef class Segments:
         stream.store = <store_t> self.kernels.find(f"store_{kind.name}", False)
         stream_of(&self.job, r, 0).first = stream.first = <uint32_t> first
         return [(part, part + size) for part, size in parts]
+
+    cdef list enter_copies(self, list copies):
+        """Note the copies of the parameters: row, format, address and size of each. Return
+        where they are, as steps write to them."""
+        cdef Stream* stream
+        self.job.copies = <Stream*> calloc(self.job.rows + 1, sizeof(Stream))
+        if not self.job.copies:
+            raise MemoryError("no memory for copies of parameters")
+        for row, format, address, size in copies:
+            stream = self.job.copies + <int64_t> row
+            stream.parts[0] = address
+            stream.store = <store_t> self.kernels.find(f"store_{format.name}", False)
+        return [(address, address + size) for _, _, address, size in copies]
 
     cdef int enter_format(self, Stream* stream, format) except -1:
         """Note how a stream is encoded; None: it is plain."""

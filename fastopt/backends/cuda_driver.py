@@ -211,6 +211,8 @@ def buffers_of(streams: Sequence[Any]) -> Buffers:
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
     """Do what :func:`numpy_ref.bind` does, with device arrays. The kernels are enqueued
     on numba's default stream; ``threads`` has no effect."""
+    if any(segment.copy is not None for segment in segments):
+        raise ValueError("backend 'cuda' writes no copies: leave copy_to out")
     return OnDevice(rule, segments, count)
 
 

@@ -188,6 +188,11 @@ def step(
         shapes=[segment.param.shape for segment in segments],
         averages=addresses_of([segment.average for segment in segments]),
         streams=streams_of(segments),
+        copies=[
+            (row, s.copy.format, address(s.copy), s.copy.parts[0].nbytes)
+            for row, s in enumerate(segments)
+            if s.copy is not None
+        ],
         double=segments[0].param.dtype == np.float64,
         sets=carry.shape[1],
         scalar_count=rule.scalar_count,

@@ -233,6 +233,8 @@ class Step:
                     for c, stream, value in zip(columns, streams, new, strict=True):
                         results += stored(stream, value, (segment.first, step, c))
                     p = new[0]
+                    if segment.copy is not None:
+                        results += stored(segment.copy, p, (segment.first, 0, 0))
                 if segment.average is not None:
                     weight = self.type(request.ema_weight)
                     (new,) = self.average(segment.average, p, weight)

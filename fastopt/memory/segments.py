@@ -73,6 +73,7 @@ class Segment(NamedTuple):
     row: int  # the row of scalars that applies
     average: Array | None = None  # the moving average of param, if one is kept
     first: int = 0  # the index of its first element among all elements of the optimizer
+    copy: Encoded | None = None  # a copy of param in fewer bits, if one is kept
 
     @property
     def is_factored(self) -> bool:
@@ -87,5 +88,5 @@ class Segment(NamedTuple):
     @property
     def is_made(self) -> bool:
         """Whether blocks must be made of a stream before a kernel can take it."""
-        streams = self.param, *self.state
+        streams = self.param, *self.state, self.copy
         return any(isinstance(stream, (Product, Encoded)) for stream in streams)

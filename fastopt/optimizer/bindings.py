@@ -54,6 +54,7 @@ class Bindings:
         ema: float | None = None,
         weight_decay_mask: Any = None,
         formats: Any = None,
+        copy_to: Any = None,
         **hyperparameters: Any,
     ):
         check_rule("rule", rule)
@@ -73,6 +74,7 @@ class Bindings:
             self._off,
             weight_decay_mask,
             of,
+            copy_to=copy_to,
         )
         of.check_used(self._params.chosen)
         self.rule, self.backend = rule, backend
@@ -107,9 +109,7 @@ class Bindings:
                 f"{type(group).__name__}"
             )
         if self._pending is not None:
-            raise RuntimeError(
-                "there are accumulated gradients; step or drop_accumulated() first"
-            )
+            raise RuntimeError("there are accumulated gradients; step() first")
         changes = {k: v for k, v in group.items() if k != "params"}
         params = self._params.with_group(group["params"])
         number = len(self.groups)

@@ -13,7 +13,13 @@ import numpy as np
 
 from fastopt.memory.arrays import as_array, read_only, span
 from fastopt.memory.flat import FlatBuffer
-from fastopt.memory.formats import DTYPES, WANTED_DTYPES, computed, format_of
+from fastopt.memory.formats import (
+    COMPUTED,
+    DTYPES,
+    WANTED_DTYPES,
+    computed,
+    format_of,
+)
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
@@ -126,6 +132,44 @@ def check_params(
                 f"writeable NumPy array of the same memory (a tensor's .numpy()), or a "
                 f"copy"
             )
+    check_apart(names, arrays, placed)
+
+
+def check_copies(
+    names: Sequence[str],
+    params: Sequence[Array],
+    copies: Sequence[Array | None],
+    originals: Sequence[Any],
+    placed: list[Placed],
+) -> None:
+    """Check ``copy_to``: dtypes, shapes, layouts, writeability, and that no copy
+    overlaps what is ``placed``."""
+    there = []
+    for name, param, copy, original in zip(
+        names, params, copies, originals, strict=True
+    ):
+        if copy is None:
+            continue
+        of = name.replace("params", "copy_to", 1)
+        there.append((of, copy))
+        if param.dtype != COMPUTED or format_of(copy.dtype) is None:
+            raise TypeError(
+                f"{of} has dtype {copy.dtype}, and {name} has {param.dtype}; copies "
+                f"are bfloat16 or float16, of parameters of float32"
+            )
+        if copy.shape != param.shape:
+            raise ValueError(f"{of} has shape {copy.shape} but {name} {param.shape}")
+        check_layout(of, copy, updated=True)
+        if read_only(original) or read_only(copy):
+            raise ValueError(f"{of} is read-only; pass an array that can be written to")
+    check_apart([of for of, _ in there], [copy for _, copy in there], placed)
+
+
+def check_apart(
+    names: Sequence[str], arrays: Sequence[Array], placed: list[Placed]
+) -> None:
+    """Check that no arrays overlap, neither each other nor those ``placed`` before, to
+    which they are added."""
     for name, array in zip(names, arrays, strict=True):
         begin, end = span(array)
         if begin == end:

@@ -57,9 +57,17 @@ class Optimizer(Storage):
         ``lambda path, array: array.ndim > 1`` spares vectors, as people do.
     formats
         The format of the state, or a dict with that of each buffer: "fp32" (the
-        default), "bf16", "bf16_nearest" or "fp16". Arrays of fewer than 4,096 elements
-        keep state of float32. "bf16" rounds stochastically, with the same random
-        numbers on every backend and in a resumed run.
+        default), "bf16", "bf16_nearest", "fp16", "m8" or "v8"; "8bit" means m8 for
+        averages of gradients and v8 for those of squares. Arrays of fewer than 4,096
+        elements keep state of float32. In a dict, "param" is the format of the
+        bfloat16 parameters: "bf16_nearest" (the default), "bf16", "bf16+r8" or
+        "bf16+r16". A callable of an array's path and the array returns any of these.
+        "bf16", "m8" and "v8" round stochastically, with the same random numbers on
+        every backend and in a resumed run. See docs/formats.md.
+    copy_to
+        Arrays of bfloat16 or float16, or None, in the structure of the parameters.
+        Each step that updates a float32 parameter also writes it there, rounded to
+        nearest, in the same pass.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable

@@ -38,6 +38,8 @@ class Parameters:
         What needs hyperparameters of its own: a group, and which of them are 0, such as
         its weight decay, where that does not apply. And for each segment its place in
         this list.
+    copies
+        Of each segment the copy in fewer bits that steps write, or None.
     chosen
         Of each segment the formats of its state and of itself.
     layout
@@ -56,6 +58,7 @@ class Parameters:
         weight_decay_mask: Any,
         formats: Formats,
         before: Parameters | None = None,  # the first of these, already known
+        copy_to: Any = None,
     ):
         self.module, self.grouped = module, grouped
         self._separate, self._off, self._mask = separate, off, weight_decay_mask
@@ -72,11 +75,29 @@ class Parameters:
         self._formats = formats
         self._held: list[weakref.ref[Array]] = []
         self._placed: list[checks.Placed] = []
+        self.copies: list[Encoded | None] = []
         self.watch = Watch()
         layouts = self._extend(trees)
         if not self.arrays:
             raise ValueError("params is empty; pass at least one array")
         self.layout: Any = layouts if grouped else layouts[0]
+        if copy_to is not None:
+            self.copies = self._copies(copy_to)
+
+    def _copies(self, copy_to: Any) -> list[Encoded | None]:
+        """Check the copies of the parameters, and return them as kernels take them."""
+        given: list[Any] = []
+        checks.collect(self.layout, copy_to, "", given, "copy_to")
+        copies = [
+            None if array is None else self.module.as_array("copy_to", array)
+            for array in given
+        ]
+        checks.check_copies(self.names, self.arrays, copies, given, self._placed)
+        self._held += map(weakref.ref, owners(*[c for c in copies if c is not None]))
+        streams: list[Any] = [
+            copy if copy is None else encoded(copy) for copy in copies
+        ]
+        return streams
 
     def _extend(self, trees: Sequence[Any]) -> list[Any]:
         """Append groups, at the cost of what is in them, and return their layouts."""
@@ -103,6 +124,7 @@ class Parameters:
         self.arrays += arrays
         self.streams += streams
         self.likes += map(like, streams)
+        self.copies += [None] * len(arrays)
         known = len(self.chosen)
         self.chosen += [
             formats_of(path, array, like, known_formats)
@@ -167,6 +189,8 @@ class Parameters:
     def with_group(self, tree: Any) -> Parameters:
         """Return these, with one more group at the end. What is known of these is
         copied, not worked out again, so that many groups may be added one by one."""
+        if any(copy is not None for copy in self.copies):
+            raise RuntimeError("an optimizer with copy_to takes no more groups")
         if not self.grouped:  # names and layout are other ones with groups
             self.watch.check()
             return Parameters(

@@ -92,6 +92,7 @@ class Bound:
                 row,
                 averages[i] if averages else None,
                 firsts[i],
+                params.copies[i],
             )
             for i, (param, row, of, *streams) in enumerate(each)
         ]
@@ -112,7 +113,8 @@ class Bound:
         )
         if "scalars" in self.program.runner.fuses:
             self.program.runner.watch(params.watch.ndarrays)
-        written = [*arrays, *chain(*self.buffers.values()), *(averages or ())]
+        copies = [copy.parts[0] for copy in params.copies if copy is not None]
+        written = [*arrays, *chain(*self.buffers.values()), *(averages or ()), *copies]
         self.spans = checks.spans_of(written)  # by address
         self.start(values, since)
 
