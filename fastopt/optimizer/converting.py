@@ -81,7 +81,7 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
         numbers.append([decoded(state, stream, i, old) for stream in streams])
         kept = {PARAM: old[PARAM]} if PARAM in old else {}
         for like in numbers[i][:1]:
-            kept |= wanted.of(part[0][0], like, like, {*FORMATS})
+            kept |= wanted.of(part[0][0], like, "float32", like, {*FORMATS})
         after.append(kept)
     converted: dict[str, list[Array]] = {
         name: list(state[name]) if buffer.stream == PARAM else []

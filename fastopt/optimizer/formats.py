@@ -59,6 +59,13 @@ class Formats:
         self.given, self.rule, self.buffers = given, rule, sorted(set(buffers))
         self.common = {} if callable(given) else self._checked("formats", given)
 
+    @property
+    def named(self) -> Mapping[str, str]:
+        """What was given as a name or a dict, as a dict."""
+        if isinstance(self.given, str):
+            return self._named("formats", self.given)
+        return {} if callable(self.given) else self.given or {}
+
     @classmethod
     def of_rule(cls, given: Any, rule: Rule, encodes: bool) -> Formats:
         """Return the formats for a rule. ``encodes`` says whether its optimizer leaves
@@ -69,9 +76,11 @@ class Formats:
             raise TypeError(f"{rule.name} keeps its state in float32, without formats")
         return formats
 
-    def of(self, path: str, array: Array, like: Array, known: Set[str]) -> Chosen:
-        """Return the formats for an array, if the backend has them: it has the
-        ``known`` ones. ``like`` has the array's shape and the dtype that kernels
+    def of(
+        self, path: str, array: Any, dtype: str, like: Array, known: Set[str]
+    ) -> Chosen:
+        """Return the formats for an array of a dtype, if the backend has them: it has
+        the ``known`` ones. ``like`` has the array's size and the dtype that kernels
         compute in."""
         chosen = self.common
         if callable(self.given):
@@ -91,7 +100,7 @@ class Formats:
         return {
             name: format
             for name, format in chosen.items()
-            if (array.dtype == format.dtype if name == PARAM else like.size >= SMALLEST)
+            if (dtype == format.public if name == PARAM else like.size >= SMALLEST)
         }
 
     def check_used(self, of: Sequence[Chosen]) -> None:
@@ -123,7 +132,6 @@ class Formats:
             check_name(f"{what}[{name!r}]", kind, names)
             if format := names[kind]:
                 chosen[name] = format
-                format.dtype  # noqa: B018  (raises if ml_dtypes is missing)
                 if part_name(name, format) in self.buffers:
                     raise ValueError(
                         f"format {kind!r} of {name!r} needs a buffer "

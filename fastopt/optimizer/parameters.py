@@ -127,7 +127,7 @@ class Parameters:
         self.copies += [None] * len(arrays)
         known = len(self.chosen)
         self.chosen += [
-            formats_of(path, array, like, known_formats)
+            formats_of(path, array, array.dtype.name, like, known_formats)
             for path, array, like in zip(
                 paths[known - start :],
                 self.arrays[known:],

@@ -20,7 +20,8 @@ PAIRS = {  # hyperparameters that torch has in a tuple
     **{"eps1": ("eps", 0), "eps2": ("eps", 1)},
 }
 EXTRAS = (
-    "clip_norm clip_value nonfinite ema weight_decay_mask state_dtype threads backend"
+    "clip_norm clip_value nonfinite ema weight_decay_mask state_dtype formats master "
+    "threads backend"
 ).split()
 
 
@@ -120,6 +121,8 @@ ABOUT = {
     "ema": "Decay of a moving average of the parameters, ``ema_params()``.",
     "weight_decay_mask": "Where weight decay applies, by name and parameter.",
     "state_dtype": "torch.bfloat16: averages are kept in it; by default float32.",
+    "formats": 'Formats of the state, such as "8bit", or by buffer.',
+    "master": 'Of bfloat16 parameters: "bf16+r8", "bf16+r16", "bf16".',
     "threads": "The most to use; by default as many as torch.",
     "backend": '"cython", "numba" or "numpy"; by default the fastest.',
     "max_lr": "The largest lr of the run; by default the first lr of the group.",

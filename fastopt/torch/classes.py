@@ -90,6 +90,7 @@ class RMSprop(Stepping, torch.optim.RMSprop):
 
     _default_rule = rules.rmsprop
     _names = Names({"v": "square_avg"})
+    _scales = False
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         on = {name for name in ("momentum", "centered") if group[name]}

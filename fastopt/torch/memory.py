@@ -35,8 +35,6 @@ HALVES: dict[torch.dtype, Format] = {
     torch.bfloat16: FORMATS["bf16"],
     torch.float16: FORMATS["fp16"],
 }
-# What the averages of state are kept in: to the nearest, they would not move.
-ROUNDED = {torch.bfloat16: FORMATS["bf16_sr"]}
 NUMPY: dict[torch.dtype, Any] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastopt.memory.segments import Array, Segment
+from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.state import bind_alone
 from fastopt.step import Key, Program, Request, Sums, execute, plain
-from fastopt.torch import state
+from fastopt.torch import formats, state
 from fastopt.torch.gradients import Gradients, fitted
-from fastopt.torch.memory import HALVES, ROUNDED, array, computed, numbers
+from fastopt.torch.memory import HALVES, array, numbers
 from fastopt.torch.runs import find_runs
-from fastopt.torch.state import EMA, FACTORS, Kind, Member, Names, Values
+from fastopt.torch.state import EMA, FACTORS, Kind, Member, Values
 from fastopt.torch.turns import Call
 
 
@@ -31,7 +32,7 @@ class Part:
     """
 
     def __init__(self, kind: Kind, wave: int = 0):
-        rule, names, module, self.averaged, members = kind
+        rule, names, module, self.averaged, members, self.not_stored = kind
         self.rule, self.names, self.module, self.members = rule, names, module, members
         self.wave = wave  # steps come after those of the waves before
         self.plain, self.device = members[0].plain, members[0].param.device
@@ -60,7 +61,8 @@ class Part:
     @property
     def buffers(self) -> list[Tensor]:
         """The tensors of the state to watch: what steps work in, and the counts."""
-        keys = [*self.buffer_keys, *self.counted, *FACTORS]
+        scales = [f"{key}_{formats.SCALE}" for key in self.buffer_keys]
+        keys = [*self.buffer_keys, *scales, *self.counted, *FACTORS]
         entries = [m.state.get(key) for m in self.members for key in keys]
         return [tensor for tensor in entries if isinstance(tensor, Tensor)]
 
@@ -85,19 +87,20 @@ class Part:
             member, param = self.members[run[0]], params[run[0]]
             count = sum(numbers(params[i]) for i in run)
             shape = tuple(param.shape) if self.rule.factored else (-1,)
-            streams = {
-                key: rounded(self.names, member.state[key], count)
-                for key in self.buffer_keys
-                if key in member.state
-            }
+            state = tuple(
+                stream(self, member, name, count)
+                for name in self.rule.state
+                if member.factors is None
+            )
             average = None
             if self.averaged:
-                del streams[EMA]
                 average = array(member.state[EMA], count, shape)
-            state = tuple(streams.values())
             if member.factors is not None:
                 state = (member.factors.product,)
             memory = array(param, count, shape)
+            if format := member.chosen.get(PARAM):
+                rest = member.state.get(formats.REMAINDER)
+                memory = formats.stream(param, format, rest, self.not_stored, count)
             segments.append(Segment(memory, state, r, average, member.first))
         self.program = Program(
             self.module,
@@ -385,13 +388,11 @@ def copy(member: Member, tensor: Tensor) -> Tensor:
     return empty.copy_(tensor.detach())
 
 
-def rounded(names: Names, tensor: Tensor, count: int | None = None) -> Any:
-    """Return a buffer of the state as kernels take it. Where steps are not counted, as
-    in torch's SGD, each would draw what the last one drew, so none draws anything."""
-    memory = array(tensor, count)
-    if tensor.dtype not in ROUNDED or names.steps is None:
-        return memory
-    return memory._replace(format=ROUNDED[tensor.dtype])
+def stream(part: Part, member: Member, name: str, count: int | None = None) -> Any:
+    """Return a buffer of a member's state as kernels take it."""
+    key, format = part.names.key(name), member.chosen.get(name)
+    scales = member.state.get(f"{key}_{formats.SCALE}")
+    return formats.stream(member.state[key], format, scales, part.not_stored, count)
 
 
 def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
@@ -400,16 +401,16 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
     estimate: Any = part.rule.estimate
     (buffer, rule), grads = estimate, []
     part._check_steps()
-    streams = [member.state[part.names.key(buffer)] for member in part.members]
-    arrays = [rounded(part.names, stream) for stream in streams]
+    tensors = [member.state[part.names.key(buffer)] for member in part.members]
+    arrays = [stream(part, member, buffer) for member in part.members]
     keys = []
     program = bind_alone(part.module, rule, arrays, range(len(arrays)))
-    for stream, member, steps in zip(
-        streams, part.members, part.vectors[0], strict=True
+    for tensor, member, steps in zip(
+        tensors, part.members, part.vectors[0], strict=True
     ):
         keys.append(Key(int(steps) + 1, (), values[member.group]))
         grad = member.param.grad
-        empty = torch.empty_like(stream, dtype=computed(member.param))
+        empty = torch.empty_like(tensor, dtype=member.dtype)
         grads.append(None if grad is None else empty.copy_(grad.detach()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])
     # An array does not keep a tensor's memory, so the last call holds the gradients.

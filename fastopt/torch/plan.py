@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from fastopt import backends
-from fastopt.memory.formats import SMALLEST
+from fastopt.optimizer.formats import PARAM
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -25,11 +25,9 @@ from fastopt.torch.arguments import spared
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
     COMPUTED,
-    ROUNDED,
     Unsupported,
     check_gradient,
     check_memory,
-    computed,
     is_plain,
     numbers,
     watched,
@@ -100,8 +98,9 @@ class Plan:
         pairs = [(p, i + (len(groups) if p in without else 0)) for p, i in pairs]
         self._params = [param for param, _ in pairs]
         grads = [p.grad for p in self._params] if gradients is None else gradients.first
+        wanted, named_params = optimizer._wanted, names_of(groups)
         keeps = [
-            bool(rule.state or rule.carry or names.steps or self.averaged)
+            bool(rule.state or rule.carry or names.steps or self.averaged or wanted.any)
             for rule in self.rules
         ]
         if in_fake_mode():
@@ -134,16 +133,18 @@ class Plan:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = gradients is not None
-            dtype = state_dtype(optimizer.state_dtype, rule, param, plain, module)
-            of = param, dtype, place, group, named[group], entry, plain
-            key = id(rule), param.dtype, param.device, plain
+            chosen = wanted.of(rule, named_params[param], param, module.formats)
+            chosen = chosen if plain else {}
+            of = param, chosen, place, group, named[group], entry, plain
+            key = id(rule), param.dtype, param.device, plain, chosen.get(PARAM)
             alike.setdefault(key, []).append(Member(*of, alone, firsts[param]))
         self.parts = []
         for members in alike.values():
             rule = self.rules[members[0].group]
             module = module_for(rule, optimizer.backend, members[0].param)
             for wave, apart in enumerate(in_turn(members)):
-                kind = Kind(rule, names, module, self.averaged, apart)
+                own = apart, optimizer._not_stored
+                kind = Kind(rule, names, module, self.averaged, *own)
                 self.parts.append(Part(kind, wave))
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}
@@ -399,6 +400,8 @@ class Plan:
                 fresh[param] = entry
             else:
                 calls.append(partial(there.update, entry))
+                gone = there.keys() - entry.keys()  # scales of what has none here
+                calls += [partial(there.pop, key, None) for key in gone]
         return [partial(state.update, fresh), *calls] if self._new else []
 
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
@@ -518,22 +521,14 @@ def check(
             )
 
 
-def state_dtype(
-    wanted: torch.dtype | None, rule: Rule, param: Tensor, plain: bool, module: Any
-) -> torch.dtype:
-    """Return the dtype of a parameter's buffers."""
-    dtype = computed(param)
-    if wanted not in ROUNDED or dtype is not torch.float32 or not plain:
-        return dtype
-    if rule.factored or param.numel() < SMALLEST:
-        return dtype
-    format = ROUNDED[wanted]
-    if format.name not in module.formats:
-        raise ValueError(
-            f"the kernels for {param.device} do not keep state in {wanted}; leave "
-            f"state_dtype out"
-        )
-    return wanted
+def names_of(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
+    """Return the names that torch has for parameters; empty ones if it has none."""
+    names: dict[Tensor, str] = {}
+    for group in groups:
+        params = group["params"]
+        of = group.get("param_names") or [""] * len(params)
+        names |= dict(zip(params, of, strict=False))
+    return names
 
 
 def in_fake_mode() -> bool:

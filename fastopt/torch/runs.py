@@ -44,11 +44,13 @@ def placement(
     param, grad = member.param, member.param.grad
     if member.alone or kind.rule.by_segment or grad is None:
         return None
+    if any(format.scale is not None for format in member.chosen.values()):
+        return None  # groups begin with its first element
     if not (member.plain and param.is_cpu and same_layout(grad, param)):
         return None
     common = (
         member.group,
-        member.dtype,
+        tuple(member.chosen.items()),
         *(vector[i] for vector in vectors),
         # Tensors may follow one another by chance, but not for long.
         param.untyped_storage().data_ptr(),

@@ -18,10 +18,11 @@ from fastopt.backends.numpy_ref import evaluate
 from fastopt.memory import arena
 from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
+from fastopt.optimizer.formats import PARAM, Chosen
 from fastopt.rule import Rule
+from fastopt.torch import formats
 from fastopt.torch.memory import (
     COMPUTED,
-    HALVES,
     NUMPY,
     array,
     at_address,
@@ -62,7 +63,7 @@ class Member:
     """A parameter that is updated, and its place among all parameters."""
 
     param: Tensor
-    dtype: torch.dtype  # of the rule's buffers
+    chosen: Chosen  # the formats of the rule's buffers, and of itself
     place: int
     group: int
     values: Mapping[str, Any]  # the group's hyperparameters
@@ -72,15 +73,29 @@ class Member:
     first: int = 0  # the number of its first element among all parameters'
     factors: Factors | None = None
 
-    def dtype_of(self, key: str) -> torch.dtype:
-        """Return the dtype of a buffer."""
-        return computed(self.param) if key == EMA else self.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that is computed in, and that of plain state."""
+        return computed(self.param)
 
-    def has(self, key: str) -> bool:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a buffer of the rule; of a parameter, its remainder's."""
+        format = self.chosen.get(name)
+        return formats.tensor_dtype(format, name == PARAM) if format else self.dtype
+
+    def has(self, name: str, key: str) -> bool:
         """Whether a buffer of the state can be worked in as it is."""
-        tensor, dtype = self.state.get(key), self.dtype_of(key)
+        tensor, dtype = self.state.get(key), self.dtype_of(name)
         if not isinstance(tensor, Tensor):
             return False
+        format = self.chosen.get(name)
+        if format is not None and format.scale is not None:
+            scales = self.state.get(f"{key}_{formats.SCALE}")
+            shape = formats.second_shape(self.param, format)
+            if not isinstance(scales, Tensor) or scales.shape != shape:
+                return False
+            if scales.dtype is not torch.float32 or not scales.is_contiguous():
+                return False
         if self.plain:
             return same_layout(tensor, self.param, dtype)
         alike = (tensor.dtype, tensor.device, tensor.shape) == (
@@ -99,15 +114,24 @@ class Kind(NamedTuple):
     module: ModuleType
     averaged: bool  # whether moving averages of the parameters are kept
     members: list[Member]
+    not_stored: Array  # counts groups of 8-bit state that were not finite
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of the buffers of each member, by the rule's names for them."""
+        keys = {name: self.names.key(name) for name in self.rule.state}
+        if self.averaged:
+            keys[EMA] = EMA
+        of_param = self.members[0].chosen.get(PARAM)  # which all members have
+        if of_param is not None and of_param.second is not None:
+            keys[PARAM] = formats.REMAINDER
+        return keys
 
 
 def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
     """Make the buffers that members lack, and return the keys of all. The buffers of a
     run lie one after the other in memory, as its members do."""
-    rule, members = kind.rule, kind.members
-    keys = {name: kind.names.key(name) for name in rule.state}
-    if kind.averaged:
-        keys[EMA] = EMA
+    rule, members, keys = kind.rule, kind.members, kind.keys
     apart = {
         (i, name)
         for run in runs
@@ -124,25 +148,49 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
             name
             for name, key in keys.items()
             if not (of_matrix and name != EMA)
-            and ((i, name) in apart or not member.has(key))
+            and ((i, name) in apart or not member.has(name, key))
         )
-        for dtype in dict.fromkeys(member.dtype_of(keys[name]) for name in lacking):
-            alike = [n for n in lacking if member.dtype_of(keys[n]) == dtype]
+        for dtype in dict.fromkeys(map(member.dtype_of, lacking)):
+            alike = [name for name in lacking if member.dtype_of(name) == dtype]
             batches.setdefault((dtype, *alike), []).append(member)
     for (dtype, *names), batch in batches.items():
         made = zeros(batch, len(names), dtype)
         for member, streams in zip(batch, made, strict=True):
             for name, flat in zip(names, streams, strict=True):
                 tensor = like(member.param, flat, member.plain)
-                before, of = member.state.get(keys[name]), rule.starts.get(name)
-                if isinstance(before, Tensor):
-                    tensor.copy_(before.detach())
-                elif of == "p" or name == EMA:
-                    tensor.copy_(member.param.detach())
-                elif of is not None:
-                    flat.fill_(rule.start(of, member.values))
+                begin(kind, member, name, tensor)
                 member.state[keys[name]] = tensor
     return list(keys.values())
+
+
+def begin(kind: Kind, member: Member, name: str, tensor: Tensor) -> None:
+    """Give a new buffer its numbers: those of the state, or what the rule begins
+    with."""
+    key, of = kind.keys[name], kind.rule.starts.get(name)
+    format, values = member.chosen.get(name), None
+    before = member.state.get(key)
+    if name == PARAM and isinstance(before, Tensor) and before.dtype != tensor.dtype:
+        raise ValueError(
+            f"the remainder of a parameter has {before.dtype} in the state, but this "
+            f"optimizer's has {tensor.dtype}; make it with the same master"
+        )
+    if isinstance(before, Tensor):
+        values = formats.decoded(member.state, key)
+    elif of == "p" or name == EMA:
+        values = formats.master(member.param, member.state)
+    elif of is not None:
+        start: float = kind.rule.start(of, member.values)
+        values = torch.full_like(tensor, start, dtype=member.dtype)
+    member.state.pop(f"{key}_{formats.SCALE}", None)
+    if format is None or format.scale is None:
+        if values is not None:
+            tensor.copy_(values.detach())
+        return
+    shape = formats.second_shape(member.param, format)
+    scales = torch.zeros(shape, device=tensor.device)
+    if values is not None:
+        formats.encode(tensor, scales, format, values)
+    member.state[f"{key}_{formats.SCALE}"] = scales
 
 
 def in_one_piece(tensors: Sequence[Any]) -> bool:
@@ -159,8 +207,8 @@ def zeros(
     """Return, for each member, ``streams`` flat buffers of zeros."""
     first, sizes = members[0].param, [numbers(member.param) for member in members]
     dtype = COMPUTED[dtype] if dtype.is_complex else dtype
-    if first.is_cpu and dtype in HALVES:
-        stored = HALVES[dtype].stored
+    if first.is_cpu and dtype not in NUMPY:  # NumPy may have no such dtype
+        stored = np.dtype(f"i{dtype.itemsize}")
         kinds = [arena.aligned(stored, (size,)) for size in sizes]
         return [
             tuple(torch.from_numpy(flat).view(dtype) for flat in of)
@@ -303,8 +351,9 @@ def evaluated(
     carried = [float(state[names.key(name)]) for name in rule.carry]
     steps = max(int(state[names.steps]), 1) if names.steps else 1
     scalars = rule.scalars(steps, *carried, *values)
-    buffers = (state[names.key(name)] for name in rule.state)
-    tensors = [t.detach().cpu().resolve_conj() for t in (param, *buffers)]
+    buffers = (formats.decoded(state, names.key(name)) for name in rule.state)
+    tensors = [formats.master(param, state), *buffers]
+    tensors = [tensor.detach().cpu().resolve_conj() for tensor in tensors]
     if param.is_complex():
         tensors = list(map(torch.view_as_real, tensors))
     arrays = [tensor.to(dtype).numpy() for tensor in tensors]

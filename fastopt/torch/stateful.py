@@ -8,9 +8,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fastopt.optimizer import checks, refusals
 from fastopt.rule import Rule
@@ -20,10 +20,12 @@ from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import in_flat_buffer
+from fastopt.torch.formats import REMAINDER, WORDS, decoded
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
 from fastopt.torch.memory import HALVES, Unsupported
 from fastopt.torch.plan import Plan
-from fastopt.torch.state import EMA, TRAINED, Names, evaluated
+from fastopt.torch.state import EMA, TRAINED, evaluated
+from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Turns
 
 NEVER: Any = object()  # no attribute is this
@@ -38,17 +40,14 @@ KEPT = (
 ACCUMULATED = "accumulated"  # the key of sums of gradients in a state_dict
 
 
-class Stateful(Optimizer):
+class Stateful(Storage):
     """A ``torch.optim.Optimizer`` whose state is in memory that kernels work in."""
 
-    _names = Names()
     _default_rule: Rule  # whatever the options of a group are
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients
     weight_decay_mask: Any = None
-    state_dtype: torch.dtype | None = None
-    _encodes = True  # whether there is state that may have a state_dtype
     threads: int | None
 
     def _renew(self) -> None:
@@ -60,6 +59,7 @@ class Stateful(Optimizer):
         self._noted: set[Any] = set()  # what steps have needed of all parameters
         if "_turns" not in vars(self):
             self._turns = Turns()
+            self._not_stored = np.zeros(1, np.int64)
             self._most_threads = available()
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -95,8 +95,10 @@ class Stateful(Optimizer):
         for param, state in self._entries():
             changed = dict(self._outward(state))
             for key in buffers & changed.keys():
-                # Ours may be of another dtype, float32 or ``state_dtype``.
-                changed[key] = changed[key].to(param.dtype)
+                # Ours may be of another dtype.
+                changed[key] = decoded(state, key).to(param.dtype)
+            if REMAINDER in changed:  # the parameter will no longer be what it is of
+                changed[REMAINDER] = torch.zeros_like(changed[REMAINDER])
             calls.append(partial(state.update, changed))
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
 
@@ -261,6 +263,8 @@ class Stateful(Optimizer):
                     counts = not value.dim() and not self._names.torchs
                     if param.dtype in HALVES or counts:
                         loaded[key] = value.to(param.device)
+                elif isinstance(value, Tensor) and value.dtype in WORDS:
+                    loaded[key] = value.to(param.device)  # no numbers to convert
             if loaded:
                 other._inward(loaded)
         other._torchs, saved = False, state_dict.get(ACCUMULATED)

@@ -20,7 +20,7 @@ from fastopt.step import OPTIONS, PLAIN, Options, Request
 from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
-from fastopt.torch.memory import ROUNDED, Unsupported
+from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import Part, estimate
 from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
@@ -49,10 +49,18 @@ class Stepping(Stateful):
         Where weight decay applies: a callable of a parameter's name (empty if torch has
         none) and the parameter, such as ``lambda name, param: param.ndim > 1``.
     state_dtype
-        ``torch.bfloat16`` keeps the averages of parameters of 4,096 elements and more
-        in bfloat16, rounded stochastically (by SGD, which does not count its steps, to
-        the nearest); the same run draws the same numbers. By default, and for float64
+        ``torch.bfloat16`` means ``formats="bf16"``. By default, and for float64
         parameters, state has the dtype that is computed in.
+    formats
+        The format of the state of parameters of 4,096 elements and more: a name such as
+        "bf16" or "8bit", a dict with the format of each of the rule's buffers, or a
+        callable of a parameter's name and the parameter that returns one of these. See
+        docs/formats.md. What is rounded stochastically draws the same numbers in the
+        same run; SGD does not count its steps, so it rounds to nearest.
+    master
+        What is kept of bfloat16 parameters: "bf16+r8" or "bf16+r16" keep a remainder of
+        8 or 16 bits in the state, so that updates are as precise as those of 24-bit
+        numbers or of float32; "bf16" rounds stochastically.
     threads
         The most to use; by default as many as torch uses, within the container's quota.
     backend
@@ -79,6 +87,8 @@ class Stepping(Stateful):
         ema: float | None = None,
         weight_decay_mask: Callable[[str, Tensor], bool] | None = None,
         state_dtype: torch.dtype | None = None,
+        formats: Any = None,
+        master: str | None = None,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -94,16 +104,7 @@ class Stepping(Stateful):
                 f"got {weight_decay_mask!r}"
             )
         self.weight_decay_mask = weight_decay_mask
-        if state_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"state_dtype must be torch.float32 or torch.bfloat16, got "
-                f"{state_dtype!r}"
-            )
-        if state_dtype in ROUNDED and not self._encodes:
-            raise ValueError(
-                f"{type(self).__name__} has no state_dtype={state_dtype}; leave it out"
-            )
-        self.state_dtype = state_dtype
+        self._set_formats(state_dtype, formats, master)
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(
@@ -115,9 +116,9 @@ class Stepping(Stateful):
         names = [*inspect.signature(super().__init__).parameters][1:]
         refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
         super().__init__(params, *arguments, **options)
-        spared(
-            self.weight_decay_mask, self.param_groups, self._rules
-        )  # an error of the mask comes now
+        rules = self._rules
+        spared(self.weight_decay_mask, self.param_groups, rules)  # its errors come now
+        self._check_formats(rules)
         self._warn_of_shares(clip_norm is not None, nonfinite)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:

@@ -1,0 +1,208 @@
+"""Formats of state and of parameters: the tensors that they are stored in.
+
+A format with two parts has two tensors in a parameter's state: "exp_avg" and
+"exp_avg_scale"; or, for the parameter itself, "remainder".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastopt.memory.arena import aligned
+from fastopt.memory.formats import COMPUTED, FORMATS, Format
+from fastopt.memory.order import GROUP
+from fastopt.memory.segments import Array, Encoded
+from fastopt.optimizer.formats import PARAM, Chosen, Formats
+from fastopt.rule import Rule
+from fastopt.torch.memory import array, at_address, computed, numbers
+
+# The tensors of a format's parts, by the names of their dtypes.
+TENSORS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "uint16": torch.int16,  # few of torch's functions take its uint16
+}
+WORDS = {torch.int8, torch.uint8, torch.int16}  # of tensors that are not numbers
+CODES = {torch.int8: FORMATS["m8"], torch.uint8: FORMATS["v8"]}
+SCALE = "scale"
+REMAINDER = "remainder"  # the key of a parameter's second part
+
+
+class Wanted(NamedTuple):
+    """The arguments of an optimizer that choose formats.
+
+    Attributes
+    ----------
+    formats
+        As the core's, or None. A callable takes a parameter's name and the parameter.
+    master
+        The format of the parameters, or None.
+    counts
+        Whether the optimizer counts steps. What is rounded stochastically needs that.
+    scales
+        Whether its state may have scales.
+    """
+
+    formats: Any = None
+    master: str | None = None
+    counts: bool = True
+    scales: bool = True
+
+    @property
+    def any(self) -> bool:
+        return self.formats is not None or self.master is not None
+
+    def of(self, rule: Rule, name: str, param: Tensor, known: Set[str]) -> Chosen:
+        """Return the formats for a parameter, whose kernels have the ``known`` ones."""
+        if not self.any or computed(param) is not torch.float32 or rule.factored:
+            return {}
+        kind, like = str(param.dtype).removeprefix("torch."), (numbers(param),)
+        chosen = self.of_rule(rule).of(
+            name, param, kind, aligned(COMPUTED, like), known
+        )
+        return {stream: self._counted(of) for stream, of in chosen.items()}
+
+    def of_rule(self, rule: Rule) -> Formats:
+        """Check the arguments for a rule, and return them as the core's."""
+        given = self.formats
+        if self.master is not None:
+            if callable(given):
+                raise TypeError(
+                    "master has no effect beside a callable of formats: let it return "
+                    f"{{'param': {self.master!r}, ...}}"
+                )
+            more = Formats.of_rule(given, rule, True).named if given else {}
+            given = {**more, PARAM: self.master}
+        formats = Formats.of_rule(given, rule, True)
+        for format in formats.common.values():
+            self._counted(format)
+        return formats
+
+    def _counted(self, format: Format) -> Format:
+        """Return a format, or that which rounds to nearest if steps are not counted."""
+        if format.scale is not None and not self.scales:
+            raise ValueError(
+                f"this optimizer's state cannot have format {format.name!r}, because "
+                f"its state_dict has other numbers; use 'bf16'"
+            )
+        if self.counts or not format.stochastic:
+            return format
+        if format is FORMATS["bf16_sr"] and self.master is None:
+            return FORMATS["bf16"]
+        raise ValueError(
+            f"format {format.name!r} rounds by the number of the step, but this "
+            f"optimizer does not count its steps, as torch's does not"
+        )
+
+
+def second_shape(param: Tensor, format: Format) -> tuple[int, ...]:
+    """Return the shape of a second part."""
+    if format.scale is None:
+        return tuple(param.shape)
+    return (-(-numbers(param) // GROUP),)
+
+
+def tensor_dtype(format: Format, second: bool = False) -> torch.dtype:
+    """Return the dtype of a part's tensor."""
+    if second and format.second is not None:
+        return TENSORS[str(format.second[1])]
+    return TENSORS[format.public]
+
+
+def part(tensor: Tensor, dtype: np.dtype[Any], count: int) -> Any:
+    """Return ``count`` elements of a tensor, in the order of memory, as its device's
+    kernels take them."""
+    if tensor.is_cpu:
+        if not count:
+            return np.empty(0, dtype)
+        return at_address(tensor.data_ptr(), count, dtype)
+    from fastopt.backends import cuda_driver
+
+    flat = tensor.detach().as_strided((count,), (1,))
+    if dtype != COMPUTED:
+        flat = flat.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
+    return cuda_driver.as_array("state", flat).view(dtype)
+
+
+def stream(
+    tensor: Tensor,
+    format: Format | None,
+    second: Tensor | None,
+    counter: Array,
+    count: int | None = None,
+) -> Any:
+    """Return a tensor as kernels take it, with the second part of its format; ``count``
+    elements, if those of other tensors follow."""
+    if format is None:
+        return array(tensor, count)
+    count = numbers(tensor) if count is None else count
+    parts = [part(tensor, format.stored, count)]
+    if format.second is not None and second is not None:
+        _, dtype, elements = format.second
+        parts.append(part(second, dtype, -(-count // elements)))
+    if format.scale is not None:
+        parts.append(counter)
+    return Encoded(format, tuple(parts))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor in the order of memory, in which groups are
+    formed."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def words_of(tensor: Tensor) -> Array:
+    """Return the elements of a tensor of 8 or 16 bits as unsigned integers."""
+    bits = torch.uint8 if tensor.element_size() == 1 else torch.int16
+    array: Array = flat(tensor).view(bits).cpu().numpy()
+    return array.view(f"u{array.itemsize}")
+
+
+def set_words(tensor: Tensor, words: Array) -> None:
+    """Set the elements of a tensor of 8 or 16 bits to unsigned integers."""
+    bits, of = (torch.uint8, "u1") if words.itemsize == 1 else (torch.int16, "i2")
+    flat(tensor).view(bits).copy_(torch.from_numpy(words.view(of)))
+
+
+def decoded(state: Mapping[str, Any], key: str) -> Tensor:
+    """Return a buffer of a parameter's state, as float32 if it is codes with scales."""
+    tensor: Tensor = state[key]
+    scales = state.get(f"{key}_{SCALE}")
+    if tensor.dtype not in CODES or not isinstance(scales, Tensor):
+        return tensor
+    parts = words_of(tensor), scales.detach().cpu().numpy()
+    values = torch.from_numpy(CODES[tensor.dtype].read(parts))
+    result = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
+    flat(result).copy_(values)
+    return result
+
+
+def encode(first: Tensor, second: Tensor, format: Format, values: Tensor) -> None:
+    """Write numbers into the two parts of a format."""
+    like = torch.empty_like(first, dtype=torch.float32, device="cpu").copy_(values)
+    words, rest = format.written(flat(like).numpy())
+    set_words(first, words)
+    if format.scale is None:
+        set_words(second, rest)
+    else:
+        second.copy_(torch.from_numpy(rest))
+
+
+def master(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return a parameter with its remainder, as a new tensor in the dtype that is
+    computed in."""
+    rest = state.get(REMAINDER)
+    result = param.detach().to(computed(param), copy=True)
+    if isinstance(rest, Tensor):
+        format = FORMATS["r8" if rest.dtype == torch.uint8 else "r16"]
+        values = format.read((words_of(param), words_of(rest)))
+        flat(result).copy_(torch.from_numpy(values))
+    return result

@@ -1,0 +1,247 @@
+"""torch's classes with remainders of parameters and with state of 8 bits, held to the
+bits of the core."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+from cases import bfloat16, same_bits
+
+import fastopt
+
+torch = pytest.importorskip("torch")
+ft = pytest.importorskip("fastopt.torch")
+
+SHAPES = (90, 80), (5000,), (7,), (4096,), (0,)
+CASES = {
+    "8bit": ({"formats": "8bit"}, {"formats": "8bit"}, torch.float32),
+    "m8": ({"formats": {"m": "m8"}}, {"formats": {"m": "m8"}}, torch.bfloat16),
+    "r8": (
+        {"formats": "8bit", "master": "bf16+r8"},
+        {"formats": {"param": "bf16+r8", "m": "m8", "v": "v8"}},
+        torch.bfloat16,
+    ),
+    "r16": (
+        {"master": "bf16+r16", "state_dtype": torch.bfloat16},
+        {"formats": {"param": "bf16+r16", "m": "bf16", "v": "bf16"}},
+        torch.bfloat16,
+    ),
+    "stochastic": ({"master": "bf16"}, {"formats": {"param": "bf16"}}, torch.bfloat16),
+}
+KEYS = {"m": "exp_avg", "v": "exp_avg_sq", "param_remainder": "remainder"}
+KEYS |= {f"{k}_scale": f"{KEYS[k]}_scale" for k in ("m", "v")}
+
+
+def drawn(seed):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in SHAPES]
+
+
+def give(params, seed):
+    for param, grad in zip(params, drawn(seed), strict=True):
+        new = torch.from_numpy(grad).to(param.dtype)
+        if param.grad is None:
+            param.grad = new
+        else:
+            param.grad.copy_(new)
+
+
+def params_of(dtype, flat=False):
+    params = [torch.nn.Parameter(torch.from_numpy(p).to(dtype)) for p in drawn(0)]
+    if flat:
+        ft.flatten_(params)
+    return params
+
+
+def raw(array):
+    """The bytes of an array or of a tensor."""
+    if isinstance(array, np.ndarray):
+        return array.tobytes()
+    flat = array.detach().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def check(params, opt, arrays, core):
+    """Parameters and state have the bits of the core's."""
+    for param, array in zip(params, arrays, strict=True):
+        assert raw(param) == raw(array)
+    for name, buffers in core.state.items():
+        for param, buffer in zip(params, buffers, strict=True):
+            if buffer.size:
+                assert raw(opt.state[param][KEYS[name]]) == raw(buffer), name
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "rule"), [(ft.AdamW, fastopt.adamw), (ft.LAMB, fastopt.lamb)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_are_those_of_the_core(case, kind, rule, flat):
+    options, formats, dtype = CASES[case]
+    values = {"lr": 0.01, "weight_decay": 0.1}
+    params = params_of(dtype, flat)
+    opt = kind(params, **values, **options)
+    numpys = bfloat16 if dtype is torch.bfloat16 else np.float32
+    arrays = [p.astype(numpys) for p in drawn(0)]
+    core = rule(arrays, **values, **formats)
+    for step in range(1, 5):
+        give(params, step)
+        opt.step(clip_value=0.5 if step == 2 else None)
+        grads = [grad.astype(numpys) for grad in drawn(step)]
+        core.step(grads, clip_value=0.5 if step == 2 else None)
+    for param, array in zip(params, arrays, strict=True):
+        assert raw(param) == raw(array)
+    key = kind._names.key
+    for name, buffers in core.state.items():
+        stream, _, part = name.partition("_")
+        there = "remainder" if stream == "param" else "_".join([key(stream), part])
+        for param, buffer in zip(params, buffers, strict=True):
+            if buffer.size:
+                assert raw(opt.state[param][there.rstrip("_")]) == raw(buffer), name
+    for got, expected in zip(opt.master_params(), core.master_params(), strict=True):
+        assert same_bits(got.numpy(), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_state_goes_on_with_the_same_bits(case):
+    """Through torch.save; and into an optimizer that has done other steps."""
+    options, _, dtype = CASES[case]
+    params = params_of(dtype)
+    opt = ft.AdamW(params, lr=0.01, **options)
+    for step in (1, 2, 3):
+        give(params, step)
+        opt.step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = ft.AdamW(others, lr=0.5, **options)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step in (4, 5):
+        for of, optimizer in ((params, opt), (others, other)):
+            give(of, step)
+            optimizer.step()
+    for a, b in zip(params, others, strict=True):
+        assert raw(a) == raw(b)
+        for key, value in opt.state[a].items():
+            assert raw(value) == raw(other.state[b][key]), key
+    copied = copy.deepcopy(opt)
+    assert copied.formats == opt.formats and copied.master == opt.master
+
+
+def test_state_is_converted_when_it_is_loaded():
+    """From float32 to 8 bits and back."""
+    params = params_of(torch.float32)
+    plain, coded = ft.AdamW(params, lr=0.0), ft.AdamW(params, lr=0.0, formats="8bit")
+    give(params, 1)
+    plain.step()
+    exact = plain.state[params[0]]["exp_avg"].clone()
+    coded.load_state_dict(plain.state_dict())
+    for param in params:
+        param.grad.zero_()
+    coded.step()
+    entry = coded.state[params[0]]
+    assert (
+        entry["exp_avg"].dtype == torch.int8 and entry["exp_avg_scale"].numel() == 113
+    )
+    again = ft.AdamW(params, lr=0.0)
+    again.load_state_dict(coded.state_dict())
+    again.step()
+    entry = again.state[params[0]]
+    assert entry["exp_avg"].dtype == torch.float32 and "exp_avg_scale" not in entry
+    torch.testing.assert_close(entry["exp_avg"], exact * 0.81, rtol=0.05, atol=2e-3)
+    assert again.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_layouts_other_than_contiguous():
+    """Groups are formed in the order of memory."""
+    start = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        param = torch.nn.Parameter(start.clone(memory_format=layout))
+        opt = ft.AdamW([param], lr=0.01, formats="8bit")
+        for _ in range(3):
+            param.grad = torch.sign(param.detach()) * 0.3
+            opt.step()
+        again = ft.AdamW([param], lr=0.01)
+        again.load_state_dict(opt.state_dict())
+        again.step()
+        results.append(again.state[param]["exp_avg"].contiguous())
+    torch.testing.assert_close(*results, rtol=0.02, atol=1e-3)
+
+
+def test_formats_by_name_and_of_single_steps():
+    model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
+    opt = ft.AdamW(
+        model.named_parameters(),
+        formats=lambda name, param: "fp32" if name.startswith("0.") else "8bit",
+    )
+    model(torch.tensor([1, 2])).sum().backward()
+    opt.step()
+    kinds = [opt.state[p]["exp_avg"].dtype for p in model.parameters()]
+    assert kinds == [torch.float32, torch.int8, torch.float32]
+    param = next(iter(model.parameters()))
+    param.grad[3] = float("nan")
+    model[1].weight.grad[0, 0] = float("inf")
+    opt.step()
+    assert opt.nonfinite_groups == 2
+
+
+def test_sgd_keeps_remainders_without_counts():
+    """torch's SGD does not count steps, which stochastic rounding needs."""
+    param = torch.nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    opt = ft.SGD([param], lr=2.0**-13, master="bf16+r16")
+    param.grad = torch.ones(10, dtype=torch.bfloat16)
+    opt.step()
+    assert (param == 1).all() and (opt.master_params()[0] == 1 - 2**-13).all()
+    for _ in range(100):
+        opt.step()
+    assert (opt.master_params()[0] == 1 - 101 * 2**-13).all()
+    for options in ({"master": "bf16"}, {"formats": "8bit", "momentum": 0.9}):
+        with pytest.raises(ValueError, match="does not count its steps"):
+            ft.SGD([param], lr=1.0, **options)
+
+
+def test_torchs_own_step_ends_remainders():
+    """What is left to torch works on the parameter alone, and on float32 state."""
+    param = torch.nn.Parameter(torch.ones(5000, 1, dtype=torch.bfloat16))
+    opt = ft.SGD([param], lr=2.0**-10, momentum=0.5, master="bf16+r8")
+    param.grad = torch.ones(5000, 1, dtype=torch.bfloat16)
+    opt.step()
+    assert opt.state[param]["remainder"].any()
+    param.grad = torch.ones(5000, 1, dtype=torch.bfloat16).to_sparse(1)
+    opt.step()
+    assert not opt.state[param]["remainder"].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": "4bit"}, "formats must be one of 'fp32'"),
+        ({"formats": {"exp_avg": "m8"}}, "has 'exp_avg', but adamw keeps m, v"),
+        ({"master": "r8"}, r"formats\['param'\] must be one of 'bf16'"),
+        ({"formats": "8bit", "state_dtype": torch.bfloat16}, "leave one out"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ft.AdamW(params_of(torch.bfloat16), **options)
+    for kind in (ft.Adafactor, ft.Muon):
+        with pytest.raises(ValueError, match="has float32 state only"):
+            kind([torch.nn.Parameter(torch.ones(3, 3))], master="bf16+r8")
+    with pytest.raises(ValueError, match="its state_dict has other numbers"):
+        ft.RMSprop(params_of(torch.float32), formats="8bit")
+
+
+def test_another_remainder_is_refused():
+    params = params_of(torch.bfloat16)
+    opt = ft.AdamW(params, master="bf16+r8")
+    give(params, 1)
+    opt.step()
+    other = ft.AdamW(params, master="bf16+r16")
+    other.load_state_dict(opt.state_dict())
+    before = raw(params[0])
+    with pytest.raises(ValueError, match="make it with the same master"):
+        other.step()
+    assert raw(params[0]) == before
