@@ -64,6 +64,7 @@ class Part:
         scales = [f"{key}_{formats.SCALE}" for key in self.buffer_keys]
         keys = [*self.buffer_keys, *scales, *self.counted, *FACTORS]
         entries = [m.state.get(key) for m in self.members for key in keys]
+        entries += [member.copy for member in self.members]
         return [tensor for tensor in entries if isinstance(tensor, Tensor)]
 
     @property
@@ -101,7 +102,9 @@ class Part:
             if format := member.chosen.get(PARAM):
                 rest = member.state.get(formats.REMAINDER)
                 memory = formats.stream(param, format, rest, self.not_stored, count)
-            segments.append(Segment(memory, state, r, average, member.first))
+            of_copy = None if member.copy is None else array(member.copy, count)
+            own = average, member.first, of_copy
+            segments.append(Segment(memory, state, r, *own))
         self.program = Program(
             self.module,
             self.rule,

@@ -137,7 +137,9 @@ class Plan:
             chosen = chosen if plain else {}
             of = param, chosen, place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain, chosen.get(PARAM)
-            alike.setdefault(key, []).append(Member(*of, alone, firsts[param]))
+            member = Member(*of, alone, firsts[param])
+            member.copy = (optimizer.copy_to or {}).get(param)
+            alike.setdefault(key, []).append(member)
         self.parts = []
         for members in alike.values():
             rule = self.rules[members[0].group]

@@ -56,4 +56,8 @@ def placement(
         param.untyped_storage().data_ptr(),
         grad.untyped_storage().data_ptr(),
     )
-    return common, [param, grad]
+    if member.copy is None:
+        return common, [param, grad]
+    return (*common, member.copy.untyped_storage().data_ptr()), [
+        *(param, grad, member.copy)
+    ]

@@ -72,6 +72,7 @@ class Member:
     alone: bool  # whether it is always a segment by itself
     first: int = 0  # the number of its first element among all parameters'
     factors: Factors | None = None
+    copy: Tensor | None = None  # where steps copy the parameter to
 
     @property
     def dtype(self) -> torch.dtype:

@@ -61,6 +61,9 @@ class Stepping(Stateful):
         What is kept of bfloat16 parameters: "bf16+r8" or "bf16+r16" keep a remainder of
         8 or 16 bits in the state, so that updates are as precise as those of 24-bit
         numbers or of float32; "bf16" rounds stochastically.
+    copy_to
+        A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
+        write float32 parameters there, rounded to nearest, in the same pass.
     threads
         The most to use; by default as many as torch uses, within the container's quota.
     backend
@@ -89,6 +92,7 @@ class Stepping(Stateful):
         state_dtype: torch.dtype | None = None,
         formats: Any = None,
         master: str | None = None,
+        copy_to: Any = None,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -105,6 +109,7 @@ class Stepping(Stateful):
             )
         self.weight_decay_mask = weight_decay_mask
         self._set_formats(state_dtype, formats, master)
+        self.copy_to = copy_to
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(
@@ -119,6 +124,7 @@ class Stepping(Stateful):
         rules = self._rules
         spared(self.weight_decay_mask, self.param_groups, rules)  # its errors come now
         self._check_formats(rules)
+        self._check_copies()
         self._warn_of_shares(clip_norm is not None, nonfinite)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule
 from fastopt.torch.formats import Wanted, master
+from fastopt.torch.memory import HALVES, is_dense, same_layout
 from fastopt.torch.state import Names
 from fastopt.torch.turns import Turns
 
@@ -27,6 +28,7 @@ class Storage(Optimizer):
     state_dtype: torch.dtype | None = None
     formats: Any = None
     master: str | None = None
+    copy_to: Any = None
 
     def _set_formats(
         self, state_dtype: torch.dtype | None, formats: Any, master: str | None
@@ -41,6 +43,29 @@ class Storage(Optimizer):
                 "state_dtype and formats both say what state is kept in; leave one out"
             )
         self.state_dtype, self.formats, self.master = state_dtype, formats, master
+
+    def _check_copies(self) -> None:
+        """Check ``copy_to``, and keep it by parameter."""
+        if self.copy_to is None:
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        given = list(self.copy_to)
+        if len(given) != len(params):
+            raise ValueError(
+                f"copy_to must have a tensor or None for each of {len(params)} "
+                f"parameters, got {len(given)}"
+            )
+        pairs = [(p, c) for p, c in zip(params, given, strict=True) if c is not None]
+        for param, copy in pairs:
+            check_copy(param, copy)
+        spans = sorted(
+            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+            for t in (*params, *(copy for _, copy in pairs))
+            if t.numel()
+        )
+        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            raise ValueError("tensors in copy_to overlap each other or a parameter")
+        self.copy_to = {param: copy.detach() for param, copy in pairs}
 
     def _check_formats(self, rules: Sequence[Rule]) -> None:
         """Check the formats of state and parameters for these rules."""
@@ -74,3 +99,22 @@ class Storage(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         with self._turns.lock:
             return [master(param, self.state.get(param, {})) for param in params]
+
+
+def check_copy(param: Tensor, copy: Tensor) -> None:
+    """Check that steps can copy a parameter there."""
+    if copy.dtype not in HALVES or param.dtype is not torch.float32:
+        raise TypeError(
+            f"copy_to has {copy.dtype} for a parameter of {param.dtype}; copies are "
+            f"bfloat16 or float16, of parameters of float32"
+        )
+    if copy.shape != param.shape:
+        raise ValueError(
+            f"copy_to has shape {tuple(copy.shape)} for a parameter of shape "
+            f"{tuple(param.shape)}"
+        )
+    if not (param.is_cpu and is_dense(param) and same_layout(copy, param, copy.dtype)):
+        raise ValueError(
+            "copy_to takes dense tensors of the CPU in the layout of their parameters, "
+            "such as torch.empty_like(param, dtype=torch.bfloat16)"
+        )

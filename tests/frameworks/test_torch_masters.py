@@ -245,3 +245,45 @@ def test_another_remainder_is_refused():
     with pytest.raises(ValueError, match="make it with the same master"):
         other.step()
     assert raw(params[0]) == before
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_are_the_parameters_rounded(dtype, flat):
+    """With gradients of 16 bits; and when the copies have moved."""
+    params = params_of(torch.float32, flat)
+    copies = [torch.zeros_like(p, dtype=dtype) for p in params]
+    if flat:
+        whole = torch.zeros(sum(p.numel() for p in params), dtype=dtype)
+        parts = whole.split([p.numel() for p in params])
+        copies = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+    copies[2] = None
+    opt = ft.AdamW(params, lr=0.1, copy_to=copies, formats="8bit")
+    for step in range(1, 5):
+        give(params, step)
+        opt.step(clip_norm=0.5 if step == 2 else None, zero_grads=step == 3)
+        for param, copy_ in zip(params, copies, strict=True):
+            assert copy_ is None or torch.equal(copy_, param.detach().to(dtype))
+    other = copy.deepcopy(opt)
+    theirs = other.param_groups[0]["params"][1]
+    theirs.grad = torch.ones_like(theirs)
+    other.step()
+    assert torch.equal(other.copy_to[theirs], theirs.detach().to(dtype))
+    assert torch.equal(copies[1], params[1].detach().to(dtype))
+
+
+def test_refused_copies():
+    param = torch.nn.Parameter(torch.ones(4, 5))
+    for copies, error, message in (
+        ([], ValueError, "or None for each of 1"),
+        ([torch.ones(4, 5)], TypeError, "copies are bfloat16 or float16"),
+        ([torch.ones(5, 4).bfloat16()], ValueError, "has shape"),
+        ([torch.ones(5, 4).bfloat16().t()], ValueError, "in the layout of their"),
+        ([param.detach().view(torch.bfloat16)[:, :5]], ValueError, "in the layout"),
+    ):
+        with pytest.raises(error, match=message):
+            ft.AdamW([param], copy_to=copies)
+    memory = torch.zeros(30)
+    param = torch.nn.Parameter(memory[:20])
+    with pytest.raises(ValueError, match="overlap each other or a parameter"):
+        ft.AdamW([param], copy_to=[memory.view(torch.bfloat16)[30:50]])
