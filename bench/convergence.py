@@ -116,6 +116,7 @@ class Task:
     y: Array
     classes: int
     target: float
+    hidden: int = HIDDEN  # the width of the hidden layer
 
     @property
     def embedded(self) -> bool:
@@ -131,10 +132,16 @@ def characters() -> Task:
     """Guess the next character of the licence, a text that never changes. A table of
     its pairs has a loss of 2.1, so the target needs more than the last character."""
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    x, y, classes = next_characters(text)
+    return Task("characters", x, y, classes, target=1.5)
+
+
+def next_characters(text: str) -> tuple[Array, Array, int]:
+    """Return windows of a text as numbers of symbols, the symbol that follows each, and
+    how many symbols there are."""
     alphabet, symbols = np.unique(list(text), return_inverse=True)
     windows = np.lib.stride_tricks.sliding_window_view(symbols, WINDOW + 1)
-    x, y = windows[:, :-1], windows[:, -1]
-    return Task("characters", x, y, classes=len(alphabet), target=1.5)
+    return windows[:, :-1], windows[:, -1], len(alphabet)
 
 
 TASKS = (digits, characters)
@@ -144,9 +151,9 @@ def first_weights(task: Task, seed: int, dtype: Any = np.float32) -> FlatBuffer:
     rng = np.random.default_rng(seed)
     inputs = WINDOW * EMBEDDED if task.embedded else task.x.shape[1]
     tree = {
-        "w1": rng.normal(0, inputs**-0.5, (inputs, HIDDEN)),
-        "b1": np.zeros(HIDDEN),
-        "w2": rng.normal(0, HIDDEN**-0.5, (HIDDEN, task.classes)),
+        "w1": rng.normal(0, inputs**-0.5, (inputs, task.hidden)),
+        "b1": np.zeros(task.hidden),
+        "w2": rng.normal(0, task.hidden**-0.5, (task.hidden, task.classes)),
         "b2": np.zeros(task.classes),
     }
     if task.embedded:
@@ -170,7 +177,7 @@ def loss(params: Any, x: Array, y: Array) -> float:
     return demo.evaluate(params, features(params, x), y)[0]
 
 
-def backward(params: FlatBuffer, grads: FlatBuffer, x: Array, y: Array) -> None:
+def backward(params: Any, grads: FlatBuffer, x: Array, y: Array) -> None:
     """Write the gradient of the loss into ``grads``."""
     delta = demo.backward(params, grads, features(params, x), y)
     if "embedding" in params:

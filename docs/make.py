@@ -1,20 +1,22 @@
-"""The README's tables and a page for each rule, from measurements and rules.
+"""Tables of the README and of formats.md, and a page for each rule.
 
     python docs/make.py            write them
     python docs/make.py --check    exit 1 if they are not up to date
 
-The table of speed is made from a file of ``fastopt bench``, which the README's comment
-names. All else is made from the rules: names, defaults and state from the rule,
-formulas from its code (formula.py), and words from the module's docstring, whose first
-sentence is the summary and whose first paragraph names the paper: authors and year, as
-"Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al. 2023", and after it, where there is
-one, "arXiv:1412.6980". Further paragraphs say what differs from other people's code.
+The table of speed is made from a file of ``fastopt bench``, and the tables of training
+from one of ``bench/training_parity.py``; comments before them name the files. All else
+is made from the rules: names, defaults and state from the rule, formulas from its code
+(formula.py), and words from the module's docstring, whose first sentence is the summary
+and whose first paragraph names the paper: authors and year, as "Kingma & Ba 2015", or
+"Zeiler 2012" or "Chen et al. 2023", and after it, where there is one,
+"arXiv:1412.6980". Further paragraphs say what differs from other people's code.
 """
 
 import argparse
 import ast
 import difflib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -165,15 +167,15 @@ def catalogue(rules, folder):
     )
 
 
-def marked(text, name):
-    """The place of a table in the README: the comment before it, which may name what it
-    is made from, and the comment after it."""
+def marked(text, name, page="README.md"):
+    """The place of a table in a page: the comment before it, which may name what it is
+    made from, and the comment after it."""
     before = rf"<!-- {name}: made by docs/make\.py(?: from (?P<source>\S+))? -->\n"
     match = re.search(
         rf"(?P<before>{before}).*?(?P<after><!-- /{name} -->)", text, re.S
     )
     if not match:
-        raise ValueError(f"README.md has no <!-- {name}: made by ... --> to fill")
+        raise ValueError(f"{page} has no <!-- {name}: made by ... --> to fill")
     return match
 
 
@@ -181,13 +183,46 @@ def readme(root, text, rules):
     """The README with its tables."""
     measured = report.read(root / marked(text, "speed")["source"]).measured
     speed = report.markdown([m for m in measured if title(m.case) == "adamw"])
-    for name, new in (
-        ("speed", f"{speed}\n"),
-        ("rules", catalogue(rules, "docs/rules/")),
-    ):
-        place = marked(text, name)
-        text = text[: place.end("before")] + new + text[place.start("after") :]
-    return text
+    text = filled(text, "speed", f"{speed}\n")
+    return filled(text, "rules", catalogue(rules, "docs/rules/"))
+
+
+def filled(text, name, new, page="README.md"):
+    """The text of a page, with a new table in its place."""
+    place = marked(text, name, page)
+    return text[: place.end("before")] + new + text[place.start("after") :]
+
+
+def formats(root, text):
+    """The page on formats with its tables, one for each task, of how losses change."""
+    source = root / marked(text, "training", "formats.md")["source"]
+    results = json.loads(source.read_text("utf-8"))["results"]
+    rules, rows, spreads = list(dict.fromkeys(r["rule"] for r in results)), {}, {}
+    for this in results:
+        task, rule, name = this["task"], this["rule"], this["format"]
+        if name == "float32":
+            spreads[task, rule] = this["spread"]
+            cell = f"{this['mean']:.4f} ± {this['spread']:.4f}"
+        else:
+            cell = change(this, spreads[task, rule])
+        rows.setdefault((task, name), {})[rule] = cell
+    new = ""
+    for task in dict.fromkeys(task for task, _ in rows):
+        lines = [
+            (name, *(row.get(rule, "–") for rule in rules))
+            for (of, name), row in rows.items()
+            if of == task
+        ]
+        new += f"{table((task, *(f'{rule} ' for rule in rules)), lines)}\n\n"
+    return filled(text, "training", new, "formats.md")
+
+
+def change(result, spread):
+    """The difference to float32 and its error, in units of float32's spread."""
+    if result["change"] is None:  # a loss was not finite
+        return "**diverged**"
+    text = f"{result['change'] / spread:+.3f} ± {result['error'] / spread:.3f}"
+    return text if result["within"] else f"**{text}**"
 
 
 def index(rules):
@@ -414,6 +449,8 @@ def wanted(root, rules):
     path = root / "README.md"
     files[path] = readme(root, path.read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
+    path = root / "docs" / "formats.md"
+    files[path] = formats(root, path.read_text("utf-8"))
     path = root / "docs" / "parity.md"
     files[path] = parity(path.read_text("utf-8"), rules)
     for rule in rules:

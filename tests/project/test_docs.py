@@ -6,6 +6,7 @@ import builtins
 import copy
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -610,6 +611,36 @@ def test_stale_missing_and_left_over_files(repository):
         readme.write_text(text.replace(f"<!-- {name}: made by", "no place"), "utf-8")
         with pytest.raises(ValueError, match=f"has no <!-- {name}"):
             make.stale(repository)
+
+
+def test_the_tables_of_training(tmp_path):
+    """Bold is what is beyond the spread; what was not trained, or diverged, says so."""
+
+    def result(task, rule, format, mean, change, within):
+        names = {"task": task, "rule": rule, "format": format, "within": within}
+        return names | {"mean": mean, "spread": 0.5, "change": change, "error": 0.1}
+
+    results = [
+        result("digits", "adamw", "float32", 2.0, 0.0, True),
+        result("digits", "adamw", "bf16", 1.75, -0.25, True),
+        result("digits", "lion", "float32", 3.0, 0.0, True),
+        result("digits", "lion", "fp16", 4.0, 1.0, False),
+        result("text", "adamw", "float32", 1.0, 0.0, True),
+        result("text", "adamw", "bf16", None, None, False),
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"results": results}))
+    before = "<!-- training: made by docs/make.py from r.json -->"
+    after = "<!-- /training -->\nAfter.\n"
+    made = make.formats(tmp_path, f"Before.\n{before}\nold\n{after}")
+    digits, text = made.split("| text |")
+    assert digits.startswith(f"Before.\n{before}\n| digits | adamw | lion |\n")
+    assert "\n| float32 | 2.0000 ± 0.5000 | 3.0000 ± 0.5000 |\n" in digits
+    assert "\n| bf16 | -0.500 ± 0.200 | – |\n" in digits
+    assert "\n| fp16 | – | **+2.000 ± 0.200** |\n" in digits
+    assert "\n| bf16 | **diverged** | – |\n" in text
+    assert text.endswith(after)
+    with pytest.raises(ValueError, match="formats.md has no <!-- training"):
+        make.formats(tmp_path, "nothing")
 
 
 def test_rows_of_what_was_compared_are_kept_and_added(repository):
