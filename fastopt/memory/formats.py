@@ -294,7 +294,6 @@ def encode_fp16(x: Any) -> Any:
 # infinities are exact; with 8, the last 8 bits are rounded.
 
 UPPER16 = word(0xFFFF0000)
-UPPER24 = word(0xFFFFFF00)
 HALF8 = word(0x80)
 
 
@@ -315,11 +314,23 @@ def decode_r8(w: Word) -> Any:
     return decode_r16(w << 8)
 
 
-def encode_r8(x: Any) -> Any:
+def split_r8(w: Word) -> Any:
+    """Return the upper 24 bits of a float32 as bfloat16 and remainder."""
+    return (w + ((w & SIGN16) << 1)) >> 8
+
+
+def encode_r8(x: Any, random: Word) -> Any:
+    """Round up or down at random. Otherwise a decay of 1e-6 of a number would be lost
+    here, too."""
+    w = bits(x)
+    added = real(w + (random >> 24))
+    return split_r8(bits(where(x == x, added, real((w & UPPER16) | QUIET))))
+
+
+def encode_r8_nearest(x: Any) -> Any:
     """Round to the nearest, ties away from zero."""
     w = bits(x)
-    w = bits(where(x == x, real(w + HALF8), real((w & UPPER16) | QUIET))) & UPPER24
-    return (w + ((w & SIGN16) << 1)) >> 8
+    return split_r8(bits(where(x == x, real(w + HALF8), real((w & UPPER16) | QUIET))))
 
 
 # Codes of 8 bits, rounded stochastically. The bits of 2**23 with a word below it set
@@ -388,6 +399,9 @@ FORMATS = {
         Format("bf16_sr", decode_bf16, encode_bf16_sr, "bfloat16"),
         Format("fp16", decode_fp16, encode_fp16, "float16"),
         Format("r8", decode_r8, encode_r8, "bfloat16", remainder="uint8"),
+        Format(
+            "r8_nearest", decode_r8, encode_r8_nearest, "bfloat16", remainder="uint8"
+        ),
         Format("r16", decode_r16, encode_r16, "bfloat16", remainder="uint16"),
         Format("m8", decode_m8, encode_m8, "int8", scale=scale_m8),
         Format("v8", decode_v8, encode_v8, "uint8", scale=scale_v8),

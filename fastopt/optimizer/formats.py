@@ -26,11 +26,14 @@ NAMES: Mapping[str, Format | None] = {
     "m8": FORMATS["m8"],
     "v8": FORMATS["v8"],
 }
+# Those that all buffers may have.
+WHOLE = "fp32", "bf16", "bf16_nearest", "fp16"
 # And those of parameters. They have a dtype already, which decides where it can.
 OF_PARAMS: Mapping[str, Format | None] = {
     "bf16": FORMATS["bf16_sr"],
     "bf16_nearest": FORMATS["bf16"],
     "bf16+r8": FORMATS["r8"],
+    "bf16+r8_nearest": FORMATS["r8_nearest"],
     "bf16+r16": FORMATS["r16"],
 }
 # What "8bit" means for buffers of these names: averages of gradients, and of squares.
@@ -53,10 +56,21 @@ class Formats:
         that returns one of these.
     rule, buffers
         The name of the rule, and those of the buffers of its state.
+    exact
+        The buffers that a name leaves out. These are copies of the parameters: their
+        rounding would move the parameters, or be taken for the distance that they have
+        moved.
     """
 
-    def __init__(self, given: Any, rule: str, buffers: Iterable[str]):
+    def __init__(
+        self,
+        given: Any,
+        rule: str,
+        buffers: Iterable[str],
+        exact: Set[str] = frozenset(),
+    ):
         self.given, self.rule, self.buffers = given, rule, sorted(set(buffers))
+        self.exact = exact
         self.common = {} if callable(given) else self._checked("formats", given)
 
     @property
@@ -71,7 +85,8 @@ class Formats:
         """Return the formats for a rule. ``encodes`` says whether its optimizer leaves
         the state to kernels, which encode it."""
         buffers = [name for variant in rule.all for name in variant.state]
-        formats = cls(given, rule.name, buffers)
+        exact = {name for name, start in rule.starts.items() if start == "p"}
+        formats = cls(given, rule.name, buffers, exact)
         if (formats.common or callable(given)) and (rule.factored or not encodes):
             raise TypeError(f"{rule.name} keeps its state in float32, without formats")
         return formats
@@ -152,9 +167,9 @@ class Formats:
                 )
             return given
         check_name(
-            what, name, NAMES, ", '8bit', or a dict with the format of each buffer"
+            what, name, WHOLE, ", '8bit', or a dict with the format of each buffer"
         )
-        return dict.fromkeys(self.buffers, name)
+        return {buffer: name for buffer in self.buffers if buffer not in self.exact}
 
 
 def check_name(what: str, name: Any, known: Iterable[str], more: str = "") -> None:

@@ -95,6 +95,8 @@ class Wanted(NamedTuple):
             )
         if self.counts or not format.stochastic:
             return format
+        if format is FORMATS["r8"]:
+            return FORMATS["r8_nearest"]
         if format is FORMATS["bf16_sr"] and self.master is None:
             return FORMATS["bf16"]
         raise ValueError(
