@@ -69,6 +69,7 @@ class Format(NamedTuple):
     formats: str | Mapping[str, str] | None
 
 
+ALL_8BIT = {"param": "bf16+r8", "momentum_buffer": "m8", "m": "m8", "v": "v8"}
 FORMATS = (
     Format("float32", "float32", "float32", None),  # what others are compared with
     Format("bf16 gradients", "float32", "bfloat16", None),
@@ -76,6 +77,11 @@ FORMATS = (
     Format("bf16_nearest state", "float32", "float32", "bf16_nearest"),
     Format("bf16 parameters", "bfloat16", "float32", None),
     Format("all bf16", "bfloat16", "bfloat16", "bf16"),
+    Format("bf16 parameters, stochastic", "bfloat16", "float32", {"param": "bf16"}),
+    Format("bf16+r8 parameters", "bfloat16", "float32", {"param": "bf16+r8"}),
+    Format("bf16+r16 parameters", "bfloat16", "float32", {"param": "bf16+r16"}),
+    Format("8bit state", "float32", "float32", "8bit"),
+    Format("bf16+r8, 8bit, bf16 gradients", "bfloat16", "bfloat16", ALL_8BIT),
 )
 REFERENCE = FORMATS[0].name
 

@@ -15,6 +15,7 @@ import torch.optim as _theirs
 
 from fastopt.rules import RULES as _RULES
 from fastopt.torch import classes as _classes
+from fastopt.torch.bitsandbytes import from_bitsandbytes as from_bitsandbytes
 from fastopt.torch.classes import ASGD as ASGD
 from fastopt.torch.classes import SGD as SGD
 from fastopt.torch.classes import Adadelta as Adadelta
@@ -40,7 +41,8 @@ _OTHERS = {
     if rule.name not in map(str.lower, _OF_TORCH)
 }
 __all__ = [*_OF_TORCH, *_OTHERS]
-__all__ += ["flatten_", "optimizer", "release_gradients_", "unflatten_"]
+__all__ += ["flatten_", "from_bitsandbytes", "optimizer", "release_gradients_"]
+__all__ += ["unflatten_"]
 
 
 def __getattr__(name: str) -> type[_classes.OfRule]:
