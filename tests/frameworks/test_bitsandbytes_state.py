@@ -82,7 +82,7 @@ def test_it_goes_on_as_bitsandbytes_would(bnb):
         ours.step()
         for param, before, moved in zip(others, start, expected, strict=True):
             error = (param.detach() - before - moved).norm() / moved.norm()
-            assert error < 0.05
+            assert error < (0.01 if formats is None else 0.2)
 
 
 def test_what_does_not_fit_is_refused(bnb):
