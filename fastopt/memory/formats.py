@@ -25,16 +25,7 @@ import numpy.typing as npt
 
 from fastopt.language import NUMPY, Function, Word, concrete
 from fastopt.memory.order import GROUP
-from fastopt.rule import (
-    bits,
-    copysign,
-    maximum,
-    minimum,
-    real,
-    sqrt,
-    where,
-    word,
-)
+from fastopt.rule import bits, copysign, real, sqrt, where, word
 
 Parts: TypeAlias = tuple[npt.NDArray[Any], ...]
 
@@ -335,6 +326,10 @@ def encode_r8_nearest(x: Any) -> Any:
 
 # Codes of 8 bits, rounded stochastically. The bits of 2**23 with a word below it set
 # are those of their sum. Numbers from 256 to 512 have 15 bits for what is below 1.
+#
+# Quotients and roots are computed by Newton's method, because a processor divides far
+# more slowly than it multiplies, and an update has a root and a quotient of its own
+# (docs/performance.md).
 
 INTEGER = word(0x4B000000)  # the bits of 2**23
 INTEGERS = 2.0**23
@@ -342,11 +337,45 @@ SIGN8 = word(0x80)
 OFFSET_INTEGERS = 2.0**23 + 128
 OFFSET = 256.0
 MIDDLE = 384.0
-SIGNED = 127.0
 UNSIGNED = 255.0
+SIGNED = 127.0
 TWICE_SIGNED = 254.0
+STEP = 1 / 127
 ZERO = 0.0
 UNIT = 1.0
+TWICE = 2.0
+GREATEST = 2.0**126  # in place of 1 / 0
+# The quadratic polynomial that is nearest to 1 / d for d from 1 to 2, within 1%.
+AT_ZERO = 210 / 99
+SLOPE = 144 / 99
+CURVE = 32 / 99
+# The bits of 1 / sqrt(x) are about a constant less half of those of x, within 3.5%.
+ROOT_BITS = word(0x5F375A86)
+HALF_MORE = 1.5
+
+
+def reciprocal(d: Any) -> Any:
+    """Return 1 / d for d from 1 to 2. Each round of Newton's method squares the error:
+    1e-2, 1e-4, 1e-8."""
+    r = AT_ZERO - d * (SLOPE - d * CURVE)
+    r = r * (TWICE - d * r)
+    return r * (TWICE - d * r)
+
+
+def root(x: Any) -> Any:
+    """Return the square root of a number from 0 to 2**16, by its reciprocal, whose
+    error is 3e-2, 2e-3, 5e-6 and then that of float32."""
+    half = HALF * x
+    r = real(ROOT_BITS - (bits(x) >> 1))
+    r = r * (HALF_MORE - half * r * r)
+    r = r * (HALF_MORE - half * r * r)
+    return x * (r * (HALF_MORE - half * r * r))
+
+
+def inverse(scale: Any) -> Any:
+    """Return 1 / scale, or a great number if the scale is zero."""
+    quotient = UNIT / scale
+    return where(quotient < GREATEST, quotient, GREATEST)
 
 
 def scale_m8(top: Word) -> Any:
@@ -354,17 +383,19 @@ def scale_m8(top: Word) -> Any:
 
 
 def decode_m8(w: Word, scale: Any) -> Any:
-    code = real((w ^ SIGN8) | INTEGER) - OFFSET_INTEGERS
-    return scale * (code / (TWICE_SIGNED - abs(code)))
+    """Return scale * code / (254 - abs(code))."""
+    part = (real((w ^ SIGN8) | INTEGER) - OFFSET_INTEGERS) * STEP
+    return scale * (part * reciprocal(TWICE - abs(part)))
 
 
 def encode_m8(x: Any, scale: Any, random: Word) -> Any:
-    """Encode softsign, 2 y / (1 + |y|) of y = x / scale. It has more codes for small
+    """Encode softsign, 2 y / (1 + abs(y)) of y = x / scale. It has more codes for small
     numbers. The code is signed."""
-    size = abs(x)
-    y = minimum(TWICE_SIGNED * (size / (scale + size)), SIGNED)
-    y = where(size > ZERO, y, ZERO)
-    return ((bits(copysign(y, x) + MIDDLE) + (random >> 17)) >> 15) ^ SIGN8
+    y = abs(x) * inverse(scale)
+    y = where(y < UNIT, y, UNIT)
+    y = TWICE_SIGNED * (y * reciprocal(UNIT + y))
+    y = copysign(where(y < SIGNED, y, SIGNED), x)
+    return ((bits(y + MIDDLE) + (random >> 17)) >> 15) ^ SIGN8
 
 
 def scale_v8(top: Word) -> Any:
@@ -372,15 +403,17 @@ def scale_v8(top: Word) -> Any:
 
 
 def decode_v8(w: Word, scale: Any) -> Any:
-    root = (real(w | INTEGER) - INTEGERS) * scale
-    return root * root
+    y = (real(w | INTEGER) - INTEGERS) * scale
+    return y * y
 
 
 def encode_v8(x: Any, scale: Any, random: Word) -> Any:
     """Encode the square root of a number that is not negative. The code of a number
     above 0 is at least 1, because rules divide by the root."""
-    y = sqrt(x) * (UNIT / scale)
-    y = where(x > ZERO, minimum(maximum(y, UNIT), UNSIGNED), ZERO)
+    y = root(x * inverse(scale) * inverse(scale))
+    y = where(y > UNIT, y, UNIT)
+    y = where(y < UNSIGNED, y, UNSIGNED)
+    y = where(x > ZERO, y, ZERO)
     return (bits(y + OFFSET) + (random >> 17)) >> 15
 
 
