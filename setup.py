@@ -75,7 +75,7 @@ def extension(name, text, flags=(), sources=SOURCES):
 def extensions():
     RENDERED.mkdir(parents=True, exist_ok=True)
     render = renderer()
-    for name in ("table.pxi", "scalars.pxi", "formats.pxi"):
+    for name in ("table.pxi", "scalars.pxi", "formats.pxi", "fused.pxi"):
         write(name, render(f"{name}.in"))
     for isa, flags in ISAS.items():
         text = render("kernels.pyx.in", isa=isa)

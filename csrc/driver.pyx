@@ -360,7 +360,7 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
     cdef int64_t r, first, last, head, start = 0
     cdef kernel_t kernel = job.kernel
     cdef const int64_t* at
-    cdef int64_t local[MOST_COLUMNS + 1]
+    cdef int64_t local[MOST_COLUMNS + 3]
     cdef const int64_t* row = job.table + rows.first * job.columns
     cdef bint beside = job.gradient or job.zeroing or job.averages or job.copies
     for r in range(rows.first, rows.last):
@@ -383,6 +383,8 @@ cdef void walk(const Job* job, const Rows* rows, int64_t begin, int64_t end) noe
                 local[job.columns] = stream_of(job, r, 0).first + (
                     job.steps[row[job.columns - 1]] << 32
                 )
+                local[job.columns + 1] = <int64_t> <size_t> stream_of(job, r, 0).parts
+                local[job.columns + 2] = sizeof(Stream) // sizeof(int64_t)
             if beside or (job.streams and not kernel):
                 if head:
                     move_beside(job, r, rows.kept, first, head)

@@ -372,7 +372,7 @@ class Format:
 class Plain:
     """Numbers of float32 that are stored as they are."""
 
-    name, c_type = "fp32", "float"
+    name, c_type, remainder, scale = "fp32", "float", "", None
 
     def decoded(self, text):
         return text
@@ -388,20 +388,52 @@ class Form:
     rule: Kernel
     param: Format | Plain
     grad: Format | Plain
-    state: Format | Plain
+    states: tuple[Format | Plain, ...]
 
     @property
     def name(self):
-        streams = self.param, self.grad, *(self.state for _ in self.rule.states)
+        streams = self.param, self.grad, *self.states
         return "_".join([self.rule.name, *(stream.name for stream in streams)])
+
+    @property
+    def buffers(self):
+        """The number, name and format of each buffer of the state."""
+        names = self.rule.states
+        return list(zip(range(len(names)), names, self.states, strict=True))
+
+    @property
+    def grouped(self):
+        """Whether it goes group by group."""
+        scaled = any(format.scale for format in self.states)
+        return bool(scaled or self.param.remainder)
+
+    @property
+    def arrays(self):
+        """The arrays that a group is a part of: names, types, and addresses."""
+        arrays = [("p", self.param.c_type, "row[0]"), ("g", self.grad.c_type, "row[1]")]
+        if self.param.remainder:
+            arrays.append(("rest", self.param.remainder, "parts[1]"))
+        for k, s, format in self.buffers:
+            arrays.append((s, format.c_type, f"row[{2 + k}]"))
+        return arrays
+
+    def call(self, end):
+        """The first arguments for a group, in arrays whose names end like this."""
+        scaled = {s for _, s, format in self.buffers if format.scale}
+        return "".join(
+            f"{name}{end}, "
+            + (f"{name}_scale, {name}_nonfinite, " if name in scaled else "")
+            for name, *_ in self.arrays
+        )
 
 
 # Rules with kernels that decode and encode in registers, because most people train with
 # them. For all other rules, the driver makes blocks (blocks.pxi).
 FUSED = (
-    *("adam_update", "adamw_update", "sgd_update", "sgd_heavy_ball", "lion_update"),
+    *("adam_update", "adamw_update", "sgd_heavy_ball", "lion_update", "sgd_update"),
     *("floor_streams0", "floor_streams1", "floor_streams2"),
 )
+GROUPED = FUSED[:4]  # those that have forms with scales or remainders, too
 
 
 @functools.cache
@@ -526,15 +558,21 @@ def formats():
     return formats
 
 
-def fused(stored, rule):
+def forms(stored, rule):
     """Return the forms of a rule's kernels that decode and encode in registers."""
     if rule.name not in FUSED:
         return []
     by_name, plain = {format.name: format for format in stored}, Plain()
-    bf16, rounded = by_name["bf16"], by_name["bf16_sr"]
-    states = (plain, rounded) if rule.states else (plain,)
-    params = bf16, plain
-    return [Form(rule, param, bf16, state) for param in params for state in states]
+    bf16, r8, r16 = (by_name[name] for name in ("bf16", "r8", "r16"))
+    count = len(rule.states)
+    exact, rounded = (plain,) * count, (by_name["bf16_sr"],) * count
+    coded = (by_name["m8"], by_name["v8"])[:count]
+    states = (exact, rounded) if count else (exact,)
+    kinds = [(p, bf16, s) for p in (bf16, plain) for s in states]
+    if rule.name in GROUPED:
+        kinds += [(p, bf16, coded) for p in (plain, r8)] + [(plain, plain, coded)]
+        kinds += [(p, bf16, exact) for p in (r8, r16)]
+    return [Form(rule, *kind) for kind in kinds]
 
 
 def numbers():
@@ -580,8 +618,7 @@ def renderer():
         "helpers": [f for f in found if type(f) in (Function, Terms)],
         "formats": stored,
         "codecs": codecs,
-        "fused": functools.partial(fused, stored),
-        "forms": [form for rule in updates for form in fused(stored, rule)],
+        "forms": [form for rule in updates for form in forms(stored, rule)],
         "scalars": [f for f in found if type(f) is Scalars],
         "each": each,
         "declared": declared,
