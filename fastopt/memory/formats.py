@@ -328,8 +328,8 @@ def encode_r8_nearest(x: Any) -> Any:
 # are those of their sum. Numbers from 256 to 512 have 15 bits for what is below 1.
 #
 # Encoding computes its quotient and its root by Newton's method, because a processor
-# divides far more slowly than it multiplies. Meanwhile it divides for the update and for
-# decoding (docs/performance.md).
+# divides far more slowly than it multiplies. Meanwhile, it divides for the update and
+# for decoding (docs/performance.md).
 
 INTEGER = word(0x4B000000)  # the bits of 2**23
 INTEGERS = 2.0**23
