@@ -144,10 +144,10 @@ class Bound:
                 continue
             for i in range(first, len(params.arrays)):
                 start, named = self.rule.starts[name], values[params.set_of[i]]
-                fill(
-                    self.buffers[name][i],
-                    params.arrays[i] if start == "p" else self.rule.start(start, named),
-                )
+                value: Any = params.arrays[i]
+                if start != "p":  # rounded as other numbers are, before it is encoded
+                    value = float(params.dtype.type(self.rule.start(start, named)))
+                fill(self.buffers[name][i], value)
         if not self.steps:
             for row, of_set in enumerate(self.sets):
                 self.program.carry[:, row] = self.rule.first_carry(values[of_set])
