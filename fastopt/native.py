@@ -52,6 +52,27 @@ class Entry(NamedTuple):
     finish: str | None
 
 
+class Stored(NamedTuple):
+    """What the table has of a format of streams."""
+
+    name: str  # of its codecs
+    # The format in which a state buffer gets its first values, which are not drawn at
+    # random; None: kernels read such streams in memory.
+    start: str | None
+    # For each part the bytes of a word, and the number of elements that share it.
+    parts: tuple[tuple[int, int], ...]
+
+
+# The formats of ``fastopt.h``, in the order of their numbers there.
+FORMATS = (
+    Stored("fp32", None, ((4, 1),)),
+    Stored("fp64", None, ((8, 1),)),
+    Stored("bf16", "bf16", ((2, 1),)),
+    Stored("bf16_sr", "bf16", ((2, 1),)),
+    Stored("fp16", "fp16", ((2, 1),)),
+)
+
+
 def entries() -> Iterator[Entry]:
     """Yield every rule and every variant: ``sgd``, ``sgd+momentum``."""
     from fastopt.rules import RULES
@@ -107,6 +128,7 @@ def table() -> Any:
     return cython_cpu.driver().native_table(
         cython_cpu.kernels(),
         list(entries()),
+        FORMATS,
         threads.available(),
         threads.forked[0],
         cython_cpu.last_cache(),
