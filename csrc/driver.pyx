@@ -450,6 +450,8 @@ cdef void measure_chunks(
                 start = (c - before) * CHUNK
                 n = min(<int64_t> CHUNK, length - start)
                 make_blocks(job, r, 1 if square else 0, columns, start, n, local)
+                if square:
+                    local[0] = local[1]  # the parameters may be encoded; it ignores them
                 local[job.columns] = job.kept_at[r]
                 measure(
                     local, start, n, constants_of(job, row), job.partials + c * terms
@@ -557,4 +559,5 @@ include "batches.pxi"
 include "matrices.pxi"
 include "segments.pxi"
 include "step.pxi"
+include "calls.pxi"
 include "native.pxi"

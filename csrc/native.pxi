@@ -1,38 +1,7 @@
-# What native code calls, as fastopt.h declares it.
+# What native code calls, as fastopt.h declares it, and the table of it.
 
-cdef enum:
-    A_NUMBER = -1
-    THE_PARAMETER = -2
-    MOST_SEGMENTS = 1 << 28  # so that sizes in bytes do not overflow
-    MOST_THREADS = 1024  # OpenMP ends a process whose threads it cannot start
+import re
 
-
-# A rule: first what native code sees of it, then the rest.
-cdef struct Native:
-    Rule about
-    bint by_segment
-    int64_t scalar_count, measured, terms, settle_count
-    scalars_t scalars, settle
-    kernel_t kernels[2]
-    kernel_t finishes[2]
-    measure_t measures[2]
-    measure_t begins[2]
-    # For each hyperparameter: its bounds, whether it is a flag, and whether it must be off.
-    double* least
-    double* below
-    char* flags
-    char* off
-    # For each state buffer and then each carried number: what it starts as. That is a
-    # number, a hyperparameter (by index) or the parameter itself.
-    double* first
-    int64_t* first_of
-
-
-cdef Api api
-cdef const Tools* native_tools
-cdef int default_threads
-cdef bint native_apart
-cdef int process  # with OpenMP's threads; -1 in a fork that began without any
 cdef list kept = []  # the names, as bytes
 
 
@@ -50,8 +19,10 @@ cdef const char* native_error(int code) noexcept nogil:
     if code == BAD_ARGUMENT:
         return (
             "a pointer is NULL or not aligned, a length below 0 or beyond memory, the "
-            "rule not of this table, the dtype unknown, the step below 1 or the number "
-            "of threads below 0 or above 1024"
+            "rule not of this table, the dtype unknown, a format unknown or not one of "
+            "this dtype, a row or a first index out of range, the step below 1, the number "
+            "of threads below 0 or above 1024, the factor or the limit of the gradients "
+            "out of range, or the request of another size"
         )
     if code == BAD_HYPERPARAMETER:
         return "a hyperparameter is out of its range, or the rule refuses it"
@@ -70,209 +41,32 @@ cdef const char* native_error(int code) noexcept nogil:
     return "no such error"
 
 
-cdef int check_hyperparameters(const Native* native, const double* given) noexcept nogil:
-    cdef int64_t k
-    for k in range(native.about.hyperparameter_count):
-        if native.flags[k] and given[k] != 0 and given[k] != 1:
-            return BAD_HYPERPARAMETER
-        if not (
-            isfinite(given[k]) and native.least[k] <= given[k]
-            and given[k] < native.below[k]
-        ):
-            return BAD_HYPERPARAMETER
-        if native.off[k] and given[k] != 0:
-            return OTHER_VARIANT
-    return OK
-
-
-cdef bint in_table(const Native* native) noexcept nogil:
-    cdef int64_t i
-    for i in range(api.rule_count):
-        if api.rules[i] == &native.about:
-            return True
-    return False
-
-
-cdef bint bad_pointer(const void* at, int64_t count) noexcept nogil:
-    return count > 0 and (not at or <size_t> at % 8 != 0)
-
-
-cdef int check_segment(
-    const Native* native, const Segment* segment, int64_t itemsize,
-    const double* carry, int64_t carried
-) noexcept nogil:
-    """Check pointers, and that nothing within a segment overlaps. Overlaps between segments
-    are not checked, which would take longer than many a step."""
-    cdef int64_t i, j, count = native.about.state_count
-    cdef int64_t nbytes = segment.n * itemsize
-    cdef int64_t begin[MOST_COLUMNS]
-    if segment.n < 0 or segment.n >> 56:  # more bytes than addresses
-        return BAD_ARGUMENT
-    if segment.n == 0:
-        return OK
-    if bad_pointer(segment.state, count):
-        return BAD_ARGUMENT
-    begin[0] = <int64_t> segment.p
-    for i in range(count):
-        begin[1 + i] = <int64_t> segment.state[i]
-    for i in range(1 + count):
-        if begin[i] == 0:
-            return BAD_ARGUMENT
-    begin[1 + count] = <int64_t> segment.g
-    for i in range(2 + count):
-        if begin[i] % itemsize:
-            return BAD_ARGUMENT
-        for j in range(i):
-            if begin[i] - begin[j] < nbytes and begin[j] - begin[i] < nbytes:
-                return OVERLAP
-        if (
-            carried and begin[i] - <int64_t> carry < 8 * carried
-            and <int64_t> carry - begin[i] < nbytes
-        ):
-            return OVERLAP
-    return OK
-
-
-cdef int check_all(
-    const Native* native, int dtype, const double* given, const double* carry,
+cdef int native_start(
+    const Rule* rule, int dtype, const double* hyperparameters, double* carry,
     const Segment* segments, int64_t count
 ) noexcept nogil:
-    cdef int64_t i, carried
-    cdef int code
-    if (
-        not in_table(native) or (dtype != FLOAT32 and dtype != FLOAT64)
-        or count < 0 or count > MOST_SEGMENTS
-        or bad_pointer(segments, count)
-        or bad_pointer(given, native.about.hyperparameter_count)
-        or bad_pointer(carry, native.about.carry_count)
-    ):
-        return BAD_ARGUMENT
-    code = check_hyperparameters(native, given)
-    carried = native.about.carry_count * (count if native.by_segment else 1)
-    for i in range(count if code == OK else 0):
-        code = check_segment(
-            native, &segments[i], 8 if dtype == FLOAT64 else 4, carry, carried
-        )
-        if code != OK:
-            return code
+    cdef uint64_t modes = fastopt_enter()
+    cdef Call call = Call(
+        <const Native*> rule, dtype, 1, hyperparameters, 1, carry, False, segments, NULL,
+        count, 1, Request(sizeof(Request), 1, 0, 0, NULL, NULL),
+    )
+    cdef int code = start_call(&call)
+    fastopt_leave(modes)
     return code
 
 
-cdef double first_value(
-    const Native* native, int64_t k, const double* given
+cdef int native_start_streams(
+    const Rule* rule, int dtype, const double* hyperparameters, int64_t rows,
+    double* carry, const Streams* segments, int64_t count
 ) noexcept nogil:
-    cdef int64_t of = native.first_of[k]
-    return native.first[k] if of == A_NUMBER else given[of]
-
-
-cdef int native_start(
-    const Rule* rule, int dtype, const double* given, double* carry,
-    const Segment* segments, int64_t count
-) noexcept nogil:
-    cdef const Native* native = <const Native*> rule
-    cdef int64_t i, j, k, states, carried
-    cdef double value
     cdef uint64_t modes = fastopt_enter()
-    cdef int code = check_all(native, dtype, given, carry, segments, count)
-    if code != OK:
-        fastopt_leave(modes)
-        return code
-    states, carried = rule.state_count, rule.carry_count
-    for i in range(count):
-        for k in range(states if segments[i].n else 0):
-            if native.first_of[k] == THE_PARAMETER:
-                memcpy(
-                    segments[i].state[k], segments[i].p,
-                    segments[i].n * (8 if dtype == FLOAT64 else 4),
-                )
-                continue
-            value = first_value(native, k, given)
-            for j in range(segments[i].n):
-                if dtype == FLOAT64:
-                    (<double*> segments[i].state[k])[j] = value
-                else:
-                    (<float*> segments[i].state[k])[j] = <float> value
-    for i in range(count if native.by_segment else 1):
-        for k in range(carried):
-            carry[i * carried + k] = first_value(native, states + k, given)
-    fastopt_leave(modes)
-    return OK
-
-
-cdef int compute_all(
-    Job* job, const Native* native, const double* hyperparameters, const double* carry
-) noexcept nogil:
-    """Compute the scalars of each set, and check that the dtype has them. Return how many
-    there are, with what is carried, or -1."""
-    cdef int64_t s, k
-    cdef int returned = 0
-    cdef double taken[MOST_NUMBERS]
-    cdef double* numbers = job.numbers
-    memcpy(
-        taken + job.carried, hyperparameters,
-        native.about.hyperparameter_count * sizeof(double),
+    cdef Call call = Call(
+        <const Native*> rule, dtype, 1, hyperparameters, rows, carry, True, NULL, segments,
+        count, 1, Request(sizeof(Request), 1, 0, 0, NULL, NULL),
     )
-    for s in range(job.sets):
-        memcpy(taken, carry + s * job.carried, job.carried * sizeof(double))
-        returned = job.scalars(job.steps[s], taken, numbers)
-        for k in range(returned - job.carried):
-            if not job.double and isfinite(numbers[k]) and not isfinite(<float> numbers[k]):
-                return -1  # as Python says when an optimizer is made
-        if returned < 0:
-            return -1
-        numbers += job.stride
-    return returned
-
-
-cdef int settle_all(Job* job, double* carry) noexcept nogil:
-    """Take the sums over all segments, and settle, if anything was summed up."""
-    cdef int64_t r, k, chunks, n = 0
-    cdef double total[MOST_NUMBERS]
-    cdef Rows rows = rows_from(job, 0, INT64_MAX)
-    cdef const double* partials
-    if rows.given == 0:
-        return OK
-    if not make_room(job, rows.chunks, job.terms):
-        return NO_MEMORY
-    put_row(job, 0, job.factors[0], 0, job.measured)
-    measure_all(job, rows, job.measure, job.terms)
-    memset(total, 0, sizeof(total))
-    partials = job.partials
-    for r in range(job.rows):
-        if job.table[r * job.columns + 1]:
-            chunks = chunks_of(job.table[(r + 1) * job.columns - 2])
-            for k in range(job.terms):
-                total[k] += in_chunks(partials + k, job.terms, chunks)
-            partials += chunks * job.terms
-            n += job.table[(r + 1) * job.columns - 2]
-    return OK if settle(job, 0, n, total, carry) else BAD_HYPERPARAMETER
-
-
-cdef int do_job(
-    Job* job, const Native* native, const double* hyperparameters, double* carry
-) noexcept nogil:
-    cdef int64_t s
-    cdef int code = OK
-    cdef int returned = compute_all(job, native, hyperparameters, carry)
-    if returned < 0:
-        return BAD_HYPERPARAMETER
-    job.handed = returned - job.settle_count
-    if job.settle and native.by_segment:
-        return step_in_batches(job, carry, carry)
-    if job.settle:
-        code = settle_all(job, carry)
-        if code != OK:
-            return code
-    for s in range(job.sets):
-        put_row(job, s, job.factors[s], 0, job.scalar_count)
-        if not job.settle:
-            memcpy(
-                carry + s * job.carried,
-                job.numbers + s * job.stride + returned - job.carried,
-                job.carried * sizeof(double),
-            )
-    update_all(job)
-    return OK
+    cdef int code = start_call(&call)
+    fastopt_leave(modes)
+    return code
 
 
 cdef int native_step(
@@ -293,68 +87,30 @@ cdef int native_step_on(
     void* context
 ) noexcept nogil:
     cdef uint64_t modes = fastopt_enter()
-    cdef int code = step_on(
-        rule, dtype, t, hyperparameters, carry, segments, count, grad_scale, parts, run,
-        context,
+    cdef Call call = Call(
+        <const Native*> rule, dtype, t, hyperparameters, 1, carry, False, segments, NULL,
+        count, grad_scale, Request(sizeof(Request), parts, 0, 0, run, context),
     )
+    cdef int code = step_call(&call) if parts >= 1 else BAD_ARGUMENT
     fastopt_leave(modes)
     return code
 
 
-cdef int step_on(
-    const Rule* rule, int dtype, int64_t t, const double* hyperparameters, double* carry,
-    const Segment* segments, int64_t count, double grad_scale, int parts, Run run,
-    void* context
+cdef int native_step_streams(
+    const Rule* rule, int dtype, int64_t t, const double* hyperparameters, int64_t rows,
+    double* carry, const Streams* segments, int64_t count, double grad_scale,
+    const Request* request
 ) noexcept nogil:
-    cdef const Native* native = <const Native*> rule
-    cdef Job job
-    cdef int64_t r, k, words
-    cdef int64_t* row
-    cdef int code = check_all(native, dtype, hyperparameters, carry, segments, count)
-    if code != OK:
-        return code
-    if t < 1 or parts < 1 or (not run and parts > MOST_THREADS):
-        return BAD_ARGUMENT
-    memset(&job, 0, sizeof(job))
-    job.double = dtype == FLOAT64
-    job.itemsize = 8 if job.double else 4
-    job.tools = &native_tools[job.double]
-    job.kernel, job.finish = native.kernels[job.double], native.finishes[job.double]
-    job.measure, job.begin = native.measures[job.double], native.begins[job.double]
-    job.scalars, job.settle = native.scalars, native.settle
-    job.apart, job.block = native_apart, BLOCK
-    job.rows, job.columns = count, 4 + rule.state_count
-    job.sets = count if native.by_segment else 1
-    job.scalar_count, job.measured = native.scalar_count, native.measured
-    job.terms, job.carried = native.terms, rule.carry_count
-    job.settle_count = native.settle_count
-    job.width = 1 + max(job.scalar_count, job.measured)
-    job.stride = job.width + MOST_NUMBERS
-    job.threads, job.run, job.context = parts, run, context
-    if not run and fastopt_process() != process:
-        job.threads = 1  # after a fork, OpenMP's threads are in the parent
-    words = count * (job.columns + 1) + job.sets * (2 + job.stride + job.width)
-    job.table = <int64_t*> calloc(words + 1, 8)
-    if not job.table:
-        return NO_MEMORY
-    job.kept_at = job.table + count * job.columns
-    job.factors = <double*> (job.kept_at + count)
-    job.steps = <int64_t*> (job.factors + job.sets)
-    job.numbers = <double*> (job.steps + job.sets)
-    job.constants = <char*> (job.numbers + job.sets * job.stride)
-    for r in range(count):
-        row = job.table + r * job.columns
-        row[0], row[1] = <int64_t> segments[r].p, <int64_t> segments[r].g
-        for k in range(rule.state_count if segments[r].n else 0):
-            row[2 + k] = <int64_t> segments[r].state[k]
-        row[job.columns - 2] = segments[r].n
-        row[job.columns - 1] = r if native.by_segment else 0
-        job.given += segments[r].n if row[1] else 0
-    for r in range(job.sets):
-        job.factors[r], job.steps[r] = grad_scale, t
-    code = do_job(&job, native, hyperparameters, carry)
-    clear(&job)
-    free(job.table)
+    cdef uint64_t modes = fastopt_enter()
+    cdef Call call = Call(
+        <const Native*> rule, dtype, t, hyperparameters, rows, carry, True, NULL, segments,
+        count, grad_scale, Request(sizeof(Request), 0, 0, 0, NULL, NULL),
+    )
+    cdef int code
+    if request:
+        call.request = request[0]
+    code = step_call(&call)
+    fastopt_leave(modes)
     return code
 
 
@@ -378,7 +134,46 @@ cdef const char** all_lasting(names) except NULL:
     return found
 
 
-cdef Native* native_of(Kernels kernels, entry) except NULL:
+cdef int enter_formats(Kernels kernels, formats) except -1:
+    """Note the formats of fastopt.h: a Stored of native.py for each number."""
+    global stored_count
+    cdef Stored* format
+    cdef int64_t k
+    if len(formats) > MOST_FORMATS:
+        raise ValueError(f"at most {MOST_FORMATS} formats, got {len(formats)}")
+    for entry in formats:
+        format = &stored[stored_count]
+        if entry.start is not None:
+            format.load = <load_t> kernels.find(f"load_{entry.name}", False)
+            format.store = <store_t> kernels.find(f"store_{entry.name}", False)
+            format.start = <store_t> kernels.find(f"store_{entry.start}", False)
+        format.part_count = len(entry.parts)
+        for k, part in enumerate(entry.parts):
+            format.widths[k], format.shared[k] = part
+        stored_count += 1
+    return 0
+
+
+cdef int enter_forms(Native* native, Kernels kernels, str update, list names) except -1:
+    """Note the kernels that decode and encode in registers for this update. A kernel's name
+    is the update's, with the name of a format for each column."""
+    cdef int64_t i, k
+    cdef Form* form
+    native.forms = <Form*> room(kernels.table.count * sizeof(Form))
+    column = f"_({'|'.join(names)})"
+    pattern = re.compile(update + column * (2 + native.about.state_count))
+    for i in range(kernels.table.count):
+        found = pattern.fullmatch(kernels.table.entries[i].name.decode())
+        if found:
+            form = &native.forms[native.form_count]
+            form.kernel = <kernel_t> kernels.table.entries[i].functions[0]
+            for k, name in enumerate(found.groups()):
+                form.formats[k] = names.index(name)
+            native.form_count += 1
+    return 0
+
+
+cdef Native* native_of(Kernels kernels, entry, list formats) except NULL:
     """Make the native form of a rule from an Entry of native.py."""
     cdef Native* native = <Native*> room(sizeof(Native))
     cdef Rule* about = &native.about
@@ -398,6 +193,9 @@ cdef Native* native_of(Kernels kernels, entry) except NULL:
     native.scalars = scalar_named(entry.scalars).function
     if entry.settle is not None:
         native.settle = scalar_named(entry.settle).function
+    if 2 + about.state_count > MOST_STREAMS:
+        raise ValueError(f"{entry.name} has more than {MOST_STREAMS - 2} state buffers")
+    enter_forms(native, kernels, entry.update, formats)
     for double in (False, True):
         native.kernels[double] = <kernel_t> kernels.find(entry.update, double)
         if entry.measure is not None:
@@ -430,14 +228,16 @@ cdef Native* native_of(Kernels kernels, entry) except NULL:
 
 
 def native_table(
-    Kernels kernels, list entries, int threads, bint forked, int64_t last_cache
+    Kernels kernels, list entries, formats, int threads, bint forked, int64_t last_cache
 ):
     """Make the table, in a capsule. It is made once and lives as long as the process."""
     global default_threads, process, native_tools, native_apart
     cdef const Rule** rules = <const Rule**> room(len(entries) * sizeof(void*))
     cdef int64_t k
+    enter_formats(kernels, formats)
+    names = [entry.name for entry in formats]
     for k in range(len(entries)):
-        rules[k] = &native_of(kernels, entries[k]).about
+        rules[k] = &native_of(kernels, entries[k], names).about
     kept.append(kernels)
     native_tools, native_apart = kernels.tools, 0 < last_cache < 2 * BATCH
     default_threads = threads
@@ -446,6 +246,7 @@ def native_table(
     api.rule_count, api.rules = len(entries), rules
     api.find, api.error = native_find, native_error
     api.start, api.step, api.step_on = native_start, native_step, native_step_on
+    api.start_streams, api.step_streams = native_start_streams, native_step_streams
     return PyCapsule_New(&api, "fastopt.native._api", NULL)
 
 

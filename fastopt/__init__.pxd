@@ -14,6 +14,15 @@ cdef extern from "fastopt.h" nogil:
         OTHER_VARIANT "FASTOPT_OTHER_VARIANT"
         OVERLAP "FASTOPT_OVERLAP"
         NO_MEMORY "FASTOPT_NO_MEMORY"
+        F32 "FASTOPT_F32"
+        F64 "FASTOPT_F64"
+        BF16 "FASTOPT_BF16"
+        BF16_SR "FASTOPT_BF16_SR"
+        FP16 "FASTOPT_FP16"
+        R8 "FASTOPT_R8"
+        R16 "FASTOPT_R16"
+        M8 "FASTOPT_M8"
+        V8 "FASTOPT_V8"
 
     ctypedef struct Rule "fastopt_rule":
         const char* name
@@ -37,6 +46,24 @@ cdef extern from "fastopt.h" nogil:
         void* work
     ) noexcept nogil
 
+    ctypedef struct Stream "fastopt_stream":
+        int64_t format
+        void* parts[4]
+
+    ctypedef struct Streams "fastopt_streams":
+        const Stream* streams
+        int64_t n
+        int64_t row
+        int64_t first
+
+    ctypedef struct Request "fastopt_request":
+        uint32_t size
+        int threads
+        double clip_norm
+        int64_t zero_grads
+        Run run
+        void* context
+
     ctypedef struct Api "fastopt_api":
         uint32_t version
         uint32_t size
@@ -58,6 +85,15 @@ cdef extern from "fastopt.h" nogil:
             const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
             double* carry, const Segment* segments, int64_t count, double grad_scale,
             int parts, Run run, void* context
+        ) noexcept nogil
+        int (*start_streams)(
+            const Rule* rule, int dtype, const double* hyperparameters, int64_t rows,
+            double* carry, const Streams* segments, int64_t count
+        ) noexcept nogil
+        int (*step_streams)(
+            const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
+            int64_t rows, double* carry, const Streams* segments, int64_t count,
+            double grad_scale, const Request* request
         ) noexcept nogil
 
 cdef extern from "fastopt.h":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array
 from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, limits
@@ -50,6 +51,33 @@ class Entry(NamedTuple):
     settle_count: int
     begin: str | None  # the first and the last of two passes
     finish: str | None
+
+
+class Stored(NamedTuple):
+    """What the table has of a format of streams."""
+
+    name: str  # of its codecs
+    # The format in which a state buffer gets its first values, which are not drawn at
+    # random; None: kernels read such streams in memory.
+    start: str | None
+    # For each part the bytes of a word, and the number of elements that share it.
+    parts: tuple[tuple[int, int], ...]
+
+
+ALL = 1 << 62  # elements that share a counter
+
+# The formats of ``fastopt.h``, in the order of their numbers there.
+FORMATS = (
+    Stored("fp32", None, ((4, 1),)),
+    Stored("fp64", None, ((8, 1),)),
+    Stored("bf16", "bf16", ((2, 1),)),
+    Stored("bf16_sr", "bf16", ((2, 1),)),
+    Stored("fp16", "fp16", ((2, 1),)),
+    Stored("r8", "r8_nearest", ((2, 1), (1, 1))),
+    Stored("r16", "r16", ((2, 1), (2, 1))),
+    Stored("m8", "m8", ((1, 1), (4, GROUP), (8, ALL))),
+    Stored("v8", "v8", ((1, 1), (4, GROUP), (8, ALL))),
+)
 
 
 def entries() -> Iterator[Entry]:
@@ -107,6 +135,7 @@ def table() -> Any:
     return cython_cpu.driver().native_table(
         cython_cpu.kernels(),
         list(entries()),
+        FORMATS,
         threads.available(),
         threads.forked[0],
         cython_cpu.last_cache(),

@@ -7,6 +7,11 @@
        const fastopt_api *fastopt = fastopt_import();
        const fastopt_rule *adamw = fastopt->find("adamw");
 
+   There are two interfaces in one table. The first takes arrays of float32 or float64: a
+   fastopt_segment, start, step and step_on. The second takes streams, each of which may be
+   stored in a format of fewer bits: fastopt_streams, start_streams and step_streams. It was
+   added behind the first, which does not change.
+
    docs/native.md has whole programs. */
 
 #ifndef FASTOPT_H
@@ -28,7 +33,7 @@ extern "C" {
 /* What start and step return; in all cases but 0 they have written nothing. */
 enum {
     FASTOPT_OK = 0,
-    FASTOPT_BAD_ARGUMENT = 1,       /* a pointer, length, dtype, step or thread count */
+    FASTOPT_BAD_ARGUMENT = 1,       /* a pointer, number, dtype or format */
     FASTOPT_BAD_HYPERPARAMETER = 2, /* out of range, or refused by the rule */
     FASTOPT_OTHER_VARIANT = 3,      /* an option is on that needs another rule's state */
     FASTOPT_OVERLAP = 4,            /* p, g and state of a segment share memory */
@@ -63,6 +68,59 @@ typedef void (*fastopt_run)(
     void *context, int parts, void (*part)(void *work, int k), void *work
 );
 
+/* How a stream is stored. Steps of FASTOPT_FLOAT32 take all formats but FASTOPT_F64: they
+   decode numbers to float32, and encode those that they change. Steps of FASTOPT_FLOAT64
+   take FASTOPT_F64 only. */
+enum {
+    FASTOPT_F32 = 0,     /* float32 */
+    FASTOPT_F64 = 1,     /* float64 */
+    FASTOPT_BF16 = 2,    /* bfloat16, rounded to nearest */
+    FASTOPT_BF16_SR = 3, /* bfloat16, rounded stochastically; as the format of a gradient,
+                            which is only read, it means FASTOPT_BF16 */
+    FASTOPT_FP16 = 4,    /* IEEE 754's float16, rounded to nearest */
+    /* Parameters of bfloat16 in part 0, with a remainder in part 1: */
+    FASTOPT_R8 = 5,      /* of 8 bits, rounded stochastically */
+    FASTOPT_R16 = 6,     /* of 16 bits: exactly float32 */
+    /* State of 8 bits: codes in part 0, a float32 scale for each 64 elements, rounded up,
+       in part 1, and one int64_t in part 2, which counts groups that were not finite and
+       were left as they were. Both are rounded stochastically. */
+    FASTOPT_M8 = 7,      /* int8, for averages of gradients */
+    FASTOPT_V8 = 8       /* uint8, for numbers that are not negative */
+};
+
+/* An array in a format, C-contiguous. Each part is aligned to its words, which have the
+   size of the dtype. Addresses of parts that the format does not have are not read.
+   Gradients have formats of one part. */
+typedef struct fastopt_stream {
+    int64_t format;
+    void *parts[4];
+} fastopt_stream;
+
+/* A segment whose arrays are streams. They may not overlap with each other, but several
+   segments may have the same gradient, unless gradients are set to zero. */
+typedef struct fastopt_streams {
+    const fastopt_stream *streams; /* p, g, and each state buffer of the rule. If the
+                                      first part of g is NULL, the step leaves this
+                                      segment alone, and g's format is not read. */
+    int64_t n;     /* elements of each stream */
+    int64_t row;   /* the row of hyperparameters that applies, from 0 on */
+    int64_t first; /* index of the first element among all that are trained. Stochastic
+                      rounding draws by this index, the step and the buffer: segments with
+                      indices of their own draw numbers of their own, and segments laid
+                      end to end have the bits of Python. */
+} fastopt_streams;
+
+/* What is asked of step_streams besides the update. A field of zero asks for nothing. */
+typedef struct fastopt_request {
+    uint32_t size;      /* sizeof(fastopt_request); another size is refused */
+    int threads;        /* at most so many; 0: those that Python would use */
+    double clip_norm;   /* limit for the norm of all gradients, after grad_scale */
+    int64_t zero_grads; /* 1: set gradients to zero in the same pass */
+    fastopt_run run;    /* has the parts done, as for step_on: at most ``threads`` parts;
+                           NULL: OpenMP's threads do them */
+    void *context;      /* for run */
+} fastopt_request;
+
 typedef struct fastopt_api {
     uint32_t version; /* FASTOPT_API_VERSION of the library */
     uint32_t size;    /* and its sizeof(fastopt_api) */
@@ -96,6 +154,20 @@ typedef struct fastopt_api {
         const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
         double *carry, const fastopt_segment *segments, int64_t count,
         double grad_scale, int parts, fastopt_run run, void *context
+    );
+
+    /* start and step over streams. There are ``rows`` rows of hyperparameters, one after the
+       other; each segment names its own. The carry has carry_count numbers for each
+       segment if the rule's carry_per_segment is 1, and otherwise for each row. */
+    int (*start_streams)(
+        const fastopt_rule *rule, int dtype, const double *hyperparameters, int64_t rows,
+        double *carry, const fastopt_streams *segments, int64_t count
+    );
+    /* ``request`` may be NULL: nothing but the update. */
+    int (*step_streams)(
+        const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
+        int64_t rows, double *carry, const fastopt_streams *segments, int64_t count,
+        double grad_scale, const fastopt_request *request
     );
 } fastopt_api;
 

@@ -132,6 +132,11 @@ class Format:
         arguments = 2 if self.scale is None else 3
         return self.encode.__code__.co_argcount == arguments
 
+    @property
+    def nearest(self) -> Format:
+        """The format with the same words that rounds to nearest, if there is one."""
+        return FORMATS.get(NEAREST.get(self.name, self.name), self)
+
     def written(
         self,
         numbers: npt.NDArray[Any],
@@ -421,6 +426,8 @@ STORED = {
     "int8": "uint8",
     "uint8": "uint8",
 }
+
+NEAREST = {"bf16_sr": "bf16", "r8": "r8_nearest"}
 
 FORMATS = {
     format.name: format

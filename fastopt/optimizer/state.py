@@ -162,11 +162,10 @@ class Bound:
                 continue
             for i in range(first, len(params.arrays)):
                 start, named = self.rule.starts[name], values[params.set_of[i]]
-                value = (
-                    params.arrays[i] if start == "p" else self.rule.start(start, named)
-                )
-                stream = self.streams[name][i]
-                for call in filling_stream(stream, value):
+                value: Any = params.arrays[i]
+                if start != "p":  # rounded as other numbers are, before it is encoded
+                    value = float(params.dtype.type(self.rule.start(start, named)))
+                for call in filling_stream(self.streams[name][i], value):
                     call()
         if not self.steps:
             for row, of_set in enumerate(self.sets):
@@ -220,7 +219,7 @@ def filling_stream(stream: Array | Encoded, value: Any) -> list[Call]:
     if not isinstance(value, float):
         value = numbers(encoded(value)).reshape(stream.shape)
     whole = np.broadcast_to(np.asarray(value, stream.dtype), stream.shape)
-    words = stream.format.written(whole)
+    words = stream.format.nearest.written(whole)
     return [filling(*pair) for pair in zip(stream.parts, words, strict=False)]
 
 

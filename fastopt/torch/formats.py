@@ -190,7 +190,7 @@ def decoded(state: Mapping[str, Any], key: str) -> Tensor:
 def encode(first: Tensor, second: Tensor, format: Format, values: Tensor) -> None:
     """Write numbers into the two parts of a format."""
     like = torch.empty_like(first, dtype=torch.float32, device="cpu").copy_(values)
-    words, rest = format.written(flat(like).numpy())
+    words, rest = format.nearest.written(flat(like).numpy())
     set_words(first, words)
     if format.scale is None:
         set_words(second, rest)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, IDS, nonzero, same_bits
+from cases import CASES, DTYPES, IDS, bfloat16, nonzero, same_bits
 from native_code import (
     API,
     BAD_ARGUMENT,
@@ -23,7 +23,9 @@ from native_code import (
     OK,
     OTHER_VARIANT,
     OVERLAP,
+    PART,
     RULE,
+    RUN,
     Api,
     Optimizer,
     P,
@@ -50,10 +52,6 @@ def test_same_bits(rule, values, dtype):
         for a, b in zip(expected, got, strict=True):
             assert same_bits(a, b)
         assert np.array_equal(python._bound.program.carried.ravel(), ours.carry.ravel())
-
-
-RUN = ctypes.CFUNCTYPE(None, P, INT, P, P)
-PART = ctypes.CFUNCTYPE(None, P, INT)
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy", "lamb"])
@@ -438,6 +436,19 @@ def test_the_c_program(tmp_path):
     got = printed(run(tmp_path / "fit", N, cwd=tmp_path))
     (expected,) = fitted(fastopt.adamw, np.zeros(N, np.float32), lr=0.1)
     assert same_bits(got.astype(np.float32), expected)
+
+
+def test_the_c_program_of_16_bits(tmp_path):
+    flags = embedding("cc")
+    write(tmp_path, "fit_bf16.c")
+    warnings = ["-Wall", "-Wextra", "-Werror", "-std=c11", "-D_DEFAULT_SOURCE"]
+    run("cc", "-O2", *warnings, "fit_bf16.c", "-o", "fit", *flags, cwd=tmp_path)
+    got = printed(run(tmp_path / "fit", N, cwd=tmp_path))
+    p, target = np.zeros(N, bfloat16), np.arange(N, dtype=np.float32)
+    opt = fastopt.adamw(p, lr=0.1, formats="bf16", backend="cython")
+    for _ in range(10):
+        opt.step(p.astype(np.float32) - target, clip_norm=100.0)
+    assert same_bits(got.astype(np.float32), p.astype(np.float32)) and p.any()
 
 
 def test_the_cpp_program(tmp_path):

@@ -256,16 +256,38 @@ def native(long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             assert opt.step(grads, 0.5, 2) == native_code.OK
         return [*opt.everything(), opt.carry]
 
-    def check(edge: str, *case: Any) -> None:
-        expected, memory = steps(*case, Plain()), Memory(edge)
-        assert all(map(same_bits, expected, steps(*case, memory)))
+    def streams(rule: Any, values: Any, size: int, dtype: type, memory: Any) -> list:
+        rng = np.random.default_rng(size)
+        sizes, formats = (size, 3, 0), (native_code.BF16_SR, native_code.FP16)
+        name = native_code.variant_name(rule, values)
+        buffers = native_code.API.find(name.encode()).contents.state_count
+        params = [nonzero(rng, n, np.float32).astype(dtype) for n in sizes]
+        opt = native_code.StreamOptimizer(
+            *(name, list(map(memory.array, params)), values),
+            formats=[formats[k % 2] for k in range(buffers)],
+        )
+        opt.state = [[memory.array(s) for s in states] for states in opt.state]
+        opt.carry, opt.values = map(memory.array, (opt.carry, opt.values))
+        assert opt.start() == native_code.OK
+        for step, of_grads in enumerate((np.float32, dtype)):
+            drawn = [nonzero(rng, n, np.float32).astype(of_grads) for n in sizes]
+            grads = [memory.array(g, not step) for g in drawn]
+            asked = {"threads": 2, "clip_norm": 0.5, "zero_grads": step}
+            assert opt.step(grads, 0.5, **asked) == native_code.OK
+        return [*opt.everything(), *grads, opt.carry]
+
+    def check(edge: str, do: Callable, *case: Any) -> None:
+        expected, memory = do(*case, Plain()), Memory(edge)
+        assert all(map(same_bits, expected, do(*case, memory)))
         memory.close()
 
-    for size, edge, dtype in itertools.product(SIZES, EDGES, DTYPES):
+    halves = (np.float16, bfloat16)
+    for size, edge, dtype in itertools.product(SIZES, EDGES, (*DTYPES, *halves)):
+        do = streams if dtype in halves else steps
         for rule, values in CASES:
             what = f"native {label(rule, values)} {size} {dtype.__name__} {edge}"
             if long or chosen(what, 100):
-                yield what, lambda c=(edge, rule, values, size, dtype): check(*c)
+                yield what, lambda c=(edge, do, rule, values, size, dtype): check(*c)
 
 
 def torch(long: bool) -> Iterator[tuple[str, Callable[[], None]]]:

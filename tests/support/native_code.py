@@ -4,7 +4,7 @@ optimizer that a C program may make of it."""
 import ctypes
 
 import numpy as np
-from cases import nonzero, odd_view
+from cases import bfloat16, nonzero, odd_view
 
 import fastopt
 from fastopt import native
@@ -33,6 +33,32 @@ class Segment(ctypes.Structure):
     _fields_ = [("p", P), ("g", P), ("state", P), ("n", I64)]
 
 
+class Stream(ctypes.Structure):
+    _fields_ = [("format", I64), ("parts", P * 4)]
+
+
+class Streams(ctypes.Structure):
+    _fields_ = [("streams", P), ("n", I64), ("row", I64), ("first", I64)]
+
+
+RUN = ctypes.CFUNCTYPE(None, P, INT, P, P)
+PART = ctypes.CFUNCTYPE(None, P, INT)
+
+
+class Request(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("threads", INT),
+        ("clip_norm", F64),
+        ("zero_grads", I64),
+        ("run", RUN),
+        ("context", P),
+    ]
+
+    def __init__(self, **fields):
+        super().__init__(size=ctypes.sizeof(Request), **fields)
+
+
 RULE = ctypes.POINTER(Rule)
 
 
@@ -48,6 +74,11 @@ class Api(ctypes.Structure):
         ("step", ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, P, P, I64, F64, INT)),
         ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, INT)),
         ("step_on", P),
+        ("start_streams", ctypes.CFUNCTYPE(INT, RULE, INT, P, I64, P, P, I64)),
+        (
+            "step_streams",
+            ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, I64, P, P, I64, F64, P),
+        ),
     ]
 
 
@@ -104,6 +135,83 @@ class Optimizer:
             *(self.rule, self.dtype, t or self.t + 1, address(self.values)),
             *(address(self.carry), self.segments(grads), len(grads)),
             *(grad_scale, threads),
+        )
+        self.t += code == OK
+        return code
+
+    def everything(self):
+        """In the order of ``python``'s."""
+        return [
+            *self.params,
+            *(s for states in zip(*self.state, strict=True) for s in states),
+        ]
+
+
+# The formats of fastopt.h, and the dtype of each; a dtype alone means the first.
+F32, F64_STORED, BF16, BF16_SR, FP16 = range(5)
+DTYPES = np.float32, np.float64, bfloat16, bfloat16, np.float16
+
+
+def format_of(array):
+    return DTYPES.index(array.dtype)
+
+
+class StreamOptimizer:
+    """An optimizer of streams that a C program may have.
+
+    ``rows`` are hyperparameters, of which each parameter has one by ``row_of``.
+    ``formats`` are those of the state buffers, and ``param_format`` that of the
+    parameters if it does not follow from their dtypes.
+    """
+
+    def __init__(
+        self, name, params, *rows, formats=None, row_of=None, param_format=None
+    ):
+        self.rule = API.find(name.encode())
+        assert self.rule, name
+        about = self.rule.contents
+        self.params, self.t, self.param_format = params, 0, param_format
+        self.row_of = row_of or [0] * len(params)
+        self.values = np.array([[float(v) for v in row.values()] for row in rows])
+        assert self.values.shape == (len(rows), about.hyperparameter_count)
+        self.dtype = int(params[0].dtype == np.float64)
+        self.formats = formats or [self.dtype] * about.state_count
+        self.state = [
+            [np.full(p.shape, np.nan, DTYPES[k]) for k in self.formats] for p in params
+        ]
+        sets = len(params) if about.carry_per_segment else len(rows)
+        self.carry = np.full((sets, about.carry_count), np.nan)
+
+    def start(self):
+        return API.start_streams(
+            *(self.rule, self.dtype, address(self.values), len(self.values)),
+            *(address(self.carry), self.segments([None] * len(self.params))),
+            len(self.params),
+        )
+
+    def segments(self, grads):
+        self.keep, segments, first = [], [], 0
+        each = zip(self.params, grads, self.state, self.row_of, strict=True)
+        for p, g, state, row in each:
+            kind = format_of(p) if self.param_format is None else self.param_format
+            streams = [(kind, p)]
+            # The format of a missing gradient is not read.
+            streams += [(99 if g is None else format_of(g), g)]
+            streams += zip(self.formats, state, strict=True)
+            described = (Stream * len(streams))(
+                *(Stream(k, (a if a is None else address(a),)) for k, a in streams)
+            )
+            self.keep.append(described)
+            segments.append(Streams(address_of(described), p.size, row, first))
+            first += p.size
+        return (Streams * len(segments))(*segments)
+
+    def step(self, grads, grad_scale=1.0, **request):
+        asked = Request(**request)
+        code = API.step_streams(
+            *(self.rule, self.dtype, self.t + 1, address(self.values)),
+            *(len(self.values), address(self.carry), self.segments(grads)),
+            *(len(grads), grad_scale, address_of(asked) if request else None),
         )
         self.t += code == OK
         return code
