@@ -4,10 +4,10 @@
     python bench/formats.py --rows 8bit --rounds 5           one of them
     python bench/formats.py --json bench/results/formats.json
 
-A row is measured in rounds. In each, every contender does a burst of steps, one after the
-other, so that a ratio is taken where the machine is the same for all; the table has the
-median over rounds. "Floor" is the time in which fastopt's float32 floor, a loop without
-arithmetic, would move the bytes of our step, measured in the same rounds.
+A row is measured in rounds. In each, every contender does a burst of steps, one after
+the other, so that a ratio is taken where the machine is the same for all; the table has
+the median over rounds. "Floor" is the time in which fastopt's float32 floor, a loop
+without arithmetic, would move the bytes of our step, measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastopt.rules.floor import FLOORS
 from fastopt.runtime.threads import available
 
 bfloat16 = ml_dtypes.bfloat16
-Step = Callable[[], object]
+Step = Callable[[], Any]
 OURS, FLOOR = "fastopt", "floor"
 ALL_8BIT = {"param": "bf16+r8", "m": "m8", "v": "v8"}
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
@@ -238,7 +238,7 @@ class Result:
     @property
     def of_floor(self) -> float:
         """How long ours takes, in multiples of its floor."""
-        return self.moved / 28 and 1 / (self.ratio(FLOOR) * self.moved / 28)
+        return 28 / self.moved / self.ratio(FLOOR)
 
 
 def burst(step: Step, steps: int) -> float:
@@ -267,32 +267,40 @@ def measured(row: Row, size: int, rounds: int, tick: Callable[[], object]) -> Re
     return Result(row.name, size, seconds, row.moved)
 
 
-def table(results: Sequence[Result]) -> Table:
-    made = Table(title="AdamW: multiples of the time of our step")
-    for name in (
-        "row",
-        "elements",
-        "our step",
-        "against",
-        "wanted",
-        "measured",
-        "of its floor",
-    ):
-        made.add_column(name, justify="left" if name in ("row", "against") else "right")
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the rows of the table, one for each peer."""
+    rows = []
     for result in results:
         row = next(row for row in ROWS if row.name == result.row)
-        at = row.sizes.index(result.size)
-        ours = float(np.median(result.seconds[OURS]))
         for peer, wanted in row.wanted.items():
-            made.add_row(
-                row.name,
-                f"{result.size:,}",
-                f"{ours * 1e3:.3f} ms",
-                peer,
-                f"{wanted[at]:g}",
-                f"{result.ratio(peer):.2f}",
-                f"{result.of_floor:.2f}",
+            rows.append(
+                {
+                    "row": row.name,
+                    "against": peer,
+                    "size": result.size,
+                    "seconds": float(np.median(result.seconds[OURS])),
+                    "wanted": wanted[row.sizes.index(result.size)],
+                    "ratio": result.ratio(peer),
+                    "floor": result.of_floor,
+                }
             )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    made = Table(title="AdamW: multiples of the time of our step")
+    for name in "row against elements step wanted measured floor".split():
+        made.add_column(name, justify="left" if name in ("row", "against") else "right")
+    for row in rows:
+        made.add_row(
+            row["row"],
+            row["against"],
+            f"{row['size']:,}",
+            f"{row['seconds'] * 1e3:.3f} ms",
+            f"{row['wanted']:g}",
+            f"{row['ratio']:.2f}",
+            f"{row['floor']:.2f}",
+        )
     return made
 
 
@@ -323,11 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.size = size
             results.append(result)
             gc.collect()
-    Console(width=120).print(table(results))
+    rows = rows_of(results)
+    Console(width=120).print(table(rows))
     if options.json:
         record = {
             "machine": {"cpu": machine.cpu(), "caches": machine.caches()},
             "versions": {"torch": torch.__version__, "fastopt": fastopt.__version__},
+            "table": rows,
             "results": list(map(asdict, results)),
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -217,6 +217,25 @@ def formats(root, text):
     return filled(text, "training", new, "formats.md")
 
 
+def steps(root, text):
+    """The page on formats with its table of the time of steps."""
+    source = root / marked(text, "steps", "formats.md")["source"]
+    rows = json.loads(source.read_text("utf-8"))["table"]
+    lines = [
+        (
+            row["row"],
+            f"{row['size']:,}",
+            f"{row['seconds'] * 1e3:.3g} ms",
+            row["against"],
+            f"{row['ratio']:.2f}",
+            f"{row['floor']:.2f}",
+        )
+        for row in rows
+    ]
+    head = "formats", "elements ", "step ", "against", "takes ", "of the floor "
+    return filled(text, "steps", f"{table(head, lines)}\n", "formats.md")
+
+
 def change(result, spread):
     """The difference to float32 and its error, in units of float32's spread."""
     if result["change"] is None:  # a loss was not finite
@@ -450,7 +469,7 @@ def wanted(root, rules):
     files[path] = readme(root, path.read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
     path = root / "docs" / "formats.md"
-    files[path] = formats(root, path.read_text("utf-8"))
+    files[path] = steps(root, formats(root, path.read_text("utf-8")))
     path = root / "docs" / "parity.md"
     files[path] = parity(path.read_text("utf-8"), rules)
     for rule in rules:
