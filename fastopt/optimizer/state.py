@@ -16,7 +16,7 @@ from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.factored import Factors, is_factored
 from fastopt.memory.formats import format_of
-from fastopt.memory.segments import Array, Encoded, Segment, decoded, encoded
+from fastopt.memory.segments import Array, Encoded, Segment, encoded
 from fastopt.optimizer import checks
 from fastopt.optimizer.formats import PARAM, Buffer, buffers_of, part_name
 from fastopt.optimizer.groups import Values
@@ -206,8 +206,8 @@ class Bound:
 def numbers(stream: Array | Encoded) -> Array:
     """Return the numbers of a stream in host memory."""
     if isinstance(stream, Encoded):
-        stream = Encoded(stream.format, tuple(map(to_host, stream.parts)))
-    return decoded(stream)
+        return Encoded(stream.format, tuple(map(to_host, stream.parts))).numbers()
+    return to_host(stream) if on_device(stream) else stream
 
 
 def filling_stream(stream: Array | Encoded, value: Any) -> list[Call]:
