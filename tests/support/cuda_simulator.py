@@ -665,7 +665,7 @@ def test_a_skipped_tail_is_noticed(monkeypatch, size):
 
     def without_tail(*of):
         if of[-1] == 1:  # the width
-            return lambda i, grad, buffers, scalars: None
+            return lambda i, grad, buffers, scalars, draw: None
         return update_of(*of)
 
     monkeypatch.setattr(cuda_kernels, "update_of", without_tail)
