@@ -15,6 +15,7 @@ from numba import config
 from fastopt.backends import llvm_ir
 from fastopt.language import NUMPY, Word
 from fastopt.memory.formats import COMPUTED, DTYPES
+from fastopt.memory.order import GROUP
 
 try:
     import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
@@ -34,6 +35,14 @@ else:
     not_installed = ""
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+VECTOR_BYTES = 16
+# Where a group shares a scale, each of SHARERS threads has QUAD of its elements. They
+# are of one warp.
+QUAD = VECTOR_BYTES // COMPUTED.itemsize
+SHARERS = GROUP // QUAD
+WARP = 2**32 - 1  # all threads of a warp, as bits
+BUTTERFLY = 3  # the mode of a shuffle between numbers that differ in a bit
+TOPS: dict[int, Any] = {}  # by the threads of a block, in the simulator
 
 
 def inlined(function: Any) -> Any:
@@ -79,9 +88,8 @@ def unfused(context: Any) -> None:
 
 def accesses(width: int) -> dict[str, Any]:
     """Return functions that load and store ``width`` elements of a buffer from the i-th
-    on, and one that makes a word of an integer, without what does not fit. In a kernel
-    they are intrinsics, because only LLVM's vectors become loads and stores of vectors.
-    The elements of a buffer of integers are words."""
+    on. In a kernel they are intrinsics, because only LLVM's vectors become loads and
+    stores of vectors. The elements of a buffer of integers are words."""
 
     def place(context: Any, builder: Any, kind: Any, pointer: Any, i: Any) -> Any:
         unfused(context)
@@ -122,20 +130,58 @@ def accesses(width: int) -> dict[str, Any]:
 
         return types.void(pointer, i, values), generate
 
-    def word_of(context: Any, i: Any) -> Any:
-        word = llvm_ir.Word(8 * COMPUTED.itemsize)
+    if not SIMULATED:
+        return {"load": intrinsic(load), "store": intrinsic(store)}
+    return {"load": functools.partial(simulated_load, width), "store": simulated_store}
 
+
+def words() -> dict[str, Any]:
+    """Return more functions for kernels. ``word_of`` makes a word of an integer, of
+    which it drops what does not fit. ``greatest`` takes a word of each thread of a
+    group, and returns the greatest. ``count`` adds 1 to a number in memory."""
+    word = llvm_ir.Word(8 * COMPUTED.itemsize)
+    bits = ir.IntType(word.width)
+
+    def word_of(context: Any, i: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             return llvm_ir.resized(builder, given[0], word.width)
 
         return word(i), generate
 
+    def greatest(context: Any, top: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            find = functools.partial(cgutils.get_or_insert_function, builder.module)
+            result = ir.LiteralStructType([bits, ir.IntType(1)])
+            kind = ir.FunctionType(result, [bits] * 5)
+            shuffle, (top,) = find(kind, "llvm.nvvm.shfl.sync.i32"), given
+            distance = 1
+            while distance < SHARERS:  # to the thread whose number differs in this bit
+                asked = [bits(WARP), bits(BUTTERFLY), top, bits(distance), bits(31)]
+                other = builder.extract_value(builder.call(shuffle, asked), 0)
+                top = builder.select(builder.icmp_unsigned(">", other, top), other, top)
+                distance *= 2
+            # All of them have loaded the old scale when one stores another.
+            kind = ir.FunctionType(ir.VoidType(), [bits])
+            builder.call(find(kind, "llvm.nvvm.bar.warp.sync"), [bits(WARP)])
+            return top
+
+        return word(top), generate
+
+    def count(context: Any, pointer: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            kind = context.get_value_type(pointer.dtype)
+            at = builder.addrspacecast(given[0], kind.as_pointer(1))  # global
+            builder.atomic_rmw("add", at, kind(1), "monotonic")
+            return context.get_dummy_value()
+
+        return types.void(pointer), generate
+
     if not SIMULATED:
-        return {f.__name__: intrinsic(f) for f in (load, store, word_of)}
+        return {f.__name__: intrinsic(f) for f in (word_of, greatest, count)}
     return {
-        "load": functools.partial(simulated_load, width),
-        "store": simulated_store,
         "word_of": simulated_word,
+        "greatest": cuda.jit(device=True)(simulated_greatest),
+        "count": cuda.jit(device=True)(simulated_count),
     }
 
 
@@ -155,3 +201,17 @@ def simulated_store(buffer: Any, i: int, values: tuple[Any, ...]) -> None:
 
 def simulated_word(i: int) -> Word:
     return Word(np.uint32(i % 2**32))
+
+
+def simulated_greatest(top: Word) -> Word:
+    here = cuda.threadIdx.x
+    TOPS[here] = top.array
+    cuda.syncthreads()
+    first = here // SHARERS * SHARERS
+    found = max(TOPS[thread] for thread in range(first, first + SHARERS))
+    cuda.syncthreads()
+    return Word(found)
+
+
+def simulated_count(buffer: Any) -> None:
+    cuda.atomic.add(buffer, 0, 1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastopt.backends.cuda_accesses import (
     SIMULATED,
+    VECTOR_BYTES,
     NumbaPerformanceWarning,
     cuda,
     is_cuda_ndarray,
@@ -23,13 +24,13 @@ from fastopt.backends.cuda_accesses import (
 )
 from fastopt.backends.cuda_kernels import (
     NOTHING,
-    VECTOR_BYTES,
     Beside,
     check,
     kernel,
     lanes_kernel,
     product_kernel,
     sums_kernel,
+    threads_for,
     tiles_kernel,
 )
 from fastopt.backends.cuda_streams import Formats, draws
@@ -54,8 +55,7 @@ __all__ = [
     "state_arena",
 ]
 
-# Its kernels do not share scales yet.
-formats = frozenset(k for k, format in FORMATS.items() if not format.scale)
+formats = frozenset(FORMATS)
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time
@@ -158,7 +158,8 @@ def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
 
 
 def stretch(stream: Any, start: int = 0, end: int | None = None) -> Any:
-    """Return a part of a stream as one without dimensions."""
+    """Return a part of a stream as one without dimensions. It has no scales, because
+    neither gradients have nor what is kept beside factored state."""
     if isinstance(stream, Encoded):
         parts = (stretch(part, start, end) for part in stream.parts)
         return Encoded(stream.format, tuple(parts))
@@ -179,6 +180,13 @@ def operand(array: Any) -> Any:
     return array.reshape(-1) if SIMULATED else address(array)
 
 
+def vectors_of(stream: Any) -> tuple[Any, ...]:
+    """Return the parts of a stream that have an element for each of its own."""
+    parts = parts_of(stream)
+    scaled = isinstance(stream, Encoded) and stream.format.scale is not None
+    return parts[:1] if scaled else parts
+
+
 def operands(*streams: Any) -> tuple[Any, ...]:
     """Return what a kernel takes for streams: all of their parts."""
     return tuple(operand(part) for stream in streams for part in parts_of(stream))
@@ -193,7 +201,7 @@ def offset(*streams: Any) -> int:
     vector of a part with fewer bits has fewer bytes."""
     found = 0
     for stream in streams:
-        for part in parts_of(stream):
+        for part in vectors_of(stream):
             shrunk: int = stream.dtype.itemsize // part.dtype.itemsize
             found |= shrunk * address(part)
     return found
@@ -377,8 +385,8 @@ class OnDevice(Step):
             size = grad.size
             aligned = (buffers.offset | offset(grad)) % VECTOR_BYTES == 0
             width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
-            blocks = -(-(size // width + size % width) // BLOCK)
             formats = *formats_of([grad]), *buffers.formats
+            blocks = -(-threads_for(size, width, formats) // BLOCK)
             of = rule.update, len(rule.state), self.dtype, width, beside, formats
             launch = launcher(blocks, kernel, *of)
             if not draws(formats):

@@ -3,7 +3,8 @@
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
 A stream that is stored in fewer bits has as many lanes in fewer bytes. The kernel
-decodes them after the load and encodes them before the store.
+decodes them after the load and encodes them before the store. Where 64 elements share a
+scale, the 16 threads that have them are of one warp and find their greatest together.
 The kernel's body is plain Python around a load and a store, written out for the rule's
 number of buffers. Numba compiles this text, and its simulator runs the same text.
 What a step does besides the rule is in the same kernel. For sums, each lane of each
@@ -23,12 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fastopt.backends.cuda_accesses import (
+    QUAD,
     SIMULATED,
+    VECTOR_BYTES,
     accesses,
     cuda,
     inlined,
     primitives,
     types,
+    words,
 )
 from fastopt.backends.cuda_streams import (
     Formats,
@@ -36,7 +40,13 @@ from fastopt.backends.cuda_streams import (
     drawing,
     draws,
     dtypes_of,
+    higher,
+    is_finite,
+    is_grouped,
     lines_of,
+    loads,
+    sharing,
+    stores,
     streams_of,
 )
 from fastopt.language import concrete
@@ -45,7 +55,6 @@ from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.rule import Rule
 from fastopt.rules import passes
 
-VECTOR_BYTES = 16
 LIMITS = passes.clip.scalar_count
 
 
@@ -71,14 +80,20 @@ def generated(
     for format in filter(None, {*formats}):
         of[f"decode_{format.name}"] = format.decode
         of[f"encode_{format.name}"] = format.encode
+        if format.scale:
+            of[f"scale_{format.name}"] = format.scale
+            of |= {"higher": higher, "is_finite": is_finite}
     if draws(formats):
         of["random_word"] = random_word
     ours = primitives(dtype.type)
     made: dict[str, Any] = {
         "__name__": element.__module__,
         **accesses(width),
+        **{f"{name}_one": access for name, access in accesses(1).items()},
+        **words(),
         "zero": dtype.type(0),
         "wide": ours["wide"],
+        "where": ours["where"],
     }
     for name, function in of.items():
         made[name] = inlined(concrete(function, dtype, ours, inlined))
@@ -102,17 +117,21 @@ def update_of(
     formats: Formats,
     width: int,
 ) -> Any:
-    """Return a function (i, grad, buffers, scalars, draw) that updates ``width``
-    elements from i on. The update is written out for each of them."""
+    """Return a function (i, size, grad, buffers, scalars, draw) that updates ``width``
+    elements from i on. The update is written out for each of them.
+
+    Where groups share scales, the function updates QUAD elements, or those of them that
+    there are, and ``width`` is how many it loads at a time."""
     scalars = [
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
     factor, *constants = scalars
     limits = limits_after(scalars)
     weight = f"scalars[{len(scalars) + LIMITS * beside.clip}]"
-    lanes, (grad, *buffers) = range(width), streams_of(formats)
-    body = lines_of(Stream.loading, [grad, *buffers], lanes)
-    body += lines_of(Stream.decoding, [grad, *buffers], lanes)
+    lanes = range(QUAD if is_grouped(formats) else width)
+    grad, *buffers = streams = streams_of(formats)
+    body = loads(streams, lanes, width)
+    body += lines_of(Stream.decoding, streams, lanes)
     for k in lanes:
         g, (p, *state) = grad.number(k), (buffer.number(k) for buffer in buffers)
         body.append(f"{g} = {g} * {factor}")
@@ -127,9 +146,10 @@ def update_of(
         body += [f"{grad.number(k)} = zero" for k in lanes]
     written = [*buffers, *([grad] if beside.zero else [])]
     body += drawing(buffers, lanes)
+    body += sharing(buffers, lanes)
     body += lines_of(Stream.encoding, written, lanes)
-    body += lines_of(Stream.storing, written, lanes)
-    lines = ["def function(i, grad, buffers, scalars, draw):"]
+    body += stores(written, lanes, width)
+    lines = ["def function(i, size, grad, buffers, scalars, draw):"]
     lines += [f"    {line}" for line in body]
     return generated(lines, element, dtype, formats, width)
 
@@ -152,6 +172,7 @@ def lane_sum(
     g, p, *state = (stream.number(0) for stream in streams)
     loop = ["i = first + k * stride"]
     loop += lines_of(Stream.loading, streams, [0])
+    loop += lines_of(Stream.scale_loading, streams, "i")
     loop += lines_of(Stream.decoding, streams, [0])
     loop.append(f"{g} = {g} * {scalars[0]}")
     if clip:
@@ -200,14 +221,19 @@ def kernel(
         update_of(update, states, beside, dtype, formats, w) for w in (width, 1)
     )
 
-    def kernel(size: int, grad: Any, buffers: Any, scalars: Any, draw: Any) -> None:
+    def vectors(size: int, grad: Any, buffers: Any, scalars: Any, draw: Any) -> None:
         thread = cuda.grid(1)
         beyond = thread - size // width  # the whole vectors
         if beyond < 0:
-            several(thread * width, grad, buffers, scalars, draw)
+            several(thread * width, size, grad, buffers, scalars, draw)
         elif beyond < size % width:
-            single(size - size % width + beyond, grad, buffers, scalars, draw)
+            i = size - size % width + beyond
+            single(i, size, grad, buffers, scalars, draw)
 
+    def groups(size: int, grad: Any, buffers: Any, scalars: Any, draw: Any) -> None:
+        several(cuda.grid(1) * QUAD, size, grad, buffers, scalars, draw)
+
+    kernel = groups if is_grouped(formats) else vectors
     kernel.__qualname__ = f"{update.__module__}.{update.__name__}"  # for profilers
     if SIMULATED:
         return kernel, None
@@ -219,6 +245,13 @@ def kernel(
         types.UniTuple(real(dtype), constants),
         types.UniTuple(types.int64, 2 * draws(formats)),
     )
+
+
+def threads_for(size: int, width: int, formats: Formats) -> int:
+    """Return the number of threads that this kernel needs."""
+    if is_grouped(formats):
+        return -(-size // QUAD)
+    return size // width + size % width
 
 
 def sums_kernel(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.backends.numpy_ref import evaluate
-from fastopt.memory.arena import zeros
+from fastopt.memory.arena import aligned, zeros
 from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.factored import Factors, is_factored
 from fastopt.memory.formats import format_of
@@ -76,7 +76,8 @@ class Bound:
                     self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
         # For each stream and array, the groups that could not be stored.
-        self.not_stored = np.zeros((1 + len(rule.state), len(arrays)), np.int64)
+        counts = aligned(np.dtype(np.int64), (1 + len(rule.state), len(arrays)))
+        ((self.not_stored,),) = zeros(module.state_arena, [counts], 1)
         # Parameters and the buffers of the state, as kernels take them.
         self.streams = {
             name: [self._stream(name, i, k) for i in range(len(arrays))]

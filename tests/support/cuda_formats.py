@@ -3,6 +3,7 @@ by test_cuda.py, as cuda_simulator.py is."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -17,6 +18,7 @@ from cuda_simulator import (  # noqa: F401
     on_device,
     quick_simulator,
     rewritten,
+    threads_that_wait,
     unlike,
 )
 from numba import cuda
@@ -29,6 +31,7 @@ from fastopt.memory.segments import Encoded, Segment
 from fastopt.optimizer import formats, state
 
 SR, R8, R16 = FORMATS["bf16_sr"], FORMATS["r8"], FORMATS["r16"]
+M8, V8 = FORMATS["m8"], FORMATS["v8"]
 LARGE = 4096 + 63
 
 
@@ -48,8 +51,19 @@ KINDS = {
     "stochastic": ("bf16", "bf16"),
     "r8": ("bf16+r8", "bf16", "fp32"),
     "r16": ("bf16+r16", "fp16", "bf16"),
+    "m8": ("bf16", "m8", "v8"),
+    "v8": ("bf16+r8", "v8", "m8", "bf16"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Threads wait for each other where scales are shared."""
+    kind = getattr(request.node, "callspec", None) and request.node.callspec.params
+    if kind and kind.get("kind") in ("stochastic", "r8", "r16"):
+        return
+    request.getfixturevalue("threads_that_wait")
 
 
 def run_formats(rule, values, kind, sizes=(7, 0, 65, 33), steps=3, **asked):
@@ -70,15 +84,20 @@ def run_formats(rule, values, kind, sizes=(7, 0, 65, 33), steps=3, **asked):
             ]
             grads[-1 - k % len(grads)] = None
             opt.step(grads, grad_scale=0.7, **asked)
-        return opt, params
+        return opt, {"params": params, "left": np.array(opt.nonfinite_groups)}
 
     return run
 
 
 @every_kind
-@cases("adamw", "sgd-momentum-nesterov", "amsgradw", "lamb", "prodigy", "nadam")
+@cases("adamw", "sgd-momentum-nesterov", "amsgradw", "lamb")
 def test_same_bits(rule, values, kind, small_arrays):
     assert not unlike(run_formats(rule, values, kind))
+
+
+@every_kind
+@cases("adamw", "prodigy")
+def test_beside_the_rule(rule, values, kind, small_arrays):
     assert not unlike(run_formats(rule, values, kind, **BESIDE))
 
 
@@ -122,9 +141,16 @@ def test_state_that_begins_with_parameters_and_is_saved(
     assert not unlike(run)
 
 
-def run_segments(rule, stored, draws, size=37, first=5):
-    """Steps over segments of any formats, with any numbers in what is drawn."""
+def run_segments(rule, stored, draws, size=37, first=5, offset=0):
+    """What differs after steps over a segment of any formats, with any numbers in what
+    is drawn, and what is written outside of it."""
     rows = [(0.7, *[0.3 + 0.1 * k for k in range(rule.scalar_count)])] * 2
+    whole = []
+
+    def put(array):
+        view, room = on_device(array, offset)
+        whole.append((room, array.size))
+        return view
 
     def run(module, put):
         rng = np.random.default_rng(0)
@@ -132,7 +158,8 @@ def run_segments(rule, stored, draws, size=37, first=5):
         for format in stored:
             numbers = abs(nonzero(rng, size, np.float32))
             written = (numbers,) if format is None else format.written(numbers)
-            parts.append([put(part) for part in written])
+            counts = [np.zeros(1, np.int64)] if format and format.scale else []
+            parts.append([put(part) for part in (*written, *counts)])
         streams = [
             of[0] if format is None else Encoded(format, tuple(of))
             for format, of in zip(stored, parts, strict=True)
@@ -149,18 +176,51 @@ def run_segments(rule, stored, draws, size=37, first=5):
         host = [to_host(part) for of in parts for part in of]
         return [*host, np.array(found)]
 
-    ours = run(cuda_driver, lambda array: on_device(array, 0)[0])
-    expected = run(numpy_ref, np.copy)
-    pairs = zip(ours, expected, strict=True)
-    return [k for k, pair in enumerate(pairs) if not same_bits(*pair)]
+    pairs = zip(run(cuda_driver, put), run(numpy_ref, np.copy), strict=True)
+    wrong = [k for k, pair in enumerate(pairs) if not same_bits(*pair)]
+    for room, count in whole:
+        outside = np.delete(to_host(room), range(offset, offset + count))
+        wrong += ["outside"] * (not np.all(outside == 7))
+    return wrong
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**32 + 1, 3 * 2**40])
 def test_numbers_of_elements_and_steps_wrap_around(first):
     draws = 1, 2**32 + 1, 2**33 - 1
-    of = SR, R8, SR, SR
-    assert not run_segments(fastopt.adamw, (None, *of[1:]), draws, first=first)
+    for of in ((SR, R8, SR, SR), (SR, SR, V8, M8)):
+        assert not run_segments(fastopt.adamw, (None, *of[1:]), draws, first=first)
     assert not run_segments(fastopt.lamb, (None, SR, SR, R16), draws, first=first)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_groups_of_every_size(offset):
+    """Every number of elements in the last group that a thread can have, and none."""
+    for size in (1, 2, 3, 4, 5, 61, 63, 64, 65, 127, 128, 130, 191):
+        of = [(None, None, M8, V8), (FORMATS["bf16"], SR, V8, M8)][size % 2]
+        found = run_segments(fastopt.adamw, of, (1, 2), size, offset=offset)
+        assert not found, (size, of)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_groups_that_are_not_finite_stay_and_are_counted(bad, small_arrays):
+    def run(backend, put):
+        (start, grad), (other,) = drawn(0, (192 + 5, 192 + 5)), drawn(1, (64,))
+        params = [put(start), put(other)]
+        opt = fastopt.adamw(params, lr=0.1, backend=backend, formats="8bit")
+        opt.step([put(grad), put(other)])
+        before = [to_host(a) for name in opt.state for a in opt.state[name][:1]]
+        wrong = grad.copy()
+        wrong[[64 + 3, 130, -1]] = bad
+        opt.step([put(wrong), put(other)])
+        assert opt.nonfinite_groups == 6  # three groups of m and of v
+        after = [to_host(a) for name in opt.state for a in opt.state[name][:1]]
+        for a, b in zip(before, after, strict=True):
+            group = 64 if a.size > 4 else 1
+            assert same_bits(a[group:], b[group:])
+            assert not same_bits(a[:group], b[:group])
+        return opt, params
+
+    assert not unlike(run)
 
 
 def encoded_on_device(format, numbers, first=0, step=1):
@@ -220,6 +280,16 @@ MUTANTS = {
         "another format": (r"decode_r16\((.*)\)", r"decode_r8(\1 >> 8)"),
     },
 }
+EIGHT = {
+    "the scale of the neighbour": (r"load_one\((\S+), .* // 64\)", r"load_one(\1, 0)"),
+    "the number of the next step": (r"draw\[1\]", "draw[1] + 1"),
+    "a scale of a thread's own": (r"= greatest\((\w+)\)", r"= \1"),
+    "the old scale": (r"(\w+_scale) = scale_.*", r"\1 = \1"),
+    "no scale": (r"store_one\(.*_scale,\)\)", "pass"),
+    "another format": (r"decode_\w8\((\w+), \w+\)", r"decode_bf16(\1 << 8)"),
+}
+MUTANTS |= {"m8": EIGHT, "v8": EIGHT}
+MUTATED = 102, 0, 34, 34  # the sizes
 EACH = [(kind, mutant) for kind, mutants in MUTANTS.items() for mutant in mutants]
 
 
@@ -235,13 +305,19 @@ def mutated(monkeypatch, pattern, new):
     cuda_driver.launcher.cache_clear()
 
 
+@functools.cache
+def is_right(kind):
+    return not unlike(run_formats(*BY_ID["adamw"], kind, MUTATED))
+
+
 @in_simulator
 @pytest.mark.parametrize(("kind", "mutant"), EACH)
 def test_what_is_wrong_is_noticed(monkeypatch, kind, mutant, small_arrays):
-    run = run_formats(*BY_ID["adamw"], kind, (34, 0, 34, 34))
-    assert not unlike(run)
+    assert is_right(kind)
+    run = run_formats(*BY_ID["adamw"], kind, MUTATED)
     mutated(monkeypatch, *MUTANTS[kind][mutant])
-    assert unlike(run)
+    with np.errstate(all="ignore"):
+        assert unlike(run)
 
 
 @in_simulator
@@ -256,3 +332,22 @@ def test_steps_of_another_row_are_noticed(monkeypatch):
     assert not run_segments(fastopt.adamw, of, (1, 2))
     monkeypatch.setattr(cuda_driver.OnDevice, "__call__", first_row)
     assert run_segments(fastopt.adamw, of, (1, 2))
+
+
+@in_simulator
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"is_finite\(\w+\)", "True"),
+        (r"where\(\w+_finite, (.*), \w+\)", r"\1"),
+        (r"if \w+_finite:", "if True:"),
+        (r"    count\(.*", "    pass"),
+    ],
+    ids=["stored", "words stored", "scale stored", "not counted"],
+)
+def test_groups_that_are_not_finite_are_noticed(
+    monkeypatch, pattern, new, small_arrays
+):
+    mutated(monkeypatch, pattern, new)
+    with pytest.raises(AssertionError):
+        test_groups_that_are_not_finite_stay_and_are_counted(np.inf, None)
