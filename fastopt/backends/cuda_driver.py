@@ -13,25 +13,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.backends.cuda_kernels import (
-    NOTHING,
+from fastopt.backends.cuda_accesses import (
     SIMULATED,
     VECTOR_BYTES,
-    Beside,
-    Formats,
     NumbaPerformanceWarning,
-    check,
     cuda,
     is_cuda_ndarray,
-    kernel,
-    lanes_kernel,
     not_installed,
     nvvm,
+)
+from fastopt.backends.cuda_kernels import (
+    NOTHING,
+    Beside,
+    check,
+    kernel,
+    lanes_kernel,
     product_kernel,
     sums_kernel,
+    threads_for,
     tiles_kernel,
 )
-from fastopt.backends.numpy_ref import Step, pairs_of, scalars
+from fastopt.backends.cuda_streams import Formats, draws
+from fastopt.backends.numpy_ref import Step, pairs_of, parts_of, scalars
 from fastopt.memory.arrays import on_device
 from fastopt.memory.factored import in_order
 from fastopt.memory.formats import FORMATS
@@ -52,8 +55,7 @@ __all__ = [
     "state_arena",
 ]
 
-# Its kernels do not draw random numbers yet.
-formats = frozenset(k for k, format in FORMATS.items() if not format.stochastic)
+formats = frozenset(FORMATS)
 
 BLOCK = 256
 ROOM = 1 << 22  # elements, of what is factored, that are there at a time
@@ -155,31 +157,39 @@ def launcher(blocks: int, make: Callable[..., Any], *of: Any) -> Any:
         return compiled(make, *of)[blocks, BLOCK]
 
 
-def part(stream: Any) -> Any:
-    """Return the device array that a stream consists of."""
-    return stream.parts[0] if isinstance(stream, Encoded) else stream
-
-
 def stretch(stream: Any, start: int = 0, end: int | None = None) -> Any:
-    """Return a part of a stream as one without dimensions."""
+    """Return a part of a stream as one without dimensions. It has no scales, because
+    neither gradients have nor what is kept beside factored state."""
     if isinstance(stream, Encoded):
-        return Encoded(stream.format, (stretch(part(stream), start, end),))
+        parts = (stretch(part, start, end) for part in stream.parts)
+        return Encoded(stream.format, tuple(parts))
     flat = stream.reshape(-1)
     return flat if start == 0 and end is None else flat[start:end]
 
 
-def address(stream: Any) -> int:
-    """Return the address at which a stream begins."""
-    array = part(stream)
+def address(array: Any) -> int:
+    """Return the address at which a device array begins."""
     if SIMULATED:
         return int(array.ctypes.data)
     return int(array.__cuda_array_interface__["data"][0])
 
 
-def operand(stream: Any) -> Any:
-    """Return what a kernel takes: the stream's address, which numba passes on
+def operand(array: Any) -> Any:
+    """Return what a kernel takes for a device array: its address, which numba passes on
     fastest."""
-    return part(stream).reshape(-1) if SIMULATED else address(stream)
+    return array.reshape(-1) if SIMULATED else address(array)
+
+
+def vectors_of(stream: Any) -> tuple[Any, ...]:
+    """Return the parts of a stream that have an element for each of its own."""
+    parts = parts_of(stream)
+    scaled = isinstance(stream, Encoded) and stream.format.scale is not None
+    return parts[:1] if scaled else parts
+
+
+def operands(*streams: Any) -> tuple[Any, ...]:
+    """Return what a kernel takes for streams: all of their parts."""
+    return tuple(operand(part) for stream in streams for part in parts_of(stream))
 
 
 def formats_of(streams: Sequence[Any]) -> Formats:
@@ -188,11 +198,12 @@ def formats_of(streams: Sequence[Any]) -> Formats:
 
 def offset(*streams: Any) -> int:
     """Return a multiple of VECTOR_BYTES if all streams begin with a whole vector. The
-    vector of a stream that is encoded has fewer bytes."""
+    vector of a part with fewer bits has fewer bytes."""
     found = 0
     for stream in streams:
-        shrunk: int = stream.dtype.itemsize // part(stream).dtype.itemsize
-        found |= shrunk * address(stream)
+        for part in vectors_of(stream):
+            shrunk: int = stream.dtype.itemsize // part.dtype.itemsize
+            found |= shrunk * address(part)
     return found
 
 
@@ -205,7 +216,7 @@ class Buffers(NamedTuple):
 
 
 def buffers_of(streams: Sequence[Any]) -> Buffers:
-    return Buffers(tuple(map(operand, streams)), offset(*streams), formats_of(streams))
+    return Buffers(operands(*streams), offset(*streams), formats_of(streams))
 
 
 def bind(rule: Rule, segments: Sequence[Segment], count: Array, carry: Array) -> Step:
@@ -272,7 +283,7 @@ class OnDevice(Step):
                 if isinstance(stream, Product):
                     launch = launcher(-(-size // BLOCK), product_kernel, self.dtype)
                     shape = [part.shape[1] for part in stream]
-                    factors = [*map(operand, stream), operand(self.room)]
+                    factors = operands(*stream, self.room)
                     launches.append((launch, size, start, *shape, *factors))
                     parts.append(self.room[:size])
                 else:
@@ -315,8 +326,8 @@ class OnDevice(Step):
                 stored = formats_of([grad, *arrays])
                 launcher(-(-here // BLOCK), sums_kernel, *of, stored)(
                     grad.size,
-                    operand(grad),
-                    tuple(map(operand, arrays)),
+                    operands(grad),
+                    operands(*arrays),
                     scalars,
                     operand(lanes[begin:]),
                 )
@@ -352,7 +363,7 @@ class OnDevice(Step):
         steps: Sequence[int] | None = None,
     ) -> list[Call]:
         # Launches are Python code of Numba's, so an interrupt may come between them.
-        return [functools.partial(self, rows, request)]
+        return [functools.partial(self, rows, request, steps)]
 
     def __call__(
         self,
@@ -366,16 +377,24 @@ class OnDevice(Step):
         # Complete before the first, so that no error leaves half a step.
 
         def add(
-            rule: Rule, beside: Beside, grad: Any, buffers: Buffers, scalars: Any
+            rule: Rule,
+            beside: Beside,
+            grad: Any,
+            buffers: Buffers,
+            scalars: Any,
+            draw: tuple[int, ...] = (),
         ) -> None:
             size = grad.size
             aligned = (buffers.offset | offset(grad)) % VECTOR_BYTES == 0
             width = VECTOR_BYTES // self.dtype.itemsize if aligned else 1
-            blocks = -(-(size // width + size % width) // BLOCK)
             formats = *formats_of([grad]), *buffers.formats
+            blocks = -(-threads_for(size, width, formats) // BLOCK)
             of = rule.update, len(rule.state), self.dtype, width, beside, formats
             launch = launcher(blocks, kernel, *of)
-            launches.append((launch, size, operand(grad), buffers.operands, scalars))
+            if not draws(formats):
+                draw = ()
+            start = operands(grad), buffers.operands
+            launches.append((launch, size, *start, scalars, draw))
 
         for segment, grad, buffers in zip(
             self.segments, self.grads, self.buffers, strict=True
@@ -384,6 +403,7 @@ class OnDevice(Step):
             weight = (request.ema_weight,) if averaged else ()
             beside = Beside(clip, averaged, request.zero_grads)
             scalars = (*rows[segment.row], *limits, *weight)
+            draw = segment.first, steps[segment.row] if steps else 0
             if not segment.param.size:
                 continue
             if grad is None:
@@ -391,19 +411,21 @@ class OnDevice(Step):
                     last = buffers_of([segment.average])
                     add(passes.average, NOTHING, segment.param, last, (1.0, *weight))
             elif not segment.is_factored:
-                add(self.rule, beside, grad, buffers, scalars)
+                add(self.rule, beside, grad, buffers, scalars, draw)
             else:
                 average = (segment.average,) if averaged else ()
                 for before, (*arrays, g) in self.blocks(segment, *average, grad):
                     launches += before
-                    add(self.rule, beside, g, buffers_of(arrays), scalars)
+                    add(self.rule, beside, g, buffers_of(arrays), scalars, draw)
+                    draw = draw[0] + g.size, draw[1]
         for launch, *arguments in launches:
             launch(*arguments)
         if request.zero_grads and self.tasks[0] is not self.grads:
             for task in self.tasks:
                 for grad in task:
                     if grad is not None:
-                        part(grad).reshape(-1)[:] = 0
+                        for part in parts_of(grad):
+                            part.reshape(-1)[:] = 0
         self.count[0] += 1
         return True
 
@@ -416,7 +438,7 @@ def filling(array: Any, value: Any) -> Call:
     if isinstance(value, float):
         value = np.full(1, value, array.dtype)
     if value.dtype == array.dtype:  # the words are copied
-        words, new = (part(encoded(each)).reshape(-1) for each in (array, value))
+        words, new = (parts_of(encoded(each))[0].reshape(-1) for each in (array, value))
         return functools.partial(operator.setitem, words, slice(None), new)
     value = value if on_device(value) else cuda.to_device(value)
     segment = Segment(encoded(array), (), 0)
@@ -450,8 +472,8 @@ def square_sums(
     ) -> None:
         of = by_column, clip, dtype, format
         call = launcher(-(-to.size // BLOCK), tiles_kernel, *of)
-        start = operand(given)
-        call(matrices, height, width, start, (start,), scalars, operand(to))
+        start = operands(given)
+        call(matrices, height, width, start, start, scalars, operand(to))
 
     columns = cuda.device_array(down * matrices * width, np.float64)
     launch(True, matrices, height, flat, columns)

@@ -3,7 +3,8 @@
 A thread moves 16 bytes of every stream: it loads a vector of the gradient, of the
 parameter and of each state buffer, runs ``update`` on the lanes and stores the vectors.
 A stream that is stored in fewer bits has as many lanes in fewer bytes. The kernel
-decodes them after the load and encodes them before the store.
+decodes them after the load and encodes them before the store. Where 64 elements share a
+scale, the 16 threads that have them are of one warp and find their greatest together.
 The kernel's body is plain Python around a load and a store, written out for the rule's
 number of buffers. Numba compiles this text, and its simulator runs the same text.
 What a step does besides the rule is in the same kernel. For sums, each lane of each
@@ -14,81 +15,47 @@ Nothing is contracted or approximated, so the bits are the reference's.
 
 from __future__ import annotations
 
-import functools
-import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import config
 
-from fastopt.backends import llvm_ir
-from fastopt.language import NUMPY, Word, concrete
-from fastopt.memory.formats import COMPUTED, DTYPES, Format
+from fastopt.backends.cuda_accesses import (
+    QUAD,
+    SIMULATED,
+    VECTOR_BYTES,
+    accesses,
+    cuda,
+    inlined,
+    primitives,
+    types,
+    words,
+)
+from fastopt.backends.cuda_streams import (
+    Formats,
+    Stream,
+    drawing,
+    draws,
+    dtypes_of,
+    higher,
+    is_finite,
+    is_grouped,
+    lines_of,
+    loads,
+    sharing,
+    stores,
+    streams_of,
+)
+from fastopt.language import concrete
+from fastopt.memory.formats import Format, random_word
 from fastopt.memory.order import CHUNK, LANES, TILE_COLUMNS, TILE_ROWS
 from fastopt.rule import Rule
 from fastopt.rules import passes
 
-try:
-    import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
-    from numba import cuda as cuda
-    from numba.cuda import cgutils, extending, types
-    from numba.cuda.core.errors import (
-        NumbaPerformanceWarning as NumbaPerformanceWarning,
-    )
-    from numba.cuda.cudadrv import nvvm as nvvm
-    from numba.cuda.cudadrv.devicearray import is_cuda_ndarray as is_cuda_ndarray
-    from numba.cuda.extending import intrinsic
-except ImportError as error:
-    not_installed = str(error)
-    cuda = nvvm = is_cuda_ndarray = NumbaPerformanceWarning = None
-else:
-    not_installed = ""
-
-SIMULATED = bool(config.ENABLE_CUDASIM)
-VECTOR_BYTES = 16
 LIMITS = passes.clip.scalar_count
-
-# The formats of a kernel's streams: of the gradient, of the parameter, of each state
-# buffer and of the average, if there is one. None is of those that are not encoded.
-Formats: TypeAlias = tuple[Format | None, ...]
-
-
-def inlined(function: Any) -> Any:
-    """Return a function that kernels may call. It is inlined, because numba-cuda cannot
-    compile a call on its own without a GPU."""
-    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
-
-
-def primitives(dtype: type[np.floating[Any]]) -> dict[str, Callable[..., Any]]:
-    """Return the primitives of `fastopt.rule` for one element of this dtype."""
-    zero, one = dtype(0), dtype(1)
-    library: Any = np if SIMULATED else math  # math's are float64 outside of kernels
-    sqrt, copysign = library.sqrt, library.copysign
-
-    def where(condition: Any, a: Any, b: Any) -> Any:
-        return a if condition else b
-
-    def maximum(a: Any, b: Any) -> Any:
-        return a if a > b or a != a else b
-
-    def minimum(a: Any, b: Any) -> Any:
-        return a if a < b or a != a else b
-
-    def sign(x: Any) -> Any:
-        return copysign(one, x) if x > zero or x < zero else x
-
-    ours = {f.__name__: inlined(f) for f in (where, maximum, minimum, sign)}
-    ours |= {"sqrt": sqrt, "copysign": copysign}
-    return NUMPY | ours if SIMULATED else ours | conversions()
-
-
-@functools.cache
-def conversions() -> dict[str, Any]:
-    return llvm_ir.primitives(extending)
 
 
 class Beside(NamedTuple):
@@ -102,93 +69,6 @@ class Beside(NamedTuple):
 NOTHING = Beside()
 
 
-def unfused(context: Any) -> None:
-    """Products and sums are not to be fused in the kernel that is being generated. No
-    public switch says so; `check` sees to it that this one works."""
-    library = context.active_code_library
-    getattr(library, "_nvvm_options", {})["fma"] = False
-
-
-def accesses(width: int) -> dict[str, Any]:
-    """Return functions that load and store ``width`` elements of a buffer from the i-th
-    on. In a kernel they are intrinsics, because only LLVM's vectors become loads and
-    stores of vectors. The elements of a buffer of integers are words."""
-
-    def place(context: Any, builder: Any, kind: Any, pointer: Any, i: Any) -> Any:
-        unfused(context)
-        vector = ir.VectorType(context.get_value_type(kind.dtype), width)
-        first = builder.bitcast(builder.gep(pointer, [i]), vector.as_pointer())
-        return builder.addrspacecast(first, vector.as_pointer(1))  # global
-
-    def load(context: Any, pointer: Any, i: Any) -> Any:
-        words = isinstance(pointer.dtype, types.Integer)
-        word = llvm_ir.Word(8 * COMPUTED.itemsize)
-
-        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            at = place(context, builder, pointer, *given)
-            loaded = builder.load(at, align=width * pointer.dtype.bitwidth // 8)
-            lanes = map(ir.IntType(32), range(width))
-            values = [builder.extract_element(loaded, lane) for lane in lanes]
-            if words:
-                values = [llvm_ir.resized(builder, x, word.width) for x in values]
-            return context.make_tuple(builder, signature.return_type, values)
-
-        kind = word if words else pointer.dtype
-        return types.UniTuple(kind, width)(pointer, i), generate
-
-    def store(context: Any, pointer: Any, i: Any, values: Any) -> Any:
-        kind = pointer.dtype
-
-        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            at = place(context, builder, pointer, *given[:2])
-            stored = ir.Constant(at.type.pointee, ir.Undefined)
-            for lane, value in enumerate(cgutils.unpack_tuple(builder, given[2])):
-                if isinstance(kind, types.Integer):
-                    value = llvm_ir.resized(builder, value, kind.bitwidth)
-                else:
-                    value = context.cast(builder, value, values[lane], kind)
-                stored = builder.insert_element(stored, value, ir.IntType(32)(lane))
-            builder.store(stored, at, align=width * kind.bitwidth // 8)
-            return context.get_dummy_value()
-
-        return types.void(pointer, i, values), generate
-
-    if not SIMULATED:
-        return {"load": intrinsic(load), "store": intrinsic(store)}
-    return {"load": functools.partial(simulated_load, width), "store": simulated_store}
-
-
-def simulated_load(width: int, buffer: Any, i: int) -> tuple[Any, ...]:
-    elements = [buffer[j] for j in range(i, i + width)]
-    if buffer.dtype.kind == "u":
-        return tuple(Word(np.uint32(x)) for x in elements)
-    if buffer.dtype not in DTYPES:  # NumPy would compute with what a kernel would not
-        raise TypeError(f"a kernel reads no {buffer.dtype}")
-    return tuple(elements)
-
-
-def simulated_store(buffer: Any, i: int, values: tuple[Any, ...]) -> None:
-    stored = [x.array if isinstance(x, Word) else x for x in values]
-    buffer[i : i + len(values)] = np.array(stored).astype(buffer.dtype)
-
-
-def loading(names: Sequence[str], stream: str, format: Format | None) -> list[str]:
-    """Return the lines that load numbers from a stream, from the i-th on."""
-    if format is None:
-        return [f"{', '.join(names)}, = load({stream}, i)"]
-    words = [f"{name}_word" for name in names]
-    pairs = zip(names, words, strict=True)
-    decoding = [f"{name} = decode_{format.name}({word})" for name, word in pairs]
-    return [*loading(words, stream, None), *decoding]
-
-
-def storing(numbers: Sequence[str], stream: str, format: Format | None) -> str:
-    """Return the line that stores numbers in a stream, from the i-th on."""
-    if format is not None:
-        numbers = [f"encode_{format.name}({number})" for number in numbers]
-    return f"store({stream}, i, ({', '.join(numbers)},))"
-
-
 def generated(
     lines: list[str], element: Any, dtype: np.dtype[Any], formats: Formats, width: int
 ) -> Any:
@@ -200,12 +80,20 @@ def generated(
     for format in filter(None, {*formats}):
         of[f"decode_{format.name}"] = format.decode
         of[f"encode_{format.name}"] = format.encode
+        if format.scale:
+            of[f"scale_{format.name}"] = format.scale
+            of |= {"higher": higher, "is_finite": is_finite}
+    if draws(formats):
+        of["random_word"] = random_word
     ours = primitives(dtype.type)
     made: dict[str, Any] = {
         "__name__": element.__module__,
         **accesses(width),
+        **{f"{name}_one": access for name, access in accesses(1).items()},
+        **words(),
         "zero": dtype.type(0),
         "wide": ours["wide"],
+        "where": ours["where"],
     }
     for name, function in of.items():
         made[name] = inlined(concrete(function, dtype, ours, inlined))
@@ -229,25 +117,23 @@ def update_of(
     formats: Formats,
     width: int,
 ) -> Any:
-    """Return a function (i, grad, buffers, scalars) that updates ``width`` elements
-    from i on. The update is written out for each of them."""
+    """Return a function (i, size, grad, buffers, scalars, draw) that updates ``width``
+    elements from i on. The update is written out for each of them.
+
+    Where groups share scales, the function updates QUAD elements, or those of them that
+    there are, and ``width`` is how many it loads at a time."""
     scalars = [
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
     factor, *constants = scalars
     limits = limits_after(scalars)
     weight = f"scalars[{len(scalars) + LIMITS * beside.clip}]"
-    buffers, lanes = range(1 + states + beside.average), range(width)
-    of_grad, *of_buffers = formats
-
-    def vector(name: str) -> list[str]:
-        return [f"{name}_{k}" for k in lanes]
-
-    body = loading(vector("g"), "grad", of_grad)
-    for j in buffers:
-        body += loading(vector(f"b{j}"), f"buffers[{j}]", of_buffers[j])
+    lanes = range(QUAD if is_grouped(formats) else width)
+    grad, *buffers = streams = streams_of(formats)
+    body = loads(streams, lanes, width)
+    body += lines_of(Stream.decoding, streams, lanes)
     for k in lanes:
-        g, (p, *state) = f"g_{k}", (f"b{j}_{k}" for j in buffers)
+        g, (p, *state) = grad.number(k), (buffer.number(k) for buffer in buffers)
         body.append(f"{g} = {g} * {factor}")
         if beside.clip:
             body.append(f"({g},) = clip({g}, {g}, {limits})")
@@ -256,11 +142,15 @@ def update_of(
         body.append(f"{', '.join([p, *state])}, = update({given})")
         if beside.average:
             body.append(f"({average},) = average({average}, {p}, {weight})")
-    for j in buffers:
-        body.append(storing(vector(f"b{j}"), f"buffers[{j}]", of_buffers[j]))
     if beside.zero:
-        body.append(storing(["zero"] * width, "grad", of_grad))
-    lines = ["def function(i, grad, buffers, scalars):", *(f"    {x}" for x in body)]
+        body += [f"{grad.number(k)} = zero" for k in lanes]
+    written = [*buffers, *([grad] if beside.zero else [])]
+    body += drawing(buffers, lanes)
+    body += sharing(buffers, lanes)
+    body += lines_of(Stream.encoding, written, lanes)
+    body += stores(written, lanes, width)
+    lines = ["def function(i, size, grad, buffers, scalars, draw):"]
+    lines += [f"    {line}" for line in body]
     return generated(lines, element, dtype, formats, width)
 
 
@@ -278,16 +168,17 @@ def lane_sum(
         f"scalars[{k}]" for k in range(element.__code__.co_argcount - 1 - states)
     ]
     limits = limits_after(scalars)
-    state = [f"s{k}" for k in range(states)]
-    of_grad, *of_buffers = formats
-    loop = ["i = first + k * stride", *loading(["g"], "grad", of_grad)]
-    for j, b in enumerate(["p", *state]):
-        loop += loading([b], f"buffers[{j}]", of_buffers[j])
-    loop.append(f"g = g * {scalars[0]}")
+    streams = streams_of(formats)
+    g, p, *state = (stream.number(0) for stream in streams)
+    loop = ["i = first + k * stride"]
+    loop += lines_of(Stream.loading, streams, [0])
+    loop += lines_of(Stream.scale_loading, streams, "i")
+    loop += lines_of(Stream.decoding, streams, [0])
+    loop.append(f"{g} = {g} * {scalars[0]}")
     if clip:
-        loop.append(f"(g,) = clip(g, g, {limits})")
+        loop.append(f"({g},) = clip({g}, {g}, {limits})")
     found = "".join(f"x{k}, " for k in range(terms))
-    loop.append(f"{found} = update({', '.join(['p', 'g', *state, *scalars[1:]])})")
+    loop.append(f"{found} = update({', '.join([p, g, *state, *scalars[1:]])})")
     loop += [f"t{k} = t{k} + wide(x{k})" for k in range(terms)]
     lines = [
         "def function(first, count, stride, grad, buffers, scalars, sums, to):",
@@ -305,10 +196,13 @@ def real(dtype: np.dtype[Any]) -> Any:
 
 
 def pointers(dtype: np.dtype[Any], formats: Formats) -> tuple[Any, Any]:
-    """Return the types of a kernel's gradient and of its other streams."""
-    stored = [dtype if format is None else format.stored for format in formats]
-    grad, *buffers = (types.CPointer(real(kind)) for kind in stored)
-    return grad, types.Tuple(buffers)
+    """Return the types of the pointers to a kernel's gradient and to its other
+    streams."""
+    grad, *buffers = (
+        [types.CPointer(real(kind)) for kind in dtypes_of(format, dtype)]
+        for format in formats
+    )
+    return types.Tuple(grad), types.Tuple([*chain(*buffers)])
 
 
 def kernel(
@@ -320,27 +214,44 @@ def kernel(
     formats: Formats = (),
 ) -> tuple[Callable[..., None], Any]:
     """Return the kernel, not yet compiled, and its signature. Without ``formats``, no
-    stream is encoded."""
+    stream is encoded. If any are rounded stochastically, ``draw`` has the index of the
+    first element and the number of the step; if not, nothing."""
     formats = formats or (None,) * (2 + states + beside.average)
     several, single = (
         update_of(update, states, beside, dtype, formats, w) for w in (width, 1)
     )
 
-    def kernel(size: int, grad: Any, buffers: Any, scalars: Any) -> None:
+    def vectors(size: int, grad: Any, buffers: Any, scalars: Any, draw: Any) -> None:
         thread = cuda.grid(1)
         beyond = thread - size // width  # the whole vectors
         if beyond < 0:
-            several(thread * width, grad, buffers, scalars)
+            several(thread * width, size, grad, buffers, scalars, draw)
         elif beyond < size % width:
-            single(size - size % width + beyond, grad, buffers, scalars)
+            i = size - size % width + beyond
+            single(i, size, grad, buffers, scalars, draw)
 
+    def groups(size: int, grad: Any, buffers: Any, scalars: Any, draw: Any) -> None:
+        several(cuda.grid(1) * QUAD, size, grad, buffers, scalars, draw)
+
+    kernel = groups if is_grouped(formats) else vectors
     kernel.__qualname__ = f"{update.__module__}.{update.__name__}"  # for profilers
     if SIMULATED:
         return kernel, None
     constants = update.__code__.co_argcount - 1 - states
     constants += LIMITS * beside.clip + beside.average
-    scalars = types.UniTuple(real(dtype), constants)
-    return kernel, types.void(types.int64, *pointers(dtype, formats), scalars)
+    return kernel, types.void(
+        types.int64,
+        *pointers(dtype, formats),
+        types.UniTuple(real(dtype), constants),
+        types.UniTuple(types.int64, 2 * draws(formats)),
+    )
+
+
+def threads_for(size: int, width: int, formats: Formats) -> int:
+    """Return the number of threads that this kernel needs."""
+    if is_grouped(formats):
+        return -(-size // QUAD)
+    return size // width + size % width
 
 
 def sums_kernel(

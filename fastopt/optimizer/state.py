@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from fastopt.backends.numpy_ref import evaluate
-from fastopt.memory.arena import zeros
+from fastopt.memory.arena import aligned, zeros
 from fastopt.memory.arrays import on_device, to_host
 from fastopt.memory.factored import Factors, is_factored
 from fastopt.memory.formats import format_of
-from fastopt.memory.segments import Array, Encoded, Segment, decoded, encoded
+from fastopt.memory.segments import Array, Encoded, Segment, encoded
 from fastopt.optimizer import checks
 from fastopt.optimizer.formats import PARAM, Buffer, buffers_of, part_name
 from fastopt.optimizer.groups import Values
@@ -76,7 +76,8 @@ class Bound:
                     self.buffers[name] += streams
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
         # For each stream and array, the groups that could not be stored.
-        self.not_stored = np.zeros((1 + len(rule.state), len(arrays)), np.int64)
+        counts = aligned(np.dtype(np.int64), (1 + len(rule.state), len(arrays)))
+        ((self.not_stored,),) = zeros(module.state_arena, [counts], 1)
         # Parameters and the buffers of the state, as kernels take them.
         self.streams = {
             name: [self._stream(name, i, k) for i in range(len(arrays))]
@@ -207,8 +208,8 @@ class Bound:
 def numbers(stream: Array | Encoded) -> Array:
     """Return the numbers of a stream in host memory."""
     if isinstance(stream, Encoded):
-        stream = Encoded(stream.format, tuple(map(to_host, stream.parts)))
-    return decoded(stream)
+        return Encoded(stream.format, tuple(map(to_host, stream.parts))).numbers()
+    return to_host(stream) if on_device(stream) else stream
 
 
 def filling_stream(stream: Array | Encoded, value: Any) -> list[Call]:

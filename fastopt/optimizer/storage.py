@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fastopt.memory.arrays import to_host
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.formats import PARAM
@@ -87,7 +88,7 @@ class Storage(Bindings):
     def nonfinite_groups(self) -> int:
         """How often a group of 64 numbers of 8-bit state was left as it was, because
         its new numbers were not all finite."""
-        return int(self._bound.not_stored.sum())
+        return int(to_host(self._bound.not_stored).sum())
 
     @exclusive
     def master_params(self) -> Any:

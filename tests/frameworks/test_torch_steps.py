@@ -754,6 +754,26 @@ for name, dtype in itertools.product(names, kinds):
     assert torch.equal(found[1], found[3]), (name, found)
     assert name == "DoG" or not torch.equal(found[0], start)  # whose steps are small
     assert dtype in dtypes
+
+# State of bfloat16, which is rounded stochastically; torch's SGD rounds to nearest.
+for name, dtype in (("SGD", torch.bfloat16), ("AdamW", torch.float32)):
+    found = []
+    for simulated in (False, True):
+        part.array = device if simulated else host
+        plan.module_for = (lambda *a: cuda_driver) if simulated else chosen
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (4099, 7)]
+        more = {"momentum": 0.9} if name == "SGD" else {}
+        opt = getattr(ft, name)(params, lr=0.1, state_dtype=torch.bfloat16, **more)
+        for step in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape).to(dtype)
+            opt.step()
+        kept = [v for s in opt.state.values() for v in s.values() if torch.is_tensor(v)]
+        assert sum(v.dtype is torch.bfloat16 for v in kept) >= 1
+        kept += [p.detach() for p in params]
+        found.append(torch.cat([v.reshape(-1).float() for v in kept]))
+    assert torch.equal(*found), name
 """
 
 

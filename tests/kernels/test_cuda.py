@@ -21,7 +21,7 @@ from hashed import hashed
 
 import fastopt
 from fastopt import RULES, Rule, backends
-from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
+from fastopt.backends import cuda_accesses, cuda_driver, cuda_kernels, numpy_ref
 from fastopt.backends.cuda_kernels import Beside
 from fastopt.language import reached
 from fastopt.memory.formats import FORMATS
@@ -32,14 +32,16 @@ from fastopt.step import Request, limits
 
 PROJECT = Path(__file__).resolve().parents[2]
 SUPPORT = PROJECT / "tests" / "support"
-OF_BITS = pytest.mark.parametrize("name", ["cuda_simulator.py", "cuda_stored.py"])
+OF_BITS = pytest.mark.parametrize(
+    "name", ["cuda_simulator.py", "cuda_stored.py", "cuda_formats.py"]
+)
 EVERYTHING = [rule for public in RULES for rule in public.all]
 WIDTH = {"float32": 4, "float64": 2}
 
 needs_compiler = pytest.mark.skipif(
-    bool(cuda_kernels.not_installed)
+    bool(cuda_accesses.not_installed)
     or cuda_kernels.SIMULATED
-    or not cuda_kernels.nvvm.is_available(),
+    or not cuda_accesses.nvvm.is_available(),
     reason=f"the CUDA compiler is not installed: {cuda_driver.HOW_TO_GET}",
 )
 
@@ -70,7 +72,7 @@ def report(name: str, simulated: bool) -> str:
 
 
 @pytest.mark.skipif(
-    bool(cuda_kernels.not_installed), reason="numba-cuda is not installed"
+    bool(cuda_accesses.not_installed), reason="numba-cuda is not installed"
 )
 @OF_BITS
 def test_bits_in_the_simulator(name):
@@ -95,7 +97,7 @@ def inexact(ptx: str) -> list[str]:
     wrong = []
     for instruction in instructions_of(ptx):
         head, *tail = instruction.split(".")
-        unrounded = head in ("div", "sqrt") and "rn" not in tail
+        unrounded = head in ("div", "rcp", "sqrt") and "rn" not in tail
         fused = head in ("fma", "mad") and tail[-1].startswith("f")
         may_fuse = (
             head in ("add", "sub", "mul") and tail[-1][0] == "f" and tail[0] != "rn"
@@ -113,19 +115,28 @@ def inexact(ptx: str) -> list[str]:
     return wrong
 
 
+# What is loaded of a vector of a format.
+VECTORS = {
+    **dict.fromkeys(("bf16", "bf16_sr", "fp16"), ("u16",)),
+    "r8": ("u16", "u8"),
+    "r16": ("u16", "u16"),
+    **dict.fromkeys(("m8", "v8"), ("u8",)),
+}
+
+
 def flaws(
     ptx: str, dtype: str, streams: int, zeroing: bool = False, formats=()
 ) -> list[str]:
     """What in the PTX of a kernel that writes so many streams is not as wanted."""
-    kind = f"v{WIDTH[dtype]}.f{dtype[-2:]}"
-    found = instructions_of(ptx)
-    read = sum(format is not None for format in formats)
-    written = sum(format is not None for format in formats[not zeroing :])
+    width, found = WIDTH[dtype], instructions_of(ptx)
+    kinds = [
+        VECTORS[of.name] if of else (f"f{dtype[-2:]}",)
+        for of in formats or [None] * (streams + 1)
+    ]
     wanted = {
-        f"ld.global.{kind}": streams + 1 - read,
-        f"st.global.{kind}": streams + zeroing - written,
-        f"ld.global.v{WIDTH[dtype]}.u16": read,
-        f"st.global.v{WIDTH[dtype]}.u16": written,
+        f"{operation}.global.v{width}.{kind}": sum(of.count(kind) for of in moved)
+        for kind in (f"f{dtype[-2:]}", "u16", "u8")
+        for operation, moved in (("ld", kinds), ("st", kinds[not zeroing :]))
     }
     wrong = [
         f"{found[instruction]} times {instruction}, not {times}"
@@ -146,7 +157,8 @@ def sums_flaws(ptx: str, dtype: str, terms: int, words: bool = False) -> list[st
         wrong.append(f"{found['st.global.f64']} stores, not {terms}")
     for instruction in found:
         of_arrays = instruction.startswith("ld.") and ".param" not in instruction
-        kinds = [f"ld.global.f{dtype[-2:]}", *["ld.global.u16"] * words]
+        kinds = [f"ld.global.f{dtype[-2:]}"]
+        kinds += ["ld.global.u16", "ld.global.u8"] if words else []
         if of_arrays and instruction not in kinds:
             wrong.append(instruction)
     if dtype == "float32":
@@ -157,14 +169,15 @@ def sums_flaws(ptx: str, dtype: str, terms: int, words: bool = False) -> list[st
 
 
 def divides(ptx: str) -> bool:
-    return bool(re.search(r"\b(?:div|sqrt)\.", ptx))
+    return bool(re.search(r"\b(?:div|rcp|sqrt)\.", ptx))
 
 
 def without_division(ptx: str) -> str:
-    """The PTX with a product for each quotient and a magnitude for each root: on a GPU,
-    these are made of fused operations themselves, which are to stay."""
+    """The PTX with a product for each quotient and a magnitude for each root and each
+    reciprocal: on a GPU, these are made of fused operations themselves, which are to
+    stay."""
     ptx = re.sub(r"\bdiv\.rn\.", "mul.rn.", ptx)
-    return re.sub(r"\bsqrt\.rn\.", "abs.", ptx)
+    return re.sub(r"\b(?:rcp|sqrt)\.rn\.", "abs.", ptx)
 
 
 def fuses(instructions: str) -> bool:
@@ -363,6 +376,55 @@ def test_machine_code_of_single_elements_that_are_encoded(stored):
     assert any("0 times ld.global.v4.u16, not" in flaw for flaw in wrong)
 
 
+SR, R8, R16 = (FORMATS[name] for name in ("bf16_sr", "r8", "r16"))
+M8, V8 = FORMATS["m8"], FORMATS["v8"]
+# Of the parameter and of each state buffer.
+OF_STATE = {
+    "bf16_sr": (SR, SR, SR),
+    "r8": (R8, SR, SR),
+    "r16": (R16, None, FP16),
+    "8 bits": (R8, M8, V8),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", OF_STATE)
+def test_machine_code_of_formats(name, disassemble):
+    """Measured: from 52 registers (bf16_sr) to 62 (8 bits)."""
+    formats = BF16, *OF_STATE[name], None
+    ptx = cuda_kernels.compile_ptx(
+        fastopt.adamw, "float32", beside=ALL, formats=formats
+    )
+    assert not flaws(ptx, "float32", len(formats) - 1, True, formats)
+    usage, instructions = disassemble(assemble(ptx))
+    assert not spills(usage, instructions) and registers(usage) <= 64
+    assert not fuses(disassemble(assemble(without_division(ptx)))[1])
+    # Four find the greatest of 16 threads; a barrier comes before its scale is stored.
+    found, scaled = instructions_of(ptx), 2 if name == "8 bits" else 0
+    assert found["shfl.sync.bfly.b32"] == 4 * scaled
+    assert found["bar.warp.sync"] == found["atom.global.add.u64"] == scaled
+
+
+@needs_compiler
+def test_machine_code_of_sums_of_formats(disassemble):
+    for state in ((R16, SR), (M8, V8)):
+        formats = BF16, R8, *state
+        ptx = cuda_kernels.compile_sums_ptx(fastopt.lamb, "float32", formats=formats)
+        assert not sums_flaws(ptx, "float32", 2, words=True)
+        assert not spills(*disassemble(assemble(ptx)))
+
+
+@needs_compiler
+def test_machine_code_where_groups_are_misaligned(disassemble):
+    formats = None, None, M8, V8
+    ptx = cuda_kernels.compile_ptx(
+        fastopt.adamw, "float32", aligned=False, formats=formats
+    )
+    assert not inexact(ptx) and ".f64" not in ptx
+    assert not re.search(r"(?:ld|st)\.global\.v", ptx)
+    assert not spills(*disassemble(assemble(ptx)))
+
+
 @needs_compiler
 @pytest.mark.parametrize("stored", ["bf16", "all"])
 def test_machine_code_of_sums_where_streams_are_encoded(stored, disassemble):
@@ -484,13 +546,13 @@ def test_other_gpus(cc, disassemble):
 @pytest.fixture
 def contracting(monkeypatch):
     """The compiler as if it did not know the option against contraction."""
-    original = cuda_kernels.nvvm.compile_ir
+    original = cuda_accesses.nvvm.compile_ir
 
     def compile_ir(code, **options):
         assert options.pop("fma") is False
         return original(code, **options)
 
-    monkeypatch.setattr(cuda_kernels.nvvm, "compile_ir", compile_ir)
+    monkeypatch.setattr(cuda_accesses.nvvm, "compile_ir", compile_ir)
 
 
 @needs_compiler
@@ -659,6 +721,30 @@ def test_launch_where_streams_are_encoded(launches, disassemble):
     found = [disassemble(launch[1].code)[1] for launch in launches]
     assert [wide_accesses(each, 64) for each in found] == [[2, 1], [0, 0], [0, 0]]
     assert [wide_accesses(each) for each in found] == [[2, 2], [0, 0], [0, 0]]
+
+
+@needs_compiler
+def test_launch_where_groups_share_scales(launches, disassemble):
+    """Four elements for each thread; all parts; and what is drawn."""
+    size, groups = 4097, 65
+    m = OnDevice(4096, size, np.uint8), OnDevice(1 << 16, groups), OnDevice(64, 1, "i8")
+    v = OnDevice(8192, size, np.uint8), OnDevice(1 << 17, groups), OnDevice(72, 1, "i8")
+    state = Encoded(M8, m), Encoded(V8, v)
+    segment = Segment(OnDevice(1 << 20, size), state, 1, first=7)
+    count = np.zeros(1, np.int64)
+    step = cuda_driver.bind(fastopt.adamw, [segment], count, np.zeros((2, 2, 0)))
+    assert step.take([OnDevice(1 << 21, size)])
+    (call,) = step.calls([(0.5, *[0.25] * 5)] * 2, Request(), [5, 9])
+    assert call()
+    ((config, kernel, *arguments),) = launches
+    assert config.grid == (-(-size // (4 * 256)), 1, 1)
+    numbers = [getattr(argument, "value", argument) for argument in arguments]
+    assert numbers[:3] == [size, 1 << 21, 1 << 20]
+    assert numbers[3:9] == [4096, 1 << 16, 64, 8192, 1 << 17, 72]
+    assert numbers[9:] == [0.5, *[0.25] * 5, 7, 9]
+    usage, instructions = disassemble(kernel.code)
+    assert wide_accesses(instructions) == [2, 1]
+    assert not spills(usage, instructions)
 
 
 class Room(OnDevice):

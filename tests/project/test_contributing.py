@@ -15,7 +15,7 @@ from agreement import FLOAT64, data, error, settings
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import cuda_kernels
+from fastopt.backends import cuda_accesses
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -198,5 +198,5 @@ def test_an_option_of_a_step_is_added_to_all_backends(tmp_path):
 
     run("setup.py", "build_ext", "--inplace")
     run("-c", COMPARE, "cython", "numba")
-    if not cuda_kernels.not_installed:
+    if not cuda_accesses.not_installed:
         run("-c", COMPARE, "cuda", NUMBA_ENABLE_CUDASIM="1")

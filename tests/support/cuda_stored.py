@@ -44,7 +44,7 @@ from fastopt.step import Request, limits
 DTYPES = {"bf16": bfloat16, "fp16": np.float16}
 
 every_pair = pytest.mark.parametrize("stored", STORED)
-each_format = pytest.mark.parametrize("name", sorted(cuda_driver.formats))
+each_format = pytest.mark.parametrize("name", sorted(DTYPES))
 # Every rule, and every pair of dtypes with every fourth of them.
 ROTATED = [
     pytest.param(*case, *pair, id=f"{name}-{stored}")
@@ -138,7 +138,7 @@ def test_words_and_numbers_of_every_size(name):
 
 @cases("adamw", "lamb", "amsgradw")
 def test_state_that_is_encoded(rule, values):
-    """No optimizer has it yet, but both runners take it."""
+    """In formats that nothing is drawn for, of all kinds."""
     kinds = [np.float16, bfloat16, np.float32, bfloat16, np.float16]
     rows = [(0.7, *[0.3 + 0.1 * k for k in range(rule.scalar_count)])]
     request = Request(limits=limits(0.5), zero_grads=True, ema_weight=0.25)
@@ -385,7 +385,7 @@ def mutated(monkeypatch, pattern, new):
 
     def with_all(lines, element, dtype, formats, width):
         # So that there is what mutants call.
-        formats = *formats, *(FORMATS[k] for k in sorted(cuda_driver.formats))
+        formats = *formats, *(FORMATS[k] for k in sorted(DTYPES))
         lines.insert(1, "    from fastopt.rule import bits, real, word")
         lines.insert(2, "    HALF = word(0x8000)")
         return generated(lines, element, dtype, formats, width)

@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from cases import CASES, DTYPES, bfloat16, label, nonzero, same_bits
 
 import fastopt
 from fastopt import backends
+from fastopt.optimizer import formats as of_state
 from fastopt.rules import RULES
 
 PAGE = mmap.PAGESIZE
@@ -176,8 +178,18 @@ Makes = tuple[str, Callable, Any]
 
 def core_makes(shape: Any) -> Iterator[Makes]:
     """What makes an optimizer, and the shapes of its parameters."""
+
+    def make(params: Any, rule: Any, values: Any, **options: Any) -> Any:
+        if options.get("formats") == "coded":  # whatever they are averages of
+            names = {name for variant in rule.all for name in variant.state}
+            kinds = itertools.cycle(["m8", "v8"])
+            options["formats"] = dict(zip(sorted(names), kinds, strict=False))
+            if params[0].dtype == bfloat16:
+                options["formats"]["param"] = "bf16+r8"
+        return rule(params, **values, **options)
+
     for rule, values in CASES:
-        yield label(rule, values), lambda p, r=rule, v=values, **o: r(p, **v, **o), None
+        yield label(rule, values), partial(make, rule=rule, values=values), None
 
     def ahead(params: Any, **options: Any) -> Any:
         return fastopt.Lookahead(fastopt.adamw(params, lr=0.1, **options), k=2)
@@ -202,7 +214,9 @@ def core(backend: str, long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                     continue  # it refuses the gradients of tasks
                 if dtype in halves and name not in ("muon", "adafactor"):
                     of_step, of_optimizer, tasks = asked
-                    asked = of_step, {**of_optimizer, "formats": "bf16"}, tasks
+                    coded = number % 2 and name != "lookahead"
+                    kind = {"formats": "coded" if coded else "bf16"}
+                    asked = of_step, of_optimizer | kind, tasks
                 what = f"{backend} {name} {shapes} {dtype.__name__} {edge} {asked}"
                 if long or chosen(what, one_of):
                     case = make, shapes, dtype, asked
@@ -219,6 +233,20 @@ def chosen(what: str, one_of: int) -> bool:
 
 
 def compare(backend: str, edge: str, make: Any, *of: Any) -> None:
+    with small_state_has_formats():
+        compare_in(backend, edge, make, *of)
+
+
+@contextmanager
+def small_state_has_formats() -> Iterator[None]:
+    before, of_state.SMALLEST = of_state.SMALLEST, 0
+    try:
+        yield
+    finally:
+        of_state.SMALLEST = before
+
+
+def compare_in(backend: str, edge: str, make: Any, *of: Any) -> None:
     expected = run(make, *of, Plain(), backend="numpy")
     with guards(backend, edge) as memory:
         threads = 3 if of[0][0][0] > 10_000 else 1
