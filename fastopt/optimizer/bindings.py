@@ -335,9 +335,10 @@ class Bindings:
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
         known = len(before.params.sets) if before and before.on == on else 0
         sets = self._check_results(groups, values, on, params, steps, known)
-        kept = (
-            {"state": before.state, "carried": before.program.carried} if before else {}
-        )
+        kept: dict[str, Any] = {}
+        if before:
+            kept = {"state": before.state, "carried": before.program.carried}
+            kept["nonfinite_before"] = before.nonfinite_groups
         return Bound(
             self._module,
             rule.variant(on),

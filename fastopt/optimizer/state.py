@@ -46,9 +46,11 @@ class Bound:
         averages: list[Array] | None,
         carried: Array | None,
         steps: int,
+        nonfinite_before: int = 0,
     ):
         self.rule, self.params, self.averages = rule, params, averages
         self.on = on  # the switches that selected the rule
+        self._nonfinite_before = nonfinite_before
         arrays, likes = params.arrays, params.likes
         self.of: dict[str, Buffer] = buffers_of(rule.state, params.chosen)
         since = {name: len(state.get(name, ())) for name in self.of}
@@ -135,6 +137,11 @@ class Bound:
     @property
     def steps(self) -> int:
         return int(self.program.count[0])
+
+    @property
+    def nonfinite_groups(self) -> int:
+        """How often a group was not finite, and not stored."""
+        return self._nonfinite_before + int(to_host(self.not_stored).sum())
 
     @property
     def state(self) -> dict[str, list[Array]]:

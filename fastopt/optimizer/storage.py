@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fastopt.memory.arrays import to_host
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.formats import PARAM
@@ -88,7 +87,7 @@ class Storage(Bindings):
     def nonfinite_groups(self) -> int:
         """How often a group of 64 numbers of 8-bit state was left as it was, because
         its new numbers were not all finite."""
-        return int(to_host(self._bound.not_stored).sum())
+        return self._bound.nonfinite_groups
 
     @exclusive
     def master_params(self) -> Any:

@@ -64,6 +64,8 @@ class Wanted(NamedTuple):
         """Return the formats for a parameter, whose kernels have the ``known`` ones."""
         if not self.any or computed(param) is not torch.float32 or rule.factored:
             return {}
+        if not param.is_cpu:  # groups that are not finite are counted in host memory
+            known = {name for name in known if FORMATS[name].scale is None}
         kind, like = str(param.dtype).removeprefix("torch."), (numbers(param),)
         chosen = self.of_rule(rule).of(
             name, param, kind, aligned(COMPUTED, like), known

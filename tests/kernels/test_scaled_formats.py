@@ -127,6 +127,8 @@ def test_groups_that_are_not_finite_stay_and_are_counted(bad, backend):
         assert not changed[70 * step :].any()
         for group in (0, 2, 69):
             assert changed[group * step : (group + 1) * step].any()
+    opt.add_group({"params": np.ones(3, np.float32)})
+    assert opt.nonfinite_groups == 4
     assert np.isnan(param[[GROUP + 3, -1]]).all()
     assert np.count_nonzero(np.isfinite(param)) == size - 2
 
