@@ -51,7 +51,7 @@ _BELOW_ONE = re.compile(r"(.*_)?beta\d*")
 _RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
 _RESERVED |= {"state_dict", "load_state_dict", "add_group", "accumulate", "estimate"}
 _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad_norm"}
-_RESERVED |= {"skipped", "weight_decay_mask"}
+_RESERVED |= {"skipped", "weight_decay_mask", "formats", "copy_to", "seed", "memory"}
 
 
 def limits(key: str) -> tuple[float, float]:

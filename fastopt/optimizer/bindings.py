@@ -13,7 +13,7 @@ from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending
-from fastopt.optimizer.formats import Formats
+from fastopt.optimizer.formats import Formats, first_element
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.refusals import check_rule
@@ -55,6 +55,7 @@ class Bindings:
         weight_decay_mask: Any = None,
         formats: Any = None,
         copy_to: Any = None,
+        seed: int = 0,
         **hyperparameters: Any,
     ):
         check_rule("rule", rule)
@@ -74,10 +75,10 @@ class Bindings:
             self._off,
             weight_decay_mask,
             of,
-            copy_to=copy_to,
+            **{"copy_to": copy_to, "first": first_element(seed)},
         )
         of.check_used(self._params.chosen)
-        self.rule, self.backend = rule, backend
+        self.rule, self.backend, self.seed = rule, backend, seed
         self.threads = available() if threads is None else threads
         self.ema = ema
         if self._params.masked:
@@ -335,10 +336,7 @@ class Bindings:
         on = on | {n for n in rule.switches if any(v[n] for v in values)}
         known = len(before.params.sets) if before and before.on == on else 0
         sets = self._check_results(groups, values, on, params, steps, known)
-        kept: dict[str, Any] = {}
-        if before:
-            kept = {"state": before.state, "carried": before.program.carried}
-            kept["nonfinite_before"] = before.nonfinite_groups
+        kept = {} if before is None else before.kept
         return Bound(
             self._module,
             rule.variant(on),

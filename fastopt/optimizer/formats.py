@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastopt.memory.arena import aligned
 from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule, shown
 
 PARAM = "param"  # what formats= calls the parameters
+SPACING = 0x9E3779B1  # 2**32 times the golden ratio: its multiples are evenly spread
 
 # What users call the formats of state. "bf16" rounds stochastically, because averages
 # change little in a step, and rounding to nearest would stop them.
@@ -177,6 +180,17 @@ def check_name(what: str, name: Any, known: Iterable[str], more: str = "") -> No
     if not isinstance(name, str) or name not in known:
         names = ", ".join(map(repr, known))
         raise ValueError(f"{what} must be one of {names}{more}, got {name!r}")
+
+
+def first_element(seed: Any) -> int:
+    """Return what stochastic rounding calls the first of all elements. The numbers of
+    other seeds are far away, which makes their random numbers others."""
+    whole = isinstance(seed, (int, np.integer)) and type(seed) is not bool
+    if not whole or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed must be a whole number from 0 to 2**32 - 1, got {shown(seed)}"
+        )
+    return int(seed) * SPACING % 2**32
 
 
 def part_name(stream: str, format: Format) -> str | None:

@@ -64,6 +64,9 @@ class Optimizer(Storage):
         "bf16+r16". A callable of an array's path and the array returns any of these.
         "bf16", "m8" and "v8" round stochastically, with the same random numbers on
         every backend and in a resumed run. See docs/formats.md.
+    seed
+        What is rounded stochastically is drawn by this number, the index of the
+        element and the number of the step. A resumed run needs the same.
     copy_to
         Arrays of bfloat16 or float16, or None, in the structure of the parameters.
         Each step that updates a float32 parameter also writes it there, rounded to

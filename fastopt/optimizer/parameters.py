@@ -38,6 +38,8 @@ class Parameters:
         What needs hyperparameters of its own: a group, and which of them are 0, such as
         its weight decay, where that does not apply. And for each segment its place in
         this list.
+    first
+        What stochastic rounding calls the first element of all.
     copies
         Of each segment the copy in fewer bits that steps write, or None.
     chosen
@@ -59,9 +61,11 @@ class Parameters:
         formats: Formats,
         before: Parameters | None = None,  # the first of these, already known
         copy_to: Any = None,
+        first: int = 0,
     ):
         self.module, self.grouped = module, grouped
         self._separate, self._off, self._mask = separate, off, weight_decay_mask
+        self.first = first
         self.trees: list[Any] = []
         self.names: list[str] = []
         self.arrays: list[Array] = []
@@ -202,6 +206,7 @@ class Parameters:
                 self._mask,
                 self._formats,
                 self,
+                first=self.first,
             )
         more = copy.copy(self)
         for name, value in vars(self).items():

@@ -52,6 +52,7 @@ def save(opt: Bindings) -> dict[str, Any]:
             name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
         },
         "formats": formats_of(bound.params),
+        "seed": opt.seed,
         "carry": bound.program.carried.tolist(),
         "ema_decay": opt.ema,
         "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
@@ -309,6 +310,12 @@ def check(saved: Any, opt: Bindings) -> Mapping[str, Any]:
         )
     if len(set(on)) < len(on):
         raise ValueError(f'state["switched_on"] has a name twice: {shown(on)}')
+    seed = saved.get("seed", opt.seed)
+    if not isinstance(seed, (int, np.integer)) or seed != opt.seed:
+        raise ValueError(
+            f"the state was saved with seed {shown(seed)}, but this optimizer "
+            f"has seed {opt.seed}; make it with the same"
+        )
     arranged = arrange(saved, opt)
     check_buffers(arranged, opt)
     return arranged

@@ -85,7 +85,8 @@ class Bound:
             name: [self._stream(name, i, k) for i in range(len(arrays))]
             for k, name in enumerate((PARAM, *rule.state))
         }
-        firsts = np.cumsum([0, *(like.size for like in likes)]).tolist()
+        sizes = params.first, *(like.size for like in likes)
+        firsts = np.cumsum(sizes, dtype=np.int64).tolist()
         param_streams, *states = self.streams.values()
         each = zip(param_streams, row_of, self.factors, *states, strict=True)
         segments = [
@@ -137,6 +138,15 @@ class Bound:
     @property
     def steps(self) -> int:
         return int(self.program.count[0])
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What another of these goes on with."""
+        return {
+            "state": self.state,
+            "carried": self.program.carried,
+            "nonfinite_before": self.nonfinite_groups,
+        }
 
     @property
     def nonfinite_groups(self) -> int:

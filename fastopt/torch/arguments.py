@@ -21,7 +21,7 @@ PAIRS = {  # hyperparameters that torch has in a tuple
 }
 EXTRAS = (
     "clip_norm clip_value nonfinite ema weight_decay_mask state_dtype formats master "
-    "copy_to threads backend"
+    "copy_to seed threads backend"
 ).split()
 
 
@@ -122,6 +122,7 @@ ABOUT = {
     "weight_decay_mask": "Where weight decay applies, by name and parameter.",
     "state_dtype": "torch.bfloat16: averages are kept in it; by default float32.",
     "formats": 'Formats of the state, such as "8bit", or by buffer.',
+    "seed": "Of the random numbers that stochastic rounding draws.",
     "copy_to": "Tensors that steps copy float32 parameters to, in 16 bits.",
     "master": 'Of bfloat16 parameters: "bf16+r8", "bf16+r16", "bf16".',
     "threads": "The most to use; by default as many as torch.",

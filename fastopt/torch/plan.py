@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from fastopt import backends
-from fastopt.optimizer.formats import PARAM
+from fastopt.optimizer.formats import PARAM, first_element
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -116,7 +116,8 @@ class Plan:
             dict(zip(rule.hyperparameters, values, strict=True))
             for rule, values in zip(self.rules, self.values, strict=True)
         ]
-        count, firsts = 0, {}  # of the elements of all parameters
+        # Of the elements of all parameters.
+        count, firsts = first_element(optimizer.seed), {}
         for param, _ in optimizer._all():
             firsts[param] = count
             count += 0 if is_lazy(param) else numbers(param)

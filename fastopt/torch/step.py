@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.optimizer import checks
+from fastopt.optimizer.formats import first_element
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -61,6 +62,9 @@ class Stepping(Stateful):
         What is kept of bfloat16 parameters: "bf16+r8" or "bf16+r16" keep a remainder of
         8 or 16 bits in the state, so that updates are as precise as those of 24-bit
         numbers or of float32; "bf16" rounds stochastically.
+    seed
+        What is rounded stochastically is drawn by this number, the index of the
+        element and the number of the step. A resumed run needs the same.
     copy_to
         A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
         write float32 parameters there, rounded to nearest, in the same pass.
@@ -93,6 +97,7 @@ class Stepping(Stateful):
         formats: Any = None,
         master: str | None = None,
         copy_to: Any = None,
+        seed: int = 0,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -109,7 +114,8 @@ class Stepping(Stateful):
             )
         self.weight_decay_mask = weight_decay_mask
         self._set_formats(state_dtype, formats, master)
-        self.copy_to = copy_to
+        self.copy_to, self.seed = copy_to, seed
+        first_element(seed)  # which checks it
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(

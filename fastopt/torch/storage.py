@@ -29,6 +29,7 @@ class Storage(Optimizer):
     formats: Any = None
     master: str | None = None
     copy_to: Any = None
+    seed = 0
 
     def _set_formats(
         self, state_dtype: torch.dtype | None, formats: Any, master: str | None

@@ -315,6 +315,26 @@ def test_memory():
     assert alone.memory().per_parameter == 5.125
 
 
+def test_a_seed_draws_others():
+    """And a state remembers its seed."""
+    results = []
+    for seed in (0, 1, 1, 2**31):
+        param = np.ones(5000, np.float32)
+        opt = fastopt.adamw(param, lr=0.1, formats="8bit", seed=seed)
+        for step in range(3):
+            opt.step(np.random.default_rng(step).normal(size=5000).astype("f4"))
+        results.append(opt.state["m"][0].copy())
+    assert same_bits(results[1], results[2])
+    assert not same_bits(results[0], results[1])
+    assert not same_bits(results[0], results[3])
+    other = fastopt.adamw(np.ones(5000, np.float32), formats="8bit", seed=3)
+    with pytest.raises(ValueError, match="saved with seed 2147483648, but this op"):
+        other.load_state_dict(opt.state_dict())
+    for bad in (-1, 2**32, 1.5, True, "a"):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            fastopt.adamw(np.ones(5, np.float32), seed=bad)
+
+
 # Mutants ----------------------------------------------------------------------------
 
 
