@@ -13,11 +13,12 @@ without arithmetic, would move the bytes of our step, measured in the same round
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,22 +249,49 @@ def burst(step: Step, steps: int) -> float:
     return (time.perf_counter() - begin) / steps
 
 
+def makers(row: Row, size: int) -> dict[str, Callable[[int], Step]]:
+    """Return what makes the contenders, and the floor."""
+    # That of many tensors is the floor of all of them in one array.
+    whole = 100 * size if row.sizes == (1_000,) else size
+    return {**row.contenders, FLOOR: lambda _: floor(whole)}
+
+
+def serve(pipe: Connection, row: str, name: str, size: int) -> None:
+    """Do bursts of steps of a contender, and send their times."""
+    torch.set_num_threads(available())
+    of = next(of for of in ROWS if of.name == row)
+    step = makers(of, size)[name](size)
+    while count := pipe.recv():
+        pipe.send(burst(step, count))
+
+
 def measured(row: Row, size: int, rounds: int, tick: Callable[[], object]) -> Result:
-    makers = {**row.contenders, FLOOR: floor}
-    if size < 10_000:  # of many tensors: the floor of all of them in one array
-        makers[FLOOR] = lambda n: floor(100 * n)
-    steps = {name: make(size) for name, make in makers.items()}
-    counts = {}
-    for name, step in steps.items():
-        first = burst(step, 2 if name not in SLOW else 1)
-        counts[name] = max(1, int(BURST / first))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    """Measure a row. Each contender has a process of its own, because the threads of
+    several pools would wait for work at the same time."""
+    context, pipes, children = get_context("spawn"), {}, []
+    for name in makers(row, size):
+        pipes[name], theirs = context.Pipe()
+        of = theirs, row.name, name, size
+        children.append(context.Process(target=serve, args=of, daemon=True))
+        children[-1].start()
+
+    def seconds_of(name: str, count: int) -> float:
+        pipes[name].send(count)
+        taken: float = pipes[name].recv()
+        return taken
+
+    firsts = {name: seconds_of(name, 1 if name in SLOW else 2) for name in pipes}
+    counts = {name: max(1, int(BURST / first)) for name, first in firsts.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for k in range(rounds):
-        order = list(steps) if k % 2 else list(reversed(steps))
-        for name in order:
+        for name in pipes if k % 2 else reversed(pipes):
             if name not in SLOW or k < 2:
-                seconds[name].append(burst(steps[name], counts[name]))
+                seconds[name].append(seconds_of(name, counts[name]))
         tick()
+    for pipe in pipes.values():
+        pipe.send(0)
+    for child in children:
+        child.join()
     return Result(row.name, size, seconds, row.moved)
 
 
@@ -316,7 +344,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="to write to")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(available())
     chosen = [(row, n) for row in ROWS if row.name in options.rows for n in row.sizes]
     results = []
     with Progress(transient=True) as progress:
@@ -330,7 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             result.size = size
             results.append(result)
-            gc.collect()
     rows = rows_of(results)
     Console(width=120).print(table(rows))
     if options.json:
