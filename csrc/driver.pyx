@@ -26,6 +26,7 @@ from libc.stdint cimport INT64_MAX
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcmp
 
+cimport fastopt
 from fastopt cimport (
     API_VERSION, Api, BAD_ARGUMENT, BAD_HYPERPARAMETER, FLOAT32, FLOAT64, NO_MEMORY, OK,
     OTHER_VARIANT, OVERLAP, Rule, Run, Segment,
@@ -36,12 +37,13 @@ from functools import partial
 from numpy import dtype, empty, ndarray
 
 from fastopt.memory.factored import in_order
-from fastopt.memory.formats import format_of
+from fastopt.memory.formats import FORMATS, format_of
 from fastopt.memory.segments import Encoded
 from fastopt.step import UNLIMITED
 
 include "table.pxi"
 include "scalars.pxi"
+include "stored.pxi"
 
 cdef extern from *:
     """

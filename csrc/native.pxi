@@ -17,6 +17,9 @@ cdef struct Native:
     kernel_t finishes[2]
     measure_t measures[2]
     measure_t begins[2]
+    # The kernels for parameters and gradients that are stored in fewer bits. NULL: blocks
+    # are made for the plain kernel.
+    kernel_t fused[STORED_COUNT][STORED_COUNT]
     # For each hyperparameter: its bounds, whether it is a flag, and whether it must be off.
     double* least
     double* below
@@ -28,12 +31,21 @@ cdef struct Native:
     int64_t* first_of
 
 
+# How numbers that are stored in fewer bits are decoded and encoded.
+cdef struct Codec:
+    load_t load
+    store_t store
+    int64_t width  # bytes of an encoded element
+
+
 cdef Api api
 cdef const Tools* native_tools
+cdef Codec native_codecs[STORED_COUNT]
 cdef int default_threads
 cdef bint native_apart
 cdef int process  # with OpenMP's threads; -1 in a fork that began without any
 cdef list kept = []  # the names, as bytes
+STORED = "fp32", "bf16", "fp16"  # the formats STORED_PLAIN, STORED_BF16, STORED_FP16
 
 
 cdef const Rule* native_find(const char* name) noexcept nogil:
@@ -98,14 +110,14 @@ cdef bint bad_pointer(const void* at, int64_t count) noexcept nogil:
 
 
 cdef int check_segment(
-    const Native* native, const Segment* segment, int64_t itemsize,
+    const Native* native, const Segment* segment, int64_t itemsize, const char* stored,
     const double* carry, int64_t carried
 ) noexcept nogil:
     """Check pointers, and that nothing within a segment overlaps. Overlaps between segments
     are not checked, which would take longer than many a step."""
     cdef int64_t i, j, count = native.about.state_count
-    cdef int64_t nbytes = segment.n * itemsize
     cdef int64_t begin[MOST_COLUMNS]
+    cdef int64_t width[MOST_COLUMNS]
     if segment.n < 0 or segment.n >> 56:  # more bytes than addresses
         return BAD_ARGUMENT
     if segment.n == 0:
@@ -120,14 +132,23 @@ cdef int check_segment(
             return BAD_ARGUMENT
     begin[1 + count] = <int64_t> segment.g
     for i in range(2 + count):
-        if begin[i] % itemsize:
+        width[i] = itemsize
+    if stored and stored[0]:
+        width[0] = native_codecs[<int> stored[0]].width
+    if stored and stored[1]:
+        width[1 + count] = native_codecs[<int> stored[1]].width
+    for i in range(2 + count):
+        if begin[i] % width[i]:
             return BAD_ARGUMENT
         for j in range(i):
-            if begin[i] - begin[j] < nbytes and begin[j] - begin[i] < nbytes:
+            if (
+                begin[i] - begin[j] < segment.n * width[j]
+                and begin[j] - begin[i] < segment.n * width[i]
+            ):
                 return OVERLAP
         if (
             carried and begin[i] - <int64_t> carry < 8 * carried
-            and <int64_t> carry - begin[i] < nbytes
+            and <int64_t> carry - begin[i] < segment.n * width[i]
         ):
             return OVERLAP
     return OK
@@ -135,7 +156,7 @@ cdef int check_segment(
 
 cdef int check_all(
     const Native* native, int dtype, const double* given, const double* carry,
-    const Segment* segments, int64_t count
+    const Segment* segments, const char* stored, int64_t count
 ) noexcept nogil:
     cdef int64_t i, carried
     cdef int code
@@ -147,11 +168,15 @@ cdef int check_all(
         or bad_pointer(carry, native.about.carry_count)
     ):
         return BAD_ARGUMENT
+    for i in range(2 * count if stored else 0):
+        if not 0 <= stored[i] < STORED_COUNT or (stored[i] and dtype != FLOAT32):
+            return BAD_ARGUMENT
     code = check_hyperparameters(native, given)
     carried = native.about.carry_count * (count if native.by_segment else 1)
     for i in range(count if code == OK else 0):
         code = check_segment(
-            native, &segments[i], 8 if dtype == FLOAT64 else 4, carry, carried
+            native, &segments[i], 8 if dtype == FLOAT64 else 4,
+            stored + 2 * i if stored else NULL, carry, carried,
         )
         if code != OK:
             return code
@@ -173,7 +198,7 @@ cdef int native_start(
     cdef int64_t i, j, k, states, carried
     cdef double value
     cdef uint64_t modes = fastopt_enter()
-    cdef int code = check_all(native, dtype, given, carry, segments, count)
+    cdef int code = check_all(native, dtype, given, carry, segments, NULL, count)
     if code != OK:
         fastopt_leave(modes)
         return code
@@ -292,25 +317,55 @@ cdef int native_step_on(
     const Segment* segments, int64_t count, double grad_scale, int parts, Run run,
     void* context
 ) noexcept nogil:
+    return native_step_stored(
+        rule, dtype, t, hyperparameters, carry, segments, NULL, count, grad_scale, parts,
+        run, context,
+    )
+
+
+cdef int native_step_stored(
+    const Rule* rule, int dtype, int64_t t, const double* hyperparameters, double* carry,
+    const Segment* segments, const char* stored, int64_t count, double grad_scale,
+    int parts, Run run, void* context
+) noexcept nogil:
     cdef uint64_t modes = fastopt_enter()
-    cdef int code = step_on(
-        rule, dtype, t, hyperparameters, carry, segments, count, grad_scale, parts, run,
-        context,
+    cdef int code = step_stored(
+        rule, dtype, t, hyperparameters, carry, segments, stored, count, grad_scale, parts,
+        run, context,
     )
     fastopt_leave(modes)
     return code
 
 
-cdef int step_on(
+cdef void note_stored(Job* job, const Native* native, const char* stored) noexcept nogil:
+    """Note how parameters and gradients are stored. There is room for the streams, which
+    are plain so far."""
+    cdef int64_t r, c
+    cdef Stream* stream
+    cdef const Codec* codec
+    job.encoded, job.block = True, ENCODED_BLOCK
+    for r in range(job.rows):
+        job.fused[r] = native.fused[<int> stored[2 * r]][<int> stored[2 * r + 1]]
+        for c in range(2):
+            if stored[2 * r + c]:
+                codec, stream = &native_codecs[<int> stored[2 * r + c]], stream_of(job, r, c)
+                stream.make, stream.load, stream.width = load_block, codec.load, codec.width
+                stream.store = codec.store if c == 0 else NULL
+                stream.parts[0] = job.table[r * job.columns + c]
+
+
+cdef int step_stored(
     const Rule* rule, int dtype, int64_t t, const double* hyperparameters, double* carry,
-    const Segment* segments, int64_t count, double grad_scale, int parts, Run run,
-    void* context
+    const Segment* segments, const char* stored, int64_t count, double grad_scale,
+    int parts, Run run, void* context
 ) noexcept nogil:
     cdef const Native* native = <const Native*> rule
     cdef Job job
-    cdef int64_t r, k, words
+    cdef int64_t r, k, words, made
     cdef int64_t* row
-    cdef int code = check_all(native, dtype, hyperparameters, carry, segments, count)
+    cdef int code = check_all(
+        native, dtype, hyperparameters, carry, segments, stored, count
+    )
     if code != OK:
         return code
     if t < 1 or parts < 1 or (not run and parts > MOST_THREADS):
@@ -334,7 +389,8 @@ cdef int step_on(
     if not run and fastopt_process() != process:
         job.threads = 1  # after a fork, OpenMP's threads are in the parent
     words = count * (job.columns + 1) + job.sets * (2 + job.stride + job.width)
-    job.table = <int64_t*> calloc(words + 1, 8)
+    made = count * (1 + (job.columns - 2) * sizeof(Stream) // 8) if stored else 0
+    job.table = <int64_t*> calloc(words + made + 1, 8)
     if not job.table:
         return NO_MEMORY
     job.kept_at = job.table + count * job.columns
@@ -352,6 +408,10 @@ cdef int step_on(
         job.given += segments[r].n if row[1] else 0
     for r in range(job.sets):
         job.factors[r], job.steps[r] = grad_scale, t
+    if stored:
+        job.fused = <kernel_t*> (job.table + words)
+        job.streams = <Stream*> (job.fused + count)
+        note_stored(&job, native, stored)
     code = do_job(&job, native, hyperparameters, carry)
     clear(&job)
     free(job.table)
@@ -383,7 +443,7 @@ cdef Native* native_of(Kernels kernels, entry) except NULL:
     cdef Native* native = <Native*> room(sizeof(Native))
     cdef Rule* about = &native.about
     cdef double* defaults
-    cdef int64_t k
+    cdef int64_t k, p, g
     cdef bint double
     about.name = lasting(entry.name)
     about.state = all_lasting(entry.state)
@@ -405,6 +465,12 @@ cdef Native* native_of(Kernels kernels, entry) except NULL:
         if entry.begin is not None:
             native.begins[double] = <measure_t> kernels.find(entry.begin, double)
             native.finishes[double] = <kernel_t> kernels.find(entry.finish, double)
+    for p in range(STORED_COUNT):
+        for g in range(STORED_COUNT):
+            names = [STORED[p], STORED[g], *["fp32"] * len(entry.state)]
+            fused = kernels.look_up("_".join([entry.update, *names]), False)
+            native.fused[p][g] = <kernel_t> fused
+    native.fused[STORED_PLAIN][STORED_PLAIN] = native.kernels[False]
     defaults = <double*> room(about.hyperparameter_count * sizeof(double))
     native.least = <double*> room(about.hyperparameter_count * sizeof(double))
     native.below = <double*> room(about.hyperparameter_count * sizeof(double))
@@ -440,6 +506,10 @@ def native_table(
         rules[k] = &native_of(kernels, entries[k]).about
     kept.append(kernels)
     native_tools, native_apart = kernels.tools, 0 < last_cache < 2 * BATCH
+    for k in range(1, STORED_COUNT):
+        native_codecs[k].load = <load_t> kernels.find(f"load_{STORED[k]}", False)
+        native_codecs[k].store = <store_t> kernels.find(f"store_{STORED[k]}", False)
+        native_codecs[k].width = FORMATS[STORED[k]].stored.itemsize
     default_threads = threads
     process = -1 if forked else fastopt_process()
     api.version, api.size, api.isa = API_VERSION, sizeof(Api), kernels.table.isa
@@ -447,6 +517,12 @@ def native_table(
     api.find, api.error = native_find, native_error
     api.start, api.step, api.step_on = native_start, native_step, native_step_on
     return PyCapsule_New(&api, "fastopt.native._api", NULL)
+
+
+def native_step_of_stored():
+    """Return the step that xla.pyx calls, in a capsule. The table must have been made."""
+    cdef step_stored_t step = native_step_stored
+    return PyCapsule_New(<void*> step, STEP_STORED, NULL)
 
 
 def native_addresses():

@@ -117,6 +117,11 @@ def __getattr__(name: str) -> Any:
     # Only now, so that `import fastopt` loads no kernels.
     if name == "_api":
         return table()
+    if name == "_step_stored":
+        table()
+        from fastopt.backends import cython_cpu
+
+        return cython_cpu.driver().native_step_of_stored()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
