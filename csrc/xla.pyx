@@ -7,14 +7,16 @@ XLA's typed FFI, which grows at the ends. XLA checks the version that we name wh
 handler is registered; we check what it gives us by its sizes. Whoever calls the target
 chooses operands and attributes, so all of them are checked before any is read.
 """
-from cpython.pycapsule cimport PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_Import, PyCapsule_New
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 cimport fastopt
+
+include "stored.pxi"
 
 cdef extern from *:
     """
@@ -39,8 +41,10 @@ cdef enum:
     S32 = 4
     S64 = 5
     U32 = 8
+    F16 = 10
     F32 = 11
     F64 = 12
+    BF16 = 16
     ATTR_ARRAY = 1
     ATTR_SCALAR = 3
     ATTR_STRING = 4
@@ -153,10 +157,12 @@ cdef struct Frame:
 # Attributes: rule (a name), threads, traced (which of the numbers are operands).
 # Operands: the step, from 1 on; numbers (as words: the hyperparameters, the factor for
 # the gradients); carry (words); the traced numbers; then p, g and each state buffer of
-# all arrays. Results: carry, p and state, in the operands' memory.
+# all arrays. Results: carry, p and state, in the operands' memory. All arrays are float64,
+# or p and g are of float32, bfloat16 and float16 in any mixture, and state is float32.
 # Words are the two halves of a float64, which JAX has only if it is told to.
 
 cdef const fastopt.Api* api = NULL
+cdef step_stored_t step_stored = NULL
 
 cdef enum:
     MOST_NAME = 64
@@ -216,11 +222,27 @@ cdef bint holds(
     )
 
 
-cdef bint alike(const Buffer* a, const Buffer* b) noexcept nogil:
-    """Whether one has the dtype and shape of the other."""
-    return a.dtype == b.dtype and a.rank == b.rank and (
+cdef bint same_shape(const Buffer* a, const Buffer* b) noexcept nogil:
+    return a.rank == b.rank and (
         a.rank == 0 or memcmp(a.dims, b.dims, a.rank * sizeof(int64_t)) == 0
     )
+
+
+cdef bint alike(const Buffer* a, const Buffer* b) noexcept nogil:
+    """Whether one has the dtype and shape of the other."""
+    return a.dtype == b.dtype and same_shape(a, b)
+
+
+cdef int stored_as(int dtype, bint double) noexcept nogil:
+    """Return how elements of a dtype are stored, for a step in float64 or float32; -1: the
+    step does not take them."""
+    if dtype == (F64 if double else F32):
+        return STORED_PLAIN
+    if dtype == BF16 and not double:
+        return STORED_BF16
+    if dtype == F16 and not double:
+        return STORED_FP16
+    return -1
 
 
 cdef bint whole(int dtype, const void* value, int64_t* found) noexcept nogil:
@@ -318,26 +340,35 @@ cdef const char* misfit(
     cdef Buffer** args = frame.args.at
     cdef Buffer** results = frame.results.at
     cdef Buffer* p
+    cdef Buffer* operand
     cdef int64_t i, k, rows = arrays if rule.carry_per_segment else 1
-    cdef int dtype = args[first].dtype if arrays else F32
-    cdef size_t itemsize = sizeof(double) if dtype == F64 else sizeof(float)
+    cdef bint double = arrays > 0 and args[first].dtype == F64
+    cdef size_t itemsize = sizeof(double) if double else sizeof(float)
+    cdef int stored
     if not holds(args[1], U32, 2 * (rule.hyperparameter_count + 1), sizeof(uint32_t)):
         return "the numbers must be uint32, two for each"
     if not holds(args[2], U32, 2 * rule.carry_count * rows, sizeof(double)):
         return "the carry must be uint32, two for each number of each row"
     if not alike(args[2], results[0]):
         return "a result is not like its operand"
-    if dtype != F32 and dtype != F64:
-        return "parameters must be float32 or float64"
     for i in range(arrays):
         p = args[first + i]
         for k in range(2 + rule.state_count):
-            if not holds(args[first + k * arrays + i], dtype, size_of(p), itemsize):
-                return "parameters, gradients and state differ in dtype or size"
-            if not alike(p, args[first + k * arrays + i]):
+            operand = args[first + k * arrays + i]
+            stored = stored_as(operand.dtype, double)
+            if stored < 0 or (k >= 2 and stored != STORED_PLAIN):
+                return (
+                    "parameters and gradients must be float32, bfloat16 or float16 and "
+                    "state float32, or all of them float64"
+                )
+            if not holds(
+                operand, operand.dtype, size_of(p), sizeof(uint16_t) if stored else itemsize
+            ):
+                return "parameters, gradients and state differ in size"
+            if not same_shape(p, operand):
                 return "parameters, gradients and state differ in shape"
-        for k in range(1 + rule.state_count):
-            if not alike(p, results[1 + k * arrays + i]):
+            # There are no results for gradients.
+            if k != 1 and not alike(operand, results[1 + (k - (k > 1)) * arrays + i]):
                 return "a result is not like its operand"
     # XLA promises that these share their memory.
     for k in range(frame.results.size):
@@ -360,6 +391,8 @@ cdef void* step(const Frame* frame) noexcept nogil:
     cdef const fastopt.Rule* rule
     cdef fastopt.Segment* segments
     cdef void** pointers
+    cdef char* stored
+    cdef bint double, encoded = False
     cdef int64_t i, k, at, count, arrays, first, rest, t, parts
     cdef int code
     if not name or name.length >= MOST_NAME or not threads or not traced:
@@ -406,11 +439,13 @@ cdef void* step(const Frame* frame) noexcept nogil:
         if not number(args[3 + k], &numbers[at]):
             return failed(frame, INVALID_ARGUMENT, "a traced number is not a scalar")
     segments = <fastopt.Segment*> malloc(
-        arrays * (sizeof(fastopt.Segment) + rule.state_count * sizeof(void*)) + 1
+        arrays * (2 + sizeof(fastopt.Segment) + rule.state_count * sizeof(void*)) + 1
     )
     if not segments:
         return failed(frame, RESOURCE_EXHAUSTED, "no memory for the table")
     pointers = <void**> (segments + arrays)
+    stored = <char*> (pointers + arrays * rule.state_count)
+    double = arrays > 0 and args[first].dtype == F64
     for i in range(arrays):
         segments[i].p = args[first + i].data
         segments[i].g = args[first + arrays + i].data
@@ -418,13 +453,17 @@ cdef void* step(const Frame* frame) noexcept nogil:
         segments[i].n = size_of(args[first + i])
         for k in range(rule.state_count):
             pointers[i * rule.state_count + k] = args[first + (2 + k) * arrays + i].data
-    code = api.step_on(
+        for k in range(2):
+            stored[2 * i + k] = stored_as(args[first + k * arrays + i].dtype, double)
+            encoded |= stored[2 * i + k] != STORED_PLAIN
+    code = step_stored(
         rule,
-        fastopt.FLOAT64 if arrays and args[first].dtype == F64 else fastopt.FLOAT32,
+        fastopt.FLOAT64 if double else fastopt.FLOAT32,
         t,
         numbers,
         <double*> args[2].data,
         segments,
+        stored if encoded else NULL,
         arrays,
         numbers[count],
         <int> parts,
@@ -457,6 +496,7 @@ cdef void* handler(Frame* frame) noexcept nogil:
 
 def target():
     """The handler, as jax.ffi.register_ffi_target takes it."""
-    global api
+    global api, step_stored
     api = fastopt.load()
+    step_stored = <step_stored_t> PyCapsule_Import(STEP_STORED, 0)
     return PyCapsule_New(<void*> handler, NULL, NULL)
