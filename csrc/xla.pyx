@@ -8,8 +8,9 @@ handler is registered; we check what it gives us by its sizes. Whoever calls the
 chooses operands and attributes, so all of them are checked before any is read.
 """
 from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport isfinite
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
@@ -39,8 +40,10 @@ cdef enum:
     S32 = 4
     S64 = 5
     U32 = 8
+    F16 = 10
     F32 = 11
     F64 = 12
+    BF16 = 16
     ATTR_ARRAY = 1
     ATTR_SCALAR = 3
     ATTR_STRING = 4
@@ -153,7 +156,8 @@ cdef struct Frame:
 # Attributes: rule (a name), threads, traced (which of the numbers are operands).
 # Operands: the step, from 1 on; numbers (as words: the hyperparameters, the factor for
 # the gradients); carry (words); the traced numbers; then p, g and each state buffer of
-# all arrays. Results: carry, p and state, in the operands' memory.
+# all arrays. Results: carry, p and state, in the operands' memory. All arrays are float64,
+# or p and g are of float32, bfloat16 and float16 in any mixture, and state is float32.
 # Words are the two halves of a float64, which JAX has only if it is told to.
 
 cdef const fastopt.Api* api = NULL
@@ -216,11 +220,27 @@ cdef bint holds(
     )
 
 
-cdef bint alike(const Buffer* a, const Buffer* b) noexcept nogil:
-    """Whether one has the dtype and shape of the other."""
-    return a.dtype == b.dtype and a.rank == b.rank and (
+cdef bint same_shape(const Buffer* a, const Buffer* b) noexcept nogil:
+    return a.rank == b.rank and (
         a.rank == 0 or memcmp(a.dims, b.dims, a.rank * sizeof(int64_t)) == 0
     )
+
+
+cdef bint alike(const Buffer* a, const Buffer* b) noexcept nogil:
+    """Whether one has the dtype and shape of the other."""
+    return a.dtype == b.dtype and same_shape(a, b)
+
+
+cdef int64_t format_of(int dtype, bint double) noexcept nogil:
+    """Return the format of a parameter or gradient of this dtype, in a step in float64 or
+    float32; -1: the step does not take it."""
+    if dtype == (F64 if double else F32):
+        return fastopt.F64 if double else fastopt.F32
+    if dtype == BF16 and not double:
+        return fastopt.BF16
+    if dtype == F16 and not double:
+        return fastopt.FP16
+    return -1
 
 
 cdef bint whole(int dtype, const void* value, int64_t* found) noexcept nogil:
@@ -318,26 +338,36 @@ cdef const char* misfit(
     cdef Buffer** args = frame.args.at
     cdef Buffer** results = frame.results.at
     cdef Buffer* p
+    cdef Buffer* operand
     cdef int64_t i, k, rows = arrays if rule.carry_per_segment else 1
-    cdef int dtype = args[first].dtype if arrays else F32
-    cdef size_t itemsize = sizeof(double) if dtype == F64 else sizeof(float)
+    cdef bint double = arrays > 0 and args[first].dtype == F64
+    cdef size_t itemsize = sizeof(double) if double else sizeof(float)
+    cdef int64_t format, plain = fastopt.F64 if double else fastopt.F32
     if not holds(args[1], U32, 2 * (rule.hyperparameter_count + 1), sizeof(uint32_t)):
         return "the numbers must be uint32, two for each"
     if not holds(args[2], U32, 2 * rule.carry_count * rows, sizeof(double)):
         return "the carry must be uint32, two for each number of each row"
     if not alike(args[2], results[0]):
         return "a result is not like its operand"
-    if dtype != F32 and dtype != F64:
-        return "parameters must be float32 or float64"
     for i in range(arrays):
         p = args[first + i]
         for k in range(2 + rule.state_count):
-            if not holds(args[first + k * arrays + i], dtype, size_of(p), itemsize):
-                return "parameters, gradients and state differ in dtype or size"
-            if not alike(p, args[first + k * arrays + i]):
+            operand = args[first + k * arrays + i]
+            format = format_of(operand.dtype, double)
+            if format < 0 or (k >= 2 and format != plain):
+                return (
+                    "parameters and gradients must be float32, bfloat16 or float16 and "
+                    "state float32, or all of them float64"
+                )
+            if not holds(
+                operand, operand.dtype, size_of(p),
+                itemsize if format == plain else sizeof(uint16_t),
+            ):
+                return "parameters, gradients and state differ in size"
+            if not same_shape(p, operand):
                 return "parameters, gradients and state differ in shape"
-        for k in range(1 + rule.state_count):
-            if not alike(p, results[1 + k * arrays + i]):
+            # There are no results for gradients.
+            if k != 1 and not alike(operand, results[1 + (k - (k > 1)) * arrays + i]):
                 return "a result is not like its operand"
     # XLA promises that these share their memory.
     for k in range(frame.results.size):
@@ -346,6 +376,95 @@ cdef const char* misfit(
         if args[i].data != results[k].data and size_of(args[i]):
             return "XLA did not alias the operands"
     return NULL
+
+
+# What of a call the steps below take.
+cdef struct Given:
+    const Frame* frame
+    const fastopt.Rule* rule
+    int64_t t
+    const double* numbers  # the hyperparameters, the factor for the gradients
+    double* carry
+    Buffer** at  # p, g and each state buffer of all arrays
+    int64_t arrays
+    bint double
+    int threads
+
+
+cdef int step_plain(const Given* given) noexcept nogil:
+    """A step over arrays that all have the dtype that it computes in."""
+    cdef int64_t i, k, states = given.rule.state_count, arrays = given.arrays
+    cdef void** pointers
+    cdef int code
+    cdef fastopt.Segment* segments = <fastopt.Segment*> malloc(
+        arrays * (sizeof(fastopt.Segment) + states * sizeof(void*)) + 1
+    )
+    if not segments:
+        return fastopt.NO_MEMORY
+    pointers = <void**> (segments + arrays)
+    for i in range(arrays):
+        segments[i].p = given.at[i].data
+        segments[i].g = given.at[arrays + i].data
+        segments[i].state = pointers + i * states
+        segments[i].n = size_of(given.at[i])
+        for k in range(states):
+            pointers[i * states + k] = given.at[(2 + k) * arrays + i].data
+    code = api.step_on(
+        given.rule,
+        fastopt.FLOAT64 if given.double else fastopt.FLOAT32,
+        given.t,
+        given.numbers,
+        given.carry,
+        segments,
+        arrays,
+        given.numbers[given.rule.hyperparameter_count],
+        given.threads,
+        run,
+        <void*> given.frame,
+    )
+    free(segments)
+    return code
+
+
+cdef int step_stored(const Given* given) noexcept nogil:
+    """A step in float32 over arrays of which some are stored in fewer bits."""
+    cdef int64_t i, k, columns = 2 + given.rule.state_count, arrays = given.arrays
+    cdef const Buffer* buffer
+    cdef fastopt.Stream* streams
+    cdef fastopt.Request request
+    cdef int code
+    cdef fastopt.Streams* segments = <fastopt.Streams*> malloc(
+        arrays * (sizeof(fastopt.Streams) + columns * sizeof(fastopt.Stream)) + 1
+    )
+    if not segments:
+        return fastopt.NO_MEMORY
+    streams = <fastopt.Stream*> (segments + arrays)
+    for i in range(arrays):
+        segments[i].streams = streams + i * columns
+        segments[i].n = size_of(given.at[i])
+        segments[i].row = 0
+        segments[i].first = 0  # no format of ours draws by it
+        for k in range(columns):
+            buffer = given.at[k * arrays + i]
+            streams[i * columns + k].format = format_of(buffer.dtype, False)
+            streams[i * columns + k].parts[0] = buffer.data
+    memset(&request, 0, sizeof(request))
+    request.size, request.threads = sizeof(request), given.threads
+    request.run, request.context = run, <void*> given.frame
+    code = api.step_streams(
+        given.rule,
+        fastopt.FLOAT32,
+        given.t,
+        given.numbers,
+        1,
+        given.carry,
+        segments,
+        arrays,
+        given.numbers[given.rule.hyperparameter_count],
+        &request,
+    )
+    free(segments)
+    return code
 
 
 cdef void* step(const Frame* frame) noexcept nogil:
@@ -358,9 +477,9 @@ cdef void* step(const Frame* frame) noexcept nogil:
     cdef bint taken[MOST_NUMBERS]
     cdef const char* wrong
     cdef const fastopt.Rule* rule
-    cdef fastopt.Segment* segments
-    cdef void** pointers
-    cdef int64_t i, k, at, count, arrays, first, rest, t, parts
+    cdef Given given
+    cdef bint stored = False
+    cdef int64_t k, at, count, arrays, first, rest, t, parts
     cdef int code
     if not name or name.length >= MOST_NAME or not threads or not traced:
         return failed(frame, INVALID_ARGUMENT, "an attribute is missing")
@@ -405,33 +524,21 @@ cdef void* step(const Frame* frame) noexcept nogil:
         taken[at] = True
         if not number(args[3 + k], &numbers[at]):
             return failed(frame, INVALID_ARGUMENT, "a traced number is not a scalar")
-    segments = <fastopt.Segment*> malloc(
-        arrays * (sizeof(fastopt.Segment) + rule.state_count * sizeof(void*)) + 1
-    )
-    if not segments:
-        return failed(frame, RESOURCE_EXHAUSTED, "no memory for the table")
-    pointers = <void**> (segments + arrays)
-    for i in range(arrays):
-        segments[i].p = args[first + i].data
-        segments[i].g = args[first + arrays + i].data
-        segments[i].state = pointers + i * rule.state_count
-        segments[i].n = size_of(args[first + i])
-        for k in range(rule.state_count):
-            pointers[i * rule.state_count + k] = args[first + (2 + k) * arrays + i].data
-    code = api.step_on(
-        rule,
-        fastopt.FLOAT64 if arrays and args[first].dtype == F64 else fastopt.FLOAT32,
-        t,
-        numbers,
-        <double*> args[2].data,
-        segments,
-        arrays,
-        numbers[count],
-        <int> parts,
-        run,
-        <void*> frame,
-    )
-    free(segments)
+    given.frame, given.rule, given.t = frame, rule, t
+    given.numbers, given.carry = numbers, <double*> args[2].data
+    given.at, given.arrays, given.threads = args + first, arrays, <int> parts
+    given.double = arrays > 0 and given.at[0].dtype == F64
+    for k in range(2 * arrays):
+        stored |= given.at[k].dtype == BF16 or given.at[k].dtype == F16
+    if stored and not isfinite(<float> numbers[count]):  # which step_streams refuses
+        return failed(
+            frame, INVALID_ARGUMENT,
+            "grad_scale must be finite in float32 if some arrays have 16 bits",
+        )
+    # Tables of plain arrays are smaller, which counts where there are many small ones.
+    code = step_stored(&given) if stored else step_plain(&given)
+    if code == fastopt.NO_MEMORY:
+        return failed(frame, RESOURCE_EXHAUSTED, api.error(code))
     if code != fastopt.OK:
         memcpy(text + name.length, ": ", 3)
         return failed(frame, INVALID_ARGUMENT, api.error(code), text)

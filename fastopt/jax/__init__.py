@@ -27,7 +27,7 @@ from fastopt.backends.cython_cpu import HOW_TO_GET
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.jax import schedules as jax_schedules
 from fastopt.jax.arrays import (
-    DTYPES,
+    COMPUTED,
     as_dtype,
     as_float,
     as_words,
@@ -37,8 +37,10 @@ from fastopt.jax.arrays import (
     named,
     number,
     taken,
+    widened,
     words,
 )
+from fastopt.memory.formats import computed
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.groups import check_schedule
@@ -220,8 +222,9 @@ class Optimizer:
     threads: int
 
     def init(self, params: Any) -> State:
-        """The state before the first step. Of float32 and float64 arrays, in any
-        structure; what starts as the parameters starts as these."""
+        """The state before the first step, of parameters in any structure. State is
+        float64 where they are, or else float32; what starts as the parameters starts
+        as these."""
         leaves, _ = taken("params", params)
         self._check_mixed(leaves)
         now = {
@@ -230,11 +233,11 @@ class Optimizer:
         }
 
         def first(name: str, leaf: Any) -> Any:
-            start = self.variant.starts.get(name, 0.0)
+            start, dtype = self.variant.starts.get(name, 0.0), computed(leaf.dtype)
             if start == "p":
-                return jnp.array(leaf, copy=True)  # to be donated apart from it
+                return jnp.array(leaf, dtype, copy=True)  # to be donated apart from it
             value = now[start] if isinstance(start, str) else start
-            return jnp.full_like(leaf, as_dtype(value, leaf.dtype))
+            return jnp.full_like(leaf, as_dtype(value, dtype), dtype)
 
         carry = [
             as_words(now[start] if isinstance(start, str) else start)
@@ -264,7 +267,8 @@ class Optimizer:
         Parameters
         ----------
         params, grads
-            Arrays in the same structure, shapes and dtypes.
+            Arrays in the same structure and shapes: both float64, or each of them
+            float32, bfloat16 or float16.
         state
             From ``init`` or the step before. Its leaves may be NumPy's, and its count
             any integer, as checkpoints bring them.
@@ -280,7 +284,8 @@ class Optimizer:
         TypeError, ValueError
             When it is traced, for what does not fit.
         jax.errors.JaxRuntimeError
-            When it runs, for a traced hyperparameter out of its range.
+            When it runs, for a traced hyperparameter out of its range, and for a traced
+            ``grad_scale`` that is not finite if some arrays have 16 bits.
 
         Notes
         -----
@@ -307,6 +312,9 @@ class Optimizer:
 
         Its updates are the new parameters less the old, so added to the old they may
         miss the new by a rounding, and a step is not in place: ``step`` is faster.
+        The difference is taken before parameters are rounded to 16 bits, so it keeps
+        what that would lose. Like optax' own, an update has the dtype that JAX promotes
+        those of its parameter and its gradient to.
         With ``lr=None`` they are neither scaled nor negated, as those of optax' own
         with ``learning_rate=None``: ``optax.scale_by_learning_rate`` may follow.
         """
@@ -320,9 +328,19 @@ class Optimizer:
                     f"{self.rule.name} needs the parameters: update(grads, state, "
                     f"params)"
                 )
-            new, state = self.step(params, grads, state, **self._unit_lr)
-            before, after = (new, params) if self._unit_lr else (params, new)
-            return jax.tree.map(lambda a, b: b - a, before, after), state
+            leaves, tree = taken("params", params)
+            gradients = fitting("grads", grads, params)
+            before = [widened(leaf) for leaf in leaves]
+            wide = jax.tree.unflatten(tree, before)
+            new, state = self.step(wide, grads, state, **self._unit_lr)
+            after = jax.tree.leaves(new)
+            if self._unit_lr:
+                before, after = after, before
+            updates = [
+                (b - a).astype(jnp.promote_types(p.dtype, g.dtype))
+                for a, b, p, g in zip(before, after, leaves, gradients, strict=True)
+            ]
+            return jax.tree.unflatten(tree, updates), state
 
         return optax.GradientTransformationExtraArgs(self.init, update)
 
@@ -368,11 +386,11 @@ class Optimizer:
         return {"lr": 1.0} if self.hyperparameters.get("lr", 1.0) is None else {}
 
     def _check_mixed(self, leaves: Sequence[Any]) -> None:
-        dtypes = {str(leaf.dtype) for leaf in leaves}
+        dtypes = {str(computed(leaf.dtype)) for leaf in leaves}
         if self.variant.over == "all" and len(dtypes) > 1:
             raise TypeError(
-                f"{self.rule.name} takes sums over all parameters, which must have one "
-                f"dtype, but there are {' and '.join(sorted(dtypes))}"
+                f"{self.rule.name} takes sums over all parameters, which must be "
+                f"computed in one dtype, but there are {' and '.join(sorted(dtypes))}"
             )
 
     def _carry_shape(self, leaves: Sequence[Any]) -> tuple[int, int, int]:
@@ -393,7 +411,7 @@ class Optimizer:
         shape = self._carry_shape(jax.tree.leaves(params))
         count, carry = completed(state.count), carried(state.carry, shape)
         buffers = [
-            fitting(f"state.buffers[{name!r}]", trees[name], params, theirs)
+            fitting(f"state.buffers[{name!r}]", trees[name], params, theirs, COMPUTED)
             for name in self.variant.state
         ]
         return State(count, carry, trees), buffers
@@ -442,14 +460,14 @@ class Optimizer:
         buffers: Sequence[Sequence[Any]],
     ) -> tuple[list[list[Any]], Any]:
         """Parameters and state, each as a list of arrays, after a step, and the carry.
-        One custom call for the arrays of each dtype."""
+        One custom call for the arrays that are computed in each dtype."""
         static, traced = numbers
         order = [*self.rule.hyperparameters, "grad_scale"]
         places = np.array([order.index(key) for key in traced], np.int64)
         leading = [t, words([static.get(key, 0.0) for key in order])]
         streams, old = [list(params), *map(list, buffers)], carry
-        for dtype in DTYPES:
-            which = [k for k, param in enumerate(params) if param.dtype == dtype]
+        for dtype in COMPUTED:
+            which = [k for k, p in enumerate(params) if computed(p.dtype) == dtype]
             if not which:
                 continue
             # Of a rule over segments, each array has its own row.
@@ -500,6 +518,9 @@ class Optimizer:
         values = [now[key] for key in rule.hyperparameters]
         scalars = rule.scalars(max(int(count), 1), *before, *values)
         for arrays in zip(leaves, *buffers, strict=True):
-            arrays = tuple(map(np.asarray, arrays))
-            results.append(evaluate(rule, arrays, scalars, arrays[0].dtype))
+            param, *state = map(np.asarray, arrays)
+            dtype = computed(param.dtype)
+            new = evaluate(rule, (param.astype(dtype), *state), scalars, dtype)
+            with np.errstate(over="ignore"):  # infinity is the nearest of float16
+                results.append(new.astype(param.dtype))
         return results

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastopt.memory.formats import computed
 from fastopt.rule import check_hyperparameter
 
 try:
@@ -16,7 +17,9 @@ try:
 except ImportError:  # before JAX 0.8
     from jax.experimental import enable_x64
 
-DTYPES = (np.float32, np.float64)
+# What kernels compute in, and state has; and what parameters and gradients may have.
+COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
+DTYPES = (*COMPUTED, np.dtype(jnp.bfloat16), np.dtype(np.float16))
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 MOST_STEPS = 2**31 - 2  # so that one more fits int32
 
@@ -34,14 +37,18 @@ def shown(leaf: Any) -> str:
 # Parameters and what is like them -----------------------------------------------------
 
 
-def taken(name: str, tree: Any) -> tuple[list[Any], Any]:
+def taken(
+    name: str, tree: Any, dtypes: Sequence[Any] = DTYPES
+) -> tuple[list[Any], Any]:
     """The leaves, if they are arrays that a step can take, and the structure."""
     leaves, structure = jax.tree.flatten(tree)
     for path, leaf in paths(tree):
-        if not isinstance(leaf, ARRAYS) or leaf.dtype not in DTYPES:
+        if not isinstance(leaf, ARRAYS) or leaf.dtype not in dtypes:
+            *others, last = map(str, dtypes)
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
-                f"{name}{path} must be an array of float32 or float64, got {dtype}"
+                f"{name}{path} must be an array of {', '.join(others)} or {last}, got "
+                f"{dtype}"
             )
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise TypeError(
@@ -52,17 +59,26 @@ def taken(name: str, tree: Any) -> tuple[list[Any], Any]:
     return leaves, structure
 
 
-def fitting(name: str, tree: Any, params: Any, theirs: str = "params") -> list[Any]:
-    """The leaves, if they have the structure, shapes and dtypes of the parameters, or
-    of what goes by the name of ``theirs``."""
-    leaves, structure = taken(name, tree)
+def fitting(
+    name: str,
+    tree: Any,
+    params: Any,
+    theirs: str = "params",
+    dtypes: Sequence[Any] = DTYPES,
+) -> list[Any]:
+    """The leaves, if they have the structure and shapes of the parameters, or of what
+    goes by the name of ``theirs``, and dtypes that are computed in the same one."""
+    leaves, structure = taken(name, tree, dtypes)
     wanted = jax.tree.structure(params)
     if structure != wanted:
         raise ValueError(f"{name} has the structure {structure}, {theirs} {wanted}")
     for leaf, (path, param) in zip(leaves, paths(params), strict=True):
-        if leaf.shape != param.shape or leaf.dtype != param.dtype:
+        kind = computed(param.dtype)
+        if leaf.shape != param.shape or computed(leaf.dtype) != kind:
+            fit = [str(dtype) for dtype in dtypes if computed(dtype) == kind]
             raise ValueError(
-                f"{name}{path} is {shown(leaf)} but {theirs}{path} is {shown(param)}"
+                f"{name}{path} is {shown(leaf)} but {theirs}{path} is {shown(param)}; "
+                f"it must be {' or '.join(fit)}, of shape {list(param.shape)}"
             )
     return leaves
 
@@ -83,6 +99,12 @@ def check_platform(name: str, leaf: Any) -> None:
             f"the CPU; set JAX_PLATFORMS=cpu, or work within "
             f"jax.default_device(jax.devices('cpu')[0])"
         )
+
+
+def widened(leaf: Any) -> Any:
+    """An array of the dtype that kernels compute in."""
+    dtype = computed(leaf.dtype)
+    return leaf if leaf.dtype == dtype else jnp.asarray(leaf, dtype)
 
 
 # The rest of a state ------------------------------------------------------------------

@@ -371,9 +371,9 @@ def test_refusals_when_traced():
     with pytest.raises(TypeError, match=r"params\['w'\] must be an array of .* int32"):
         opt.init({"w": jnp.ones(3, jnp.int32)})
     with pytest.raises(
-        TypeError, match="must be an array of float32 or .* got bfloat16"
+        TypeError, match="must be an array of float32, .* or float16, got float8_e4m3fn"
     ):
-        opt.init(jnp.ones(3, jnp.bfloat16))
+        opt.init(jnp.ones(3, jnp.float8_e4m3fn))
     with pytest.raises(TypeError, match="params must be an array of .* got float"):
         opt.init(1.0)
     with pytest.raises(ValueError, match="grads has the structure"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, IDS, bfloat16, nonzero, odd_view, same_bits
+from cases import CASES, IDS, STORED, bfloat16, nonzero, odd_view, same_bits
 from native_code import (
     API,
     BAD_ARGUMENT,
@@ -265,6 +265,27 @@ def test_every_combination_of_formats(name, dtype, formats):
         opt.step(grads)
         assert ours.step(grads) == OK
     equal(opt, ours)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop", "lamb", "prodigy"])
+def test_formats_may_differ_between_segments(name):
+    """Plain ones lie beside others. A gradient is missing once."""
+    pairs = [*STORED.values(), (np.float32, np.float32), (bfloat16, np.float32)]
+    sizes = 40_003, 0, 4097, 300, 33, 301
+    rule = getattr(fastopt, name)
+
+    def drawn(seed, which):
+        rng = np.random.default_rng(seed)
+        return [nonzero(rng, n, p[which]) for n, p in zip(sizes, pairs, strict=True)]
+
+    opt = rule(drawn(0, 0), backend="numpy")
+    ours = started(rule, drawn(0, 0), rule.hyperparameters)
+    for t in range(3):
+        grads = drawn(1 + t, 1)
+        grads[0] = None if t == 1 else grads[0]
+        opt.step(grads, grad_scale=0.5)
+        assert ours.step(grads, 0.5, threads=2) == OK
+        equal(opt, ours)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "novograd", "prodigy"])

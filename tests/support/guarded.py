@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from cases import CASES, DTYPES, bfloat16, label, nonzero, same_bits
+from cases import CASES, DTYPES, STORED, bfloat16, label, nonzero, same_bits
 
 import fastopt
 from fastopt import backends
@@ -382,14 +382,14 @@ def jax(long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
 
     jax.config.update("jax_enable_x64", True)
 
-    def steps(rule: Any, values: Any, size: int, dtype: type, memory: Any) -> list[Any]:
+    def steps(rule: Any, values: Any, size: int, dtypes: Any, memory: Any) -> list[Any]:
         rng = np.random.default_rng(size)
         opt = fastopt.jax.optimizer(rule, **values)
-        params = jax.numpy.asarray(nonzero(rng, size, dtype))
+        params = jax.numpy.asarray(nonzero(rng, size, dtypes[0]))
         state = opt.init(params)
         for _ in range(2):
-            array = memory.array(nonzero(rng, size, dtype))
-            grads = jax.dlpack.from_dlpack(array)
+            array = memory.array(nonzero(rng, size, dtypes[1]))
+            grads = jax.device_put(array, may_alias=True)
             if isinstance(memory, Memory):
                 assert grads.unsafe_buffer_pointer() == array.ctypes.data, "a copy"
             params, state = opt.step(params, grads, state)
@@ -402,13 +402,14 @@ def jax(long: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         memory.close()
 
     # It takes memory as it is where that begins with a cache line.
-    for size, edge, dtype in itertools.product(SIZES, EDGES, DTYPES):
-        if not size or (edge == "end" and size * np.dtype(dtype).itemsize % 64):
+    kinds = {dtype.__name__: (dtype, dtype) for dtype in DTYPES} | STORED
+    for size, edge, (kind, dtypes) in itertools.product(SIZES, EDGES, kinds.items()):
+        if not size or (edge == "end" and size * np.dtype(dtypes[1]).itemsize % 64):
             continue
         for rule, values in CASES:
-            what = f"jax {label(rule, values)} {size} {dtype.__name__} {edge}"
+            what = f"jax {label(rule, values)} {size} {kind} {edge}"
             if chosen(what, 8 if long else 400):
-                yield what, lambda c=(edge, rule, values, size, dtype): check(*c)
+                yield what, lambda c=(edge, rule, values, size, dtypes): check(*c)
 
 
 def broken(long: bool) -> Iterator[tuple[str, Callable[[], None]]]:

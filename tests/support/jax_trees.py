@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import nonzero, same_bits
+from cases import bfloat16, nonzero, same_bits
 
 SHAPES = {"w": (131, 7), "layers": [(5,), (2, 1, 3)], "empty": (0, 2), "scalar": ()}
 
@@ -36,6 +36,8 @@ def same(a: Any, b: Any) -> bool:
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
     return all(
-        same_bits(x, y) if x.dtype.kind == "f" else np.array_equal(x, y)
+        same_bits(x, y)
+        if x.dtype.kind == "f" or x.dtype == bfloat16
+        else np.array_equal(x, y)
         for x, y in pairs
     )

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from cases import bfloat16
 
 from fastopt import _xla, native
 
 P, INT, I64, SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-S32, S64, U32, F32, F64 = 4, 5, 8, 11, 12
+S32, S64, U32, F16, F32, F64, BF16 = 4, 5, 8, 10, 11, 12, 16
 TYPES = {S32: "i4", S64: "i8", U32: "u4", F32: "f4", F64: "f8"}
+TYPES |= {F16: "f2", BF16: bfloat16}
 ARRAY, SCALAR, STRING = 1, 3, 4  # attributes
 EXECUTE = 3
 
@@ -125,9 +127,12 @@ class Result:
 
 
 class Call:
-    """A good call of a rule; change what is in it, then ``run``."""
+    """A good call of a rule with parameters and gradients of these dtypes; change what
+    is in it, then ``run``."""
 
-    def __init__(self, rule: str, dtype: int, shapes: list[tuple[int, ...]]):
+    def __init__(
+        self, rule: str, dtypes: tuple[int, int], shapes: list[tuple[int, ...]]
+    ):
         entry = ENTRIES[rule]
         rng = np.random.default_rng(5)
         rows = len(shapes) if entry.by_segment else 1
@@ -138,9 +143,10 @@ class Call:
             for s in entry.starts[len(entry.state) :]
         ]
         carry = np.array(values * rows, np.float64).view(np.uint32)
+        state = F64 if F64 in dtypes else F32
         arrays = [
             Operand(rng.uniform(0.5, 1.0, shape), dtype, shape)
-            for _ in range(2 + len(entry.state))
+            for dtype in (*dtypes, *[state] * len(entry.state))
             for shape in shapes
         ]
         self.traced = Operand([0], S64, (1,))
@@ -258,6 +264,9 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
     def set_to(**values: Any) -> Callable[[Operand], None]:
         return lambda a: [setattr(a, k, v) for k, v in values.items()] and None
 
+    arrays = len(call.args) - 4
+    state_count = len(ENTRIES[call.rule.decode()].state)
+    params_and_grads = range(4, 4 + arrays // (2 + state_count) * 2)
     for k, a in enumerate(call.args):
         if a.values.size:
             yield f"operand {k} without memory", on_arg(k, set_to(data=None))
@@ -272,7 +281,10 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
         yield f"operand {k} whose size overflows", on_arg(k, huge)
         yield f"operand {k} as large as memory", on_arg(k, set_to(dims=[2**61], rank=1))
         yield f"operand {k} is no buffer", on_arg(k, set_to(kind=0))
-        for dtype in {0, 1, 2, 7, 10, 15, 17, S32, S64, U32, F32, F64} - {a.dtype}:
+        others = {0, 1, 2, 7, F16, 15, BF16, 17, S32, S64, U32, F32, F64} - {a.dtype}
+        if k in params_and_grads and a.dtype != F64:
+            others -= {F16, BF16, F32}  # may be mixed
+        for dtype in others:
             if (k, dtype) in ((0, S64), (3, F64)):
                 continue  # a call like that is good, with more memory
             yield f"operand {k} of dtype {dtype}", on_arg(k, set_to(dtype=dtype))
@@ -295,7 +307,8 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
             f"result {k} of another rank",
             on_result(k, rank=a.rank + 1, dims=[*a.dims, 1]),
         )
-        yield f"result {k} of another dtype", on_result(k, dtype=S32)
+        for dtype in {S32, F16, BF16} - {a.dtype}:
+            yield f"result {k} of dtype {dtype}", on_result(k, dtype=dtype)
     for count in (-1, -(2**62), *range(len(call.args)), len(call.args) + 1, 2**40):
         yield (
             f"{count} operands",
