@@ -112,6 +112,9 @@ def test_numbers_are_in_the_formats(parity, rule, monkeypatch):
         assert seen["large"] == 2
         for name, buffers in seen["state"].items():
             encoded = isinstance(format.formats, str) or name in (format.formats or {})
+            if name.endswith(("_scale", "_remainder")):  # second parts
+                assert format.formats
+                continue
             for buffer in buffers:
                 assert (buffer.dtype != np.float32) == (
                     encoded and buffer.size >= SMALLEST
