@@ -326,16 +326,22 @@ cdef class Segments:
     cdef bint accept_encoded(self, int64_t r, grad) except -1:
         """Accept a gradient that is decoded block by block. Return whether it fits."""
         cdef const fastopt_ndarray* array
+        parts = (grad,)
         if type(grad) is ndarray:
             format = format_of(grad.dtype)
         else:
-            format, (grad,) = grad
+            format, parts = grad
+        grad = parts[0]
         if format is None or self.job.double or grad.shape != self.shapes[r]:
             return False
         array = <fastopt_ndarray*> <PyObject*> grad
         if array.flags & (C_CONTIGUOUS | ALIGNED) != C_CONTIGUOUS | ALIGNED:
             return False
         self.expect(r, format)
+        for k in range(1, len(parts)):
+            array = <fastopt_ndarray*> <PyObject*> parts[k]
+            stream_of(&self.job, r, 1).parts[k] = <int64_t> array.data
+        array = <fastopt_ndarray*> <PyObject*> grad
         return self.place_encoded(r, <int64_t> array.data)
 
     cdef bint place_encoded(self, int64_t r, int64_t address) noexcept:

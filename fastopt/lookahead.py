@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import setitem
@@ -14,10 +15,12 @@ from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
 from fastopt.memory.segments import Array, Encoded
 from fastopt.optimizer import saving
+from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import no_optimizer
-from fastopt.optimizer.state import bind_alone, fill, filling
+from fastopt.optimizer.state import bind_alone, fill, filling, numbers
 from fastopt.rule import check_hyperparameter
+from fastopt.rules import passes
 from fastopt.rules.lookahead import lookahead
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
@@ -81,9 +84,9 @@ class Lookahead:
 
     def _make_room(self) -> None:
         """Make the slow weights; those of new parameters begin as these are."""
-        opt, arrays = self.opt, self.opt._params.arrays
+        opt = self.opt
         (slow,) = zeros(opt._module.state_arena, opt._params.likes, 1)
-        values = [*self._slow, *arrays[len(self._slow) :]]
+        values = [*self._slow, *map(numbers, self._streams[len(self._slow) :])]
         for new, value in zip(slow, values, strict=True):
             fill(new, value)
         pull = bind_alone(opt._module, lookahead, slow, count=self._moved)
@@ -103,13 +106,16 @@ class Lookahead:
         opt = self.opt
         self._synchronize()
         if opt.steps == 0:
-            for slow, param in self._pairs():
-                fill(slow, param)
+            for slow, stream in zip(self._slow, self._streams, strict=True):
+                fill(slow, numbers(stream))
         if (opt.steps + 1) % self.k == 0:
             vars(opt).update(opt._unplanned(), _with_step=self._due)
 
-    def _pairs(self) -> list[tuple[Array, Array]]:
-        return list(zip(self._slow, self.opt._params.arrays, strict=True))
+    @property
+    def _streams(self) -> list[Array | Encoded]:
+        """The parameters with all that is kept of them."""
+        streams: list[Array | Encoded] = self.opt._bound.streams[PARAM]
+        return streams
 
     @standard
     def _synchronize(self) -> None:
@@ -130,7 +136,7 @@ class Lookahead:
         """Return the calls that move the slow weights, unless they have been moved
         after so many steps, and then the parameters. ``values`` has, by identity, what
         arrays will contain by then; the others will contain what they do now."""
-        opt, streams = self.opt, self.opt._params.streams
+        opt, streams = self.opt, self._streams
         moving = [not opt.groups[number].frozen for number in opt._params.group_of]
         calls: list[Call] = []
         if self._moved[0] != steps:
@@ -146,13 +152,18 @@ class Lookahead:
                 *execute(self._pull, [key], Request(threads=opt._threads_now)),
                 partial(setitem, self._moved, 0, steps),
             ]
+        slow = written(calls)
+        put = bind_alone(opt._module, passes.clip, streams)
+        put.runner.take(
+            [
+                after(array, slow) if moves else None
+                for array, moves in zip(self._slow, moving, strict=True)
+            ]
+        )
+        unlimited = Key(steps, (), (-math.inf, math.inf))
         return [
             *calls,
-            *[
-                filling(param, slow)
-                for (slow, param), moves in zip(self._pairs(), moving, strict=True)
-                if moves
-            ],
+            *execute(put, [unlimited], Request(threads=opt._threads_now)),
             partial(vars(self).update, _synchronized=steps),
         ]
 

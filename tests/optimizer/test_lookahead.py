@@ -2,6 +2,7 @@
 
 import copy
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import nonzero, same_bits
@@ -266,3 +267,30 @@ def test_frozen_groups_stay_where_they_are(backend):
     for _ in range(3):
         opt.step(grads)
     assert (a == -4.5).all() and (b == (0.5 - 0.5) / 2).all()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
+@pytest.mark.parametrize("kind", ["bf16+r8", "bf16+r16", "bf16"])
+def test_parameters_with_remainders(kind, backend):
+    """With 16 bits of remainder, all is as in float32. All backends have the same bits."""
+
+    def run(param, backend, **options):
+        rng = np.random.default_rng(1)
+        opt = fastopt.Lookahead(
+            fastopt.adamw(param, lr=0.01, backend=backend, **options), k=2
+        )
+        for _ in range(5):
+            opt.step(rng.normal(size=param.size).astype(np.float32))
+        return opt
+
+    start = np.random.default_rng(0).normal(size=5003).astype(ml_dtypes.bfloat16)
+    formats = {"param": kind, "m": "m8", "v": "v8"}
+    expected = run(start.copy(), "numpy", formats=formats)
+    got = run(start.copy(), backend, formats=formats)
+    assert got.master_params().tobytes() == expected.master_params().tobytes()
+    for name, (array,) in expected.state.items():
+        assert got.state[name][0].tobytes() == array.tobytes()
+    if kind == "bf16+r16":
+        exact = start.astype(np.float32)
+        run(exact, backend, formats={"m": "m8", "v": "v8"})
+        assert got.master_params().tobytes() == exact.tobytes()
