@@ -272,7 +272,7 @@ def test_frozen_groups_stay_where_they_are(backend):
 @pytest.mark.parametrize("backend", ["numpy", "cython", "numba"])
 @pytest.mark.parametrize("kind", ["bf16+r8", "bf16+r16", "bf16"])
 def test_parameters_with_remainders(kind, backend):
-    """With 16 bits of remainder, all is as in float32. All backends have the same bits."""
+    """With 16 bits, all is as in float32. All backends have the same bits."""
 
     def run(param, backend, **options):
         rng = np.random.default_rng(1)
