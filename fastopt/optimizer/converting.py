@@ -26,9 +26,9 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     state_dict
         What ``opt.state_dict()`` returned.
     formats
-        As for an optimizer, a name or a dict: "fp32" decodes everything. What is kept
-        of the parameters besides them, "param_remainder", stays as it is; see
-        ``opt.master_params()``.
+        As for an optimizer, a name or a dict. "fp32" decodes all state, and leaves out
+        the remainders of parameters: the result is for float32 parameters, those of
+        ``opt.master_params()``. Other formats leave remainders as they are.
 
     Returns
     -------
@@ -70,6 +70,7 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     ]
     parts = {part_name(s, format) for of in before for s, format in of.items()}
     streams = [name for name in state if name not in parts]
+    streams = [name for name in streams if name != f"{PARAM}_remainder"]
     wanted = Formats(formats, state_dict["rule"], streams)
     if PARAM in wanted.common:
         raise ValueError(
@@ -79,7 +80,7 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     numbers: list[list[Array]] = []  # for each array, those of each stream
     for i, (part, old) in enumerate(zip(params, before, strict=True)):
         numbers.append([decoded(state, stream, i, old) for stream in streams])
-        kept = {PARAM: old[PARAM]} if PARAM in old else {}
+        kept = {PARAM: old[PARAM]} if PARAM in old and formats != "fp32" else {}
         for like in numbers[i][:1]:
             kept |= wanted.of(part[0][0], like, "float32", like, {*FORMATS})
         after.append(kept)

@@ -74,14 +74,19 @@ class Formats:
     ):
         self.given, self.rule, self.buffers = given, rule, sorted(set(buffers))
         self.exact = exact
-        self.common = {} if callable(given) else self._checked("formats", given)
+        self.common = {} if self.asks else self._checked("formats", given)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a callable was given, which is asked about each array."""
+        return callable(self.given) and not isinstance(self.given, type)
 
     @property
     def named(self) -> Mapping[str, str]:
         """What was given as a name or a dict, as a dict."""
         if isinstance(self.given, str):
             return self._named("formats", self.given)
-        return {} if callable(self.given) else self.given or {}
+        return {} if self.asks else self.given or {}
 
     @classmethod
     def of_rule(cls, given: Any, rule: Rule, encodes: bool) -> Formats:
@@ -90,7 +95,7 @@ class Formats:
         buffers = [name for variant in rule.all for name in variant.state]
         exact = {name for name, start in rule.starts.items() if start == "p"}
         formats = cls(given, rule.name, buffers, exact)
-        if (formats.common or callable(given)) and (rule.factored or not encodes):
+        if (formats.common or formats.asks) and (rule.factored or not encodes):
             raise TypeError(f"{rule.name} keeps its state in float32, without formats")
         return formats
 
@@ -101,7 +106,7 @@ class Formats:
         the ``known`` ones. ``like`` has the array's size and the dtype that kernels
         compute in."""
         chosen = self.common
-        if callable(self.given):
+        if self.asks:
             what = f"formats({path!r}, array)"
             chosen = self._checked(what, self.given(path, array))
         if chosen and like.dtype != COMPUTED:
@@ -136,8 +141,8 @@ class Formats:
             given = self._named(what, given)
         if not isinstance(given, Mapping):
             raise TypeError(
-                f"{what} must be a string, or a dict with the format of each buffer of "
-                f"state, got {shown(given)}"
+                f"{what} must be a name such as 'bf16' or '8bit', a dict with the "
+                f"format of each buffer of state, or a callable, got {shown(given)}"
             )
         chosen = {}
         for name, kind in given.items():
@@ -148,6 +153,11 @@ class Formats:
                 )
             names = OF_PARAMS if name == PARAM else NAMES
             check_name(f"{what}[{name!r}]", kind, names)
+            if kind == "v8" and EIGHT_BITS.get(name) == "m8":
+                raise ValueError(
+                    f"{what}[{name!r}] is 'v8', which is for numbers that are never "
+                    f"negative, such as averages of squares; use 'm8'"
+                )
             if format := names[kind]:
                 chosen[name] = format
                 if part_name(name, format) in self.buffers:
@@ -180,6 +190,20 @@ def check_name(what: str, name: Any, known: Iterable[str], more: str = "") -> No
     if not isinstance(name, str) or name not in known:
         names = ", ".join(map(repr, known))
         raise ValueError(f"{what} must be one of {names}{more}, got {name!r}")
+
+
+def spelled(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Return formats, by their own names, as users write them."""
+    names = {
+        (stream, format.name): name
+        for stream, table in ((PARAM, OF_PARAMS), ("", NAMES))
+        for name, format in table.items()
+        if format
+    }
+    return {
+        stream: names.get((PARAM if stream == PARAM else "", str(kind)), str(kind))
+        for stream, kind in chosen.items()
+    }
 
 
 def first_element(seed: Any) -> int:

@@ -56,17 +56,17 @@ class Optimizer(Storage):
         or a callable of a parameter's path, such as ``"['w'][0]"``, and the array.
         ``lambda path, array: array.ndim > 1`` spares vectors, as people do.
     formats
-        The format of the state, or a dict with that of each buffer: "fp32" (the
-        default), "bf16", "bf16_nearest", "fp16", "m8" or "v8"; "8bit" means m8 for
-        averages of gradients and v8 for those of squares. Arrays of fewer than 4,096
-        elements keep state of float32. In a dict, "param" is the format of the
-        bfloat16 parameters: "bf16_nearest" (the default), "bf16", "bf16+r8" or
-        "bf16+r16". A callable of an array's path and the array returns any of these.
-        "bf16", "m8" and "v8" round stochastically, with the same random numbers on
-        every backend and in a resumed run. See docs/formats.md.
+        The format of the state: "fp32" (the default), "bf16", "bf16_nearest", "fp16",
+        or "8bit", which means "m8" for averages of gradients and "v8" for averages of
+        squares. Or a dict with the format of each buffer, one of these or "m8" or
+        "v8". In a dict, "param" is the format of bfloat16 parameters: "bf16_nearest"
+        (the default), "bf16", "bf16+r8", "bf16+r8_nearest" or "bf16+r16". Or a callable
+        of an array's path and the array that returns any of these. Arrays of fewer than
+        4,096 elements keep state of float32. See docs/formats.md.
     seed
-        What is rounded stochastically is drawn by this number, the index of the
-        element and the number of the step. A resumed run needs the same.
+        Chooses the random numbers of stochastic rounding, from 0 to 2**32 - 1. They
+        also depend on the index of the element and on the number of the step, so a
+        resumed run with the same seed draws the same numbers.
     copy_to
         Arrays of bfloat16 or float16, or None, in the structure of the parameters.
         Each step that updates a float32 parameter also writes it there, rounded to

@@ -14,7 +14,7 @@ from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
 from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
-from fastopt.optimizer.formats import buffers_of
+from fastopt.optimizer.formats import PARAM, buffers_of, spelled
 from fastopt.optimizer.state import fill, filling
 from fastopt.rule import check_hyperparameter, shown
 from fastopt.runtime.atomic import Call
@@ -140,11 +140,17 @@ def check_formats(
         )
     for name in names:
         if saved.get(name, {}) != ours.get(name, {}):
+            theirs, here = saved.get(name) or {}, ours.get(name) or {}
+            if not isinstance(theirs, Mapping):
+                raise TypeError(f'state["formats"][{name!r}] must be a dict')
+            advice = "or use fastopt.convert_state"
+            if theirs.get(PARAM) != here.get(PARAM):
+                advice = "or see convert_state, master_params and load_master_params"
             raise ValueError(
                 f"the state of parameter {name} has the formats "
-                f"{saved.get(name) or 'of float32 only'}, but this optimizer "
-                f"{ours.get(name) or 'has float32 only'}; make it with the formats "
-                f"that the state was saved with, or use fastopt.convert_state"
+                f"{spelled(theirs) or 'of plain state'}, but this optimizer has "
+                f"{spelled(here) or 'plain state'}; make it with the formats that the "
+                f"state was saved with, {advice}"
             )
 
 

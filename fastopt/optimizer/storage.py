@@ -74,6 +74,8 @@ class Storage(Bindings):
         """
         pending = self._pending or self._spare
         buffers = {PARAM: self._params.arrays, **self._bound.state}
+        copies = [copy.parts[0] for copy in self._params.copies if copy is not None]
+        buffers["copy"] = copies
         buffers["ema"] = self._bound.averages or []
         buffers["accumulated"] = pending.sums if pending else []
         rows = []
@@ -91,8 +93,8 @@ class Storage(Bindings):
 
     @exclusive
     def master_params(self) -> Any:
-        """Return the parameters in float32 or float64, with all bits that are kept of
-        them, as new arrays in their structure: those of "bf16+r8" and "bf16+r16" with
+        """Return the parameters with all bits that are kept of them, as new arrays of
+        float32 (or float64) in their structure. Those of "bf16+r8" and "bf16+r16" have
         their remainders."""
         self._params.watch.check()
         tree, arrays = self._params.like(computed=True)
@@ -102,8 +104,8 @@ class Storage(Bindings):
 
     @exclusive
     def load_master_params(self, masters: Any) -> None:
-        """Set the parameters to those of :meth:`master_params`, or to others in their
-        structure and shapes, and set what is kept of them besides."""
+        """Set the parameters, and their remainders, to numbers of float32 in the
+        structure of the parameters, such as those of :meth:`master_params`."""
         self._params.watch.check()
         values: list[Any] = []
         checks.collect(self._params.layout, masters, "", values, "masters")

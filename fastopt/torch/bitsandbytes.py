@@ -51,6 +51,11 @@ def from_bitsandbytes(
     >>> opt.state[w]["exp_avg"]
     tensor([1., 1., 1., 1.])
     """
+    if not isinstance(optimizer, Stepping) or not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"from_bitsandbytes takes a state_dict and an optimizer of fastopt.torch, "
+            f"got {type(state_dict).__name__} and {type(optimizer).__name__}"
+        )
     ours = optimizer.state_dict()
     theirs, own = state_dict["param_groups"], ours["param_groups"]
     counts = [[len(group["params"]) for group in of] for of in (theirs, own)]
@@ -75,6 +80,8 @@ def from_bitsandbytes(
     state = {}
     for index, entry in state_dict["state"].items():
         flat = {**entry, **entry.get(NESTED, {})}
+        if index not in keys:
+            raise ValueError(f"the state is of parameter {index}, which no group has")
         there = [name for name in ("state1", "state2") if name in flat]
         if len(there) != len(keys[index]):
             raise ValueError(
@@ -98,6 +105,9 @@ def numbers(state: Mapping[str, Any], name: str) -> Tensor:
     if stored.dtype is not torch.uint8:
         return stored.float()
     number = name[-1]
+    lacking = [k for k in (f"absmax{number}", f"qmap{number}") if k not in state]
+    if lacking:
+        raise ValueError(f"{name} has codes, but the state has no {lacking[0]}")
     scales, values = state[f"absmax{number}"].float(), state[f"qmap{number}"].float()
     count = stored.numel()
     block = next((b for b in BLOCKS if -(-count // b) == scales.numel()), None)

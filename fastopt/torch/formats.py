@@ -17,7 +17,7 @@ from fastopt.memory.arena import aligned
 from fastopt.memory.formats import COMPUTED, FORMATS, Format
 from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array, Encoded
-from fastopt.optimizer.formats import PARAM, Chosen, Formats
+from fastopt.optimizer.formats import OF_PARAMS, PARAM, Chosen, Formats, check_name
 from fastopt.rule import Rule
 from fastopt.torch.memory import array, at_address, computed, numbers
 
@@ -49,12 +49,15 @@ class Wanted(NamedTuple):
         Whether the optimizer counts steps. What is rounded stochastically needs that.
     scales
         Whether its state may have scales.
+    keys
+        The keys of the state, by the rule's names of buffers.
     """
 
     formats: Any = None
     master: str | None = None
     counts: bool = True
     scales: bool = True
+    keys: Mapping[str, str] = {}
 
     @property
     def any(self) -> bool:
@@ -74,19 +77,33 @@ class Wanted(NamedTuple):
 
     def of_rule(self, rule: Rule) -> Formats:
         """Check the arguments for a rule, and return them as the core's."""
-        given = self.formats
         if self.master is not None:
-            if callable(given):
-                raise TypeError(
-                    "master has no effect beside a callable of formats: let it return "
-                    f"{{'param': {self.master!r}, ...}}"
-                )
-            more = Formats.of_rule(given, rule, True).named if given else {}
-            given = {**more, PARAM: self.master}
+            check_name("master", self.master, OF_PARAMS)
+        given = self.formats
+        asks = callable(given) and not isinstance(given, type)
+        if asks:
+            given = lambda *about: self._with_master(self.formats(*about), rule)  # noqa: E731
+        elif given is not None or self.master is not None:
+            given = self._with_master(given, rule)
         formats = Formats.of_rule(given, rule, True)
         for format in formats.common.values():
             self._counted(format)
         return formats
+
+    def _with_master(self, given: Any, rule: Rule) -> Any:
+        """Return formats with that of the parameters, by the rule's names."""
+        if isinstance(given, Mapping):
+            rules = {key: name for name, key in self.keys.items()}
+            given = {rules.get(key, key): kind for key, kind in given.items()}
+        if self.master is None:
+            return given
+        named = {} if given is None else Formats.of_rule(given, rule, True).named
+        if PARAM in named:
+            raise ValueError(
+                f"master and formats[{PARAM!r}] both say how parameters are kept; "
+                f"leave one out"
+            )
+        return {**named, PARAM: self.master}
 
     def _counted(self, format: Format) -> Format:
         """Return a format, or that which rounds to nearest if steps are not counted."""
@@ -102,8 +119,9 @@ class Wanted(NamedTuple):
         if format is FORMATS["bf16_sr"] and self.master is None:
             return FORMATS["bf16"]
         raise ValueError(
-            f"format {format.name!r} rounds by the number of the step, but this "
-            f"optimizer does not count its steps, as torch's does not"
+            f"format {format.name!r} draws random numbers by the number of the step, "
+            f"but this optimizer does not count its steps, as torch's does not; use "
+            f"'bf16', which rounds to nearest here, or another optimizer, such as SGDW"
         )
 
 

@@ -133,6 +133,9 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
     """Make the buffers that members lack, and return the keys of all. The buffers of a
     run lie one after the other in memory, as its members do."""
     rule, members, keys = kind.rule, kind.members, kind.keys
+    if PARAM not in keys:
+        for member in members:  # of an optimizer with another master
+            member.state.pop(formats.REMAINDER, None)
     apart = {
         (i, name)
         for run in runs

@@ -25,6 +25,7 @@ from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import Part, estimate
 from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
 from fastopt.torch.stateful import Stateful
+from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Overtaken
 
 if TYPE_CHECKING:
@@ -54,17 +55,20 @@ class Stepping(Stateful):
         parameters, state has the dtype that is computed in.
     formats
         The format of the state of parameters of 4,096 elements and more: a name such as
-        "bf16" or "8bit", a dict with the format of each of the rule's buffers, or a
-        callable of a parameter's name and the parameter that returns one of these. See
-        docs/formats.md. What is rounded stochastically draws the same numbers in the
-        same run; SGD does not count its steps, so it rounds to nearest.
+        "bf16" or "8bit", a dict with the format of each buffer, such as
+        ``{"exp_avg": "m8"}``, or a callable of a parameter's name (empty if torch has
+        none: pass ``named_parameters()``) and the parameter that returns one of these.
+        See docs/formats.md. SGD does not count its steps, so "bf16" rounds to nearest
+        there.
     master
-        What is kept of bfloat16 parameters: "bf16+r8" or "bf16+r16" keep a remainder of
-        8 or 16 bits in the state, so that updates are as precise as those of 24-bit
-        numbers or of float32; "bf16" rounds stochastically.
+        How bfloat16 parameters are kept: with "bf16+r8" or "bf16+r16", the state has a
+        remainder of 8 or 16 bits for each, so that updates are as precise as those of
+        24-bit numbers or of float32. "bf16" rounds them stochastically. By default,
+        they are rounded to nearest.
     seed
-        What is rounded stochastically is drawn by this number, the index of the
-        element and the number of the step. A resumed run needs the same.
+        Chooses the random numbers of stochastic rounding. They also depend on the
+        index of the element and on the number of the step, so a resumed run with the
+        same seed draws the same numbers.
     copy_to
         A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
         write float32 parameters there, rounded to nearest, in the same pass.
@@ -142,7 +146,7 @@ class Stepping(Stateful):
     @Arguments
     def __signature__(cls) -> inspect.Signature:
         """Return the arguments that ``help`` shows: the next class's, and ours."""
-        after: Any = cls.__mro__[cls.__mro__.index(Stateful) + 1]
+        after: Any = cls.__mro__[cls.__mro__.index(Storage) + 1]
         _, *taken = inspect.signature(after.__init__).parameters.values()
         return inspect.Signature([*taken, *extras()])
 

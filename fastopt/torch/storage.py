@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastopt.memory.formats import FORMATS
 from fastopt.memory.segments import Array
+from fastopt.optimizer.formats import PARAM
+from fastopt.optimizer.storage import Usage
 from fastopt.rule import Rule
-from fastopt.torch.formats import Wanted, master
+from fastopt.torch.formats import REMAINDER, Wanted, encode, master, tensor_dtype
 from fastopt.torch.memory import HALVES, is_dense, same_layout
 from fastopt.torch.state import Names
 from fastopt.torch.turns import Turns
@@ -49,7 +52,12 @@ class Storage(Optimizer):
         """Check ``copy_to``, and keep it by parameter."""
         if self.copy_to is None:
             return
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._params
+        if isinstance(self.copy_to, (Mapping, torch.nn.Module)):
+            raise TypeError(
+                f"copy_to must be a list with a tensor or None for each parameter, got "
+                f"{type(self.copy_to).__name__}; pass list(model.parameters())"
+            )
         given = list(self.copy_to)
         if len(given) != len(params):
             raise ValueError(
@@ -78,6 +86,12 @@ class Storage(Optimizer):
             )
         for rule in rules if wanted.any else ():
             wanted.of_rule(rule)
+        dtypes = {param.dtype for param in self._params}
+        if self.master is not None and torch.bfloat16 not in dtypes:
+            raise TypeError(
+                f"master is for parameters of bfloat16, but these are of "
+                f"{', '.join(sorted(map(str, dtypes)))}"
+            )
 
     @property
     def _wanted(self) -> Wanted:
@@ -86,7 +100,8 @@ class Storage(Optimizer):
         if self.state_dtype is torch.bfloat16:
             formats = "bf16"
         counts = self._names.steps is not None
-        return Wanted(formats, self.master, counts, self._scales)
+        names = self._names.keys
+        return Wanted(formats, self.master, counts, self._scales, names)
 
     @property
     def nonfinite_groups(self) -> int:
@@ -97,9 +112,62 @@ class Storage(Optimizer):
     def master_params(self) -> list[Tensor]:
         """Return each parameter with all bits that are kept of it, as a new tensor in
         the dtype that is computed in."""
-        params = [param for group in self.param_groups for param in group["params"]]
         with self._turns.lock:
-            return [master(param, self.state.get(param, {})) for param in params]
+            return [master(param, self.state.get(param, {})) for param in self._params]
+
+    def load_master_params(self, masters: Sequence[Tensor]) -> None:
+        """Set each parameter, and its remainder, to a tensor of float32 in its shape,
+        such as those of :meth:`master_params`."""
+        params, wanted, pairs = self._params, self._wanted, []
+        if [param.shape for param in params] != [m.shape for m in masters]:
+            raise ValueError(
+                f"masters must be tensors of the shapes "
+                f"{[tuple(param.shape) for param in params]}"
+            )
+        for group in self.param_groups:
+            rule, known = self._rule(group), frozenset(FORMATS)
+            for param in group["params"]:
+                chosen = wanted.of(rule, "", param, known) if wanted.master else {}
+                pairs.append((param, chosen.get(PARAM)))
+        with self._turns.lock, torch.no_grad():
+            for (param, format), values in zip(pairs, masters, strict=True):
+                if format is None or format.second is None:
+                    param.copy_(values)
+                    continue
+                dtype = tensor_dtype(format, second=True)
+                rest = torch.empty_like(param, dtype=dtype, requires_grad=False)
+                encode(param.detach(), rest, format, values)
+                self.state[param][REMAINDER] = rest
+
+    def memory(self) -> Usage:
+        """Return the bytes of each buffer, in all and for each parameter, as the core's
+        ``opt.memory()``."""
+        params = self._params
+        buffers: dict[str, list[Tensor]] = {PARAM: list(params)}
+        for param in params:
+            for key, value in self.state.get(param, {}).items():
+                if isinstance(value, Tensor) and value.dim():
+                    buffers.setdefault(key, []).append(value)
+        buffers["copy"] = list((self.copy_to or {}).values())
+        rows = [
+            (name, kinds(tensors), sum(t.numel() * t.element_size() for t in tensors))
+            for name, tensors in buffers.items()
+            if tensors
+        ]
+        return Usage(sum(param.numel() for param in params), tuple(rows))
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        raise NotImplementedError
+
+
+def kinds(tensors: Sequence[Tensor]) -> str:
+    """Return the names of tensors' dtypes."""
+    names = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+    return ", ".join(dict.fromkeys(names))
 
 
 def check_copy(param: Tensor, copy: Tensor) -> None:

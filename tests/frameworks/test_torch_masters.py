@@ -2,6 +2,7 @@
 bits of the core."""
 
 import copy
+import inspect
 import io
 
 import numpy as np
@@ -219,8 +220,10 @@ def test_torchs_own_step_ends_remainders():
     ("options", "message"),
     [
         ({"formats": "4bit"}, "formats must be one of 'fp32'"),
-        ({"formats": {"exp_avg": "m8"}}, "has 'exp_avg', but adamw keeps m, v"),
-        ({"master": "r8"}, r"formats\['param'\] must be one of 'bf16'"),
+        ({"formats": {"q": "m8"}}, "has 'q', but adamw keeps m, v"),
+        ({"formats": {"exp_avg": "v8"}}, "never negative"),
+        ({"master": "r8"}, "master must be one of 'bf16'"),
+        ({"master": "bf16", "formats": {"param": "bf16"}}, "leave one out"),
         ({"formats": "8bit", "state_dtype": torch.bfloat16}, "leave one out"),
     ],
 )
@@ -230,6 +233,8 @@ def test_refused(options, message):
     for kind in (ft.Adafactor, ft.Muon):
         with pytest.raises(ValueError, match="has float32 state only"):
             kind([torch.nn.Parameter(torch.ones(3, 3))], master="bf16+r8")
+    with pytest.raises(TypeError, match="bfloat16, but these are of torch.float32"):
+        ft.AdamW(params_of(torch.float32), master="bf16+r8")
     with pytest.raises(ValueError, match="its state_dict has other numbers"):
         ft.RMSprop(params_of(torch.float32), formats="8bit")
 
@@ -287,3 +292,51 @@ def test_refused_copies():
     param = torch.nn.Parameter(memory[:20])
     with pytest.raises(ValueError, match="overlap each other or a parameter"):
         ft.AdamW([param], copy_to=[memory.view(torch.bfloat16)[30:50]])
+
+
+def test_master_parameters_can_be_loaded():
+    """Before the first step and after it."""
+    exact = [torch.from_numpy(array) for array in drawn(3)]
+    for steps in (0, 1):
+        params = params_of(torch.bfloat16)
+        opt = ft.AdamW(params, lr=0.0, weight_decay=0.0, master="bf16+r16")
+        for _ in range(steps):
+            give(params, 1)
+            opt.step()
+        opt.load_master_params(exact)
+        give(params, 2)
+        opt.step()
+        assert all(map(torch.equal, opt.master_params(), exact))
+        for param, value in zip(params, exact, strict=True):
+            torch.testing.assert_close(param.float(), value, rtol=2**-8, atol=0)
+    with pytest.raises(ValueError, match="tensors of the shapes"):
+        opt.load_master_params(exact[1:])
+
+
+def test_a_master_beside_a_callable_and_the_memory():
+    model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
+    model.to(torch.bfloat16)
+    opt = ft.AdamW(
+        model.named_parameters(),
+        formats=lambda name, param: "fp32" if name.startswith("0.") else "8bit",
+        master="bf16+r8",
+    )
+    model(torch.tensor([1, 2])).sum().backward()
+    opt.step()
+    kinds = [opt.state[p]["exp_avg"].dtype for p in model.parameters()]
+    assert kinds == [torch.float32, torch.int8, torch.float32]
+    assert all(opt.state[p]["remainder"].any() for p in model.parameters())
+    sizes = {name: size for name, _, size in opt.memory().buffers}
+    count = 12_900
+    assert sizes["param"] == 2 * count and sizes["remainder"] == count
+    assert sizes["exp_avg"] == 4 * 6500 + 6400 and sizes["exp_avg_scale"] == 400
+    without = ft.AdamW(model.named_parameters())
+    without.load_state_dict(opt.state_dict())
+    without.step()
+    assert "remainder" not in without.state[model[0].weight]
+
+
+def test_the_signature_is_torchs_and_ours():
+    names = [*inspect.signature(ft.AdamW).parameters]
+    assert names[:3] == ["params", "lr", "betas"] and "defaults" not in names
+    assert {"formats", "master", "copy_to", "seed"} <= {*names}

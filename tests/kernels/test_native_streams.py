@@ -464,7 +464,7 @@ for name in ("adamw", "sgd+momentum", "lion"):
 R8, R16, M8, V8 = range(5, 9)
 PARTS = {
     "bf16+r8": ("m8", "v8", (R8, M8, V8)),
-    "bf16+r16": ("v8", "m8", (R16, V8, M8)),
+    "bf16+r16": ("m8", "m8", (R16, M8, M8)),
 }
 
 

@@ -201,3 +201,24 @@ def test_a_mutant_that_keeps_the_bits_of_nan_is_caught(monkeypatch):
     monkeypatch.setattr(formats, "UPPER16", word(0xFFFFFFFF))
     with pytest.raises(AssertionError):
         test_infinities_and_nan(R16)
+
+
+def test_a_run_goes_on_with_float32_parameters():
+    """And the error of a state that does not fit says what users can type."""
+    param = np.ones(5000, bfloat16)
+    opt = fastopt.adamw(param, lr=1e-3, formats={"param": "bf16+r8", "m": "m8"})
+    opt.step(np.ones(5000, np.float32))
+    saved = opt.state_dict()
+    with pytest.raises(
+        ValueError, match=r"'param': 'bf16\+r8'.* see convert_state, ma"
+    ):
+        fastopt.adamw(np.ones(5000, bfloat16)).load_state_dict(saved)
+    masters = opt.master_params()
+    exact = fastopt.adamw(masters, lr=1e-3)
+    exact.load_state_dict(fastopt.convert_state(saved, "fp32"))
+    for other in (exact, opt):
+        other.step(np.ones(5000, np.float32))
+    np.testing.assert_allclose(opt.master_params(), masters, rtol=2**-15)
+    assert set(exact.state) == {"m", "v"}
+    kept = fastopt.convert_state(saved, {"m": "bf16"})
+    assert kept["state"].keys() == {"m", "v", "param_remainder"}

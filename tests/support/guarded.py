@@ -182,8 +182,7 @@ def core_makes(shape: Any) -> Iterator[Makes]:
     def make(params: Any, rule: Any, values: Any, **options: Any) -> Any:
         if options.get("formats") == "coded":  # whatever they are averages of
             names = {name for variant in rule.all for name in variant.state}
-            kinds = itertools.cycle(["m8", "v8"])
-            options["formats"] = dict(zip(sorted(names), kinds, strict=False))
+            options["formats"] = {k: of_state.EIGHT_BITS.get(k, "m8") for k in names}
             if params[0].dtype == bfloat16:
                 options["formats"]["param"] = "bf16+r8"
         return rule(params, **values, **options)
