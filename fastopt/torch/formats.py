@@ -80,10 +80,12 @@ class Wanted(NamedTuple):
         if self.master is not None:
             check_name("master", self.master, OF_PARAMS)
         given = self.formats
-        asks = callable(given) and not isinstance(given, type)
-        if asks:
-            given = lambda *about: self._with_master(self.formats(*about), rule)  # noqa: E731
-        elif given is not None or self.master is not None:
+        if callable(given) and not isinstance(given, type):
+
+            def given(*about: Any) -> Any:
+                return self._with_master(self.formats(*about), rule)
+
+        elif self.any:
             given = self._with_master(given, rule)
         formats = Formats.of_rule(given, rule, True)
         for format in formats.common.values():
