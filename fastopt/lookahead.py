@@ -153,7 +153,8 @@ class Lookahead:
                 partial(setitem, self._moved, 0, steps),
             ]
         slow = written(calls)
-        put = bind_alone(opt._module, passes.clip, streams)
+        copies = opt._params.copies
+        put = bind_alone(opt._module, passes.clip, streams, copies=copies)
         put.runner.take(
             [
                 after(array, slow) if moves else None

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from fastopt.memory.arena import aligned
 from fastopt.memory.formats import COMPUTED, FORMATS, format_of
 from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM, Chosen, Formats, buffers_of, part_name
 from fastopt.optimizer.saving import KEYS
 from fastopt.rule import shown
+from fastopt.rules import CLASS_RULES, RULES
 
 EMPTY = np.empty(0, COMPUTED)
+ALL = frozenset(FORMATS)
 
 
 def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]:
@@ -71,7 +74,12 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     parts = {part_name(s, format) for of in before for s, format in of.items()}
     streams = [name for name in state if name not in parts]
     streams = [name for name in streams if name != f"{PARAM}_remainder"]
-    wanted = Formats(formats, state_dict["rule"], streams)
+    rules = {rule.name: rule for rule in (*RULES, *CLASS_RULES)}
+    rule = rules.get(state_dict["rule"])  # None: a user's own
+    if rule is None:
+        wanted = Formats(formats, state_dict["rule"], streams)
+    else:
+        wanted = Formats.of_rule(formats, rule, True)
     if PARAM in wanted.common:
         raise ValueError(
             f"convert_state converts the state, not the parameters: leave {PARAM!r} out"
@@ -81,9 +89,9 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     for i, (part, old) in enumerate(zip(params, before, strict=True)):
         numbers.append([decoded(state, stream, i, old) for stream in streams])
         kept = {PARAM: old[PARAM]} if PARAM in old and formats != "fp32" else {}
-        for like in numbers[i][:1]:
-            kept |= wanted.of(part[0][0], like, "float32", like, {*FORMATS})
-        after.append(kept)
+        size = sum(math.prod(shape) for _, shape in part)
+        like = numbers[i][0] if streams else aligned(COMPUTED, (size,))
+        after.append(kept | dict(wanted.of(part[0][0], like, "float32", like, ALL)))
     converted: dict[str, list[Array]] = {
         name: list(state[name]) if buffer.stream == PARAM else []
         for name, buffer in buffers_of(streams, after).items()

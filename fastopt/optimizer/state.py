@@ -180,7 +180,7 @@ class Bound:
                 continue
             for i in range(first, len(params.arrays)):
                 start, named = self.rule.starts[name], values[params.set_of[i]]
-                value: Any = params.arrays[i]
+                value: Any = numbers(self.streams[PARAM][i])
                 if start != "p":  # rounded as other numbers are, before it is encoded
                     value = float(params.dtype.type(self.rule.start(start, named)))
                 for call in filling_stream(self.streams[name][i], value):
@@ -188,8 +188,9 @@ class Bound:
         if not self.steps:
             for row, of_set in enumerate(self.sets):
                 self.program.carry[:, row] = self.rule.first_carry(values[of_set])
-            for average, param in zip(self.averages or (), params.arrays, strict=False):
-                fill(average, param)
+            pairs = zip(self.averages or (), self.streams[PARAM], strict=False)
+            for average, param in pairs:
+                fill(average, numbers(param))
 
     def keys(self, values: Sequence[Values], factor: float = 1.0) -> list[Key]:
         """Return what the next step computes each row of scalars from: with the
@@ -281,15 +282,22 @@ def bind_alone(
     row_of: Sequence[int] | None = None,
     state: Sequence[Sequence[Array]] = (),
     count: Array | None = None,
+    copies: Sequence[Encoded | None] = (),
 ) -> Program:
     """Bind a rule to arrays that are no optimizer's parameters, with a row of scalars
-    for all of them, or ``row_of`` each; ``state`` has for each buffer its arrays."""
+    for all of them, or ``row_of`` each; ``state`` has for each buffer its arrays, and
+    ``copies`` are where arrays are copied to."""
     firsts = np.cumsum([0, *(array.size for array in arrays)]).tolist()
     rows = [0] * len(arrays) if row_of is None else row_of
     segments = [
-        Segment(array, tuple(streams), row, first=first)
-        for array, row, first, *streams in zip(
-            arrays, rows, firsts[:-1], *state, strict=True
+        Segment(array, tuple(streams), row, first=first, copy=copy)
+        for array, row, first, copy, *streams in zip(
+            arrays,
+            rows,
+            firsts[:-1],
+            copies or [None] * len(arrays),
+            *state,
+            strict=True,
         )
     ]
     return Program(module, rule, segments, count=count)

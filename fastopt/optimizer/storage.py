@@ -118,6 +118,9 @@ class Storage(Bindings):
                     f"{getattr(value, 'shape', type(value).__name__)}"
                 )
             calls += filling_stream(stream, value)
+        for value, copy in zip(values, self._params.copies, strict=True):
+            if copy is not None:
+                calls += filling_stream(copy, value)
         uninterrupted(*calls)
 
     @exclusive

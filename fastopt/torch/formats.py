@@ -19,7 +19,7 @@ from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array, Encoded
 from fastopt.optimizer.formats import OF_PARAMS, PARAM, Chosen, Formats, check_name
 from fastopt.rule import Rule
-from fastopt.torch.memory import array, at_address, computed, numbers
+from fastopt.torch.memory import array, at_address, computed, is_dense, numbers
 
 # The tensors of a format's parts, by the names of their dtypes.
 TENSORS = {
@@ -200,8 +200,15 @@ def decoded(state: Mapping[str, Any], key: str) -> Tensor:
     """Return a buffer of a parameter's state, as float32 if it is codes with scales."""
     tensor: Tensor = state[key]
     scales = state.get(f"{key}_{SCALE}")
-    if tensor.dtype not in CODES or not isinstance(scales, Tensor):
+    if tensor.dtype not in CODES:
         return tensor
+    groups = -(-tensor.numel() // GROUP)
+    if not isinstance(scales, Tensor) or scales.shape != (groups,):
+        raise ValueError(
+            f"the state has {key!r} in 8 bits, which needs {key}_{SCALE!s} with "
+            f"{groups} numbers; load the state as it was saved"
+        )
+    tensor = tensor if is_dense(tensor) else tensor.contiguous()
     parts = words_of(tensor), scales.detach().cpu().numpy()
     values = torch.from_numpy(CODES[tensor.dtype].read(parts))
     result = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)

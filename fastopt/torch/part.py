@@ -102,7 +102,9 @@ class Part:
             if format := member.chosen.get(PARAM):
                 rest = member.state.get(formats.REMAINDER)
                 memory = formats.stream(param, format, rest, self.not_stored, count)
-            of_copy = None if member.copy is None else array(member.copy, count)
+            of_copy = (
+                None if member.copy is None else array(member.copy.detach(), count)
+            )
             own = average, member.first, of_copy
             segments.append(Segment(memory, state, r, *own))
         self.program = Program(

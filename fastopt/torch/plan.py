@@ -135,7 +135,12 @@ class Plan:
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = gradients is not None
             chosen = wanted.of(rule, named_params[param], param, module.formats)
-            chosen = chosen if plain else {}
+            if chosen and not plain:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} has gaps in memory, so "
+                    f"it has no formats; make it contiguous, or leave formats and "
+                    f"master out"
+                )
             of = param, chosen, place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain, chosen.get(PARAM)
             member = Member(*of, alone, firsts[param])

@@ -382,10 +382,12 @@ class Stepping(Stateful):
         if theirs is Optimizer.step:
             raise RuntimeError(f"{name} does not support {reason}")
         asked = order.request._replace(threads=PLAIN.threads) != PLAIN
-        if asked or order.gradients is not None or self.weight_decay_mask is not None:
+        asked |= self.weight_decay_mask is not None or self.copy_to is not None
+        if asked or order.gradients is not None:
             raise RuntimeError(
                 f"{reason} are left to torch's own {name}, which has no "
-                f"{', '.join(OPTIONS)}, ema, grads, weights and weight_decay_mask"
+                f"{', '.join(OPTIONS)}, ema, grads, weights, weight_decay_mask and "
+                f"copy_to"
             )
         if order.scale != 1:
             with torch.no_grad():

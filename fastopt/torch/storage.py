@@ -74,7 +74,7 @@ class Storage(Optimizer):
         )
         if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
             raise ValueError("tensors in copy_to overlap each other or a parameter")
-        self.copy_to = {param: copy.detach() for param, copy in pairs}
+        self.copy_to = dict(pairs)  # the tensors themselves, whose memory may move
 
     def _check_formats(self, rules: Sequence[Rule]) -> None:
         """Check the formats of state and parameters for these rules."""

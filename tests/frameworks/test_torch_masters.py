@@ -340,3 +340,58 @@ def test_the_signature_is_torchs_and_ours():
     names = [*inspect.signature(ft.AdamW).parameters]
     assert names[:3] == ["params", "lr", "betas"] and "defaults" not in names
     assert {"formats", "master", "copy_to", "seed"} <= {*names}
+
+
+def test_copies_may_move():
+    model = torch.nn.Linear(80, 80, dtype=torch.bfloat16)
+    params = [torch.nn.Parameter(p.detach().float()) for p in model.parameters()]
+    opt = ft.SGD(params, lr=0.5, copy_to=list(model.parameters()))
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        for param, copied in zip(params, model.parameters(), strict=True):
+            assert torch.equal(copied, param.to(torch.bfloat16))
+        ft.flatten_(model)
+    params[0].grad = torch.ones_like(params[0]).to_sparse()
+    with pytest.raises(RuntimeError, match="weight_decay_mask and copy_to"):
+        opt.step()
+
+
+def test_what_formats_cannot_be_is_refused():
+    gaps = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16)[:, :50])
+    opt = ft.AdamW([gaps], master="bf16+r16")
+    gaps.grad = torch.ones_like(gaps)
+    with pytest.raises(ValueError, match="has gaps in memory, so it has no formats"):
+        opt.step()
+    params = params_of(torch.float32)
+    opt = ft.AdamW(params, formats="8bit")
+    give(params, 1)
+    opt.step()
+    saved = opt.state_dict()
+    del saved["state"][0]["exp_avg_scale"]
+    for formats in ("8bit", None):
+        other = ft.AdamW(params, formats=formats)
+        other.load_state_dict(copy.deepcopy(saved))
+        with pytest.raises(ValueError, match="'exp_avg' in 8 bits, which needs"):
+            other.step()
+
+
+def test_codes_in_any_layout():
+    params = params_of(torch.float32)
+    opt = ft.AdamW(params, lr=0.1, formats="8bit")
+    give(params, 1)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    codes = saved["state"][1]["exp_avg"]
+    wide = torch.zeros(2 * codes.numel(), dtype=codes.dtype)
+    wide[::2] = codes
+    saved["state"][1]["exp_avg"] = wide[::2]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = ft.AdamW(others, formats="8bit")
+    other.load_state_dict(saved)
+    give(params, 2)
+    give(others, 2)
+    opt.step()
+    other.step()
+    torch.testing.assert_close(others[1], params[1], rtol=1e-3, atol=2e-3)

@@ -222,3 +222,41 @@ def test_a_run_goes_on_with_float32_parameters():
     assert set(exact.state) == {"m", "v"}
     kept = fastopt.convert_state(saved, {"m": "bf16"})
     assert kept["state"].keys() == {"m", "v", "param_remainder"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fastopt.dog, fastopt.schedule_free_adamw, fastopt.madgrad, fastopt.prodigy],
+    ids=lambda rule: rule.name,
+)
+def test_what_begins_as_a_copy_of_the_parameters_has_their_remainders(rule):
+    """And so have moving averages."""
+    exact = np.full(5003, 1.001, np.float32)
+    opt = rule(
+        np.ones(5003, bfloat16), formats={"param": "bf16+r16"}, ema=0.5, backend="numpy"
+    )
+    opt.load_master_params(exact)
+    other = rule(exact, ema=0.5)
+    for seed in range(3):
+        grad = np.random.default_rng(seed).normal(size=5003).astype(np.float32)
+        opt.step(grad)
+        other.step(grad)
+    assert same_bits(opt.master_params(), exact)
+    assert same_bits(opt.ema_params, other.ema_params)
+    for name, (array,) in other.state.items():
+        assert same_bits(opt.state[name][0], array)
+
+
+@pytest.mark.parametrize("name", ["bf16", "8bit"])
+@pytest.mark.parametrize(
+    "rule", [fastopt.schedule_free_adamw, fastopt.sgd, fastopt.rmsprop]
+)
+def test_converted_state_fits_an_optimizer_of_that_name(rule, name):
+    """Copies of the parameters stay float32. Switches that are off have no state."""
+    param = np.ones(5000, np.float32)
+    opt = rule(param, lr=0.1)
+    opt.step(np.ones(5000, np.float32))
+    other = rule(param, lr=0.1, formats=name)
+    other.load_state_dict(fastopt.convert_state(opt.state_dict(), name))
+    again = fastopt.convert_state(other.state_dict(), name)
+    rule(param, lr=0.1, formats=name).load_state_dict(again)

@@ -103,3 +103,15 @@ def test_overlaps_are_refused(backend):
     opt = fastopt.gd(np.ones(4, "f4"), copy_to=copy, backend=backend)
     with pytest.raises(ValueError, match="overlaps the parameters or their state"):
         opt.step(copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_follow_whatever_moves_the_parameters(backend):
+    """A Lookahead's synchronization, and loaded masters."""
+    param, copy = np.ones(5000, np.float32), np.zeros(5000, bfloat16)
+    opt = fastopt.Lookahead(fastopt.gd(param, lr=0.5, copy_to=copy, backend=backend), 2)
+    for _ in range(2):
+        opt.step(np.ones(5000, np.float32))
+    assert (param == 0.5).all() and (copy == 0.5).all()
+    opt.load_master_params(np.full(5000, 3, np.float32))
+    assert (param == 3).all() and (copy == 3).all()
