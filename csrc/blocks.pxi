@@ -111,6 +111,47 @@ cdef inline void store_copy(
         )
 
 
+cdef inline bint is_finite_block(const uint32_t* words, int64_t n) noexcept nogil:
+    """Whether all numbers of float32 are finite, by their bits: only if they are not, a sum
+    reaches the sign. Compilers vectorize this."""
+    cdef int64_t i
+    cdef uint32_t found = 0
+    for i in range(n):
+        found = found | ((words[i] & 0x7FFFFFFF) + 0x00800000)
+    return found < <uint32_t> 0x80000000
+
+
+cdef void hold_together(
+    const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
+    const int64_t* local
+) noexcept nogil:
+    """If a group of one stream with scales is not finite, and so will not be stored, let
+    those of the others be neither: a new average without the other would make a step of any
+    length."""
+    cdef int64_t c, k, m, bad, scaled = 0
+    cdef float* x
+    cdef bint finite = True
+    for c in range(first, end):
+        if stream_of(job, r, c).scaled:
+            scaled += 1
+            x = <float*> local[c] + start
+            finite = finite and is_finite_block(<const uint32_t*> x, n)
+    if finite or scaled < 2:
+        return
+    k = 0
+    while k < n:
+        m, bad = min(<int64_t> GROUP, n - k), 0
+        for c in range(first, end):
+            if stream_of(job, r, c).scaled:
+                x = <float*> local[c] + start + k
+                bad += not is_finite_block(<const uint32_t*> x, m)
+        for c in range(first, end if bad else first):
+            if stream_of(job, r, c).scaled:
+                x = <float*> local[c] + start + k
+                x[0] = <float> INFINITY
+        k += GROUP
+
+
 cdef inline void store_blocks(
     const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
     const int64_t* local
@@ -119,6 +160,8 @@ cdef inline void store_blocks(
     cdef int64_t c
     cdef uint32_t draw[3]
     cdef const Stream* stream
+    if job.encoded:
+        hold_together(job, r, max(first, <int64_t> 2), end, start, n, local)
     for c in range(first, end if job.streams else first):
         stream = stream_of(job, r, c)
         if stream.store:

@@ -485,6 +485,7 @@ cdef void enter_streams(Job* job, const Call* call, int64_t r) noexcept nogil:
         stream.first = <uint32_t> call.segments[r].first
         if format.load:
             stream.make, stream.load, stream.width = load_block, format.load, format.widths[0]
+            stream.scaled = format.part_count > 1 and format.shared[1] == GROUP
             if c != 1:
                 stream.store = format.store
             for k in range(format.part_count):

@@ -203,7 +203,7 @@ def indented(lines: Iterable[str]) -> list[str]:
 
 def sharing(streams: Sequence[Stream], lanes: Sequence[int]) -> list[str]:
     """Return the lines that find the scales of new numbers."""
-    lines = []
+    lines, finite = [], []
     for stream in streams:
         if stream.is_scaled and stream.format:
             name, top = stream.name, f"{stream.name}_top"
@@ -212,6 +212,10 @@ def sharing(streams: Sequence[Stream], lanes: Sequence[int]) -> list[str]:
             lines.append(f"{top} = greatest({top})")
             lines.append(f"{name}_finite = is_finite({top})")
             lines.append(f"{name}_scale = scale_{stream.format.name}({top})")
+            finite.append(f"{name}_finite")
+    if len(finite) > 1:  # buffers that belong together are stored together
+        lines.append(f"every_finite = {' & '.join(finite)}")
+        lines += [f"{name} = every_finite" for name in finite]
     return lines
 
 

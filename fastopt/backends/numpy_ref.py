@@ -21,8 +21,8 @@ from fastopt.language import NUMPY, Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
-from fastopt.memory.formats import FORMATS
-from fastopt.memory.order import CHUNK, LANES
+from fastopt.memory.formats import FORMATS, INFINITY, greatest
+from fastopt.memory.order import CHUNK, GROUP, LANES
 from fastopt.memory.segments import (
     Array,
     Encoded,
@@ -230,6 +230,7 @@ class Step:
                     streams = segment.param, *segment.state
                     step = steps[segment.row] if steps else 0
                     columns = 0, *range(2, 1 + len(new))
+                    new = new[0], *held_together(segment.state, new[1:])
                     for c, stream, value in zip(columns, streams, new, strict=True):
                         results += stored(stream, value, (segment.first, step, c))
                     p = new[0]
@@ -280,6 +281,28 @@ def stored(
         words = stream.format.written(value, draw, stream.parts)
         return list(zip(stream.parts, words, strict=True))
     return [(stream, value)]
+
+
+def held_together(state: Sequence[Stream], new: Sequence[Array]) -> Sequence[Array]:
+    """If a group of one stream with scales is not finite, and so will not be stored,
+    let those of the others be neither: a new average without the other would make a
+    step of any length."""
+    scaled = [isinstance(s, Encoded) and s.format.scale is not None for s in state]
+    if sum(scaled) < 2:
+        return new
+    bad: Any = False
+    for value, is_scaled in zip(new, scaled, strict=True):
+        if is_scaled:
+            bad = bad | (greatest(np.asarray(value)) >= INFINITY)
+    if not np.any(bad):
+        return new
+    held = []
+    for value, is_scaled in zip(new, scaled, strict=True):
+        value = np.array(value)
+        if is_scaled:
+            value.reshape(-1)[np.flatnonzero(bad) * GROUP] = np.inf
+        held.append(value)
+    return held
 
 
 def evaluate(

@@ -363,3 +363,30 @@ def test_the_scale_of_the_neighbour_is_caught(monkeypatch):
     monkeypatch.setattr(formats, "spread", lambda g, of: spread(np.roll(g, 1), of))
     with pytest.raises(AssertionError):
         test_m8_is_within_its_bound(4097, 1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.lamb, fastopt.nadam])
+def test_averages_are_stored_together(rule, backend):
+    """The square of 1e20 overflows. Without its square, the average of such gradients
+    would make a step of any length. The parameters become what float32 makes of them,
+    and the groups of both averages stay as they were."""
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=5000).astype(np.float32)
+    param = start.copy()
+    opt = rule(param, lr=0.01, formats="8bit", backend=backend, threads=2)
+    for step in range(6):
+        grad = rng.normal(size=5000).astype(np.float32)
+        before = {name: arrays[0].copy() for name, arrays in opt.state.items()}
+        if step == 3:
+            grad[5] = grad[4999] = 1e20
+        opt.step(grad)
+        if step == 3:
+            assert opt.nonfinite_groups == 4
+            for name, (after,) in opt.state.items():
+                size = 1 if name.endswith("scale") else GROUP
+                assert same_bits(after[:size], before[name][:size])
+                assert not same_bits(after[size:], before[name][size:])
+    finite = np.isfinite(param)
+    assert (abs(param - start)[finite] < 1).all()
+    assert finite.all() or rule is fastopt.lamb
