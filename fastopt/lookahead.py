@@ -152,21 +152,31 @@ class Lookahead:
                 *execute(self._pull, [key], Request(threads=opt._threads_now)),
                 partial(setitem, self._moved, 0, steps),
             ]
-        slow = written(calls)
-        copies = opt._params.copies
-        put = bind_alone(opt._module, passes.clip, streams, copies=copies)
-        put.runner.take(
-            [
-                after(array, slow) if moves else None
-                for array, moves in zip(self._slow, moving, strict=True)
-            ]
-        )
-        unlimited = Key(steps, (), (-math.inf, math.inf))
         return [
             *calls,
-            *execute(put, [unlimited], Request(threads=opt._threads_now)),
+            *self._putting(steps, moving, written(calls)),
             partial(vars(self).update, _synchronized=steps),
         ]
+
+    def _putting(
+        self, steps: int, moving: Sequence[bool], slow: Mapping[int, Any]
+    ) -> list[Call]:
+        """Return the calls that set the parameters to the slow weights. ``slow`` has
+        what these will be by then, if that is known."""
+        opt, copies = self.opt, self.opt._params.copies
+        triples = list(zip(self._slow, self._streams, moving, strict=True))
+        if not any(map(split, self._streams)) and not any(
+            c is not None for c in copies
+        ):
+            arrays = opt._params.arrays
+            pairs = zip(arrays, triples, strict=True)
+            return [filling(a, new) for a, (new, _, moves) in pairs if moves]
+        put = bind_alone(opt._module, passes.clip, self._streams, copies=copies)
+        put.runner.take(
+            [after(new, slow) if moves else None for new, _, moves in triples]
+        )
+        unlimited = Key(steps, (), (-math.inf, math.inf))
+        return list(execute(put, [unlimited], Request(threads=opt._threads_now)))
 
     def __getattr__(self, name: str) -> Any:
         if name == "opt":  # not made yet
@@ -213,6 +223,12 @@ class Lookahead:
 
     def __repr__(self) -> str:
         return f"<lookahead k={self.k} alpha={self.alpha} of {self.opt!r}>"
+
+
+def split(stream: Array | Encoded) -> bool:
+    """Whether a parameter is stored in other ways than its dtype says."""
+    format = stream.format if isinstance(stream, Encoded) else None
+    return format is not None and (bool(format.second) or format.stochastic)
 
 
 def after(stream: Array | Encoded, values: Mapping[int, Any]) -> Array | Encoded:

@@ -85,6 +85,7 @@ class Parameters:
         if not self.arrays:
             raise ValueError("params is empty; pass at least one array")
         self.layout: Any = layouts if grouped else layouts[0]
+        self.copied = copy_to is not None
         if copy_to is not None:
             self.copies = self._copies(copy_to)
 
@@ -193,7 +194,7 @@ class Parameters:
     def with_group(self, tree: Any) -> Parameters:
         """Return these, with one more group at the end. What is known of these is
         copied, not worked out again, so that many groups may be added one by one."""
-        if any(copy is not None for copy in self.copies):
+        if self.copied:
             raise RuntimeError("an optimizer with copy_to takes no more groups")
         if not self.grouped:  # names and layout are other ones with groups
             self.watch.check()

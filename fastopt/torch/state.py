@@ -184,7 +184,8 @@ def begin(kind: Kind, member: Member, name: str, tensor: Tensor) -> None:
         values = formats.master(member.param, member.state)
     elif of is not None:
         start: float = kind.rule.start(of, member.values)
-        values = torch.full_like(tensor, start, dtype=member.dtype)
+        values = torch.empty_like(tensor, dtype=member.dtype)
+        (torch.view_as_real(values) if values.is_complex() else values).fill_(start)
     member.state.pop(f"{key}_{formats.SCALE}", None)
     if format is None or format.scale is None:
         if values is not None:

@@ -154,6 +154,8 @@ def judge(opt, saved, snapshot):
         now = opt.state_dict()
         for inner, old in (now, saved), (now.get("opt"), saved.get("opt")):
             if inner and "format" in inner:
+                for key in {"formats", "seed"} - old.keys():  # as older versions saved
+                    del inner[key]
                 if old["format"] == 2 or old["params"] is None:  # names do not matter
                     del inner["format"], inner["params"]
         assert taken(now, saved), "taken as something else"

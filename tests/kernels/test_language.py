@@ -105,6 +105,7 @@ def test_hashes_of_one_number_do_not_warn(dtype):
 def render():
     """csrc/render.py."""
     pytest.importorskip("Cython", reason="Cython is needed to build")
+    sys.path.insert(0, str(ROOT / "csrc"))  # of the modules that it imports
     spec = importlib.util.spec_from_file_location("render", ROOT / "csrc" / "render.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look for it
@@ -128,7 +129,8 @@ def in_c(render, tmp_path_factory):
     built = tmp_path_factory.mktemp("built")
     rendered = render.renderer()
     patch.undo()
-    (built / "table.pxi").write_text(rendered("table.pxi.in"))
+    for name in ("table.pxi", "formats.pxi", "fused.pxi"):
+        (built / name).write_text(rendered(f"{name}.in"))
     (built / "words.pyx").write_text(rendered("kernels.pyx.in", isa="words"))
     commands = (
         [sys.executable, "-m", "cython", "-3", "-I", built, "words.pyx"],
