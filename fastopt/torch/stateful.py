@@ -232,9 +232,9 @@ class Stateful(Storage):
             return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does. But what is float32 for bfloat16 and float16
-        parameters stays so, a state of another optimizer is refused, and all changes at
-        once."""
+        """Load a state as torch does, with three differences: float32 state of bfloat16
+        and float16 parameters stays float32, a state of another optimizer is refused,
+        and everything changes at the same instant."""
         state_dict = state_dict.copy()
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             changed = before(self, state_dict)
