@@ -121,7 +121,7 @@ ABOUT = {
     "ema": "Decay of a moving average of the parameters, ``ema_params()``.",
     "weight_decay_mask": "Where weight decay applies, by name and parameter.",
     "state_dtype": "torch.bfloat16: averages are kept in it; by default float32.",
-    "formats": 'Format of the state, such as "8bit", or a dict with that of each buffer.',
+    "formats": 'Format of the state, such as "8bit", or a dict by buffer.',
     "seed": "Chooses the random numbers of stochastic rounding.",
     "copy_to": "Tensors that steps copy float32 parameters to, in 16 bits.",
     "master": 'How bfloat16 parameters are kept: "bf16+r8", "bf16+r16", "bf16".',
