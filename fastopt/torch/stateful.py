@@ -96,7 +96,7 @@ class Stateful(Storage):
             changed = dict(self._outward(state))
             for key in buffers & changed.keys():
                 # Ours may be of another dtype.
-                changed[key] = decoded(state, key).to(param.dtype)
+                changed[key] = decoded(changed, key).to(param.dtype)
             if REMAINDER in changed:  # the parameter will no longer be what it is of
                 changed[REMAINDER] = torch.zeros_like(changed[REMAINDER])
             calls.append(partial(state.update, changed))

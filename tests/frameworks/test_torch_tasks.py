@@ -181,7 +181,7 @@ def test_refusals_change_nothing(given, error, match):
 
 def test_torchs_own_steps_refuse_what_they_lack():
     w = torch.nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(RuntimeError, match="grads, weights and weight_decay_mask"):
+    with pytest.raises(RuntimeError, match="weights, weight_decay_mask and copy_to"):
         ft.Muon([w]).step(grads=[torch.ones(2, 2)])
 
 
