@@ -179,7 +179,8 @@ def begin(kind: Kind, member: Member, name: str, tensor: Tensor) -> None:
             f"optimizer's has {tensor.dtype}; make it with the same master"
         )
     if isinstance(before, Tensor):
-        values = formats.decoded(member.state, key)
+        # A remainder is no number by itself.
+        values = before if name == PARAM else formats.decoded(member.state, key)
     elif of == "p" or name == EMA:
         values = formats.master(member.param, member.state)
     elif of is not None:

@@ -104,11 +104,12 @@ def test_the_bits_are_those_of_the_core(case, kind, rule, flat):
         assert same_bits(got.numpy(), expected)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_saved_state_goes_on_with_the_same_bits(case):
-    """Through torch.save; and into an optimizer that has done other steps."""
+def test_saved_state_goes_on_with_the_same_bits(case, flat):
+    """Through torch.save. The buffers of flattened parameters come back apart."""
     options, _, dtype = CASES[case]
-    params = params_of(dtype)
+    params = params_of(dtype, flat)
     opt = ft.AdamW(params, lr=0.01, **options)
     for step in (1, 2, 3):
         give(params, step)
@@ -117,8 +118,13 @@ def test_saved_state_goes_on_with_the_same_bits(case):
     torch.save(opt.state_dict(), file)
     file.seek(0)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    if flat:
+        ft.flatten_(others)
     other = ft.AdamW(others, lr=0.5, **options)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    saved = torch.load(file, weights_only=True)
+    for entry in saved["state"].values():
+        entry.update({key: value.clone() for key, value in entry.items()})
+    other.load_state_dict(saved)
     for step in (4, 5):
         for of, optimizer in ((params, opt), (others, other)):
             give(of, step)
