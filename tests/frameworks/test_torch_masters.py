@@ -28,6 +28,11 @@ CASES = {
         {"formats": {"param": "bf16+r16", "m": "bf16", "v": "bf16"}},
         torch.bfloat16,
     ),
+    "r8 in runs": (  # state without scales lets flattened parameters be one segment
+        {"master": "bf16+r8"},
+        {"formats": {"param": "bf16+r8"}},
+        torch.bfloat16,
+    ),
     "stochastic": ({"master": "bf16"}, {"formats": {"param": "bf16"}}, torch.bfloat16),
 }
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq", "param_remainder": "remainder"}
