@@ -46,16 +46,17 @@ class Format:
     Parameters
     ----------
     name
-        The name in ``formats=`` and in the names of kernels.
+        The name in saved state and in the names of kernels. Users write the names of
+        ``fastopt.optimizer.formats``.
     decode
         Takes a stored word, and the scale if there is one. Returns the number.
     encode
         Takes a number, and the scale if there is one. Returns the word to store, in the
         lowest bits. A ``stochastic`` format takes a random word as well.
     public
-        The name of the dtype of such arrays, which users see: NumPy's or ml_dtypes'.
+        The name of the dtype that users see for such arrays: NumPy's or ml_dtypes'.
     remainder
-        The dtype of what is stored of a word below the bits of ``public``, if it is
+        The dtype in which the bits below those of ``public`` are stored, if a word is
         split.
     scale
         Takes the bits of the greatest magnitude of a group. Returns the group's scale.
@@ -178,7 +179,7 @@ class Format:
 
 
 def spread(groups: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Repeat what there is of each group for each of its elements."""
+    """Repeat the value of each group for each of its elements."""
     return np.repeat(groups, GROUP)[: like.size].reshape(like.shape)
 
 

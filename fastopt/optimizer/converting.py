@@ -43,7 +43,7 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     Raises
     ------
     TypeError, ValueError
-        If ``state_dict`` is none, or if there are no such formats.
+        If ``state_dict`` is not an optimizer's, or if a format does not exist.
 
     Example
     -------
@@ -73,7 +73,6 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     ]
     parts = {part_name(s, format) for of in before for s, format in of.items()}
     streams = [name for name in state if name not in parts]
-    streams = [name for name in streams if name != f"{PARAM}_remainder"]
     rules = {rule.name: rule for rule in (*RULES, *CLASS_RULES)}
     rule = rules.get(state_dict["rule"])  # None: a user's own
     if rule is None:

@@ -1,7 +1,7 @@
 """The argument ``formats`` of an optimizer: the formats of its state and parameters.
 
-A format with several parts makes several buffers of the state. The first part has the
-name of what it is of, and the others have longer names: "m_scale", "param_remainder".
+A format with two parts adds a buffer to the state for the second part. Its name is that
+of the first buffer with a suffix: "m_scale", "param_remainder".
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ NAMES: Mapping[str, Format | None] = {
     "m8": FORMATS["m8"],
     "v8": FORMATS["v8"],
 }
-# Those that all buffers may have.
+# The names that can be given for the whole state.
 WHOLE = "fp32", "bf16", "bf16_nearest", "fp16"
-# And those of parameters. They have a dtype already, which decides where it can.
+# What users call the formats of parameters. They apply to parameters of bfloat16.
 OF_PARAMS: Mapping[str, Format | None] = {
     "bf16": FORMATS["bf16_sr"],
     "bf16_nearest": FORMATS["bf16"],
@@ -207,8 +207,8 @@ def spelled(chosen: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_element(seed: Any) -> int:
-    """Return what stochastic rounding calls the first of all elements. The numbers of
-    other seeds are far away, which makes their random numbers others."""
+    """Return the index from which stochastic rounding counts the elements. Each seed
+    starts at a distant index, so it draws different random numbers."""
     whole = isinstance(seed, (int, np.integer)) and type(seed) is not bool
     if not whole or not 0 <= seed < 2**32:
         raise ValueError(
@@ -223,7 +223,7 @@ def part_name(stream: str, format: Format) -> str | None:
 
 
 class Buffer(NamedTuple):
-    """A buffer of the state: the first or second part of what has a format."""
+    """A buffer of the state: the first or second part of an encoded stream."""
 
     stream: str  # the rule's name for it, or PARAM
     second: bool = False

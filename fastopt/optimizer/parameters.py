@@ -39,9 +39,9 @@ class Parameters:
         its weight decay, where that does not apply. And for each segment its place in
         this list.
     first
-        What stochastic rounding calls the first element of all.
+        The index from which stochastic rounding counts the elements.
     copies
-        Of each segment the copy in fewer bits that steps write, or None.
+        For each segment, the copy in fewer bits that steps write, or None.
     chosen
         Of each segment the formats of its state and of itself.
     layout

@@ -30,7 +30,7 @@ TENSORS = {
     "uint8": torch.uint8,
     "uint16": torch.int16,  # few of torch's functions take its uint16
 }
-WORDS = {torch.int8, torch.uint8, torch.int16}  # of tensors that are not numbers
+WORDS = {torch.int8, torch.uint8, torch.int16}  # the dtypes of codes and remainders
 CODES = {torch.int8: FORMATS["m8"], torch.uint8: FORMATS["v8"]}
 SCALE = "scale"
 REMAINDER = "remainder"  # the key of a parameter's second part

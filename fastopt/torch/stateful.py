@@ -97,7 +97,7 @@ class Stateful(Storage):
             for key in buffers & changed.keys():
                 # Ours may be of another dtype.
                 changed[key] = decoded(changed, key).to(param.dtype)
-            if REMAINDER in changed:  # the parameter will no longer be what it is of
+            if REMAINDER in changed:  # torch's step will change the parameter
                 changed[REMAINDER] = torch.zeros_like(changed[REMAINDER])
             calls.append(partial(state.update, changed))
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
