@@ -132,11 +132,14 @@ cdef void hold_together(
     cdef float* x
     cdef bint finite = True
     for c in range(first, end):
+        scaled += stream_of(job, r, c).scaled
+    if scaled < 2:
+        return
+    for c in range(first, end):
         if stream_of(job, r, c).scaled:
-            scaled += 1
             x = <float*> local[c] + start
             finite = finite and is_finite_block(<const uint32_t*> x, n)
-    if finite or scaled < 2:
+    if finite:
         return
     k = 0
     while k < n:

@@ -163,18 +163,14 @@ class Lookahead:
     ) -> list[Call]:
         """Return the calls that set the parameters to the slow weights. ``slow`` has
         what these will be by then, if that is known."""
-        opt, copies = self.opt, self.opt._params.copies
-        triples = list(zip(self._slow, self._streams, moving, strict=True))
-        if not any(map(split, self._streams)) and not any(
-            c is not None for c in copies
-        ):
-            arrays = opt._params.arrays
-            pairs = zip(arrays, triples, strict=True)
-            return [filling(a, new) for a, (new, _, moves) in pairs if moves]
+        opt, params = self.opt, self.opt._params
+        if not params.copied and not any(map(split, self._streams)):
+            triples = zip(params.arrays, self._slow, moving, strict=True)
+            return [filling(array, new) for array, new, moves in triples if moves]
+        copies = params.copies
         put = bind_alone(opt._module, passes.clip, self._streams, copies=copies)
-        put.runner.take(
-            [after(new, slow) if moves else None for new, _, moves in triples]
-        )
+        pairs = zip(self._slow, moving, strict=True)
+        put.runner.take([after(new, slow) if moves else None for new, moves in pairs])
         unlimited = Key(steps, (), (-math.inf, math.inf))
         return list(execute(put, [unlimited], Request(threads=opt._threads_now)))
 

@@ -63,16 +63,15 @@ class Wanted(NamedTuple):
     def any(self) -> bool:
         return self.formats is not None or self.master is not None
 
-    def of(self, rule: Rule, name: str, param: Tensor, known: Set[str]) -> Chosen:
-        """Return the formats for a parameter, whose kernels have the ``known`` ones."""
-        if not self.any or computed(param) is not torch.float32 or rule.factored:
+    def of(self, formats: Formats, name: str, param: Tensor, known: Set[str]) -> Chosen:
+        """Return the formats for a parameter: ``formats`` are those of its rule, and
+        its kernels have the ``known`` ones."""
+        if not self.any or computed(param) is not torch.float32:
             return {}
         if not param.is_cpu:  # groups that are not finite are counted in host memory
             known = {name for name in known if FORMATS[name].scale is None}
         kind, like = str(param.dtype).removeprefix("torch."), (numbers(param),)
-        chosen = self.of_rule(rule).of(
-            name, param, kind, aligned(COMPUTED, like), known
-        )
+        chosen = formats.of(name, param, kind, aligned(COMPUTED, like), known)
         return {stream: self._counted(of) for stream, of in chosen.items()}
 
     def of_rule(self, rule: Rule) -> Formats:

@@ -99,6 +99,7 @@ class Plan:
         self._params = [param for param, _ in pairs]
         grads = [p.grad for p in self._params] if gradients is None else gradients.first
         wanted, named_params = optimizer._wanted, names_of(groups)
+        formats = [wanted.of_rule(rule) for rule in self.rules]
         keeps = [
             bool(rule.state or rule.carry or names.steps or self.averaged or wanted.any)
             for rule in self.rules
@@ -134,7 +135,8 @@ class Plan:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
             alone = gradients is not None
-            chosen = wanted.of(rule, named_params[param], param, module.formats)
+            name = named_params[param]
+            chosen = wanted.of(formats[group], name, param, module.formats)
             if chosen and not plain:
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} has gaps in memory, so "

@@ -125,9 +125,9 @@ class Storage(Optimizer):
                 f"{[tuple(param.shape) for param in params]}"
             )
         for group in self.param_groups:
-            rule, known = self._rule(group), frozenset(FORMATS)
+            formats, known = wanted.of_rule(self._rule(group)), frozenset(FORMATS)
             for param in group["params"]:
-                chosen = wanted.of(rule, "", param, known) if wanted.master else {}
+                chosen = wanted.of(formats, "", param, known) if wanted.master else {}
                 pairs.append((param, chosen.get(PARAM)))
         with self._turns.lock, torch.no_grad():
             for (param, format), values in zip(pairs, masters, strict=True):
