@@ -14,7 +14,8 @@ import fastopt
 torch = pytest.importorskip("torch")
 ft = pytest.importorskip("fastopt.torch")
 
-SHAPES = (90, 80), (5000,), (7,), (4096,), (0,)
+from torch_encoded import drawn, give, params_of  # noqa: E402
+
 CASES = {
     "8bit": ({"formats": "8bit"}, {"formats": "8bit"}, torch.float32),
     "m8": ({"formats": {"m": "m8"}}, {"formats": {"m": "m8"}}, torch.bfloat16),
@@ -37,27 +38,6 @@ CASES = {
 }
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq", "param_remainder": "remainder"}
 KEYS |= {f"{k}_scale": f"{KEYS[k]}_scale" for k in ("m", "v")}
-
-
-def drawn(seed):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=shape).astype(np.float32) for shape in SHAPES]
-
-
-def give(params, seed):
-    for param, grad in zip(params, drawn(seed), strict=True):
-        new = torch.from_numpy(grad).to(param.dtype)
-        if param.grad is None:
-            param.grad = new
-        else:
-            param.grad.copy_(new)
-
-
-def params_of(dtype, flat=False):
-    params = [torch.nn.Parameter(torch.from_numpy(p).to(dtype)) for p in drawn(0)]
-    if flat:
-        ft.flatten_(params)
-    return params
 
 
 def raw(array):
