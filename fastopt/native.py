@@ -54,9 +54,9 @@ class Entry(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What the table has of a format of streams."""
+    """A format of streams in the table of functions."""
 
-    name: str  # of its codecs
+    name: str  # the name of its codecs
     # The format in which a state buffer gets its first values, which are not drawn at
     # random; None: kernels read such streams in memory.
     start: str | None

@@ -27,7 +27,6 @@ from fastopt.backends.cython_cpu import HOW_TO_GET
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.jax import schedules as jax_schedules
 from fastopt.jax.arrays import (
-    COMPUTED,
     as_dtype,
     as_float,
     as_words,
@@ -40,6 +39,7 @@ from fastopt.jax.arrays import (
     widened,
     words,
 )
+from fastopt.memory.formats import DTYPES as STATE_DTYPES
 from fastopt.memory.formats import computed
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
@@ -313,8 +313,8 @@ class Optimizer:
         Its updates are the new parameters less the old, so added to the old they may
         miss the new by a rounding, and a step is not in place: ``step`` is faster.
         The difference is taken before parameters are rounded to 16 bits, so it keeps
-        what that would lose. Like optax' own, an update has the dtype that JAX promotes
-        those of its parameter and its gradient to.
+        what that would lose. As with optax, an update has the dtype to which JAX
+        promotes those of its parameter and its gradient.
         With ``lr=None`` they are neither scaled nor negated, as those of optax' own
         with ``learning_rate=None``: ``optax.scale_by_learning_rate`` may follow.
         """
@@ -411,7 +411,9 @@ class Optimizer:
         shape = self._carry_shape(jax.tree.leaves(params))
         count, carry = completed(state.count), carried(state.carry, shape)
         buffers = [
-            fitting(f"state.buffers[{name!r}]", trees[name], params, theirs, COMPUTED)
+            fitting(
+                f"state.buffers[{name!r}]", trees[name], params, theirs, STATE_DTYPES
+            )
             for name in self.variant.state
         ]
         return State(count, carry, trees), buffers
@@ -466,7 +468,7 @@ class Optimizer:
         places = np.array([order.index(key) for key in traced], np.int64)
         leading = [t, words([static.get(key, 0.0) for key in order])]
         streams, old = [list(params), *map(list, buffers)], carry
-        for dtype in COMPUTED:
+        for dtype in STATE_DTYPES:
             which = [k for k, p in enumerate(params) if computed(p.dtype) == dtype]
             if not which:
                 continue

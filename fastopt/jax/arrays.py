@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastopt.memory.formats import DTYPES as STATE_DTYPES
 from fastopt.memory.formats import computed
 from fastopt.rule import check_hyperparameter
 
@@ -17,9 +18,8 @@ try:
 except ImportError:  # before JAX 0.8
     from jax.experimental import enable_x64
 
-# What kernels compute in, and state has; and what parameters and gradients may have.
-COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
-DTYPES = (*COMPUTED, np.dtype(jnp.bfloat16), np.dtype(np.float16))
+# The dtypes of parameters and gradients. State has those that kernels compute in.
+DTYPES = (*STATE_DTYPES, np.dtype(jnp.bfloat16), np.dtype(np.float16))
 ARRAYS = (jax.Array, np.ndarray, np.generic)
 MOST_STEPS = 2**31 - 2  # so that one more fits int32
 
