@@ -256,6 +256,10 @@ def test_saved_and_converted_state(param):
     np.testing.assert_allclose(m, expected, rtol=1e-5, atol=1e-7)
     half = fastopt.convert_state(saved, {"m": "bf16"})
     assert half["state"]["m"][0].dtype == bfloat16 and "v_scale" not in half["state"]
+    first = 70 * 80 + 5  # elements before those of "c"
+    draw = first, saved["steps"], 2  # "m" is the column after those of p and g
+    (words,) = FORMATS["bf16_sr"].written(plain["state"]["m"][2], draw)
+    assert same_bits(half["state"]["m"][2].view("u2"), words)
     _, halved = made({"m": "bf16"})
     halved.load_state_dict(half)
     with pytest.raises(ValueError, match=r"\[0\]\['a'\] has the formats .*convert_st"):
