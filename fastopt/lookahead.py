@@ -19,6 +19,7 @@ from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import no_optimizer
 from fastopt.optimizer.state import bind_alone, fill, filling, numbers
+from fastopt.optimizer.storage import Usage
 from fastopt.rule import check_hyperparameter
 from fastopt.rules import passes
 from fastopt.rules.lookahead import lookahead
@@ -189,6 +190,11 @@ class Lookahead:
             super().__setattr__(name, value)
         else:
             setattr(self.opt, name, value)
+
+    def memory(self) -> Usage:
+        """Return the bytes of the inner optimizer's buffers and of the slow weights."""
+        inner, slow = self.opt.memory(), Usage.of(0, {"slow": self._slow})
+        return inner._replace(buffers=inner.buffers + slow.buffers)
 
     @exclusive
     def state_dict(self) -> dict[str, Any]:

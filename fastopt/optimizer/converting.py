@@ -29,9 +29,10 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     state_dict
         What ``opt.state_dict()`` returned.
     formats
-        As for an optimizer, a name or a dict. "fp32" decodes all state, and leaves out
-        the remainders of parameters: the result is for float32 parameters, those of
-        ``opt.master_params()``. Other formats leave remainders as they are.
+        As for an optimizer: a name, a dict, or a callable of an array's name, as in
+        ``state_dict["params"]``, and its first buffer. "fp32" decodes all state, and
+        leaves out the remainders of parameters: the result is for float32 parameters,
+        those of ``opt.master_params()``. Other formats leave remainders as they are.
 
     Returns
     -------

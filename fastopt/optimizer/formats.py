@@ -15,6 +15,7 @@ from fastopt.memory.arena import aligned
 from fastopt.memory.formats import COMPUTED, FORMATS, SMALLEST, Format
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule, shown
+from fastopt.rules import CLASS_RULES, RULES
 
 PARAM = "param"  # what formats= calls the parameters
 SPACING = 0x9E3779B1  # 2**32 times the golden ratio: its multiples are evenly spread
@@ -39,8 +40,8 @@ OF_PARAMS: Mapping[str, Format | None] = {
     "bf16+r8_nearest": FORMATS["r8_nearest"],
     "bf16+r16": FORMATS["r16"],
 }
-# What "8bit" means for buffers of these names: averages of gradients, and of squares.
-# Other buffers, such as copies of parameters, stay float32.
+# What "8bit" means for the buffers of fastopt's rules: averages of gradients, and of
+# squares. Other buffers, such as copies of parameters, stay float32.
 EIGHT_BITS = {
     **dict.fromkeys(("m", "momentum_buffer", "grad_avg", "d"), "m8"),
     **dict.fromkeys(("v", "square_avg", "n"), "v8"),
@@ -63,6 +64,9 @@ class Formats:
         The buffers that a name leaves out. These are copies of the parameters: their
         rounding would move the parameters, or be taken for the distance that they have
         moved.
+    ours
+        Whether the rule is one of fastopt's. The buffers of others may contain
+        anything, whatever their names, so they have no "8bit".
     """
 
     def __init__(
@@ -71,9 +75,10 @@ class Formats:
         rule: str,
         buffers: Iterable[str],
         exact: Set[str] = frozenset(),
+        ours: bool = False,
     ):
         self.given, self.rule, self.buffers = given, rule, sorted(set(buffers))
-        self.exact = exact
+        self.exact, self.ours = exact, ours
         self.common = {} if self.asks else self._checked("formats", given)
 
     @property
@@ -94,7 +99,8 @@ class Formats:
         the state to kernels, which encode it."""
         buffers = [name for variant in rule.all for name in variant.state]
         exact = {name for name, start in rule.starts.items() if start == "p"}
-        formats = cls(given, rule.name, buffers, exact)
+        ours = any(rule in known.all for known in (*RULES, *CLASS_RULES))
+        formats = cls(given, rule.name, buffers, exact, ours)
         if (formats.common or formats.asks) and (rule.factored or not encodes):
             raise TypeError(f"{rule.name} keeps its state in float32, without formats")
         return formats
@@ -170,6 +176,13 @@ class Formats:
 
     def _named(self, what: str, name: str) -> Mapping[str, str]:
         """Return what a name means for each buffer."""
+        if name == "8bit" and not self.ours:
+            raise ValueError(
+                f"{what}='8bit' is for fastopt's own rules, whose averages it knows; "
+                f"for {self.rule}, name a format for each buffer: 'v8' for averages of "
+                f"squares, 'm8' for other averages, such as "
+                f"{ {buffer: 'm8' for buffer in self.buffers} }"
+            )
         if name == "8bit":
             given = {k: kind for k, kind in EIGHT_BITS.items() if k in self.buffers}
             if not given:

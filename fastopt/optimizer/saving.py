@@ -317,10 +317,12 @@ def check(saved: Any, opt: Bindings) -> Mapping[str, Any]:
     if len(set(on)) < len(on):
         raise ValueError(f'state["switched_on"] has a name twice: {shown(on)}')
     seed = saved.get("seed", opt.seed)
-    if not isinstance(seed, (int, np.integer)) or seed != opt.seed:
+    draws = any(f.stochastic for chosen in opt._params.chosen for f in chosen.values())
+    if not isinstance(seed, (int, np.integer)) or (draws and seed != opt.seed):
         raise ValueError(
-            f"the state was saved with seed {shown(seed)}, but this optimizer "
-            f"has seed {opt.seed}; make it with the same"
+            f"the state was saved with seed {shown(seed)}, but this optimizer has seed "
+            f"{opt.seed}, so its steps would draw other random numbers; make it with "
+            f"seed={shown(seed)}"
         )
     arranged = arrange(saved, opt)
     check_buffers(arranged, opt)

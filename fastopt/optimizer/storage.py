@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastopt.memory.segments import Array
 from fastopt.optimizer import checks, saving
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.formats import PARAM
@@ -27,6 +28,16 @@ class Usage(NamedTuple):
 
     elements: int
     buffers: tuple[tuple[str, str, int], ...]
+
+    @classmethod
+    def of(cls, elements: int, buffers: Mapping[str, Sequence[Array]]) -> Usage:
+        """Return the usage of buffers, which have an array for each parameter."""
+        rows = []
+        for name, arrays in buffers.items():
+            if size := sum(array.nbytes for array in arrays):
+                kinds = dict.fromkeys(str(a.dtype) for a in arrays if a.nbytes)
+                rows.append((name, ", ".join(kinds), size))
+        return cls(elements, tuple(rows))
 
     @property
     def total(self) -> int:
@@ -78,12 +89,7 @@ class Storage(Bindings):
         buffers["copy"] = copies
         buffers["ema"] = self._bound.averages or []
         buffers["accumulated"] = pending.sums if pending else []
-        rows = []
-        for name, arrays in buffers.items():
-            if size := sum(array.nbytes for array in arrays):
-                kinds = dict.fromkeys(str(a.dtype) for a in arrays if a.nbytes)
-                rows.append((name, ", ".join(kinds), size))
-        return Usage(sum(a.size for a in self._params.arrays), tuple(rows))
+        return Usage.of(sum(a.size for a in self._params.arrays), buffers)
 
     @property
     def nonfinite_groups(self) -> int:

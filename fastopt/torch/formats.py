@@ -6,7 +6,7 @@ A format with two parts has two tensors in a parameter's state: "exp_avg" and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,14 @@ from fastopt.memory.arena import aligned
 from fastopt.memory.formats import COMPUTED, FORMATS, Format
 from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array, Encoded
-from fastopt.optimizer.formats import OF_PARAMS, PARAM, Chosen, Formats, check_name
+from fastopt.optimizer.formats import (
+    OF_PARAMS,
+    PARAM,
+    Chosen,
+    Formats,
+    check_name,
+    spelled,
+)
 from fastopt.rule import Rule
 from fastopt.torch.memory import array, at_address, computed, is_dense, numbers
 
@@ -72,7 +79,7 @@ class Wanted(NamedTuple):
             known = {name for name in known if FORMATS[name].scale is None}
         kind, like = str(param.dtype).removeprefix("torch."), (numbers(param),)
         chosen = formats.of(name, param, kind, aligned(COMPUTED, like), known)
-        return {stream: self._counted(of) for stream, of in chosen.items()}
+        return {stream: self._counted(stream, of) for stream, of in chosen.items()}
 
     def of_rule(self, rule: Rule) -> Formats:
         """Check the arguments for a rule, and return them as the core's."""
@@ -87,8 +94,8 @@ class Wanted(NamedTuple):
         elif self.any:
             given = self._with_master(given, rule)
         formats = Formats.of_rule(given, rule, True)
-        for format in formats.common.values():
-            self._counted(format)
+        for stream, format in formats.common.items():
+            self._counted(stream, format)
         return formats
 
     def _with_master(self, given: Any, rule: Rule) -> Any:
@@ -106,24 +113,36 @@ class Wanted(NamedTuple):
             )
         return {**named, PARAM: self.master}
 
-    def _counted(self, format: Format) -> Format:
+    def _counted(self, stream: str, format: Format) -> Format:
         """Return a format, or that which rounds to nearest if steps are not counted."""
+        (name,) = spelled({stream: format.name}).values()
         if format.scale is not None and not self.scales:
             raise ValueError(
-                f"this optimizer's state cannot have format {format.name!r}, because "
+                f"this optimizer's state cannot have format {name!r}, because "
                 f"its state_dict has other numbers; use 'bf16'"
             )
         if self.counts or not format.stochastic:
             return format
         if format is FORMATS["r8"]:
             return FORMATS["r8_nearest"]
-        if format is FORMATS["bf16_sr"] and self.master is None:
+        if format is FORMATS["bf16_sr"] and stream != PARAM:
             return FORMATS["bf16"]
+        instead = "'bf16+r16'" if stream == PARAM else "'bf16', which rounds to nearest"
         raise ValueError(
-            f"format {format.name!r} draws random numbers by the number of the step, "
-            f"but this optimizer does not count its steps, as torch's does not; use "
-            f"'bf16', which rounds to nearest here, or another optimizer, such as SGDW"
+            f"format {name!r} of {stream!r} draws random numbers by the number of the "
+            f"step, but this optimizer does not count its steps, as torch's does not; "
+            f"use {instead} here, or another optimizer, such as SGDW"
         )
+
+
+def names_of(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
+    """Return the names that torch has for parameters; empty ones if it has none."""
+    names: dict[Tensor, str] = {}
+    for group in groups:
+        params = group["params"]
+        of = group.get("param_names") or [""] * len(params)
+        names |= dict(zip(params, of, strict=False))
+    return names
 
 
 def second_shape(param: Tensor, format: Format) -> tuple[int, ...]:
@@ -213,6 +232,23 @@ def decoded(state: Mapping[str, Any], key: str) -> Tensor:
     result = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
     flat(result).copy_(values)
     return result
+
+
+def fit(
+    state: dict[str, Any], keys: Mapping[str, str], chosen: Mapping[str, Format]
+) -> None:
+    """Decode the buffers of a loaded state that have 8 bits, where this optimizer has
+    other ``chosen`` formats, and leave out a remainder that it does not have. ``keys``
+    has the keys of the buffers by the rule's names."""
+    for name, key in keys.items():
+        format, tensor = chosen.get(name), state.get(key)
+        scaled = format is not None and format.scale is not None
+        if isinstance(tensor, Tensor) and tensor.dtype in CODES and not scaled:
+            state[key] = decoded(state, key)
+            del state[f"{key}_{SCALE}"]
+    format = chosen.get(PARAM)
+    if format is None or format.second is None:
+        state.pop(REMAINDER, None)
 
 
 def encode(first: Tensor, second: Tensor, format: Format, values: Tensor) -> None:

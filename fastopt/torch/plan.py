@@ -22,6 +22,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
 from fastopt.torch.arguments import spared
+from fastopt.torch.formats import names_of
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
     COMPUTED,
@@ -529,16 +530,6 @@ def check(
                 f"{tuple(shape)} in its state, where it has {tuple(tensor.shape)}; cut "
                 f"or pad the state as the parameter, or delete it"
             )
-
-
-def names_of(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
-    """Return the names that torch has for parameters; empty ones if it has none."""
-    names: dict[Tensor, str] = {}
-    for group in groups:
-        params = group["params"]
-        of = group.get("param_names") or [""] * len(params)
-        names |= dict(zip(params, of, strict=False))
-    return names
 
 
 def in_fake_mode() -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastopt.memory.formats import FORMATS
 from fastopt.optimizer import checks, refusals
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
@@ -20,7 +21,7 @@ from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import in_flat_buffer
-from fastopt.torch.formats import REMAINDER, WORDS, decoded
+from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
 from fastopt.torch.memory import HALVES, Unsupported
 from fastopt.torch.plan import Plan
@@ -267,12 +268,25 @@ class Stateful(Storage):
                     loaded[key] = value.to(param.device)  # no numbers to convert
             if loaded:
                 other._inward(loaded)
+        other._fit_formats()
         other._torchs, saved = False, state_dict.get(ACCUMULATED)
         other._sums = None
         if saved is not None:
             other._sums = Sums([param for param, _ in other._all()])
             other._sums.restore(saved)
         return {k: v for k, v in vars(other).items() if k not in hooks}
+
+    def _fit_formats(self) -> None:
+        """Decode loaded state that has formats of other optimizers. The next step does
+        the rest, but until then ``state_dict`` must be what torch can load."""
+        wanted, known = self._wanted, frozenset(FORMATS)
+        for group, rule in zip(self.param_groups, self._rules, strict=False):
+            formats, named = wanted.of_rule(rule), names_of([group])
+            keys = {name: self._names.key(name) for name in rule.state}
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    chosen = wanted.of(formats, named[param], param, known)
+                    fit(state, keys, chosen)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}

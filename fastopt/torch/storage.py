@@ -119,6 +119,12 @@ class Storage(Optimizer):
         """Set each parameter, and its remainder, to a tensor of float32 in its shape,
         such as those of :meth:`master_params`."""
         params, wanted, pairs = self._params, self._wanted, []
+        masters = list(masters)
+        if not all(isinstance(values, Tensor) for values in masters):
+            raise TypeError(
+                "masters must be a list of tensors, one for each parameter, as "
+                "master_params() returns them"
+            )
         if [param.shape for param in params] != [m.shape for m in masters]:
             raise ValueError(
                 f"masters must be tensors of the shapes "

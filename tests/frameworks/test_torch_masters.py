@@ -363,9 +363,49 @@ def test_what_formats_cannot_be_is_refused():
     del saved["state"][0]["exp_avg_scale"]
     for formats in ("8bit", None):
         other = ft.AdamW(params, formats=formats)
-        other.load_state_dict(copy.deepcopy(saved))
         with pytest.raises(ValueError, match="'exp_avg' in 8 bits, which needs"):
+            other.load_state_dict(copy.deepcopy(saved))
             other.step()
+    with pytest.raises(TypeError, match="masters must be a list of tensors"):
+        opt.load_master_params({"0.weight": params[0]})
+
+
+def test_state_of_8_bits_reaches_torch_through_a_plain_optimizer():
+    """torch would take codes for numbers, so a plain optimizer decodes what it loads,
+    before any step of its own."""
+    params = params_of(torch.bfloat16)
+    opt = ft.AdamW(params, formats="8bit", master="bf16+r8")
+    give(params, 1)
+    opt.step()
+    plain = ft.AdamW(params)
+    plain.load_state_dict(opt.state_dict())
+    saved = plain.state_dict()
+    assert saved["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for i, param in enumerate(params):
+        for key in ("exp_avg", "exp_avg_sq"):
+            values = saved["state"][i][key]
+            assert values.dtype is torch.float32
+            expected = 0.1 * param.grad if key == "exp_avg" else 1e-3 * param.grad**2
+            torch.testing.assert_close(values, expected.float(), rtol=0.05, atol=2e-3)
+    theirs = torch.optim.AdamW(params_of(torch.bfloat16))
+    theirs.load_state_dict(saved)
+    for i, p in enumerate(theirs.param_groups[0]["params"]):
+        now = saved["state"][i]["exp_avg"].to(torch.bfloat16)
+        assert torch.equal(theirs.state[p]["exp_avg"], now)
+
+
+def test_an_optimizer_that_does_not_count_steps():
+    """Its state of bf16 is rounded to nearest; parameters cannot be rounded so without
+    being lost, and say what to use."""
+    params = params_of(torch.bfloat16)
+    with pytest.raises(ValueError, match="'bf16' of 'param' draws .* use 'bf16.r16'"):
+        ft.SGD(params, lr=0.1, master="bf16")
+    opt = ft.SGD(params, lr=0.1, momentum=0.9, formats="bf16", master="bf16+r8")
+    give(params, 1)
+    opt.step()
+    entry = opt.state[params[0]]
+    assert entry["momentum_buffer"].dtype is torch.bfloat16
+    assert torch.equal(entry["momentum_buffer"], params[0].grad)
 
 
 def test_codes_in_any_layout():

@@ -394,3 +394,35 @@ def test_averages_are_stored_together(rule, backend):
     finite = np.isfinite(param)
     assert (abs(param - start)[finite] < 1).all()
     assert finite.all() or rule is fastopt.lamb
+
+
+def velocity(p, g, v, lr, mu):
+    v = mu * v + g
+    return p - lr * v, v
+
+
+def test_8bit_is_refused_for_other_rules():
+    """ "v" of a user's rule may be negative, which v8 cannot be."""
+    rule = fastopt.Rule(
+        velocity, lambda t, lr=0.1, mu=0.9: (lr, mu), state=("v",), name="mine"
+    )
+    param = np.ones(5000, np.float32)
+    for given in ("8bit", lambda path, array: "8bit"):
+        with pytest.raises(ValueError, match="for mine, name a format for each buffer"):
+            rule(param, formats=given)
+    opt = rule(param, formats={"v": "m8"})
+    opt.step(np.full(5000, -1, np.float32))
+    assert (opt.state["v"][0].astype(int) == -127).all()
+    state = rule(np.ones(5000, np.float32)).state_dict()
+    with pytest.raises(ValueError, match="for mine, name a format for each buffer"):
+        fastopt.convert_state(state, "8bit")
+
+
+def test_a_seed_must_match_only_where_something_is_drawn():
+    param = np.ones(5000, np.float32)
+    saved = fastopt.adamw(param, formats="8bit", seed=7).state_dict()
+    with pytest.raises(ValueError, match="saved with seed 7, .* make it with seed=7"):
+        fastopt.adamw(param, formats="8bit").load_state_dict(saved)
+    plain = fastopt.adamw(param)
+    plain.load_state_dict(fastopt.convert_state(saved, "fp32"))
+    assert plain.state_dict()["seed"] == 0

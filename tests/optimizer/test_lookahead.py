@@ -294,3 +294,11 @@ def test_parameters_with_remainders(kind, backend):
         exact = start.astype(np.float32)
         run(exact, backend, formats={"m": "m8", "v": "v8"})
         assert got.master_params().tobytes() == exact.tobytes()
+
+
+def test_memory_includes_the_slow_weights():
+    opt = fastopt.Lookahead(fastopt.adamw(np.ones(5000, np.float32), formats="8bit"))
+    opt.step(np.ones(5000, np.float32))
+    usage = opt.memory()
+    assert usage.elements == 5000
+    assert usage.buffers == (*opt.opt.memory().buffers, ("slow", "float32", 20_000))
