@@ -218,7 +218,7 @@ class Step:
         steps: Sequence[int] | None = None,
     ) -> list[Call]:
         # An error in a rule is raised here, before anything is written.
-        results: list[tuple[Array, Array]] = []
+        calls: list[Call] = []
         with np.errstate(all="ignore"):
             for i, segment in enumerate(self.segments):
                 p = decoded(segment.param)
@@ -232,23 +232,19 @@ class Step:
                     columns = 0, *range(2, 1 + len(new))
                     new = new[0], *held_together(segment.state, new[1:])
                     for c, stream, value in zip(columns, streams, new, strict=True):
-                        results += stored(stream, value, (segment.first, step, c))
+                        calls += stored(stream, value, (segment.first, step, c))
                     p = new[0]
                     if segment.copy is not None:
-                        results += stored(segment.copy, p, (segment.first, 0, 0))
+                        calls += stored(segment.copy, p, (segment.first, 0, 0))
                 if segment.average is not None:
                     weight = self.type(request.ema_weight)
                     (new,) = self.average(segment.average, p, weight)
-                    results.append((segment.average, new))
+                    calls.append(setting(segment.average, new))
                 for task in self.tasks if request.zero_grads else ():
                     if task[i] is not None:
                         parts = parts_of(task[i])
-                        results += [(part, np.zeros_like(part)) for part in parts]
-        # Copies, as a rule may return an array that another of these calls writes to.
-        return [
-            *(partial(setitem, to, ..., np.array(value)) for to, value in results),
-            partial(setitem, self.count, 0, self.count[0] + 1),
-        ]
+                        calls += [setting(p, np.zeros_like(p)) for p in parts]
+        return [*calls, partial(setitem, self.count, 0, self.count[0] + 1)]
 
     def __call__(
         self,
@@ -271,16 +267,25 @@ def numbers(grad: Array | Encoded | None) -> Array | None:
     return grad if grad is None else decoded(encoded(grad))
 
 
-def stored(
-    stream: Stream, value: Array, draw: tuple[int, int, int]
-) -> list[tuple[Array, Array]]:
-    """Return what to write where, so that a stream has a new value."""
+def setting(to: Array, value: Array) -> Call:
+    """Return a call that sets an array to a copy of a value. A rule may return an array
+    that another call writes to."""
+    return partial(setitem, to, ..., np.array(value))
+
+
+def stored(stream: Stream, value: Array, draw: tuple[int, int, int]) -> list[Call]:
+    """Return the calls that give a stream a new value."""
     if isinstance(stream, Product):
         return []
-    if isinstance(stream, Encoded):
-        words = stream.format.written(value, draw, stream.parts)
-        return list(zip(stream.parts, words, strict=True))
-    return [(stream, value)]
+    if not isinstance(stream, Encoded):
+        return [setting(stream, value)]
+    words = stream.format.written(value, draw, stream.parts)
+    if stream.format.scale is None:
+        return list(map(setting, stream.parts, words))
+    # Several streams may have the same counter, so it is added to.
+    *parts, counter = stream.parts
+    adding = partial(np.add, counter, words[-1], counter)
+    return [*map(setting, parts, words[:-1]), adding]
 
 
 def held_together(state: Sequence[Stream], new: Sequence[Array]) -> Sequence[Array]:

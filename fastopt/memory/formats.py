@@ -151,7 +151,7 @@ class Format:
         and the index of the stream.
 
         The groups of a format with scales need finite numbers. Other groups are taken
-        from ``parts``, whose last part counts them.
+        from ``parts``, if these are given, and the last array returned is their count.
         """
         numbers = np.asarray(numbers, COMPUTED)
         random = (drawn(numbers.shape, draw),) if self.stochastic else ()
@@ -174,7 +174,7 @@ class Format:
         if parts:
             words = np.where(spread(finite, words), words, parts[0])
             scale = np.where(finite, scale, parts[1])
-            return words, scale, parts[2] + np.count_nonzero(~finite)
+            return words, scale, np.array([np.count_nonzero(~finite)])
         return words, scale
 
 

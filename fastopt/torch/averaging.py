@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
-from fastopt.torch.state import TRAINED, evaluated
+from fastopt.torch.state import TRAINED, evaluated, has_begun
 from fastopt.torch.step import Stepping
 
 
@@ -55,10 +55,11 @@ class Averaging(Stepping):
 
     def _to_average(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
         state = self.state.get(param)
-        if not state or TRAINED in state:
+        rule = self._rule(group)
+        if not has_begun(state, rule, self._names) or TRAINED in state:
             return []
-        values = self._values(group, self._rule(group))
-        average = evaluated(param, state, self._rule(group), self._names, values)
+        values = self._values(group, rule)
+        average = evaluated(param, state, rule, self._names, values)
         return [
             partial(setitem, state, TRAINED, param.detach().clone()),
             partial(param.copy_, average),

@@ -106,8 +106,9 @@ class RMSprop(Stepping, torch.optim.RMSprop):
         if "grad_avg" not in state:
             return state
         variance, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
-        square = (variance + mean * mean).to(state["square_avg"].dtype)
-        return {**state, "square_avg": square}
+        # Not in 16 bits, whose rounding could be greater than the variance.
+        dtype = torch.promote_types(state["square_avg"].dtype, torch.float32)
+        return {**state, "square_avg": (variance + mean * mean).to(dtype)}
 
 
 class Adagrad(Stepping, torch.optim.Adagrad):
@@ -252,6 +253,7 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
         {
             "rule": rule,
             "_own": rule,
+            "_default_rule": rule,
             "_variants": {frozenset(names): rule.variant(set(names)) for names in on},
             "_arguments": inspect.Signature(parameters),
             # As a namedtuple's: where it is, so that it can be pickled.

@@ -217,15 +217,9 @@ def set_words(tensor: Tensor, words: Array) -> None:
 def decoded(state: Mapping[str, Any], key: str) -> Tensor:
     """Return a buffer of a parameter's state, as float32 if it is codes with scales."""
     tensor: Tensor = state[key]
-    scales = state.get(f"{key}_{SCALE}")
     if tensor.dtype not in CODES:
         return tensor
-    groups = -(-tensor.numel() // GROUP)
-    if not isinstance(scales, Tensor) or scales.shape != (groups,):
-        raise ValueError(
-            f"the state has {key!r} in 8 bits, which needs {key}_{SCALE!s} with "
-            f"{groups} numbers; load the state as it was saved"
-        )
+    scales = scales_of(state, key)
     tensor = tensor if is_dense(tensor) else tensor.contiguous()
     parts = words_of(tensor), scales.detach().cpu().numpy()
     values = torch.from_numpy(CODES[tensor.dtype].read(parts))
@@ -234,21 +228,55 @@ def decoded(state: Mapping[str, Any], key: str) -> Tensor:
     return result
 
 
+def scales_of(state: Mapping[str, Any], key: str) -> Tensor:
+    """Return the scales of a buffer of 8 bits in a parameter's state."""
+    scales, groups = state.get(f"{key}_{SCALE}"), -(-state[key].numel() // GROUP)
+    if not isinstance(scales, Tensor) or scales.shape != (groups,):
+        raise ValueError(
+            f"the state has {key!r} in 8 bits, which needs {key}_{SCALE!s} with "
+            f"{groups} numbers; load the state as it was saved"
+        )
+    return scales
+
+
+def check_remainder(remainder: Any, param: Tensor, format: Format) -> None:
+    """Check that the remainder in a parameter's state is of a format."""
+    dtype = tensor_dtype(format, second=True)
+    is_tensor = isinstance(remainder, Tensor)
+    if is_tensor and (remainder.dtype, remainder.shape) == (dtype, param.shape):
+        return
+    what = (
+        f"{remainder.dtype} and shape {tuple(remainder.shape)}"
+        if is_tensor
+        else f"type {type(remainder).__name__}"
+    )
+    raise ValueError(
+        f"the remainder of a parameter has {what} in the state, but this optimizer's "
+        f"has {dtype} and shape {tuple(param.shape)}; make it with the same master"
+    )
+
+
 def fit(
-    state: dict[str, Any], keys: Mapping[str, str], chosen: Mapping[str, Format]
+    state: dict[str, Any],
+    keys: Mapping[str, str],
+    param: Tensor,
+    chosen: Mapping[str, Format],
 ) -> None:
     """Decode the buffers of a loaded state that have 8 bits, where this optimizer has
     other ``chosen`` formats, and leave out a remainder that it does not have. ``keys``
     has the keys of the buffers by the rule's names."""
     for name, key in keys.items():
         format, tensor = chosen.get(name), state.get(key)
-        scaled = format is not None and format.scale is not None
-        if isinstance(tensor, Tensor) and tensor.dtype in CODES and not scaled:
-            state[key] = decoded(state, key)
-            del state[f"{key}_{SCALE}"]
+        if isinstance(tensor, Tensor) and tensor.dtype in CODES:
+            scales_of(state, key)
+            if format is None or format.scale is None:
+                state[key] = decoded(state, key)
+                del state[f"{key}_{SCALE}"]
     format = chosen.get(PARAM)
     if format is None or format.second is None:
         state.pop(REMAINDER, None)
+    elif REMAINDER in state:
+        check_remainder(state[REMAINDER], param, format)
 
 
 def encode(first: Tensor, second: Tensor, format: Format, values: Tensor) -> None:
@@ -260,15 +288,3 @@ def encode(first: Tensor, second: Tensor, format: Format, values: Tensor) -> Non
         set_words(second, rest)
     else:
         second.copy_(torch.from_numpy(rest))
-
-
-def master(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """Return a parameter with its remainder, as a new tensor in the dtype that is
-    computed in."""
-    rest = state.get(REMAINDER)
-    result = param.detach().to(computed(param), copy=True)
-    if isinstance(rest, Tensor):
-        format = FORMATS["r8" if rest.dtype == torch.uint8 else "r16"]
-        values = format.read((words_of(param), words_of(rest)))
-        flat(result).copy_(torch.from_numpy(values))
-    return result

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastopt.rule import Rule
 from fastopt.torch.arguments import EXTRAS, PAIRS
 from fastopt.torch.memory import Unsupported
-from fastopt.torch.state import EMA, TRAINED, check_steps
+from fastopt.torch.state import EMA, TRAINED, check_steps, has_begun
 
 if TYPE_CHECKING:
     from fastopt.torch.step import Stepping
@@ -51,7 +51,7 @@ def check(saved: Mapping[str, Any], opt: Stepping, own: Rule | None) -> None:
         except Unsupported:
             continue  # torch's own step knows what it needs
         for index, state in entries:
-            if state:
+            if has_begun(state, rule, opt._names):
                 foreign = own is not None and there is None
                 check_keys(index, state, opt, rule, foreign)
 

@@ -34,7 +34,7 @@ from fastopt.torch.memory import (
     watched,
 )
 from fastopt.torch.part import Part
-from fastopt.torch.state import Kind, Member, Names, Values, shapes_of
+from fastopt.torch.state import Kind, Member, Names, Values, has_begun, shapes_of
 from fastopt.torch.turns import Call, Turns
 
 if TYPE_CHECKING:
@@ -482,7 +482,7 @@ def is_planned(
 ) -> bool:
     """Whether a plan covers a parameter's gradient. A parameter without one may have a
     kind or a state that no step could be done with."""
-    if grad is None and keeps and not entry:
+    if grad is None and keeps and not has_begun(entry, rule, names):
         return False
     try:
         check(param, grad, names, rule, entry or {})

@@ -48,9 +48,15 @@ def placement(
         return None  # groups begin with its first element
     if not (member.plain and param.is_cpu and same_layout(grad, param)):
         return None
+    first = 0
+    if any(format.stochastic for format in member.chosen.values()):
+        # Its elements must follow one another in the optimizer as well, because their
+        # numbers there choose the random words.
+        first = member.first - param.data_ptr() // param.element_size()
     common = (
         member.group,
         tuple(member.chosen.items()),
+        first,
         *(vector[i] for vector in vectors),
         # Tensors may follow one another by chance, but not for long.
         param.untyped_storage().data_ptr(),

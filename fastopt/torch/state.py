@@ -20,7 +20,7 @@ from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM, Chosen
 from fastopt.rule import Rule
-from fastopt.torch import formats
+from fastopt.torch import formats, masters
 from fastopt.torch.memory import (
     COMPUTED,
     NUMPY,
@@ -51,6 +51,17 @@ class Names(NamedTuple):
 
     def key(self, name: str) -> str:
         return self.keys.get(name, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of torch's counts."""
+        wide = torch.get_default_dtype() == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def carry_dtype(self) -> torch.dtype:
+        """The dtype of the numbers that are carried."""
+        return self.dtype if self.torchs else torch.float64
 
     def carried(self, rule: Rule) -> dict[str, str | float]:
         """Return the key and the first value of each number that is carried."""
@@ -173,16 +184,13 @@ def begin(kind: Kind, member: Member, name: str, tensor: Tensor) -> None:
     key, of = kind.keys[name], kind.rule.starts.get(name)
     format, values = member.chosen.get(name), None
     before = member.state.get(key)
-    if name == PARAM and isinstance(before, Tensor) and before.dtype != tensor.dtype:
-        raise ValueError(
-            f"the remainder of a parameter has {before.dtype} in the state, but this "
-            f"optimizer's has {tensor.dtype}; make it with the same master"
-        )
+    if name == PARAM and format is not None and before is not None:
+        formats.check_remainder(before, member.param, format)
     if isinstance(before, Tensor):
         # A remainder is no number by itself.
         values = before if name == PARAM else formats.decoded(member.state, key)
     elif of == "p" or name == EMA:
-        values = formats.master(member.param, member.state)
+        values = masters.master(member.param, member.state)
     elif of is not None:
         start: float = kind.rule.start(of, member.values)
         values = torch.empty_like(tensor, dtype=member.dtype)
@@ -271,12 +279,30 @@ def factor(member: Member, module: Any) -> None:
     member.factors = Factors(module, shaped, None)
 
 
+def has_begun(state: Mapping[str, Any] | None, rule: Rule, names: Names) -> bool:
+    """Whether a parameter has more state than ``load_master_params`` makes before the
+    first step: a remainder, and counts."""
+    if not state or formats.REMAINDER not in state:
+        return bool(state)
+    return not {formats.REMAINDER, names.steps, *names.carried(rule)} >= state.keys()
+
+
+def first_counts(rule: Rule, names: Names, values: Values) -> dict[str, Any]:
+    """Return the steps of a parameter, and the numbers that the rule carries, before
+    the first step. ``values`` are its hyperparameters."""
+    named = dict(zip(rule.hyperparameters, values, strict=True))
+    steps = {} if names.steps is None else {names.steps: 0.0}
+    carried = {key: rule.start(of, named) for key, of in names.carried(rule).items()}
+    return {
+        **{key: torch.tensor(n, dtype=names.dtype) for key, n in steps.items()},
+        **{key: torch.tensor(n, dtype=names.carry_dtype) for key, n in carried.items()},
+    }
+
+
 def vectors(kind: Kind) -> list[Array]:
     """Return, as vectors, the steps that each member has done, and each number that the
     rule carries. The 0-d tensors in the state are views of them."""
     rule, names, members = kind.rule, kind.names, kind.members
-    wide = torch.get_default_dtype() == torch.float64
-    own = torch.float64 if wide else torch.float32  # of torch's own counts
     if names.steps is None:  # the first step is that without a buffer
         keys = [names.key(name) for name in rule.state]
         begun = [any(m.state.get(key) is not None for key in keys) for m in members]
@@ -286,11 +312,10 @@ def vectors(kind: Kind) -> list[Array]:
             if (steps := member.state.get(names.steps)) is not None:
                 where = f"state[...][{names.steps!r}] of parameter {member.place}"
                 check_steps(where, steps)
-        vectors = [vector(kind, names.steps, [0.0] * len(members), own)]
-    dtype = own if names.torchs else torch.float64
+        vectors = [vector(kind, names.steps, [0.0] * len(members), names.dtype)]
     for key, of in names.carried(rule).items():
         first = [rule.start(of, member.values) for member in members]
-        vectors.append(vector(kind, key, first, dtype))
+        vectors.append(vector(kind, key, first, names.carry_dtype))
     return vectors
 
 
@@ -358,7 +383,7 @@ def evaluated(
     steps = max(int(state[names.steps]), 1) if names.steps else 1
     scalars = rule.scalars(steps, *carried, *values)
     buffers = (formats.decoded(state, names.key(name)) for name in rule.state)
-    tensors = [formats.master(param, state), *buffers]
+    tensors = [masters.master(param, state), *buffers]
     tensors = [tensor.detach().cpu().resolve_conj() for tensor in tensors]
     if param.is_complex():
         tensors = list(map(torch.view_as_real, tensors))

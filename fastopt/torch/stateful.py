@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastopt.memory.formats import FORMATS
 from fastopt.optimizer import checks, refusals
+from fastopt.optimizer.formats import PARAM, Chosen
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
@@ -23,9 +24,10 @@ from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
+from fastopt.torch.masters import check_masters, set_master
 from fastopt.torch.memory import HALVES, Unsupported
 from fastopt.torch.plan import Plan
-from fastopt.torch.state import EMA, TRAINED, evaluated
+from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Turns
 
@@ -94,13 +96,15 @@ class Stateful(Storage):
         buffers = {self._names.key(name) for rule in self._rules for name in rule.state}
         calls = []
         for param, state in self._entries():
+            if not has_begun(state, self._default_rule, self._names):
+                calls.append(state.clear)
+                continue
             changed = dict(self._outward(state))
             for key in buffers & changed.keys():
                 # Ours may be of another dtype.
                 changed[key] = decoded(changed, key).to(param.dtype)
-            if REMAINDER in changed:  # torch's step will change the parameter
-                changed[REMAINDER] = torch.zeros_like(changed[REMAINDER])
-            calls.append(partial(state.update, changed))
+            changed.pop(REMAINDER, None)  # torch's step will change the parameter
+            calls += [partial(state.update, changed), partial(state.pop, REMAINDER, 0)]
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
 
     def _to_our_form(self) -> None:
@@ -279,14 +283,38 @@ class Stateful(Storage):
     def _fit_formats(self) -> None:
         """Decode loaded state that has formats of other optimizers. The next step does
         the rest, but until then ``state_dict`` must be what torch can load."""
+        for param, _, rule, chosen in self._with_formats():
+            if state := self.state.get(param):
+                keys = {name: self._names.key(name) for name in rule.state}
+                fit(state, keys, param, chosen)
+
+    def load_master_params(self, masters: Sequence[Tensor]) -> None:
+        """Set each parameter, its remainder and its copy to a tensor of float32 in its
+        shape, such as those of :meth:`master_params`."""
+        masters = check_masters(masters, self._params)
+        with self._turns.lock, torch.no_grad():
+            params = list(self._with_formats())
+            for (param, group, rule, chosen), values in zip(
+                params, masters, strict=True
+            ):
+                entry, format = self.state.get(param, {}), chosen.get(PARAM)
+                if not entry and format is not None and format.second is not None:
+                    options = self._values(group, rule)
+                    entry = first_counts(rule, self._names, options)
+                    self.state[param] = entry
+                set_master(param, values, format, entry)
+                if self.copy_to is not None and param in self.copy_to:
+                    self.copy_to[param].copy_(param)
+
+    def _with_formats(self) -> Iterator[tuple[Tensor, dict[str, Any], Rule, Chosen]]:
+        """Yield each parameter with its group, its rule and its formats."""
         wanted, known = self._wanted, frozenset(FORMATS)
-        for group, rule in zip(self.param_groups, self._rules, strict=False):
-            formats, named = wanted.of_rule(rule), names_of([group])
-            keys = {name: self._names.key(name) for name in rule.state}
+        rules = self._rules or [self._default_rule] * len(self.param_groups)
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            formats, names = wanted.of_rule(rule), names_of([group])
             for param in group["params"]:
-                if state := self.state.get(param):
-                    chosen = wanted.of(formats, named[param], param, known)
-                    fit(state, keys, chosen)
+                chosen = wanted.of(formats, names[param], param, known)
+                yield param, group, rule, chosen
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}
@@ -313,9 +341,10 @@ class Stateful(Storage):
         with self._turns.lock:
             for param, group in self._all():
                 state = self.state.get(param)
-                trained = state and TRAINED not in state
-                if trained and any(rule.evaluate for rule in self._rules):
-                    rule = self._rule(group)
+                evaluates = any(rule.evaluate for rule in self._rules)
+                rule = self._rule(group) if evaluates else self._default_rule
+                trained = has_begun(state, rule, self._names)
+                if evaluates and trained and TRAINED not in state:
                     values = self._values(group, rule)
                     tensors.append(evaluated(param, state, rule, self._names, values))
                 else:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt.memory.formats import FORMATS
 from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.storage import Usage
 from fastopt.rule import Rule
-from fastopt.torch.formats import REMAINDER, Wanted, encode, master, tensor_dtype
+from fastopt.torch.formats import Wanted
+from fastopt.torch.masters import master
 from fastopt.torch.memory import HALVES, is_dense, same_layout
 from fastopt.torch.state import Names
 from fastopt.torch.turns import Turns
@@ -115,36 +115,6 @@ class Storage(Optimizer):
         with self._turns.lock:
             return [master(param, self.state.get(param, {})) for param in self._params]
 
-    def load_master_params(self, masters: Sequence[Tensor]) -> None:
-        """Set each parameter, and its remainder, to a tensor of float32 in its shape,
-        such as those of :meth:`master_params`."""
-        params, wanted, pairs = self._params, self._wanted, []
-        masters = list(masters)
-        if not all(isinstance(values, Tensor) for values in masters):
-            raise TypeError(
-                "masters must be a list of tensors, one for each parameter, as "
-                "master_params() returns them"
-            )
-        if [param.shape for param in params] != [m.shape for m in masters]:
-            raise ValueError(
-                f"masters must be tensors of the shapes "
-                f"{[tuple(param.shape) for param in params]}"
-            )
-        for group in self.param_groups:
-            formats, known = wanted.of_rule(self._rule(group)), frozenset(FORMATS)
-            for param in group["params"]:
-                chosen = wanted.of(formats, "", param, known) if wanted.master else {}
-                pairs.append((param, chosen.get(PARAM)))
-        with self._turns.lock, torch.no_grad():
-            for (param, format), values in zip(pairs, masters, strict=True):
-                if format is None or format.second is None:
-                    param.copy_(values)
-                    continue
-                dtype = tensor_dtype(format, second=True)
-                rest = torch.empty_like(param, dtype=dtype, requires_grad=False)
-                encode(param.detach(), rest, format, values)
-                self.state[param][REMAINDER] = rest
-
     def memory(self) -> Usage:
         """Return the bytes of each buffer, in all and for each parameter, as the core's
         ``opt.memory()``."""
@@ -165,9 +135,6 @@ class Storage(Optimizer):
     @property
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
-
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        raise NotImplementedError
 
 
 def kinds(tensors: Sequence[Tensor]) -> str:

@@ -1,0 +1,64 @@
+"""The parameters with all bits that are kept of them, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt.memory.formats import FORMATS, Format
+from fastopt.torch.formats import REMAINDER, encode, flat, tensor_dtype, words_of
+from fastopt.torch.memory import computed
+
+
+def master(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return a parameter with its remainder, as a new tensor in the dtype that is
+    computed in. A remainder of data that was replaced by another dtype is ignored, as
+    the next step does."""
+    rest = state.get(REMAINDER)
+    result = param.detach().to(computed(param), copy=True)
+    if isinstance(rest, Tensor) and param.dtype is torch.bfloat16:
+        format = FORMATS["r8" if rest.dtype == torch.uint8 else "r16"]
+        values = format.read((words_of(param), words_of(rest)))
+        flat(result).copy_(torch.from_numpy(values))
+    return result
+
+
+def set_master(
+    param: Tensor, values: Tensor, format: Format | None, entry: dict[str, Any]
+) -> None:
+    """Set a parameter, and its remainder in its entry of the state if its format has
+    one, to numbers of float32."""
+    if format is None or format.second is None:
+        param.copy_(values)
+        return
+    dtype = tensor_dtype(format, second=True)
+    entry[REMAINDER] = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    encode(param.detach(), entry[REMAINDER], format, values)
+
+
+def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
+    """Check that these are numbers for each parameter, and return them as a list."""
+    if isinstance(given, (Tensor, Mapping, torch.nn.Module)):
+        raise TypeError(
+            f"masters must be a list of tensors, one for each parameter, as "
+            f"master_params() returns them, got {type(given).__name__}"
+        )
+    masters: list[Tensor] = list(given)
+    for values in masters:
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"masters must have a tensor for each parameter, got "
+                f"{type(values).__name__}"
+            )
+    shapes = [tuple(param.shape) for param in params]
+    if shapes != [tuple(values.shape) for values in masters]:
+        raise ValueError(f"masters must be tensors of the shapes {shapes}")
+    for param, values in zip(params, masters, strict=True):
+        if values.is_complex() and not param.is_complex():
+            raise TypeError(
+                f"masters has {values.dtype} for a parameter of {param.dtype}"
+            )
+    return masters
