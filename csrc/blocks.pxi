@@ -111,16 +111,6 @@ cdef inline void store_copy(
         )
 
 
-cdef inline bint is_finite_block(const uint32_t* words, int64_t n) noexcept nogil:
-    """Whether all numbers of float32 are finite, by their bits: only if they are not, a sum
-    reaches the sign. Compilers vectorize this."""
-    cdef int64_t i
-    cdef uint32_t found = 0
-    for i in range(n):
-        found = found | ((words[i] & 0x7FFFFFFF) + 0x00800000)
-    return found < <uint32_t> 0x80000000
-
-
 cdef void hold_together(
     const Job* job, int64_t r, int64_t first, int64_t end, int64_t start, int64_t n,
     const int64_t* local
@@ -129,27 +119,28 @@ cdef void hold_together(
     those of the others be neither: a new average without the other would make a step of any
     length."""
     cdef int64_t c, k, m, bad, scaled = 0
+    cdef finite_t is_finite
     cdef float* x
     cdef bint finite = True
     for c in range(first, end):
-        scaled += stream_of(job, r, c).scaled
+        scaled += stream_of(job, r, c).finite != NULL
     if scaled < 2:
         return
     for c in range(first, end):
-        if stream_of(job, r, c).scaled:
-            x = <float*> local[c] + start
-            finite = finite and is_finite_block(<const uint32_t*> x, n)
+        is_finite = stream_of(job, r, c).finite
+        if is_finite:
+            finite = finite and is_finite(<float*> local[c] + start, n)
     if finite:
         return
     k = 0
     while k < n:
         m, bad = min(<int64_t> GROUP, n - k), 0
         for c in range(first, end):
-            if stream_of(job, r, c).scaled:
-                x = <float*> local[c] + start + k
-                bad += not is_finite_block(<const uint32_t*> x, m)
+            is_finite = stream_of(job, r, c).finite
+            if is_finite:
+                bad += not is_finite(<float*> local[c] + start + k, m)
         for c in range(first, end if bad else first):
-            if stream_of(job, r, c).scaled:
+            if stream_of(job, r, c).finite:
                 x = <float*> local[c] + start + k
                 x[0] = <float> INFINITY
         k += GROUP

@@ -20,6 +20,7 @@ cdef struct Stored:
     load_t load  # decodes; NULL: kernels read such streams in memory
     store_t store  # encodes
     store_t start  # encodes the first values of state
+    finite_t finite  # whether numbers can be encoded; NULL: groups share no scale
     int64_t part_count
     int64_t widths[MOST_PARTS]  # of each part: the bytes of a word,
     int64_t shared[MOST_PARTS]  # and the number of elements that share it
@@ -485,7 +486,7 @@ cdef void enter_streams(Job* job, const Call* call, int64_t r) noexcept nogil:
         stream.first = <uint32_t> call.segments[r].first
         if format.load:
             stream.make, stream.load, stream.width = load_block, format.load, format.widths[0]
-            stream.scaled = format.part_count > 1 and format.shared[1] == GROUP
+            stream.finite = format.finite
             if c != 1:
                 stream.store = format.store
             for k in range(format.part_count):

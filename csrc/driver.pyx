@@ -197,7 +197,7 @@ cdef struct Stream:
     make_t make
     load_t load  # decodes; NULL: the stream is not encoded
     store_t store  # encodes; NULL: steps do not write to the stream
-    bint scaled  # whether groups of its elements share a scale
+    finite_t finite  # whether it can be encoded; NULL: groups share no scale
     uint32_t first  # index of its first element, for stochastic rounding
     int64_t width  # bytes of an encoded element, without remainder and scale
     int64_t parts[4]  # what its blocks are made of

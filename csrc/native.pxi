@@ -147,6 +147,7 @@ cdef int enter_formats(Kernels kernels, formats) except -1:
             format.load = <load_t> kernels.find(f"load_{entry.name}", False)
             format.store = <store_t> kernels.find(f"store_{entry.name}", False)
             format.start = <store_t> kernels.find(f"store_{entry.start}", False)
+            format.finite = <finite_t> kernels.look_up(f"finite_{entry.name}", False)
         format.part_count = len(entry.parts)
         for k, part in enumerate(entry.parts):
             format.widths[k], format.shared[k] = part

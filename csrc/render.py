@@ -431,7 +431,11 @@ def formats():
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "Format":
             name, decode, encode, public = call.args
             more = {keyword.arg: keyword.value for keyword in call.keywords}
-            remainder, scale = more.get("remainder"), more.get("scale")
+            remainder = more.get("remainder")
+            scale, curve = (
+                defined(FORMATS, more[key].id) if key in more else None
+                for key in ("scale", "curve")
+            )
             formats.append(
                 Format(
                     name.value,
@@ -439,7 +443,8 @@ def formats():
                     defined(FORMATS, encode.id),
                     f"{stored[public.value]}_t",
                     f"{remainder.value}_t" if remainder else "",
-                    defined(FORMATS, scale.id) if scale else None,
+                    scale,
+                    curve,
                 )
             )
     return formats
@@ -474,7 +479,8 @@ def renderer():
     """Return a function that renders a template of csrc with these values."""
     found, stored = functions(), formats()
     updates = [f for f in found if type(f) is Kernel]
-    codecs = [f for of in stored for f in (of.decode, of.encode, of.scale) if f]
+    codecs = [of.decode for of in stored] + [of.encode for of in stored]
+    codecs += [f for of in stored for f in (of.scale, of.curve) if f]
     codecs.append(defined(FORMATS, "random_word"))
     codecs += [helper for codec in codecs for helper in codec.helpers.values()]
     codecs = list({codec.name: codec for codec in codecs}.values())

@@ -184,7 +184,7 @@ cdef class Segments:
             stream.make, stream.load, stream.width = NULL, NULL, 0
             return 0
         stream.make, stream.width = load_block, format.stored.itemsize
-        stream.scaled = format.scale is not None
+        stream.finite = <finite_t> self.kernels.look_up(f"finite_{format.name}", False)
         for k, stride in enumerate(format.strides):
             stream.strides[k] = stride
         stream.load = <load_t> self.kernels.find(f"load_{format.name}", False)

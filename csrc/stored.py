@@ -15,6 +15,16 @@ class Format:
     c_type: str  # of the stored words
     remainder: str  # the type of their remainders, or ""
     scale: Any  # of a group, or None
+    curve: Any  # what is encoded in place of numbers, or None
+
+    def curved(self, text):
+        """Return the expression for what is encoded in place of a number."""
+        return f"{self.curve.name}_f32({text})" if self.curve else text
+
+    @property
+    def mask(self):
+        """The bits of a number that count for its magnitude."""
+        return "0xFFFFFFFFU" if self.curve else "0x7FFFFFFFU"
 
     @property
     def shift(self):
@@ -42,8 +52,10 @@ class Format:
     def encoded(self, text, stream):
         """Return the expression for the word to store. A stochastic format uses the
         variables ``element`` and ``step``, the arguments of ``random_word``."""
-        if self.stochastic:
+        if self.stochastic:  # by the place that the Format there returns
             pair, shift = f"({stream}) >> 1", f"(({stream}) & 1) << 4"
+            if self.remainder:
+                pair, shift = 1, 0
             text += f", formats_random_word_f32(element, step, {pair}) << ({shift})"
         return f"{self.encode.name}_f32({text})"
 

@@ -40,11 +40,10 @@ from fastopt.backends.cuda_streams import (
     drawing,
     draws,
     dtypes_of,
-    higher,
-    is_finite,
     is_grouped,
     lines_of,
     loads,
+    scaling,
     sharing,
     stores,
     streams_of,
@@ -80,9 +79,7 @@ def generated(
     for format in filter(None, {*formats}):
         of[f"decode_{format.name}"] = format.decode
         of[f"encode_{format.name}"] = format.encode
-        if format.scale:
-            of[f"scale_{format.name}"] = format.scale
-            of |= {"higher": higher, "is_finite": is_finite}
+        of |= scaling(format)
     if draws(formats):
         of["random_word"] = random_word
     ours = primitives(dtype.type)

@@ -93,8 +93,8 @@ class Stream(NamedTuple):
             if self.format is not None:
                 given = [number, *([f"{self.name}_scale"] if self.is_scaled else [])]
                 if self.format.stochastic:
-                    random = random_name(self.column // 2, lane)
-                    given.append(f"{random} << 16" if self.column % 2 else random)
+                    pair, shift = self.format.place(self.column)
+                    given.append(f"{random_name(pair, lane)} << {shift}")
                 word = f"encode_{self.format.name}({', '.join(given)})"
                 if self.is_scaled:  # others keep their words
                     word = f"where({self.name}_finite, {word}, {number}_word)"
@@ -207,11 +207,14 @@ def sharing(streams: Sequence[Stream], lanes: Sequence[int]) -> list[str]:
     for stream in streams:
         if stream.is_scaled and stream.format:
             name, top = stream.name, f"{stream.name}_top"
+            kind, numbers = stream.format.name, [stream.number(k) for k in lanes]
+            if stream.format.curve:
+                lines += [f"{number} = curve_{kind}({number})" for number in numbers]
             lines.append(f"{top} = word_of(0)")
-            lines += [f"{top} = higher({top}, {stream.number(k)})" for k in lanes]
+            lines += [f"{top} = higher_{kind}({top}, {number})" for number in numbers]
             lines.append(f"{top} = greatest({top})")
             lines.append(f"{name}_finite = is_finite({top})")
-            lines.append(f"{name}_scale = scale_{stream.format.name}({top})")
+            lines.append(f"{name}_scale = scale_{kind}({top})")
             finite.append(f"{name}_finite")
     if len(finite) > 1:  # buffers that belong together are stored together
         lines.append(f"every_finite = {' & '.join(finite)}")
@@ -228,6 +231,26 @@ def higher(top: Word, x: Any) -> Any:
     return where(magnitude > top, magnitude, top)
 
 
+def higher_curved(top: Word, x: Any) -> Any:
+    """Do the same for a number of a curve. A sign makes it greater than all others."""
+    magnitude = bits(x)
+    return where(magnitude > top, magnitude, top)
+
+
+def scaling(format: Format) -> dict[str, Any]:
+    """Return the functions that find a format's scales, by their names in kernels."""
+    if format.scale is None:
+        return {}
+    functions: dict[str, Any] = {
+        f"scale_{format.name}": format.scale,
+        f"higher_{format.name}": higher_curved if format.curve else higher,
+        "is_finite": is_finite,
+    }
+    if format.curve:
+        functions[f"curve_{format.name}"] = format.curve
+    return functions
+
+
 def is_finite(top: Word) -> Any:
     """Whether all numbers are finite of which this magnitude is the greatest."""
     return top < INFINITE
@@ -242,7 +265,8 @@ def drawing(streams: Sequence[Stream], lanes: Sequence[int]) -> list[str]:
     the index of the first element, and the number of the step."""
     stochastic = [s for s in streams if s.format and s.format.stochastic]
     lines = ["step = word_of(draw[1])"] if stochastic else []
-    for pair in sorted({stream.column // 2 for stream in stochastic}):
+    pairs = {s.format.place(s.column)[0] for s in stochastic if s.format}
+    for pair in sorted(pairs):
         for k in lanes:
             element = f"word_of(draw[0] + i + {k})"
             random = f"random_word({element}, step, word_of({pair}))"

@@ -21,7 +21,7 @@ from fastopt.language import NUMPY, Function, concrete
 from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
-from fastopt.memory.formats import FORMATS, INFINITY, greatest
+from fastopt.memory.formats import FORMATS, INFINITY
 from fastopt.memory.order import CHUNK, GROUP, LANES
 from fastopt.memory.segments import (
     Array,
@@ -292,13 +292,14 @@ def held_together(state: Sequence[Stream], new: Sequence[Array]) -> Sequence[Arr
     """If a group of one stream with scales is not finite, and so will not be stored,
     let those of the others be neither: a new average without the other would make a
     step of any length."""
-    scaled = [isinstance(s, Encoded) and s.format.scale is not None for s in state]
+    formats = [s.format if isinstance(s, Encoded) else None for s in state]
+    scaled = [format is not None and format.scale is not None for format in formats]
     if sum(scaled) < 2:
         return new
     bad: Any = False
-    for value, is_scaled in zip(new, scaled, strict=True):
-        if is_scaled:
-            bad = bad | (greatest(np.asarray(value)) >= INFINITY)
+    for value, format in zip(new, formats, strict=True):
+        if format is not None and format.scale is not None:
+            bad = bad | (format.tops(np.asarray(value)) >= INFINITY)
     if not np.any(bad):
         return new
     held = []

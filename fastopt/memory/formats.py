@@ -60,6 +60,9 @@ class Format:
         split.
     scale
         Takes the bits of the greatest magnitude of a group. Returns the group's scale.
+    curve
+        Takes a number without a sign. Returns what has evenly spaced codes, which scale
+        and ``encode`` take in place of the number. A sign is like NaN here.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Format:
     public: str
     remainder: str = ""
     scale: Function | None = None
+    curve: Function | None = None
 
     def function(self, function: Function | None) -> Any:
         """Return a function that works on arrays."""
@@ -133,10 +137,35 @@ class Format:
         arguments = 2 if self.scale is None else 3
         return self.encode.__code__.co_argcount == arguments
 
+    def place(self, stream: int) -> tuple[int, int]:
+        """Return which random word a stream rounds by, and how far to shift it to the
+        left. Streams 2 k and 2 k + 1 use the upper and the lower half of word k. A
+        parameter with a remainder of 8 bits uses the lowest byte of word 1, because
+        buffers 2 and 3 are rounded by the upper bits of its halves."""
+        return (1, 0) if self.remainder else (stream // 2, stream % 2 * 16)
+
     @property
     def nearest(self) -> Format:
         """The format with the same words that rounds to nearest, if there is one."""
         return FORMATS.get(NEAREST.get(self.name, self.name), self)
+
+    def curved(self, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return what is encoded in place of numbers."""
+        if self.curve is None:
+            return numbers
+        with np.errstate(all="ignore"):
+            curved: npt.NDArray[Any] = self.function(self.curve)(numbers)
+        return curved
+
+    def tops(self, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the bits of the greatest magnitude of each group. Those of a group
+        that cannot be stored are at least INFINITY."""
+        padded = np.zeros(-(-numbers.size // GROUP) * GROUP, COMPUTED)
+        padded[: numbers.size] = self.curved(numbers).reshape(-1)
+        padded = padded if self.curve else abs(padded)
+        words = padded.view(np.uint32).reshape(-1, GROUP)
+        tops: npt.NDArray[Any] = words.max(axis=1, initial=0)
+        return tops
 
     def written(
         self,
@@ -148,18 +177,22 @@ class Format:
 
         A stochastic format draws random words. They depend on ``draw`` only: the index
         of the first element among all elements of an optimizer, the number of the step,
-        and the index of the stream.
+        and the index of the stream: 0 for the parameter, from 2 on for the state.
 
         The groups of a format with scales need finite numbers. Other groups are taken
         from ``parts``, if these are given, and the last array returned is their count.
         """
         numbers = np.asarray(numbers, COMPUTED)
-        random = (drawn(numbers.shape, draw),) if self.stochastic else ()
+        random: tuple[Word, ...] = ()
+        if self.stochastic:
+            first, step, stream = draw
+            pair, shift = self.place(stream)
+            random = (drawn(numbers.shape, first, step, pair) << shift,)
         encode = self.function(self.encode)
         scales: Parts = ()
         with np.errstate(all="ignore"):
             if self.scale:
-                tops = greatest(numbers)
+                numbers, tops = self.curved(numbers), self.tops(numbers)
                 scale = np.asarray(self.function(self.scale)(Word(tops)), COMPUTED)
                 scales = (spread(scale, numbers),)
             words: npt.NDArray[Any] = encode(numbers, *scales, *random).array
@@ -183,24 +216,13 @@ def spread(groups: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]
     return np.repeat(groups, GROUP)[: like.size].reshape(like.shape)
 
 
-def greatest(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the bits of the greatest magnitude of each group."""
-    padded = np.zeros(-(-numbers.size // GROUP) * GROUP, COMPUTED)
-    padded[: numbers.size] = numbers.reshape(-1)
-    magnitudes = abs(padded).view(np.uint32).reshape(-1, GROUP)
-    tops: npt.NDArray[Any] = magnitudes.max(axis=1, initial=0)
-    return tops
-
-
-def drawn(shape: tuple[int, ...], draw: tuple[int, int, int]) -> Word:
-    """Return a random word for each element, as :meth:`Format.written` says."""
-    first, step, pair = (
-        np.asarray(k % 2**32, np.uint32) for k in (*draw[:2], draw[2] // 2)
-    )
+def drawn(shape: tuple[int, ...], first: int, step: int, pair: int) -> Word:
+    """Return a random word for each element, from the index of the first one on."""
+    begin, *given = (np.asarray(k % 2**32, np.uint32) for k in (first, step, pair))
     count = np.arange(math.prod(shape), dtype=np.uint64).astype(np.uint32)
     random = concrete(random_word, COMPUTED, NUMPY, lambda helper: helper)
-    word: Word = random(Word(count.reshape(shape) + first), Word(step), Word(pair))
-    return word << 16 if draw[2] % 2 else word
+    words: Word = random(Word(count.reshape(shape) + begin), *map(Word, given))
+    return words
 
 
 # bfloat16: the upper half of a float32.
@@ -239,8 +261,16 @@ def mixed(w: Word) -> Any:
 def random_word(element: Word, step: Word, pair: Word) -> Any:
     """Return a pseudorandom word. It depends on the arguments only, so it is the same
     on every backend, for any number of threads, and in a resumed run. Two streams share
-    it: the first uses the upper half of its bits, the second the lower half."""
-    return mixed(element ^ mixed(step * STEP_FACTOR + pair))
+    it: the first uses the upper half of its bits, the second the lower half.
+
+    A step multiplies the elements by a hash of itself, and adds another. So the words
+    of two elements are independent over the steps, which is what the mean and the
+    variance of rounding need (J. Carter and M. Wegman, Universal classes of hash
+    functions, 1979). The second multiplication mixes words of one step.
+    """
+    start = mixed(step * STEP_FACTOR + pair + ONE)
+    w = element * (mixed(start) | ONE) + start
+    return (w ^ (w >> 16)) * FIRST_FACTOR
 
 
 def encode_bf16_sr(x: Any, random: Word) -> Any:
@@ -292,6 +322,7 @@ def encode_fp16(x: Any) -> Any:
 
 UPPER16 = word(0xFFFF0000)
 HALF8 = word(0x80)
+BYTE = word(0xFF)
 
 
 def decode_r16(w: Word) -> Any:
@@ -317,10 +348,10 @@ def split_r8(w: Word) -> Any:
 
 
 def encode_r8(x: Any, random: Word) -> Any:
-    """Round up or down at random. Otherwise a decay of 1e-6 of a number would be lost
-    here, too."""
+    """Round up or down at random, by the lowest byte of a random word. Otherwise a
+    decay of 1e-6 of a number would be lost here, too."""
     w = bits(x)
-    added = real(w + (random >> 24))
+    added = real(w + (random & BYTE))
     return split_r8(bits(where(x == x, added, real((w & UPPER16) | QUIET))))
 
 
@@ -332,56 +363,18 @@ def encode_r8_nearest(x: Any) -> Any:
 
 # Codes of 8 bits, rounded stochastically. The bits of 2**23 with a word below it set
 # are those of their sum. Numbers from 256 to 512 have 15 bits for what is below 1.
-#
-# Encoding computes its quotient and its root by Newton's method, because a processor
-# divides far more slowly than it multiplies. Meanwhile, it divides for the update and
-# for decoding (docs/performance.md).
 
 INTEGER = word(0x4B000000)  # the bits of 2**23
 INTEGERS = 2.0**23
 SIGN8 = word(0x80)
 OFFSET_INTEGERS = 2.0**23 + 128
 OFFSET = 256.0
-MIDDLE = 384.0
+MIDDLE = 768.0  # 512, for the exponent, and 256, for codes below 0
 UNSIGNED = 255.0
-SIGNED = 127.0
 TWICE_SIGNED = 254.0
 ZERO = 0.0
 UNIT = 1.0
-TWICE = 2.0
-GREATEST = 2.0**126  # in place of 1 / 0
-# The quadratic polynomial that is nearest to 1 / d for d from 1 to 2, within 1%.
-AT_ZERO = 210 / 99
-SLOPE = 144 / 99
-CURVE = 32 / 99
-# The bits of 1 / sqrt(x) are about a constant less half of those of x. With the two
-# factors, the first round of Newton's method is within 0.07% (J. Kadlec, 2010).
-ROOT_BITS = word(0x5F1FFFF9)
-ROOT_FACTOR = 0.703952253
-ROOT_MORE = 2.38924456
-HALF_MORE = 1.5
-
-
-def reciprocal(d: Any) -> Any:
-    """Return 1 / d for d from 1 to 2. Each round of Newton's method squares the error:
-    1e-2, 1e-4, 1e-8."""
-    r = AT_ZERO - d * (SLOPE - d * CURVE)
-    r = r * (TWICE - d * r)
-    return r * (TWICE - d * r)
-
-
-def root(x: Any) -> Any:
-    """Return the square root of a number from 0 to 2**16, by its reciprocal, within
-    7e-7."""
-    r = real(ROOT_BITS - (bits(x) >> 1))
-    r = (ROOT_FACTOR * r) * (ROOT_MORE - x * r * r)
-    return x * (r * (HALF_MORE - HALF * x * r * r))
-
-
-def inverse(scale: Any) -> Any:
-    """Return 1 / scale, or a great number if the scale is zero."""
-    quotient = UNIT / scale
-    return where(quotient < GREATEST, quotient, GREATEST)
+QUARTER = 0.25
 
 
 def scale_m8(top: Word) -> Any:
@@ -396,14 +389,20 @@ def decode_m8(w: Word, scale: Any) -> Any:
 def encode_m8(x: Any, scale: Any, random: Word) -> Any:
     """Encode softsign, 2 y / (1 + abs(y)) of y = x / scale. It has more codes for small
     numbers. The code is signed."""
-    y = abs(x) * inverse(scale)
-    y = TWICE_SIGNED * (y * reciprocal(UNIT + y))
-    y = copysign(where(y < SIGNED, y, SIGNED), x)
-    return ((bits(y + MIDDLE) + (random >> 17)) >> 15) ^ SIGN8
+    # A quarter of each, so that the sum is finite.
+    unit = scale * QUARTER
+    unit = where(unit > ZERO, unit, UNIT)
+    size = abs(x) * QUARTER
+    y = copysign(TWICE_SIGNED * (size / (unit + size)), x)
+    return (bits(y + MIDDLE) + (random >> 18)) >> 14
+
+
+def curve_v8(x: Any) -> Any:
+    return sqrt(x)
 
 
 def scale_v8(top: Word) -> Any:
-    return sqrt(real(top)) / UNSIGNED
+    return real(top) / UNSIGNED
 
 
 def decode_v8(w: Word, scale: Any) -> Any:
@@ -412,10 +411,11 @@ def decode_v8(w: Word, scale: Any) -> Any:
 
 
 def encode_v8(x: Any, scale: Any, random: Word) -> Any:
-    """Encode the square root of a number that is not negative. The code of a number
-    above 0 is at least 1, because rules divide by the root."""
-    y = root(x * inverse(scale) * inverse(scale))
-    y = where(y > UNIT, y, where(x > ZERO, UNIT, ZERO))
+    """Encode a root. The code of a number above 0 is at least 1, because rules divide
+    by the root."""
+    least = where(x > ZERO, UNIT, ZERO)
+    y = x * (UNIT / scale)
+    y = where(y > least, y, least)
     y = where(y < UNSIGNED, y, UNSIGNED)
     return (bits(y + OFFSET) + (random >> 17)) >> 15
 
@@ -442,7 +442,7 @@ FORMATS = {
         ),
         Format("r16", decode_r16, encode_r16, "bfloat16", remainder="uint16"),
         Format("m8", decode_m8, encode_m8, "int8", scale=scale_m8),
-        Format("v8", decode_v8, encode_v8, "uint8", scale=scale_v8),
+        Format("v8", decode_v8, encode_v8, "uint8", scale=scale_v8, curve=curve_v8),
     )
 }
 

@@ -58,7 +58,7 @@ KINDS = {
     "r8": ("bf16+r8", "bf16", "fp32"),
     "r16": ("bf16+r16", "fp16", "bf16"),
     "m8": ("bf16", "m8", "v8"),
-    "v8": ("bf16+r8", "v8", "m8", "bf16"),
+    "v8": ("bf16+r8", "bf16", "v8", "m8"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
