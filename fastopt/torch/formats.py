@@ -58,6 +58,8 @@ class Wanted(NamedTuple):
         Whether its state may have scales.
     keys
         The keys of the state, by the rule's names of buffers.
+    buffers
+        The rule's names of all buffers that options of groups may ask for.
     """
 
     formats: Any = None
@@ -65,6 +67,7 @@ class Wanted(NamedTuple):
     counts: bool = True
     scales: bool = True
     keys: Mapping[str, str] = {}
+    buffers: Set[str] = frozenset()
 
     @property
     def any(self) -> bool:
@@ -101,8 +104,7 @@ class Wanted(NamedTuple):
     def _with_master(self, given: Any, rule: Rule) -> Any:
         """Return formats with that of the parameters, by the rule's names."""
         if isinstance(given, Mapping):
-            rules = {key: name for name, key in self.keys.items()}
-            given = {rules.get(key, key): kind for key, kind in given.items()}
+            given = self._for_rule(given, rule)
         if self.master is None:
             return given
         named = {} if given is None else Formats.of_rule(given, rule, True).named
@@ -112,6 +114,23 @@ class Wanted(NamedTuple):
                 f"leave one out"
             )
         return {**named, PARAM: self.master}
+
+    def _for_rule(self, given: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+        """Return formats by the rule's names of buffers, without those that only the
+        options of other groups ask for."""
+        rules, named = {key: name for name, key in self.keys.items()}, {}
+        own = {name for variant in rule.all for name in variant.state} | {PARAM}
+        for key, kind in given.items():
+            name = rules.get(key, key)
+            if name not in own | self.buffers:
+                keys = (self.keys.get(name, name) for name in own | self.buffers)
+                raise ValueError(
+                    f"formats has {key!r}, but this optimizer has "
+                    f"{', '.join(sorted(keys))}"
+                )
+            if name in own:
+                named[name] = kind
+        return named
 
     def _counted(self, stream: str, format: Format) -> Format:
         """Return a format, or that which rounds to nearest if steps are not counted."""

@@ -46,7 +46,6 @@ ACCUMULATED = "accumulated"  # the key of sums of gradients in a state_dict
 class Stateful(Storage):
     """A ``torch.optim.Optimizer`` whose state is in memory that kernels work in."""
 
-    _default_rule: Rule  # whatever the options of a group are
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients

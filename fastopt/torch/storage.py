@@ -23,6 +23,7 @@ from fastopt.torch.turns import Turns
 class Storage(Optimizer):
     """A ``torch.optim.Optimizer`` whose state and parameters may have formats."""
 
+    _default_rule: Rule  # whatever the options of a group are
     _names = Names()
     _encodes = True  # whether its state may have formats
     _scales = True  # and whether these may have scales
@@ -100,8 +101,9 @@ class Storage(Optimizer):
         if self.state_dtype is torch.bfloat16:
             formats = "bf16"
         counts = self._names.steps is not None
-        names = self._names.keys
-        return Wanted(formats, self.master, counts, self._scales, names)
+        keys, rules = self._names.keys, self._default_rule.all
+        buffers = {name for rule in rules for name in rule.state} | {*keys}
+        return Wanted(formats, self.master, counts, self._scales, keys, buffers)
 
     @property
     def nonfinite_groups(self) -> int:

@@ -191,3 +191,21 @@ def test_torchs_own_step_takes_state_of_the_parameters_dtype():
     opt.step()
     torch.testing.assert_close(param.detach(), torch.full((5000, 1), 0.75))
     assert opt.state[param]["momentum_buffer"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "key"),
+    [
+        (ft.AdamW, "amsgrad", "max_exp_avg_sq"),
+        (ft.RMSprop, "centered", "grad_avg"),
+        (ft.RMSprop, "momentum", "momentum_buffer"),
+    ],
+)
+def test_formats_of_buffers_that_some_groups_have(kind, option, key):
+    params = params_of(torch.float32)
+    groups = [{"params": params[:1], option: True}, {"params": params[1:]}]
+    opt = kind(groups, formats={key: "bf16"})
+    give(params, 1)
+    opt.step()
+    assert opt.state[params[0]][key].dtype is torch.bfloat16
+    assert key not in opt.state[params[1]]

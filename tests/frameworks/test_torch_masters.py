@@ -246,7 +246,10 @@ def test_torchs_own_step_ends_remainders():
     ("options", "message"),
     [
         ({"formats": "4bit"}, "formats must be one of 'fp32'"),
-        ({"formats": {"q": "m8"}}, "has 'q', but adamw keeps m, v"),
+        (
+            {"formats": {"q": "m8"}},
+            "has 'q', but this optimizer has exp_avg, exp_avg_sq",
+        ),
         ({"formats": {"exp_avg": "v8"}}, "never negative"),
         ({"master": "r8"}, "master must be one of 'bf16'"),
         ({"master": "bf16", "formats": {"param": "bf16"}}, "leave one out"),
