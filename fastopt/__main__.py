@@ -78,17 +78,19 @@ def run_bench(
     tensors: list[tuple[int, int]] | None,
     dtypes: list[str],
     against: list[str] | None,
+    loop: bool,
     rounds: int | None,
     quick: bool,
     output: Path,
 ) -> None:
-    from fastopt.bench import cases, contender
+    from fastopt.bench import cases, contender, loop_contender
 
     try:
+        from fastopt.bench import loop as loops
         from fastopt.bench.run import bench
     except ImportError as error:
         sys.exit(f"fastopt bench: {error}; pip install '.[bench]' in fastopt's folder")
-    known = list(contender.CONTENDERS)
+    known = list(loop_contender.LOOPS if loop else contender.CONTENDERS)
     for name in against or ():
         if name not in known:
             names = ", ".join(map(repr, known))
@@ -97,20 +99,25 @@ def run_bench(
     chosen = {"fastopt", "floor", *(known if against is None else against)}
     try:
         output.mkdir(exist_ok=True)
-        check_writable(output / "bench.json")
+        check_writable(output / ("loop.json" if loop else "bench.json"))
     except OSError as error:
         sys.exit(f"fastopt bench: cannot write to {output}: {error.strerror}")
     if sizes is None:
         sizes = list(cases.QUICK_SIZES if quick else cases.SIZES)
     if tensors is None:
         tensors = [] if quick else list(cases.TENSORS)
+    rounds = rounds or (5 if quick else 15)
     try:
-        bench(
-            cases.cases(rules, sizes, tensors, dtypes),
-            [name for name in known if name in chosen],
-            rounds or (5 if quick else 15),
-            output,
-        )
+        if loop:
+            models = loop_contender.MODELS[:1] if quick else loop_contender.MODELS
+            loops.bench(loops.loops(models), loops.contenders(against), rounds, output)
+        else:
+            bench(
+                cases.cases(rules, sizes, tensors, dtypes),
+                [name for name in known if name in chosen],
+                rounds,
+                output,
+            )
     except KeyboardInterrupt:
         print("fastopt bench: interrupted; nothing is written", file=sys.stderr)
         sys.exit(130)
@@ -198,6 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         metavar="NAME",
         help='beside fastopt and the floor, such as "torch fused" (default: all)',
+    )
+    command.add_argument(
+        "--loop",
+        action="store_true",
+        help="measure training loops with Adam instead of steps alone",
     )
     command.add_argument("--rounds", type=at_least(1), help="(default: 15)")
     command.add_argument(

@@ -532,31 +532,35 @@ class Process:
         gc.collect()
         return {}
 
-    def prepare(self, case: Case) -> dict[str, Any]:
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         self.drop()
         import_packages(self.name)
-        self.contender = CONTENDERS[self.name](case)
+        self.contender = CONTENDERS[self.name](Case(**case))
         self.contender.step()  # compiles, allocates, touches
         # The fastest of three: a single slow step would make all bursts short.
         seconds = min(timed(self.contender.step, 1) for _ in range(3))
         self.count = max(1, min(MOST_STEPS, int(BURST_SECONDS / seconds)))
         return {"seconds": seconds}
 
+    def burst(self) -> dict[str, Any]:
+        if self.contender is None:
+            raise ValueError("wanted prepare, then burst")
+        return {"seconds": timed(self.contender.step, self.count)}
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "about":
             import_packages(self.name)
             return about(self.name)
         if request["do"] == "prepare":
-            return self.prepare(Case(**request["case"]))
+            return self.prepare(request["case"])
         if request["do"] == "drop":
             return self.drop()
-        if request["do"] == "burst" and self.contender:
-            return {"seconds": timed(self.contender.step, self.count)}
-        raise ValueError(f"wanted prepare, then burst; drop or about; got {request}")
+        if request["do"] == "burst":
+            return self.burst()
+        raise ValueError(f"wanted prepare, burst, drop or about; got {request}")
 
 
-def serve(name: str, requests: Iterable[str], replies: TextIO) -> None:
-    process = Process(name)
+def serve(process: Process, requests: Iterable[str], replies: TextIO) -> None:
     for line in requests:
         try:
             reply = process.answer(json.loads(line))
@@ -568,7 +572,7 @@ def serve(name: str, requests: Iterable[str], replies: TextIO) -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def main() -> None:
+def main(kind: Callable[[str], Process] = Process) -> None:
     # Libraries that import a "report" of their own must not get this folder's.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if path != here]
@@ -579,7 +583,7 @@ def main() -> None:
     # For all OpenMP runtimes, which read it when they are loaded.
     os.environ["OMP_NUM_THREADS"] = str(available_threads())
     try:
-        serve(sys.argv[1], sys.stdin, replies)
+        serve(kind(sys.argv[1]), sys.stdin, replies)
     except KeyboardInterrupt:  # Ctrl-C goes to parent and children; the parent reports
         sys.exit(130)
 

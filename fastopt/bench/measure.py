@@ -51,16 +51,19 @@ BUILD = Path(fastopt.__file__).parent.parent
 
 
 class Worker:
-    """A contender's process. ``build`` is the folder with the fastopt it imports."""
+    """A contender's process, which runs a script. ``build`` is the folder with the
+    fastopt it imports."""
 
-    def __init__(self, name: str, build: Path = BUILD) -> None:
+    def __init__(
+        self, name: str, build: Path = BUILD, script: str = contender.__file__
+    ) -> None:
         self.name = name
         # DeepSpeed looks for ninja, which an environment that is not activated hides.
         programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
         modules = [str(build), os.environ.get("PYTHONPATH", "")]
         self._messages = TemporaryFile()  # closed with the process, read if it fails
         self._process = process = subprocess.Popen(
-            [sys.executable, contender.__file__, name],
+            [sys.executable, script, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
@@ -132,15 +135,15 @@ class Worker:
 class Workers(dict[str, Worker]):
     """The processes of all installed contenders, by name. They end with the block."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], script: str = contender.__file__) -> None:
         super().__init__()
-        self._names = names
+        self._names, self._script = names, script
         self.left_out: dict[str, str] = {}
 
     def __enter__(self) -> Workers:
         try:
             for name in self._names:
-                self[name] = Worker(name)
+                self[name] = Worker(name, script=self._script)
             for name in self._names:
                 try:
                     self[name].ask("about")

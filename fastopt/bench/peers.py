@@ -24,6 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch fused, huge pages": ("torch",),
     "torch foreach": ("torch",),
     "torch loop": ("torch",),
+    "torch default": ("torch",),
     "timm": ("torch", "timm"),
     "DeepSpeed": ("torch", "deepspeed"),
     "optax": ("jax", "optax"),
