@@ -399,13 +399,15 @@ cdef int sum_all(
     return OK
 
 
-cdef int clip_all(Job* job, double limit) noexcept nogil:
-    """Bring the norm of all gradients under a limit, as ``shrinking`` of step.py does."""
+cdef int clip_all(Job* job, double limit, double* norm) noexcept nogil:
+    """Take the norm of all gradients, and bring it under a limit, as ``shrinking`` of
+    step.py does."""
     cdef int64_t s, n
     cdef double total, shrink
     if sum_all(job, job.tools.square, 0, 1, &total, &n) != OK:
         return NO_MEMORY
-    shrink = limit / (sqrt_f64(total) + 1e-6)
+    norm[0] = sqrt_f64(total)
+    shrink = limit / (norm[0] + 1e-6)
     for s in range(job.sets if not shrink >= 1 else 0):
         job.factors[s] *= shrink
     return OK
@@ -432,14 +434,14 @@ cdef int settle_all(Job* job, double* carry, double* settled) noexcept nogil:
 cdef int do_job(Job* job, const Call* call, double* settled) noexcept nogil:
     cdef int64_t s
     cdef int code = OK
-    cdef double limit = call.request.clip_norm
+    cdef double norm, limit = call.request.clip_norm
     cdef int returned = compute_all(job, call)
     if returned < 0:
         return BAD_HYPERPARAMETER
     job.handed = returned - job.settle_count
     job.zeroing = call.request.zero_grads != 0
     if limit > 0:
-        code = clip_all(job, limit)
+        code = clip_all(job, limit, &norm)
         if code != OK:
             return code
     if job.settle and call.native.by_segment:

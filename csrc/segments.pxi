@@ -422,6 +422,62 @@ cdef class Segments:
         finally:
             PyBuffer_Release(&view)
 
+    def follow(self, addresses, places):
+        """Take gradients like those of the last ``place``, at new addresses: of each segment
+        that at its place, arrays of int64. Return whether this was possible: whether all
+        have a gradient, and none overlaps what a step writes."""
+        cdef Py_buffer view, chosen
+        cdef int64_t r, place
+        cdef int64_t* row = self.job.table
+        cdef const Stream* stream
+        PyObject_GetBuffer(addresses, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
+        try:
+            PyObject_GetBuffer(places, &chosen, PyBUF_ND | PyBUF_C_CONTIGUOUS)
+            try:
+                if view.itemsize != 8 or chosen.itemsize != 8:
+                    raise ValueError("wanted arrays of int64")
+                if chosen.len != self.job.rows * 8 or self.job.task_count:
+                    return False
+                for r in range(self.job.rows):
+                    place = (<const int64_t*> chosen.buf)[r]
+                    if not 0 <= place < view.len // 8:
+                        raise IndexError("a place that has no address")
+                    row[1] = (<const int64_t*> view.buf)[place]
+                    stream = stream_of(&self.job, r, 1)
+                    if row[1] == 0:
+                        return False
+                    if stream and stream.load:
+                        if not self.place_encoded(r, row[1]):
+                            return False
+                    elif self.overlaps(
+                        row[1], row[1] + row[self.job.columns - 2] * self.job.itemsize
+                    ):
+                        return False
+                    row += self.job.columns
+                return True
+            finally:
+                PyBuffer_Release(&chosen)
+        finally:
+            PyBuffer_Release(&view)
+
+    def have_done(self, counts, double steps):
+        """Whether all counts, a vector of float32 or float64, are so many steps."""
+        cdef Py_buffer view
+        cdef Py_ssize_t i
+        cdef bint same = True
+        PyObject_GetBuffer(counts, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
+        try:
+            if view.itemsize != sizeof(float) and view.itemsize != sizeof(double):
+                raise ValueError("wanted a vector of float32 or float64")
+            for i in range(view.len // view.itemsize):
+                if view.itemsize == sizeof(float):
+                    same = same and (<const float*> view.buf)[i] == steps
+                else:
+                    same = same and (<const double*> view.buf)[i] == steps
+            return same
+        finally:
+            PyBuffer_Release(&view)
+
     cdef bint place_at(self, const int64_t* addresses) noexcept:
         cdef int64_t r, total = 0, length
         cdef int64_t* row = self.job.table

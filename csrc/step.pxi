@@ -162,6 +162,36 @@ cdef class Step(Segments):
             fastopt_leave(modes)
         return True
 
+    def limited(self, list rows, request, list steps, dict attributes, str name):
+        """Do a step after the norm of all gradients was brought under the request's limit.
+        The norm becomes an item of ``attributes``, by this name."""
+        cdef Job* job = &self.job
+        cdef double norm = 0, limit = request.clip_norm
+        cdef int64_t r
+        cdef int code
+        cdef uint64_t modes = fastopt_enter()
+        try:
+            job.threads = request.threads
+            self.note_all(rows, job.scalar_count)
+            with nogil:
+                code = clip_all(job, limit, &norm)
+            if code != OK:
+                raise MemoryError("no memory for sums")
+            self.accept_request(request)
+            for r in range(job.sets):
+                if steps is not None:
+                    job.steps[r] = steps[r]
+                put_row(job, r, job.factors[r], 0, job.scalar_count)
+            with nogil:
+                update_all(job)
+            self.count[0] += 1
+            if norm == norm:
+                attributes[name] = norm
+        finally:
+            clear(job)
+            fastopt_leave(modes)
+        return True
+
     cdef int compute(self, int64_t r, tuple values, const double* old, double* new) except -1:
         """Compute the scalars of a set from its hyperparameters."""
         cdef Job* job = &self.job
@@ -183,29 +213,52 @@ cdef class Step(Segments):
             new[k] = constants[len(constants) - job.carried + k]
         return self.note(r, constants, 0, job.scalar_count)
 
-    def at(self, list grads, list hyperparameters, double grad_scale, int threads):
-        """Take the gradients and do a plain step. The scalars are computed here from the
-        hyperparameters of each set, at half the cost."""
+    def at(self, list grads, list hyperparameters, double grad_scale, int threads,
+           request=None, dict attributes=None):
+        """Take the gradients and do a step. The scalars are computed here from the
+        hyperparameters of each set, at half the cost. A request to set gradients to
+        zero is not heeded; the norm of the gradients goes to ``attributes``. Return False if nothing was done,
+        because gradients need a closer look or are not finite."""
         cdef Job* job = &self.job
+        cdef bint measures = False
+        cdef double norm = 0, limit = INFINITY
         cdef int64_t r
         cdef double* old = self.carry + self.count[0] % 2 * job.sets * job.carried
         cdef double* new = self.carry + (self.count[0] + 1) % 2 * job.sets * job.carried
         cdef uint64_t modes
+        cdef int code
         if not self.unchanged() or self.accept(grads) < 0:
             return False
         modes = fastopt_enter()
         try:
             job.threads = threads
             for r in range(job.sets):
+                job.factors[r] = grad_scale
+            if request is not None:  # its fields alone, because no Python code may run here
+                limit = request.clip_norm
+                measures = limit < INFINITY or request.nonfinite != "propagate"
+            if measures:
+                with nogil:
+                    code = clip_all(job, limit, &norm)
+                if code != OK:
+                    raise MemoryError("no memory for sums")
+                if not isfinite(norm):
+                    return False
+            if request is not None:
+                self.accept_request(request)
+            for r in range(job.sets):
                 job.steps[r] = self.count[0] + 1
                 self.compute(
                     r, hyperparameters[r], old + r * job.carried, new + r * job.carried
                 )
-                put_row(job, r, grad_scale, 0, job.scalar_count)
+                put_row(job, r, job.factors[r], 0, job.scalar_count)
             with nogil:
                 update_all(job)
             self.count[0] += 1
+            if measures:
+                attributes["_grad_norm"] = norm
         finally:
+            clear(job)
             fastopt_leave(modes)
         return True
 

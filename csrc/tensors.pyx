@@ -85,6 +85,16 @@ cdef inline int64_t keys_of(tensor) noexcept:
     return <int64_t> word(<void*> <size_t> word(<void*> tensor, inner_at), keys_at)
 
 
+def drop_gradients(list groups):
+    """Set the gradients of all parameters to None."""
+    cdef list params
+    cdef Py_ssize_t i
+    for group in groups:
+        params = group["params"]
+        for i in range(PyList_GET_SIZE(params)):
+            (<object> PyList_GET_ITEM(params, i)).grad = None
+
+
 cdef ExchangeAPI* exchange(type kind) except NULL:
     capsule = kind.__dlpack_c_exchange_api__
     api = <ExchangeAPI*> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")

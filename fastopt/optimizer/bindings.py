@@ -37,7 +37,7 @@ class Bindings:
 
     _bound: Bound  # missing from add_group until the next look at it
     _bound_before: Any = None  # by add_group
-    _plan: tuple[Any, list[Values] | None, int, Any]
+    _plan: tuple[Any, list[Values] | None, int, Any, bool]
     _planned: bool
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
     _leaves_state = True  # to kernels, which know how it is encoded
@@ -86,6 +86,7 @@ class Bindings:
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
         self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
+        self._requests = checks.Requests()
         self._averages = None if ema is None else self._params.like(computed=True)
         groups, values = zip(
             *[
@@ -384,7 +385,8 @@ class Bindings:
         """Return attributes in place of a plan. Every step is right with them, but
         slow, because an interrupt may come before there is a new plan."""
         threads = self.threads if threads is None else threads
-        plan = ((params or self._params).layout, None, threads, None)
+        averaged = self.ema is not None
+        plan = ((params or self._params).layout, None, threads, None, averaged)
         return {"threads": threads, "_plan": plan, "_planned": False}
 
     def _plan_steps(self) -> None:
@@ -394,10 +396,12 @@ class Bindings:
         needs_python = (
             not self._in_one_call
             or rule.measure is not None
-            or self._averages is not None
             or self._pending is not None
             or any(group.frozen for group in self.groups)
-            or (bool(rule.starts or rule.carry) and self.steps == 0)
+            or (
+                bool(rule.starts or rule.carry or self._averages is not None)
+                and self.steps == 0
+            )
         )
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
@@ -406,6 +410,7 @@ class Bindings:
             None if schedules else self._values(self.steps),
             self.threads,
             None if needs_python else self._params.watching(self._bound.program.runner),
+            self.ema is not None,
         )
         vars(self).update(_plan=plan, _planned=True)
 

@@ -7,6 +7,8 @@ import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain
+from operator import is_
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +32,7 @@ LIMITING = [*inspect.signature(limits).parameters]  # the options that it takes
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
 MOST_THREADS = 1024
+FIXED = {float, int, bool, str, type(None)}  # types of options that cannot change
 
 
 def split_groups(params: Any) -> tuple[list[Any], list[dict[str, Any]] | None]:
@@ -436,6 +439,26 @@ def check_options(
     return Request(
         **checked, limits=limits(**of_limits), ema_weight=weight, threads=threads
     )
+
+
+class Requests:
+    """The requests of steps. Most steps of a training ask for the same, by the same
+    objects, which need not be checked again."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], Request] = (), plain(1)
+
+    def of(
+        self, options: Mapping[str, Any], ema: float | None, threads: int
+    ) -> Request:
+        """Return what :func:`check_options` does."""
+        given = ema, threads, *chain.from_iterable(options.items())
+        known, request = self._last
+        if len(given) != len(known) or not all(map(is_, given, known)):
+            request = check_options(options, ema, threads)
+            if all(type(value) in FIXED for value in given):
+                self._last = given, request
+        return request
 
 
 def check_decays(rule: Rule) -> None:

@@ -206,7 +206,7 @@ class Optimizer(Storage):
                 busy[0] = True  # as in exclusive(), at half the cost
                 # Only now: the gradients' own code, a mapping's or a schedule's, is
                 # refused to change the optimizer, and another thread is, too.
-                layout, values, threads, compiled = self._plan
+                layout, values, threads, compiled, averaged = self._plan
                 gradients: Any
                 if weights is not None:
                     if grads is ACCUMULATED:
@@ -228,17 +228,22 @@ class Optimizer(Storage):
                     values = self._values(self.steps)
                 if forked[0]:
                     threads = 1
-                asked = None
-                if options:
-                    asked = checks.check_options(options, self.ema, threads)
                 # The compiled step takes plain arrays only, and refuses before it
                 # writes.
-                if (
-                    compiled is None
-                    or (asked is not None and asked != plain(threads))
-                    or not compiled(gradients, values, grad_scale, threads)
-                ):
-                    request = asked or checks.check_options({}, self.ema, threads)
+                if options or averaged:
+                    request = self._requests.of(options, self.ema, threads)
+                    more = request, vars(self)
+                    done = compiled is not None and not request.zero_grads
+                    done = done and compiled(
+                        gradients, values, grad_scale, threads, *more
+                    )
+                else:
+                    request = None
+                    done = compiled is not None and compiled(
+                        gradients, values, grad_scale, threads
+                    )
+                if not done:
+                    request = request or plain(threads)
                     pending = self._look_for_accumulated(grads)
                     if pending is not None:
                         gradients = pending.gradients

@@ -16,6 +16,7 @@ from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.torch.memory import is_hollow
 
 FLAT = "flattened_by_fastopt"  # an attribute of the buffers of gradients
+flattened_any = [False]  # whether this process has flattened parameters
 
 
 class Flat(NamedTuple):
@@ -147,6 +148,7 @@ def flattened(params: list[Tensor]) -> tuple[Flat, list[Call]]:
     # Buffers that are equal modulo 4096 make a load wait for an unrelated store.
     flat = Flat(*(zeros(sum(sizes), params[0], at) for at in (0, STAGGER // 2)))
     setattr(flat.grad, FLAT, True)
+    flattened_any[0] = True
     datas, grads, moves = flat.data.split(sizes), flat.grad.split(sizes), list[Call]()
     for param, data, grad in zip(params, datas, grads, strict=True):
         data, grad = data.view(param.shape), grad.view(param.shape)

@@ -16,10 +16,11 @@ def hooked_step(func: Callable[..., Any]) -> Callable[..., Any]:
     is set only if there is a profiler, because it takes as long as a small step."""
     before = torchs._global_optimizer_pre_hooks
     after = torchs._global_optimizer_post_hooks
+    profiled = torch.autograd._profiler_enabled
 
     @functools.wraps(func)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.autograd._profiler_enabled():
+        if profiled():
             label = f"Optimizer.step#{type(self).__name__}.step"
             with torch.autograd.profiler.record_function(label):
                 return hooked(self, *args, **kwargs)

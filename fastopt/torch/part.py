@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -46,7 +47,7 @@ class Part:
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
         self._gradients: Gradients | None = None  # in place of those in ``.grad``
         self.any = self.all = self.usual = False
-        self._t, self._steps = 0, b""  # if it is usual: the steps of all members
+        self._t = 0  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
         self._mask, self._known = b"", b""
         self._seen: list[bytes] = []
@@ -209,11 +210,9 @@ class Part:
             self.all
             and self._placed
             and len(self.kinds) == 1
-            and not (self.wave or self.carried or self.averaged or self.rule.settle)
+            and not (self.wave or self.carried or self.rule.settle)
             and "step" in self.program.runner.fuses
         )
-        # In this order: a signal handler may step in between.
-        self._steps = self.vectors[0].tobytes()
         self._t = int(self.vectors[0].item(0))
 
     def forget(self) -> None:
@@ -253,31 +252,36 @@ class Part:
                 keys[run] = key
         return keys
 
-    def goes_on(self) -> bool:
-        """Whether the next step may be like the last, if that was ``usual``: all
-        members have done as many steps, the rule needs no more than scalars, and
-        nothing is asked beside."""
-        return self.usual and self.vectors[0].tobytes() == self._steps
+    def follow(self, addresses: Array) -> bool:
+        """Take new gradients at these addresses, if the last step was ``usual`` and
+        they are like its own. Return whether they were taken."""
+        return bool(self._placed and self.program.runner.follow(addresses, self.places))
 
-    def update_as_usual(
-        self, values: Sequence[Values], factors: Sequence[float], threads: int
-    ) -> tuple[Call, ...]:
-        """Return the calls of a step like the last. ``end_as_usual`` comes next."""
+    def go_on(
+        self,
+        values: Sequence[Values],
+        factors: Sequence[float],
+        request: Request,
+        attributes: dict[str, Any],
+    ) -> tuple[Call, ...] | None:
+        """Return the calls of a step like the last, if that was ``usual``: all members
+        have done as many steps as then, and the rule needs no more than scalars."""
+        steps, runner = self.vectors[0], self.program.runner
+        if not self.usual or not runner.have_done(steps, self._t):
+            return None
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
         rows = [row] * len(self.runs)
-        steps = [t] * len(rows) if self.program.draws else None
-        step = partial(self.program.runner, rows, plain(threads), steps)
+        numbers = [t] * len(rows) if self.program.draws else None
+        step = partial(runner, rows, request, numbers)
+        if request.clip_norm < math.inf:
+            of_norm = attributes, "grad_norm"
+            step = partial(runner.limited, rows, request, numbers, *of_norm)
         if self.names.steps is None:
             return (step,)
-        return step, partial(self.vectors[0].fill, t)
-
-    def end_as_usual(self) -> None:
-        if self.names.steps is not None:
-            self._t += 1
-            self._steps = self.vectors[0].tobytes()
-            # A signal handler may have stepped since.
-            self.usual = self.vectors[0].item(0) == self._t
+        # If the step is not done, the next one finds other counts, and is planned.
+        self._t = t
+        return step, partial(steps.fill, t)
 
     def _bytes(self) -> list[bytes]:
         return [vector.tobytes() for vector in self.vectors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +36,7 @@ from fastopt.torch.memory import (
 )
 from fastopt.torch.part import Part
 from fastopt.torch.state import Kind, Member, Names, Values, has_begun, shapes_of
-from fastopt.torch.turns import Call, Turns
+from fastopt.torch.turns import Call
 
 if TYPE_CHECKING:
     from fastopt.torch.step import Stepping
@@ -214,26 +215,36 @@ class Plan:
 
     @standard
     def again(
-        self, groups: list[dict[str, Any]], state: Any, threads: int, turns: Turns
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        request: Request,
+        attributes: dict[str, Any],
     ) -> bool:
-        """Do the last step again, if all is as it was then: the fastest path."""
-        tensors = self.tensors
+        """Do the last step again, if all is as it was then: the fastest path.
+        ``attributes`` are the optimizer's."""
+        tensors, turns = self.tensors, attributes["_turns"]
         if not self._usual or in_fake_mode():
             return False
+        if self.averaged != (request.ema_weight > 0):
+            return False
+        if request.clip_norm < math.inf and len(self.parts) > 1:
+            return False  # the norm is that of all of them
         grads = tensors.look(groups, state)
         if grads is None or tensors.odd or not self.options_hold:
             return False
         if tensors.moved and self._merged:
             return False
         if tensors.moved:
-            for part in self.parts:
-                part.take(grads, tensors.addresses, True, False)
-            tensors.moved = False
+            addresses = tensors.addresses
+            if not all([part.follow(addresses) for part in self.parts]):
+                return False
         calls = [turns.claim]
         for part in self.parts:
-            if not part.goes_on():
+            step = part.go_on(self.values, self.signs, request, attributes)
+            if step is None:
                 return False
-            calls += part.update_as_usual(self.values, self.signs, threads)
+            calls += step
         increment_version(self._all_aliases)
         try:
             uninterrupted(*calls)
@@ -241,8 +252,8 @@ class Plan:
             if turns.overtaken(error):
                 return False
             raise
-        for part in self.parts:
-            part.end_as_usual()
+        # Only now: otherwise, the parts are to take the gradients once more.
+        tensors.moved = False
         return True
 
     @property
@@ -532,10 +543,13 @@ def check(
             )
 
 
+modes: Any = torch._C
+count_modes = modes._len_torch_dispatch_stack
+
+
 def in_fake_mode() -> bool:
     """Whether torch is to make FakeTensors now."""
-    modes: Any = torch._C
-    if not modes._len_torch_dispatch_stack():
+    if not count_modes():
         return False
     mode = modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE)
     return bool(mode is not None)

@@ -21,11 +21,11 @@ from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
-from fastopt.torch.flat import in_flat_buffer
+from fastopt.torch.flat import flattened_any, in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
 from fastopt.torch.masters import check_masters, set_master
-from fastopt.torch.memory import HALVES, Unsupported
+from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
 from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
 from fastopt.torch.storage import Storage
@@ -60,7 +60,7 @@ class Stateful(Storage):
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._noted: set[Any] = set()  # what steps have needed of all parameters
         if "_turns" not in vars(self):
-            self._turns = Turns()
+            self._turns, self._requests = Turns(), checks.Requests()
             self._not_stored = np.zeros(1, np.int64)
             self._most_threads = available()
 
@@ -201,6 +201,11 @@ class Stateful(Storage):
         """Reset the gradients: to None, or to zeros. Those of a model that ``flatten_``
         has flattened are always set to zeros, because they are to stay in their
         buffer."""
+        plain = set_to_none and not flattened_any[0]
+        if plain and native is not None and not torch.autograd._profiler_enabled():
+            # As torch does, without the label that its profiler would see.
+            native.drop_gradients(self.param_groups)
+            return
         flat: dict[int, list[Tensor]] = {}
         if set_to_none:
             for param, _ in self._all():

@@ -1,0 +1,86 @@
+"""Steps within a training loop: new gradients each time, and the shortest paths."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+ft = pytest.importorskip("fastopt.torch")
+
+WAYS = [
+    {},
+    {"clip_norm": 0.5},
+    {"clip_norm": 1e9, "maximize": True},
+    {"clip_value": 0.01},
+    {"ema": 0.9},
+    {"ema": 0.9, "clip_norm": 0.5, "clip_value": 0.02},
+    {"clip_norm": 0.5, "formats": "bf16"},
+]
+
+
+def trained(kind, options, dtype, forgetful, steps=5):
+    """Return a model, its optimizer and the norms after some steps. If ``forgetful``,
+    each step is planned anew."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(17, 400), torch.nn.Tanh(), torch.nn.Linear(400, 6)
+    model = torch.nn.Sequential(*layers).to(dtype)
+    opt = kind(model.parameters(), lr=0.01, **options)
+    inputs, norms = torch.randn(steps, 8, 17).to(dtype), []
+    for batch in inputs:
+        opt.zero_grad()
+        model(batch).square().mean().backward()
+        if forgetful:
+            opt._plan = None
+        opt.step()
+        norms.append(opt.grad_norm)
+    return model, opt, norms
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("kind", [ft.Adam, ft.SGDW, ft.NAdam])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_shortest_path_has_the_same_bits(kind, options, dtype):
+    if dtype is torch.float64 and "formats" in options:
+        pytest.skip("formats are for state of float32")
+    model, opt, norms = trained(kind, options, dtype, forgetful=False)
+    other, planned, expected = trained(kind, options, dtype, forgetful=True)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    torch.testing.assert_close(norms, expected, rtol=0, atol=0, equal_nan=True)
+    if "ema" in options:
+        assert all(map(torch.equal, opt.ema_params(), planned.ema_params()))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_are_propagated_as_torch_does(bad):
+    results = []
+    for kind in (ft.Adam, torch.optim.Adam):
+        param = torch.nn.Parameter(torch.ones(50))
+        opt = kind([param], lr=0.1, **({"clip_norm": 1.0} if kind is ft.Adam else {}))
+        for step in range(3):
+            param.grad = torch.full((50,), 0.5)
+            if step == 2:
+                param.grad[3] = bad
+            if kind is torch.optim.Adam:
+                torch.nn.utils.clip_grad_norm_([param], 1.0)
+            opt.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+def test_zero_grad_is_torchs():
+    """With None, with zeros, under the profiler, and for parameters without any."""
+    model = torch.nn.Linear(4, 3)
+    opt = ft.SGD(model.parameters(), lr=0.1)
+    opt.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    opt.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    model.bias.grad = None
+    opt.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    with torch.profiler.profile() as profiler:
+        opt.zero_grad()
+        opt.step()
+    names = {event.key for event in profiler.key_averages()}
+    assert {"Optimizer.zero_grad#SGD.zero_grad", "Optimizer.step#SGD.step"} <= names
+    assert all(p.grad is None for p in model.parameters())
