@@ -66,9 +66,12 @@ cdef extern from *:
     static int fastopt_process(void) { return (int) getpid(); }
     #endif
     #ifdef _OPENMP
+    #include <omp.h>
     #define FASTOPT_OPENMP 1
+    #define fastopt_seconds() omp_get_wtime()
     #else
     #define FASTOPT_OPENMP 0
+    #define fastopt_seconds() 0.0
     #endif
 
     #if defined(__GNUC__)
@@ -96,6 +99,7 @@ cdef extern from *:
     int FASTOPT_MOST_MADE  # the most streams of a segment whose blocks are made
     void fastopt_prefetch(const void* address) noexcept nogil
     bint FASTOPT_OPENMP
+    double fastopt_seconds() noexcept nogil
 
 cdef extern from "arithmetic.h":
     uint64_t fastopt_enter() noexcept nogil
@@ -204,6 +208,9 @@ cdef struct Stream:
     int64_t strides[4]  # bytes of each part for a GROUP of elements; 0: it has no elements
 
 
+include "crowd.pxi"
+
+
 # All that a step needs. A part of a step whose field is zero is left out.
 cdef struct Job:
     const Tools* tools
@@ -242,6 +249,7 @@ cdef struct Job:
     char* kept  # what a begin leaves for a finish, of two batches
     int64_t* kept_at  # and its address, for each row
     int threads
+    Crowd crowd  # whether they help
     Run run  # NULL: OpenMP
     void* context
 
@@ -529,6 +537,8 @@ cdef void take_turn(
     """Update one batch and measure another."""
     cdef Turn turn
     cdef int64_t parts = 1
+    cdef bint judged = False
+    cdef double before = 0
     turn.job, turn.batch, turn.after, turn.measure = job, batch, after, measure
     turn.terms, turn.total = terms, elements(job, &batch)
     job.gradient = NULL
@@ -537,13 +547,21 @@ cdef void take_turn(
     elif job.clipping:
         job.gradient = clip_block
     if job.threads > 1 and turn.total + after.given >= SERIAL_BELOW:
-        parts = job.threads
+        judged = job.run == NULL
+        if judged:
+            before = fastopt_seconds()
+        if not (judged and is_alone(&job.crowd)):
+            parts = job.threads
     turn.share = (turn.total // parts + CUT) // CUT * CUT
     turn.chunks = (after.chunks + parts - 1) // parts
     parts = (turn.total + turn.share - 1) // turn.share
     if turn.chunks:
         parts = max(parts, (after.chunks + turn.chunks - 1) // turn.chunks)
     in_parts(job, <int> parts, turn_part, &turn)
+    if judged:
+        judge(
+            &job.crowd, parts > 1, fastopt_seconds() - before, turn.total + after.given
+        )
 
 
 cdef void update_all(Job* job) noexcept nogil:

@@ -86,6 +86,17 @@ cdef class Step(Segments):
         """See fastopt.step.Runner."""
         return WITHOUT_SETTLE if self.settle is None else WITH_SETTLE
 
+    # Threads -----------------------------------------------------------------------------
+
+    @property
+    def alone(self):
+        """How many turns one thread will do because several have been too slow."""
+        return self.job.crowd.alone
+
+    def judge(self, bint together, double seconds, int64_t n):
+        """Note that a turn took so long, for tests."""
+        judge(&self.job.crowd, together, seconds, n)
+
     # Numbers ---------------------------------------------------------------------------
 
     cdef int note(self, int64_t r, row, int64_t skip, int64_t count) except -1:

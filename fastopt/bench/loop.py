@@ -162,6 +162,27 @@ def markdown(measured: list[Measured]) -> str:
     return "\n".join(lines)
 
 
+def summary(measured: list[Measured], family: str) -> str:
+    """Return a table in Markdown with a row for each loop: fastopt's microseconds for
+    zero_grad, clipping and the step, and the multiples that other contenders of a
+    library take for these, and for the whole pass."""
+    first, *others = FAMILIES[family]
+    head = ["loop", f"{first}, µs", *others]
+    head += [f"whole pass: {first}, µs", *others]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * (len(head) - 1)]
+    for m in measured:
+        timings = [m.timings[name] for name in others if name in m.timings]
+        if first not in m.timings or len(timings) < len(others):
+            continue
+        own = m.timings[first]
+        cells = [title(m.loop), microseconds(own.own)]
+        cells += [report.multiple(of.optimizer) for of in timings]
+        cells += [microseconds(own.seconds)]
+        cells += [report.multiple(of.whole) for of in timings]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def picture(measured: list[Measured]) -> Figure:
     """Draw the time of a pass: gradients, and the optimizer's calls."""
     bars = [len(m.timings) for m in measured]

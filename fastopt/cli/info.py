@@ -58,7 +58,8 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 def threading() -> Iterator[tuple[str, str]]:
     """Describe how many threads a step uses, and the limits that determine it."""
-    yield "a step uses", f"at most {threads.available()}, the least of these"
+    least = min(threads.limits())
+    yield "a step uses", f"at most {threads.available()}, because of {least.why}"
     if threads.places():
         places = ", ".join(map(str, threads.places()))
         why = "OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY"
@@ -69,7 +70,15 @@ def threading() -> Iterator[tuple[str, str]]:
         yield "CPUs", str(os.cpu_count())
     quota = threads.cgroup_quota()
     yield "cgroup quota", "none" if quota == float("inf") else f"{quota:g} CPUs"
-    yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or "not set"
+    name, count = threads.ranks()
+    if count > 1:
+        own = "each is bound to CPUs of its own" if threads.is_bound() else "they share"
+        yield "processes", f"{count} on this machine, as {name} says; {own}"
+    asked = os.environ.get("OMP_NUM_THREADS") or "not set"
+    if threads.launched_with_one():
+        asked += ", by a launcher, which does not count"
+    yield "OMP_NUM_THREADS", asked
+    yield "FASTOPT_NUM_THREADS", os.environ.get("FASTOPT_NUM_THREADS") or "not set"
 
 
 def sections() -> dict[str, dict[str, str]]:

@@ -45,8 +45,8 @@ class Optimizer(Storage):
         "numpy", "cython", "numba" or "cuda"; by default the arrays' device and the rule
         decide. All of them give the same bits.
     threads
-        At most so many CPU threads; by default what affinity, the container's quota and
-        ``OMP_NUM_THREADS`` allow.
+        At most so many CPU threads; by default what affinity, the container's quota,
+        a launcher and ``OMP_NUM_THREADS`` allow (docs/threads.md).
     ema
         Decay of a moving average of the parameters, updated in the same pass as they:
         ``average = ema * average + (1 - ema) * p``. It starts with the parameters as

@@ -1,4 +1,10 @@
-"""How many threads a step may use."""
+"""How many threads a step may use, and why.
+
+``FASTOPT_NUM_THREADS`` says it, if it is set. Otherwise it is the least of: the CPUs
+that affinity allows, the container's quota, this process's share of them if a launcher
+has started several processes on the machine, and ``OMP_NUM_THREADS``, unless a launcher
+has set it to 1 for lack of knowledge.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,23 @@ import importlib
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
+
+# What launchers tell each process about how many of its kind are on this machine:
+# torchrun, accelerate and DeepSpeed; Open MPI; MPICH and Intel MPI; Slurm.
+RANKS = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
+
+
+class Limit(NamedTuple):
+    """A limit for the number of threads."""
+
+    threads: float
+    why: str
 
 
 def _forked_before_the_import() -> bool:
@@ -74,14 +97,62 @@ def affinity() -> int:
     return os.cpu_count() or 1
 
 
-def available() -> int:
-    """CPUs allowed by affinity, the container's quota and ``OMP_NUM_THREADS``."""
-    limits = [float(affinity()), cgroup_quota()]
+def number(variable: str) -> int:
+    """Return the number in an environment variable; 0 if there is none above 0."""
     # A list, as in OMP_NUM_THREADS=4,2, is for nested levels; the first counts.
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isascii() and asked.isdigit() and int(asked) > 0:
-        limits.append(int(asked))
-    return max(1, int(min(limits)))
+    text = os.environ.get(variable, "").split(",")[0].strip()
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def ranks() -> tuple[str, int]:
+    """Return the variable that counts this machine's processes, and their number."""
+    found = [(name, number(name)) for name in RANKS if number(name)]
+    return found[0] if found else ("", 1)
+
+
+def is_bound() -> bool:
+    """Whether a launcher has given this process CPUs of its own, fewer than it has."""
+    try:
+        return len(os.sched_getaffinity(os.getppid())) > affinity()
+    except (AttributeError, OSError):  # not Linux, or the launcher has ended
+        return False
+
+
+def launched_with_one() -> bool:
+    """Whether a launcher has set ``OMP_NUM_THREADS`` to 1, as torchrun does for several
+    processes if the user has not set it: the launcher itself was started without it."""
+    if number("OMP_NUM_THREADS") != 1 or ranks()[1] < 2:
+        return False
+    try:
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    names = [entry.partition(b"=")[0] for entry in environment.split(b"\0")]
+    return b"OMP_NUM_THREADS" not in names
+
+
+def own_number() -> int:
+    """Return the number that the user has chosen for fastopt alone; 0 if none."""
+    return number("FASTOPT_NUM_THREADS")
+
+
+def limits() -> list[Limit]:
+    """Return what limits the threads of a step; the least counts."""
+    if own_number():
+        return [Limit(own_number(), "FASTOPT_NUM_THREADS")]
+    cpus, quota = affinity(), cgroup_quota()
+    found = [Limit(cpus, "CPU affinity"), Limit(quota, "cgroup quota")]
+    name, count = ranks()
+    if count > 1 and not is_bound():
+        found.append(Limit(min(cpus, quota) // count, f"{name}={count}"))
+    if number("OMP_NUM_THREADS") and not launched_with_one():
+        found.append(Limit(number("OMP_NUM_THREADS"), "OMP_NUM_THREADS"))
+    return found
+
+
+def available() -> int:
+    """Return how many threads a step may use."""
+    return max(1, int(min(limits()).threads))
 
 
 def openmp_runtimes() -> str:

@@ -35,6 +35,7 @@ from fastopt.torch.memory import (
     watched,
 )
 from fastopt.torch.part import Part
+from fastopt.torch.runs import in_turn
 from fastopt.torch.state import Kind, Member, Names, Values, has_begun, shapes_of
 from fastopt.torch.turns import Call
 
@@ -175,6 +176,8 @@ class Plan:
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
         self._odd: list[Tensor] = []  # gradients that are not where they should be
+        # The buffers of flatten_ that gradients at these addresses fill, if they do.
+        self._flat: tuple[list[Tensor], bytes] | None = None
         ours = [member for member in members if member.plain]
         self._at = [member.place for member in ours]
         self._begins = np.array([m.param.data_ptr() for m in ours], np.int64)
@@ -212,6 +215,25 @@ class Plan:
             elif (tensors.addresses != self._expected).any():
                 return None
         return grads
+
+    def note_flat(
+        self, groups: list[dict[str, Any]], state: Any, bases: list[Tensor]
+    ) -> None:
+        """Note that the gradients are all of these buffers of ``flatten_``."""
+        if self.tensors.look(groups, state) is not None and not self.tensors.odd:
+            self._flat = bases, self.tensors.addresses.tobytes()
+
+    def zero_flat(self, groups: list[dict[str, Any]], state: Any) -> bool:
+        """Set the gradients to zero if they still are what was noted. Return whether
+        they are."""
+        if self._flat is None or self.tensors.look(groups, state) is None:
+            return False
+        bases, addresses = self._flat
+        if self.tensors.odd or self.tensors.addresses.tobytes() != addresses:
+            return False
+        for base in bases:
+            base.zero_()
+        return True
 
     @standard
     def again(
@@ -561,32 +583,3 @@ def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:
     on_device = param.device.type != "cpu"
     asked = None if on_device else backend
     return backends.load(asked or backends.choose(rule, on_device))
-
-
-def in_turn(members: list[Member]) -> list[list[Member]]:
-    """Return lists of members that do not share memory within a list. Members that
-    share memory are in lists that follow one another."""
-
-    def span(member: Member) -> tuple[int, int]:
-        param = member.param
-        size = 1 + sum(
-            (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
-        )
-        begin = param.data_ptr()
-        return begin, begin + (size * param.element_size() if param.numel() else 0)
-
-    spans = list(map(span, members))
-    placed = sorted((begin, end) for begin, end in spans if begin < end)
-    if all(a[1] <= b[0] for a, b in zip(placed, placed[1:], strict=False)):
-        return [members]
-    waves: list[tuple[list[Member], list[tuple[int, int]]]] = []
-    for member, (begin, end) in zip(members, spans, strict=True):
-        for wave, taken in waves:  # noqa: B007
-            if all(end <= first or last <= begin for first, last in taken):
-                break
-        else:
-            wave, taken = [], []
-            waves.append((wave, taken))
-        wave.append(member)
-        taken.append((begin, end))
-    return [wave for wave, _ in waves]

@@ -1,4 +1,5 @@
-"""Runs: parameters that follow one another in memory, stepped as one segment."""
+"""Parameters that follow one another in memory, stepped as one segment, and those that
+share memory, stepped one after another."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastopt.memory.segments import Array
 from fastopt.torch.memory import same_layout
-from fastopt.torch.state import Kind, in_one_piece
+from fastopt.torch.state import Kind, Member, in_one_piece
 
 
 def find_runs(
@@ -67,3 +68,32 @@ def placement(
     return (*common, member.copy.untyped_storage().data_ptr()), [
         *(param, grad, member.copy)
     ]
+
+
+def in_turn(members: list[Member]) -> list[list[Member]]:
+    """Return lists of members that do not share memory within a list. Members that
+    share memory are in lists that follow one another."""
+
+    def span(member: Member) -> tuple[int, int]:
+        param = member.param
+        size = 1 + sum(
+            (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
+        )
+        begin = param.data_ptr()
+        return begin, begin + (size * param.element_size() if param.numel() else 0)
+
+    spans = list(map(span, members))
+    placed = sorted((begin, end) for begin, end in spans if begin < end)
+    if all(a[1] <= b[0] for a, b in zip(placed, placed[1:], strict=False)):
+        return [members]
+    waves: list[tuple[list[Member], list[tuple[int, int]]]] = []
+    for member, (begin, end) in zip(members, spans, strict=True):
+        for wave, taken in waves:  # noqa: B007
+            if all(end <= first or last <= begin for first, last in taken):
+                break
+        else:
+            wave, taken = [], []
+            waves.append((wave, taken))
+        wave.append(member)
+        taken.append((begin, end))
+    return [wave for wave, _ in waves]

@@ -18,7 +18,7 @@ from fastopt.optimizer.formats import PARAM, Chosen
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.runtime.threads import available, forked
+from fastopt.runtime.threads import available, forked, launched_with_one, own_number
 from fastopt.torch import loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import flattened_any, in_flat_buffer
@@ -63,6 +63,8 @@ class Stateful(Storage):
             self._turns, self._requests = Turns(), checks.Requests()
             self._not_stored = np.zeros(1, np.int64)
             self._most_threads = available()
+            self._threads_chosen = bool(own_number())
+            self._launched_with_one = launched_with_one()
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule for a group with the options it has now. Raise Unsupported if
@@ -130,9 +132,12 @@ class Stateful(Storage):
     def _threads(self) -> int:
         if forked[0]:
             return 1
-        most = self._most_threads if self.threads is None else self.threads
+        if self.threads is not None:
+            return self.threads
         now: int = torch.get_num_threads()
-        return min(most, now)
+        if self._threads_chosen or (now == 1 and self._launched_with_one):
+            return self._most_threads  # torch has its 1 from the launcher
+        return min(self._most_threads, now)
 
     @standard
     def accumulate(self, *, grad_scale: float = 1.0) -> None:
@@ -201,27 +206,33 @@ class Stateful(Storage):
         """Reset the gradients: to None, or to zeros. Those of a model that ``flatten_``
         has flattened are always set to zeros, because they are to stay in their
         buffer."""
-        plain = set_to_none and not flattened_any[0]
-        if plain and native is not None and not torch.autograd._profiler_enabled():
+        plan = self._plan
+        if set_to_none and not torch.autograd._profiler_enabled():
             # As torch does, without the label that its profiler would see.
-            native.drop_gradients(self.param_groups)
-            return
+            if native is not None and not flattened_any[0]:
+                native.drop_gradients(self.param_groups)
+                return
+            if plan is not None and plan.zero_flat(self.param_groups, self.state):
+                return
         flat: dict[int, list[Tensor]] = {}
         if set_to_none:
             for param, _ in self._all():
                 if param.grad is not None and in_flat_buffer(param.grad):
                     flat.setdefault(id(param.grad._base), []).append(param)
-        kept = []
+        kept, bases = [], []
         for params in flat.values():
             grads = [param.grad for param in params]
             kept += list(zip(params, grads, strict=True))
             base = grads[0]._base
             whole = sum(grad.numel() for grad in grads) == base.numel()
+            bases += [base] if whole else []
             for grad in [base] if whole else grads:
                 grad.zero_()
         super().zero_grad(set_to_none)
         for param, grad in kept:
             param.grad = grad
+        if plan is not None and len(bases) == len(flat) > 0:
+            plan.note_flat(self.param_groups, self.state, bases)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

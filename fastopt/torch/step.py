@@ -72,7 +72,8 @@ class Stepping(Stateful):
         A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
         write float32 parameters there, rounded to nearest, in the same pass.
     threads
-        The most to use; by default as many as torch uses, within the container's quota.
+        How many to use; by default as many as torch uses, within the container's quota
+        and this process's share of the machine (docs/threads.md).
     backend
         Of CPU tensors: "cython", "numba" or "numpy"; by default the fastest.
 

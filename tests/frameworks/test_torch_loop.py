@@ -84,3 +84,40 @@ def test_zero_grad_is_torchs():
     names = {event.key for event in profiler.key_averages()}
     assert {"Optimizer.zero_grad#SGD.zero_grad", "Optimizer.step#SGD.step"} <= names
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["nothing", "other", "dtype", "none", "more"])
+def test_zero_grad_of_flattened_gradients(change):
+    """They stay in their buffer, as long as they are there."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    (flat,) = ft.flatten_(model)
+    extra = torch.nn.Parameter(torch.ones(3))
+    opt = ft.Adam([*model.parameters(), extra], lr=0.1)
+    first = model[0].weight
+
+    def backward():
+        model(torch.ones(2, 4)).sum().backward()
+
+    for _ in range(3):
+        opt.zero_grad()
+        assert not flat.grad.any()
+        backward()
+        opt.step()
+    assert opt._plan._flat is not None
+    if change == "other":
+        first.grad = torch.ones(3, 4)
+    elif change == "dtype":
+        model.double()
+    elif change == "none":
+        first.grad = None
+    elif change == "more":
+        extra.grad = torch.ones(3)
+    opt.zero_grad()
+    assert extra.grad is None
+    others = [p.grad for p in model.parameters() if p is not first]
+    assert all(g is None or not g.any() for g in others)
+    if change in ("nothing", "more"):
+        assert first.grad is not None and not flat.grad.any()
+    else:
+        assert first.grad is None or not first.grad.any()

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import fastopt
 from fastopt.backends import cython_cpu
 
 pytestmark = [
@@ -143,6 +145,142 @@ def test_info_says_so():
     assert f"OpenMP binds a step to CPUs {CPUS[0]}, {CPUS[1]}, as OMP_PROC_BIND" in text
     text = " ".join(run(code).split())
     assert f"CPU affinity {len(CPUS)} of {os.cpu_count()} CPUs" in text
+
+
+# Launchers ----------------------------------------------------------------------------
+
+ALL = len(CPUS)
+
+
+@needs_two
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ALL),
+        ({"FASTOPT_NUM_THREADS": "7", "OMP_NUM_THREADS": "1"}, 7),
+        ({"FASTOPT_NUM_THREADS": "0"}, ALL),
+        ({"LOCAL_WORLD_SIZE": "2"}, ALL // 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": str(4 * ALL)}, 1),
+        ({"SLURM_NTASKS_PER_NODE": "1"}, ALL),
+        ({"LOCAL_WORLD_SIZE": "two"}, ALL),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_processes_share_the_cpus(environment, expected):
+    """This process has no OMP_NUM_THREADS, so its children's is by a launcher, but only
+    if there are several of them."""
+    code = "import numpy as np, fastopt; print(fastopt.adamw(np.ones(9)).threads)"
+    assert run(code, **environment) == f"{expected}\n"
+
+
+@needs_two
+def test_a_process_that_is_bound_does_not_share():
+    """As by mpirun --bind-to core: its parent may use more CPUs."""
+    code = (
+        "import os\n"
+        f"os.sched_setaffinity(0, {{{CPUS[1]}}})\n"
+        "from fastopt.runtime import threads\n"
+        "print(threads.is_bound(), [limit.why for limit in threads.limits()])\n"
+    )
+    assert run(code, LOCAL_WORLD_SIZE="2") == "True ['CPU affinity', 'cgroup quota']\n"
+
+
+OF_TORCHRUN = """
+import torch
+from fastopt.runtime import threads
+threads.affinity, threads.cgroup_quota = lambda: 8, lambda: float("inf")
+threads.is_bound = lambda: False
+import fastopt.torch
+opt = fastopt.torch.AdamW([torch.nn.Parameter(torch.ones(9))])
+asked = fastopt.torch.AdamW([torch.nn.Parameter(torch.ones(9))], threads=3)
+print(torch.get_num_threads(), opt._threads(), asked._threads(), flush=True)
+torch.set_num_threads(2)
+print(opt._threads(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("given", [None, "1", "2"])
+def test_torchrun_with_two_processes(given, tmp_path):
+    """It sets OMP_NUM_THREADS to 1 unless the user has set it, which counts."""
+    pytest.importorskip("torch")
+    script = tmp_path / "script.py"
+    script.write_text(OF_TORCHRUN)
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {} if given is None else {"OMP_NUM_THREADS": given}
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    process = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    first = {None: "1 4 3", "1": "1 1 3", "2": "2 2 3"}[given]
+    second = "1" if given == "1" else "2"
+    assert sorted(process.stdout.split("\n")) == sorted(["", *[first, second] * 2])
+
+
+# Crowds -------------------------------------------------------------------------------
+
+
+def crowded():
+    """An optimizer and its runner."""
+    opt = fastopt.adamw(np.ones(100_000, np.float32), backend="cython", threads=2)
+    return opt, opt._bound.program.runner
+
+
+def test_one_thread_steps_if_several_are_slow_and_it_is_faster():
+    (opt, runner), turns = crowded(), []
+    for _ in range(3):
+        while runner.alone:
+            opt.step(np.ones(100_000, np.float32))
+        for _ in range(6):
+            runner.judge(True, 1e-5, 1000)
+        for seconds in (1.0,) * 5 + (1e-5, 1.0):  # a fast one makes up for a slow one
+            runner.judge(True, seconds, 1000)
+            assert runner.alone == 0
+        runner.judge(True, 1.0, 1000)
+        turns.append(runner.alone)
+        runner.judge(False, 1e-3, 1000)
+        assert runner.alone == turns[-1]
+    assert turns == [64, 128, 256]  # then several are tried again
+
+
+def slow(runner, turns):
+    for _ in range(turns):
+        assert runner.alone == 0
+        runner.judge(True, 1.0, 1000)
+
+
+def test_several_threads_step_if_one_is_slower():
+    """Then slow turns are not judged for a while."""
+    _, runner = crowded()
+    slow(runner, 6)
+    runner.judge(False, 2.0, 1000)
+    slow(runner, 128 + 6)
+    assert runner.alone == 128
+
+
+def test_large_turns_take_long():
+    _, runner = crowded()
+    for _ in range(9):
+        runner.judge(True, 0.1, 10**9)
+    assert runner.alone == 0
+
+
+def test_one_thread_has_the_same_bits_as_several():
+    params = [np.ones(100_000, np.float32) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    opts = [fastopt.adamw(p, backend="cython", threads=2) for p in params]
+    for step in range(4):
+        grad = rng.normal(size=100_000).astype(np.float32)
+        for opt in opts:
+            opt.step(grad, clip_norm=1.0)
+        for _ in range(6 * (step == 1)):
+            opts[0]._bound.program.runner.judge(True, 1.0, 1000)
+    assert opts[0]._bound.program.runner.alone > 0
+    assert (params[0] == params[1]).all()
 
 
 # Small stacks -------------------------------------------------------------------------
