@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,7 @@ import fastopt
 import fastopt.torch
 from fastopt.__main__ import at_least
 from fastopt.bench import machine
+from fastopt.bench.measure import CAN_STOP
 from fastopt.rules.floor import FLOORS
 from fastopt.runtime.threads import available
 
@@ -267,17 +272,42 @@ def serve(pipe: Connection, row: str, name: str, size: int) -> None:
 
 def measured(row: Row, size: int, rounds: int, tick: Callable[[], object]) -> Result:
     """Measure a row. Each contender has a process of its own, because the threads of
-    several pools would wait for work at the same time."""
-    context, pipes, children = get_context("spawn"), {}, []
+    several pools would wait for work at the same time. Those that wait are stopped."""
+    context, pipes, children = get_context("spawn"), {}, {}
     for name in makers(row, size):
         pipes[name], theirs = context.Pipe()
         of = theirs, row.name, name, size
-        children.append(context.Process(target=serve, args=of, daemon=True))
-        children[-1].start()
+        children[name] = context.Process(target=serve, args=of, daemon=True)
+        children[name].start()
+    try:
+        return result_of(row, size, rounds, tick, pipes, children)
+    finally:
+        for name, child in children.items():
+            signaled(child, "SIGCONT")
+            with suppress(BrokenPipeError):
+                pipes[name].send(0)
+            child.join()
 
+
+def signaled(child: BaseProcess, name: str) -> None:
+    """Send a signal to a process, on systems that have it."""
+    if CAN_STOP and child.pid is not None:
+        os.kill(child.pid, getattr(signal, name))
+
+
+def result_of(
+    row: Row,
+    size: int,
+    rounds: int,
+    tick: Callable[[], object],
+    pipes: dict[str, Connection],
+    children: Mapping[str, BaseProcess],
+) -> Result:
     def seconds_of(name: str, count: int) -> float:
+        signaled(children[name], "SIGCONT")
         pipes[name].send(count)
         taken: float = pipes[name].recv()
+        signaled(children[name], "SIGSTOP")
         return taken
 
     firsts = {name: seconds_of(name, 1 if name in SLOW else 2) for name in pipes}
@@ -288,10 +318,6 @@ def measured(row: Row, size: int, rounds: int, tick: Callable[[], object]) -> Re
             if name not in SLOW or k < 2:
                 seconds[name].append(seconds_of(name, counts[name]))
         tick()
-    for pipe in pipes.values():
-        pipe.send(0)
-    for child in children:
-        child.join()
     return Result(row.name, size, seconds, row.moved)
 
 

@@ -25,7 +25,7 @@ import formula
 
 import fastopt
 from fastopt import backends
-from fastopt.bench import report
+from fastopt.bench import loop, report
 from fastopt.bench.cases import title
 from fastopt.muon import adjustment, orthogonalize
 from fastopt.rules import CLASS_RULES
@@ -184,7 +184,16 @@ def readme(root, text, rules):
     measured = report.read(root / marked(text, "speed")["source"]).measured
     speed = report.markdown([m for m in measured if title(m.case) == "adamw"])
     text = filled(text, "speed", f"{speed}\n")
+    loops = loop.read(root / marked(text, "loop")["source"])
+    text = filled(text, "loop", f"{loop.summary(loops, 'torch')}\n")
     return filled(text, "rules", catalogue(rules, "docs/rules/"))
+
+
+def performance(root, text):
+    """The page on performance with its table of training loops."""
+    page = "performance.md"
+    loops = loop.read(root / marked(text, "loop", page)["source"])
+    return filled(text, "loop", f"{loop.markdown(loops)}\n", page)
 
 
 def filled(text, name, new, page="README.md"):
@@ -470,6 +479,8 @@ def wanted(root, rules):
     files[folder / "README.md"] = index(rules)
     path = root / "docs" / "formats.md"
     files[path] = steps(root, formats(root, path.read_text("utf-8")))
+    path = root / "docs" / "performance.md"
+    files[path] = performance(root, path.read_text("utf-8"))
     path = root / "docs" / "parity.md"
     files[path] = parity(path.read_text("utf-8"), rules)
     for rule in rules:
