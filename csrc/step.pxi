@@ -26,6 +26,13 @@ cdef class Scalars:
         return tuple([results[k] for k in range(count)])
 
 
+cdef bint is_writeable(grad):
+    """Whether a step may set a gradient to zero."""
+    if type(grad) is not ndarray:
+        return False
+    return (<fastopt_ndarray*> <PyObject*> grad).flags & WRITEABLE != 0
+
+
 cdef class Step(Segments):
     """Runs steps over fixed segments (see fastopt.step.Runner) with one kernel: a compiled
     one by name, or one of Numba's by address.
@@ -227,9 +234,9 @@ cdef class Step(Segments):
     def at(self, list grads, list hyperparameters, double grad_scale, int threads,
            request=None, dict attributes=None):
         """Take the gradients and do a step. The scalars are computed here from the
-        hyperparameters of each set, at half the cost. A request to set gradients to
-        zero is not heeded; the norm of the gradients goes to ``attributes``. Return False if nothing was done,
-        because gradients need a closer look or are not finite."""
+        hyperparameters of each set, at half the cost. The norm of the gradients, if the
+        request needs it, goes to ``attributes``. Return False if nothing was done, because
+        gradients need a closer look or are not finite."""
         cdef Job* job = &self.job
         cdef bint measures = False
         cdef double norm = 0, limit = INFINITY
@@ -240,6 +247,10 @@ cdef class Step(Segments):
         cdef int code
         if not self.unchanged() or self.accept(grads) < 0:
             return False
+        # Several gradients may overlap, and one must be read before it is set to zero.
+        if request is not None and request.zero_grads:
+            if job.rows != 1 or not is_writeable(grads[0]):
+                return False
         modes = fastopt_enter()
         try:
             job.threads = threads

@@ -233,8 +233,7 @@ class Optimizer(Storage):
                 if options or averaged:
                     request = self._requests.of(options, self.ema, threads)
                     more = request, vars(self)
-                    done = compiled is not None and not request.zero_grads
-                    done = done and compiled(
+                    done = compiled is not None and compiled(
                         gradients, values, grad_scale, threads, *more
                     )
                 else:

@@ -77,6 +77,30 @@ def test_averages_and_groups(backend, rule, options, monkeypatch):
     np.testing.assert_array_equal(norms, same_norms)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_set_to_zero(backend, dtype):
+    """One in the call, those that are read-only or overlap not at all."""
+    rng = np.random.default_rng(0)
+    start, numbers = rng.normal(size=(2, 5000)).astype(np.float32)
+    params = [start.copy() for _ in range(2)]
+    grads = [numbers.astype(dtype) for _ in range(2)]
+    for param, grad, zero in zip(params, grads, (True, False), strict=True):
+        opt = fastopt.adamw(param, lr=0.1, backend=backend)
+        opt.step(grad, zero_grads=zero, clip_norm=0.5)
+    assert same_bits(*params) and not grads[0].any() and grads[1].any()
+    grads[1].setflags(write=False)
+    before = params[1].copy()
+    with pytest.raises(ValueError, match="read-only"):
+        opt.step(grads[1], zero_grads=True)
+    assert same_bits(params[1], before) and opt.steps == 1
+    views = [np.ones(10, np.float32)] * 2
+    both = fastopt.gd([np.ones(10, np.float32) for _ in range(2)], backend=backend)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        both.step(views, zero_grads=True)
+    assert views[0].all()
+
+
 def test_a_norm_overflows_in_float64_only_if_numbers_do():
     """The squares of 1e200 do, so the call leaves these gradients to Python."""
     param, grad = np.ones(100), np.full(100, 1e200)
