@@ -86,13 +86,11 @@ cdef inline int64_t keys_of(tensor) noexcept:
 
 
 def drop_gradients(list groups):
-    """Set the gradients of all parameters to None."""
-    cdef list params
-    cdef Py_ssize_t i
-    for group in groups:
-        params = group["params"]
-        for i in range(PyList_GET_SIZE(params)):
-            (<object> PyList_GET_ITEM(params, i)).grad = None
+    """Set the gradients of all parameters to None. The destructor of one may run Python
+    code that changes the groups."""
+    for group in list(groups):
+        for param in list(group["params"]):
+            param.grad = None
 
 
 cdef ExchangeAPI* exchange(type kind) except NULL:

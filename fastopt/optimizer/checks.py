@@ -25,13 +25,13 @@ from fastopt.memory.formats import (
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import branches
 from fastopt.rule import Rule, check_hyperparameter, shown
+from fastopt.runtime.threads import MOST
 from fastopt.step import FLAG, LIMIT, OPTIONS, Request, limits, plain
 
 LIMITING = [*inspect.signature(limits).parameters]  # the options that it takes
 
 Placed: TypeAlias = tuple[int, int, str]  # where an array begins and ends, its name
 
-MOST_THREADS = 1024
 FIXED = {float, int, bool, str, type(None)}  # types of options that cannot change
 
 
@@ -344,8 +344,8 @@ def check_threads(threads: Any) -> int:
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
         raise TypeError(f"threads must be an integer or None, got {threads!r}")
     # No machine has more, and OpenMP ends a process whose threads it cannot start.
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {threads}")
+    if not 1 <= threads <= MOST:
+        raise ValueError(f"threads must be from 1 to {MOST}, got {threads}")
     return int(threads)
 
 

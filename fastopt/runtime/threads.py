@@ -25,6 +25,9 @@ RANKS = (
 )
 
 
+MOST = 1024  # that a user can ask for
+
+
 class Limit(NamedTuple):
     """A limit for the number of threads."""
 
@@ -133,7 +136,15 @@ def launched_with_one() -> bool:
 
 def own_number() -> int:
     """Return the number that the user has chosen for fastopt alone; 0 if none."""
-    return number("FASTOPT_NUM_THREADS")
+    text = os.environ.get("FASTOPT_NUM_THREADS", "").strip()
+    if text and not (text.isascii() and text.isdigit() and len(text) < 9):
+        text = "0"
+    if text and not 1 <= int(text) <= MOST:
+        raise ValueError(
+            f"FASTOPT_NUM_THREADS must be a whole number from 1 to {MOST}, got "
+            f"{os.environ['FASTOPT_NUM_THREADS']!r}"
+        )
+    return int(text or 0)
 
 
 def limits() -> list[Limit]:

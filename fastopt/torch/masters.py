@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastopt.memory.formats import FORMATS, Format
+from fastopt.runtime.atomic import Call
 from fastopt.torch.formats import REMAINDER, encode, flat, tensor_dtype, words_of
 from fastopt.torch.memory import computed
 
@@ -26,17 +29,18 @@ def master(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return result
 
 
-def set_master(
+def setting(
     param: Tensor, values: Tensor, format: Format | None, entry: dict[str, Any]
-) -> None:
-    """Set a parameter, and its remainder in its entry of the state if its format has
-    one, to numbers of float32."""
+) -> list[Call]:
+    """Return the calls that set a parameter, and its remainder in its entry of the
+    state if its format has one, to numbers of float32."""
     if format is None or format.second is None:
-        param.copy_(values)
-        return
+        return [partial(param.copy_, values)]
     dtype = tensor_dtype(format, second=True)
-    entry[REMAINDER] = torch.empty_like(param, dtype=dtype, requires_grad=False)
-    encode(param.detach(), entry[REMAINDER], format, values)
+    first = torch.empty_like(param, requires_grad=False)
+    rest = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    encode(first, rest, format, values)
+    return [partial(param.copy_, first), partial(setitem, entry, REMAINDER, rest)]
 
 
 def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
@@ -57,6 +61,11 @@ def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
     if shapes != [tuple(values.shape) for values in masters]:
         raise ValueError(f"masters must be tensors of the shapes {shapes}")
     for param, values in zip(params, masters, strict=True):
+        if values.layout is not torch.strided or values.is_meta:
+            raise TypeError(
+                f"masters must be dense tensors with numbers, got one of "
+                f"{values.layout} on {values.device}"
+            )
         if values.is_complex() and not param.is_complex():
             raise TypeError(
                 f"masters has {values.dtype} for a parameter of {param.dtype}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastopt.memory.segments import Array, Segment
+from fastopt.memory.segments import Array, Encoded, Segment
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.state import bind_alone
 from fastopt.step import Key, Program, Request, Sums, execute, plain
@@ -200,7 +200,7 @@ class Part:
         runner = self.program.runner
         if not Gradients(arrays, weights).offer(runner):
             # A native runner does not take gradients that overlap what it writes.
-            copies = [[g if g is None else g.copy() for g in task] for task in arrays]
+            copies = [[copied(g) for g in task] for task in arrays]
             self._taken = copies
             Gradients(copies, weights).give(runner)
 
@@ -395,6 +395,13 @@ def copy(member: Member, tensor: Tensor) -> Tensor:
     param = member.param
     empty = torch.empty(param.shape, dtype=member.dtype, device=param.device)
     return empty.copy_(tensor.detach())
+
+
+def copied(gradient: Any) -> Any:
+    """Return a copy of a gradient as kernels take it, or None."""
+    if isinstance(gradient, Encoded):
+        return gradient._replace(parts=tuple(part.copy() for part in gradient.parts))
+    return None if gradient is None else gradient.copy()
 
 
 def stream(part: Part, member: Member, name: str, count: int | None = None) -> Any:

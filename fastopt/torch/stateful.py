@@ -24,7 +24,7 @@ from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import flattened_any, in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
-from fastopt.torch.masters import check_masters, set_master
+from fastopt.torch.masters import check_masters, setting
 from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
 from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
@@ -308,7 +308,7 @@ class Stateful(Storage):
         shape, such as those of :meth:`master_params`."""
         masters = check_masters(masters, self._params)
         with self._turns.lock, torch.no_grad():
-            params = list(self._with_formats())
+            params, calls = list(self._with_formats()), list[Call]()
             for (param, group, rule, chosen), values in zip(
                 params, masters, strict=True
             ):
@@ -316,10 +316,11 @@ class Stateful(Storage):
                 if not entry and format is not None and format.second is not None:
                     options = self._values(group, rule)
                     entry = first_counts(rule, self._names, options)
-                    self.state[param] = entry
-                set_master(param, values, format, entry)
+                    calls.append(partial(self.state.__setitem__, param, entry))
+                calls += setting(param, values, format, entry)
                 if self.copy_to is not None and param in self.copy_to:
-                    self.copy_to[param].copy_(param)
+                    calls.append(partial(self.copy_to[param].copy_, param))
+            uninterrupted(*calls)
 
     def _with_formats(self) -> Iterator[tuple[Tensor, dict[str, Any], Rule, Chosen]]:
         """Yield each parameter with its group, its rule and its formats."""

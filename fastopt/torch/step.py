@@ -282,7 +282,7 @@ class Stepping(Stateful):
             return request
         made = {"clip_norm": norm, "clip_value": value, "nonfinite": nonfinite}
         request = self._requests.of({**made, **options}, ema, threads)
-        if not options and {type(norm), type(value)} <= checks.FIXED:
+        if not options and {type(norm), type(value), type(ema)} <= checks.FIXED:
             self._request_before = norm, value, nonfinite, ema, threads, request
         return request
 

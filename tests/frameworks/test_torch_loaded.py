@@ -90,6 +90,8 @@ def test_masters_before_the_first_step_are_saved():
         (lambda exact: {"a": exact[0]}, TypeError, "must be a list of tensors"),
         (lambda exact: [*exact[1:], None], TypeError, "got NoneType"),
         (lambda exact: [e + 1j for e in exact], TypeError, "has torch.complex64"),
+        (lambda exact: [*exact[:-1], exact[-1].to_sparse()], TypeError, "be dense"),
+        (lambda exact: [*exact[:-1], exact[-1].to("meta")], TypeError, "on meta"),
     ],
 )
 def test_refused_masters(masters, error, message):

@@ -1,9 +1,11 @@
 """Steps within a training loop: new gradients each time, and the shortest paths."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 ft = pytest.importorskip("fastopt.torch")
+stateful = pytest.importorskip("fastopt.torch.stateful")
 
 WAYS = [
     {},
@@ -91,7 +93,7 @@ def test_zero_grad_of_flattened_gradients(change):
     """They stay in their buffer, as long as they are there."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-    (flat,) = ft.flatten_(model)
+    (buffer,) = ft.flatten_(model)
     extra = torch.nn.Parameter(torch.ones(3))
     opt = ft.Adam([*model.parameters(), extra], lr=0.1)
     first = model[0].weight
@@ -101,7 +103,7 @@ def test_zero_grad_of_flattened_gradients(change):
 
     for _ in range(3):
         opt.zero_grad()
-        assert not flat.grad.any()
+        assert not buffer.grad.any()
         backward()
         opt.step()
     assert opt._plan._flat is not None
@@ -118,6 +120,53 @@ def test_zero_grad_of_flattened_gradients(change):
     others = [p.grad for p in model.parameters() if p is not first]
     assert all(g is None or not g.any() for g in others)
     if change in ("nothing", "more"):
-        assert first.grad is not None and not flat.grad.any()
+        assert first.grad is not None and not buffer.grad.any()
     else:
         assert first.grad is None or not first.grad.any()
+
+
+def test_zero_grad_while_a_destructor_changes_the_groups(monkeypatch):
+    monkeypatch.setattr(stateful, "flattened_any", [False])  # by tests before
+    opt = ft.SGD([torch.nn.Parameter(torch.ones(3)) for _ in range(50)], lr=0.1)
+    params = opt.param_groups[0]["params"]
+    kept = list(params)
+
+    class Last:
+        def __del__(self):
+            params.clear()
+
+    for param in kept:
+        param.grad = torch.ones(3)
+    gradient = kept[0].grad
+    gradient.last = Last()
+    del gradient
+    opt.zero_grad()
+    assert not params and all(p.grad is None for p in kept)
+    opt.param_groups[0]["params"] = tuple(kept)  # torch takes these, too
+    kept[1].grad = torch.ones(3)
+    opt.zero_grad()
+    assert kept[1].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_its_parameter(dtype):
+    start = torch.arange(1, 6).to(dtype)
+    param = torch.nn.Parameter(start.clone())
+    param.grad = param.detach()
+    ft.SGD([param], lr=0.5).step()
+    assert torch.equal(param, start / 2)
+
+
+def test_a_decay_that_changes_in_place():
+    """The averages are those of the number that it is at each step."""
+    averages, decay = [], np.array(0.9)
+    for given in (lambda number: decay, float):
+        param = torch.nn.Parameter(torch.ones(7))
+        opt = ft.AdamW([param], lr=0.1, ema=0.9)
+        for step in range(5):
+            param.grad = torch.full((7,), float(step + 1))
+            decay[...] = 1 / (step + 2)
+            opt.ema = given(1 / (step + 2))
+            opt.step()
+        averages.append(opt.ema_params()[0].clone())
+    assert torch.equal(*averages)

@@ -158,7 +158,7 @@ ALL = len(CPUS)
     [
         ({}, ALL),
         ({"FASTOPT_NUM_THREADS": "7", "OMP_NUM_THREADS": "1"}, 7),
-        ({"FASTOPT_NUM_THREADS": "0"}, ALL),
+        ({"FASTOPT_NUM_THREADS": ""}, ALL),
         ({"LOCAL_WORLD_SIZE": "2"}, ALL // 2),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": str(4 * ALL)}, 1),
         ({"SLURM_NTASKS_PER_NODE": "1"}, ALL),
@@ -171,6 +171,13 @@ def test_processes_share_the_cpus(environment, expected):
     if there are several of them."""
     code = "import numpy as np, fastopt; print(fastopt.adamw(np.ones(9)).threads)"
     assert run(code, **environment) == f"{expected}\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "two", "2000", "9" * 5000])
+def test_a_number_that_is_none_is_refused(text, monkeypatch):
+    monkeypatch.setenv("FASTOPT_NUM_THREADS", text)
+    with pytest.raises(ValueError, match="FASTOPT_NUM_THREADS must be a whole number"):
+        fastopt.adamw(np.ones(9))
 
 
 @needs_two
