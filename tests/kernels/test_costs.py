@@ -103,13 +103,13 @@ def calls(rule, kind, count, backend="cython"):
     opt = getattr(fastopt, rule)(params, backend=backend)
     grads = params.zeros_like() if kind == "flat" else tree(kind, count)
     opt.step(grads)  # the first takes what state starts with
-    *plan, compiled = opt._plan  # which a profile does not show
+    *plan, compiled, averaged = opt._plan  # which a profile does not show
 
     def native(*arguments):
         return compiled(*arguments)
 
     if compiled is not None:
-        opt._plan = (*plan, native)
+        opt._plan = *plan, native, averaged
     python, builtin = [], []
 
     def note(frame, event, argument):
