@@ -111,8 +111,8 @@ def info() -> None:
                     textwrap.fill(
                         line,
                         width,
-                        initial_indent=f"  {name:<16}",
-                        subsequent_indent=" " * 18,
+                        initial_indent=f"  {name:<20}",
+                        subsequent_indent=" " * 22,
                         break_long_words=False,
                         break_on_hyphens=False,
                     )
