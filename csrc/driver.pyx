@@ -208,7 +208,7 @@ cdef struct Stream:
     int64_t strides[4]  # bytes of each part for a GROUP of elements; 0: it has no elements
 
 
-include "crowd.pxi"
+include "contention.pxi"
 
 
 # All that a step needs. A part of a step whose field is zero is left out.
@@ -249,7 +249,7 @@ cdef struct Job:
     char* kept  # what a begin leaves for a finish, of two batches
     int64_t* kept_at  # and its address, for each row
     int threads
-    Crowd crowd  # whether they help
+    Contention contention  # whether several help
     Run run  # NULL: OpenMP
     void* context
 
@@ -550,7 +550,7 @@ cdef void take_turn(
         judged = job.run == NULL
         if judged:
             before = fastopt_seconds()
-        if not (judged and is_alone(&job.crowd)):
+        if not (judged and is_alone(&job.contention)):
             parts = job.threads
     turn.share = (turn.total // parts + CUT) // CUT * CUT
     turn.chunks = (after.chunks + parts - 1) // parts
@@ -560,7 +560,8 @@ cdef void take_turn(
     in_parts(job, <int> parts, turn_part, &turn)
     if judged:
         judge(
-            &job.crowd, parts > 1, fastopt_seconds() - before, turn.total + after.given
+            &job.contention, parts > 1, fastopt_seconds() - before,
+            turn.total + after.given,
         )
 
 

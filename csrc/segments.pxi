@@ -70,7 +70,7 @@ cdef class Segments:
         else:
             job.kernel, self.kernel_name = <kernel_t> kernels.find(kernel, double), kernel
         job.double, job.itemsize, job.block = double, 8 if double else 4, BLOCK
-        job.rows, job.crowd.patience = len(addresses), LEAST_PATIENCE
+        job.rows, job.contention.patience = len(addresses), LEAST_PATIENCE
         job.columns = len(addresses[0]) if addresses else 4
         if job.columns > MOST_COLUMNS:
             raise ValueError(f"a rule may have at most {MOST_COLUMNS - 4} state buffers")

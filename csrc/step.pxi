@@ -98,11 +98,11 @@ cdef class Step(Segments):
     @property
     def alone(self):
         """How many turns one thread will do because several have been too slow."""
-        return self.job.crowd.alone
+        return self.job.contention.alone
 
-    def judge(self, bint together, double seconds, int64_t n):
+    def judge(self, bint several, double seconds, int64_t n):
         """Note that a turn took so long, for tests."""
-        judge(&self.job.crowd, together, seconds, n)
+        judge(&self.job.contention, several, seconds, n)
 
     # Numbers ---------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class Format:
 class Plain:
     """Numbers of float32 that are stored as they are."""
 
-    name, c_type, remainder, scale = "fp32", "float", "", None
+    name, c_type, remainder, scale, stochastic = "fp32", "float", "", None, False
 
     def decoded(self, text):
         return text
@@ -101,6 +101,11 @@ class Form:
         """Whether it goes group by group."""
         scaled = any(format.scale for format in self.states)
         return bool(scaled or self.param.remainder)
+
+    @property
+    def draws(self):
+        """Whether it rounds stochastically."""
+        return any(format.stochastic for format in (self.param, *self.states))
 
     @property
     def arrays(self):

@@ -61,8 +61,8 @@ class Format:
     scale
         Takes the bits of the greatest magnitude of a group. Returns the group's scale.
     curve
-        Takes a number without a sign. Returns what has evenly spaced codes, which scale
-        and ``encode`` take in place of the number. A sign is like NaN here.
+        Takes a number that is not negative. Returns the number that is encoded in its
+        place, such as its root. Groups with a negative number are not stored.
     """
 
     name: str
@@ -263,10 +263,11 @@ def random_word(element: Word, step: Word, pair: Word) -> Any:
     on every backend, for any number of threads, and in a resumed run. Two streams share
     it: the first uses the upper half of its bits, the second the lower half.
 
-    A step multiplies the elements by a hash of itself, and adds another. So the words
-    of two elements are independent over the steps, which is what the mean and the
-    variance of rounding need (J. Carter and M. Wegman, Universal classes of hash
-    functions, 1979). The second multiplication mixes words of one step.
+    In each step, the word is a linear function of the element's index, whose slope and
+    start are hashes of the step. So the words of two elements are independent over the
+    steps, which the mean and the variance of rounding need (J. Carter and M. Wegman,
+    Universal classes of hash functions, 1979). The last multiplication mixes the words
+    of one step.
     """
     start = mixed(step * STEP_FACTOR + pair + ONE)
     w = element * (mixed(start) | ONE) + start

@@ -106,7 +106,7 @@ class RMSprop(Stepping, torch.optim.RMSprop):
         if "grad_avg" not in state:
             return state
         variance, mean = (state[key].double() for key in ("square_avg", "grad_avg"))
-        # Not in 16 bits, whose rounding could be greater than the variance.
+        # The rounding error of 16 bits could be greater than the variance.
         dtype = torch.promote_types(state["square_avg"].dtype, torch.float32)
         return {**state, "square_avg": (variance + mean * mean).to(dtype)}
 

@@ -208,7 +208,7 @@ class Stateful(Storage):
         buffer."""
         plan = self._plan
         if set_to_none and not torch.autograd._profiler_enabled():
-            # As torch does, without the label that its profiler would see.
+            # This does what torch does, without the label that its profiler shows.
             if native is not None and not flattened_any[0]:
                 native.drop_gradients(self.param_groups)
                 return

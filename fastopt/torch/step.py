@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,8 +88,8 @@ class Stepping(Stateful):
 
     _step_supports_amp_scaling = False  # True in instances with fused=True, as in torch
     _warned = False  # that this process has a share of the parameters
-    # What the last request without options was made from, and the request itself.
-    _request_before: tuple[Any, ...] = (*[object()] * 5, PLAIN)
+    # What the last request without options was made from, and this request.
+    _request_before: tuple[tuple[Any, ...], Request] = (object(),) * 5, PLAIN
 
     def __init__(
         self,
@@ -271,19 +272,18 @@ class Stepping(Stateful):
         self._turns.change(calls)
 
     def _request(self, options: Options) -> Request:
+        """Return the request of a step. Most steps ask for what the optimizer was made
+        with; their request is kept, because to look it up in ``Requests`` would take a
+        tenth of a small step."""
         norm, value, nonfinite = self.clip_norm, self.clip_value, self.nonfinite
-        ema, threads = self.ema, self._threads()
-        # As Requests does, without a call: most steps ask for what the class was made
-        # with, and the call would take a tenth of a small step.
-        request: Request
-        a, b, c, d, e, request = self._request_before
-        made_same = a is norm and b is value and c is nonfinite
-        if made_same and d is ema and e is threads and not options:
+        made = norm, value, nonfinite, self.ema, self._threads()
+        before, request = self._request_before
+        if not options and all(map(is_, made, before)):
             return request
-        made = {"clip_norm": norm, "clip_value": value, "nonfinite": nonfinite}
-        request = self._requests.of({**made, **options}, ema, threads)
-        if not options and {type(norm), type(value), type(ema)} <= checks.FIXED:
-            self._request_before = norm, value, nonfinite, ema, threads, request
+        named = {"clip_norm": norm, "clip_value": value, "nonfinite": nonfinite}
+        request = self._requests.of({**named, **options}, *made[3:])
+        if not options and all(type(option) in checks.FIXED for option in made):
+            self._request_before = made, request
         return request
 
     @standard

@@ -228,17 +228,17 @@ def test_torchrun_with_two_processes(given, tmp_path):
     assert sorted(process.stdout.split("\n")) == sorted(["", *[first, second] * 2])
 
 
-# Crowds -------------------------------------------------------------------------------
+# Contention ---------------------------------------------------------------------------
 
 
-def crowded():
+def contended():
     """An optimizer and its runner."""
     opt = fastopt.adamw(np.ones(100_000, np.float32), backend="cython", threads=2)
     return opt, opt._bound.program.runner
 
 
 def test_one_thread_steps_if_several_are_slow_and_it_is_faster():
-    (opt, runner), turns = crowded(), []
+    (opt, runner), turns = contended(), []
     for _ in range(3):
         while runner.alone:
             opt.step(np.ones(100_000, np.float32))
@@ -262,7 +262,7 @@ def slow(runner, turns):
 
 def test_several_threads_step_if_one_is_slower():
     """Then slow turns are not judged for a while."""
-    _, runner = crowded()
+    _, runner = contended()
     slow(runner, 6)
     runner.judge(False, 2.0, 1000)
     slow(runner, 128 + 6)
@@ -270,7 +270,7 @@ def test_several_threads_step_if_one_is_slower():
 
 
 def test_large_turns_take_long():
-    _, runner = crowded()
+    _, runner = contended()
     for _ in range(9):
         runner.judge(True, 0.1, 10**9)
     assert runner.alone == 0
