@@ -209,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--loop",
         action="store_true",
-        help="measure training loops with Adam instead of steps alone",
+        help="measure training loops with Adam in float32 instead of steps alone; "
+        "rules, sizes, tensors and dtypes do not apply",
     )
     command.add_argument("--rounds", type=at_least(1), help="(default: 15)")
     command.add_argument(

@@ -58,8 +58,12 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 def threading() -> Iterator[tuple[str, str]]:
     """Describe how many threads a step uses, and the limits that determine it."""
-    least = min(threads.limits())
-    yield "a step uses", f"at most {threads.available()}, because of {least.why}"
+    try:
+        least = min(threads.limits())
+    except ValueError as error:
+        yield "a step uses", f"none, and is refused: {error}"
+    else:
+        yield "a step uses", f"at most {threads.available()}, because of {least.why}"
     if threads.places():
         places = ", ".join(map(str, threads.places()))
         why = "OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY"
