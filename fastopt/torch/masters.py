@@ -43,6 +43,16 @@ def setting(
     return [partial(param.copy_, first), partial(setitem, entry, REMAINDER, rest)]
 
 
+def apart(masters: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
+    """Return the masters, with copies of those that share memory with tensors that are
+    to be written, because these would change while others are still to be read."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in written}
+    return [
+        values.clone() if values.untyped_storage().data_ptr() in taken else values
+        for values in masters
+    ]
+
+
 def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
     """Check that these are numbers for each parameter, and return them as a list."""
     if isinstance(given, (Tensor, Mapping, torch.nn.Module)):
@@ -61,10 +71,11 @@ def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
     if shapes != [tuple(values.shape) for values in masters]:
         raise ValueError(f"masters must be tensors of the shapes {shapes}")
     for param, values in zip(params, masters, strict=True):
-        if values.layout is not torch.strided or values.is_meta:
+        dense = values.layout is torch.strided and not values.is_quantized
+        if not dense or values.is_meta:
             raise TypeError(
                 f"masters must be dense tensors with numbers, got one of "
-                f"{values.layout} on {values.device}"
+                f"{values.dtype}, {values.layout} on {values.device}"
             )
         if values.is_complex() and not param.is_complex():
             raise TypeError(

@@ -24,7 +24,7 @@ from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import flattened_any, in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
-from fastopt.torch.masters import check_masters, setting
+from fastopt.torch.masters import apart, check_masters, setting
 from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
 from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
@@ -306,8 +306,9 @@ class Stateful(Storage):
     def load_master_params(self, masters: Sequence[Tensor]) -> None:
         """Set each parameter, its remainder and its copy to a tensor of float32 in its
         shape, such as those of :meth:`master_params`."""
-        masters = check_masters(masters, self._params)
+        masters, copies = check_masters(masters, self._params), self.copy_to or {}
         with self._turns.lock, torch.no_grad():
+            masters = apart(masters, [*self._params, *copies.values()])
             params, calls = list(self._with_formats()), list[Call]()
             for (param, group, rule, chosen), values in zip(
                 params, masters, strict=True
@@ -318,8 +319,8 @@ class Stateful(Storage):
                     entry = first_counts(rule, self._names, options)
                     calls.append(partial(self.state.__setitem__, param, entry))
                 calls += setting(param, values, format, entry)
-                if self.copy_to is not None and param in self.copy_to:
-                    calls.append(partial(self.copy_to[param].copy_, param))
+                if param in copies:
+                    calls.append(partial(copies[param].copy_, param))
             uninterrupted(*calls)
 
     def _with_formats(self) -> Iterator[tuple[Tensor, dict[str, Any], Rule, Chosen]]:

@@ -11,6 +11,10 @@ ft = pytest.importorskip("fastopt.torch")
 from torch_encoded import drawn, give, params_of  # noqa: E402
 
 
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
 def test_master_parameters_can_be_loaded():
     """Before the first step and after it."""
     exact = [torch.from_numpy(array) for array in drawn(3)]
@@ -82,6 +86,7 @@ def test_masters_before_the_first_step_are_saved():
     assert not torchs.state[others[1]]  # so that torch makes its state
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize(
     ("masters", "error", "message"),
     [
@@ -92,6 +97,7 @@ def test_masters_before_the_first_step_are_saved():
         (lambda exact: [e + 1j for e in exact], TypeError, "has torch.complex64"),
         (lambda exact: [*exact[:-1], exact[-1].to_sparse()], TypeError, "be dense"),
         (lambda exact: [*exact[:-1], exact[-1].to("meta")], TypeError, "on meta"),
+        (lambda exact: [*exact[:-1], quantized(exact[-1])], TypeError, "torch.qint8"),
     ],
 )
 def test_refused_masters(masters, error, message):
@@ -102,6 +108,19 @@ def test_refused_masters(masters, error, message):
     with pytest.raises(error, match=message):
         opt.load_master_params(masters([torch.from_numpy(a) for a in drawn(3)]))
     assert all(map(torch.equal, params, before)) and not opt.state
+
+
+@pytest.mark.parametrize("master", [None, "bf16", "bf16+r16"])
+def test_masters_may_be_the_parameters_in_another_order(master):
+    dtype = torch.float32 if master is None else torch.bfloat16
+    base = torch.arange(9.0)
+    a, b = (torch.nn.Parameter(torch.full((8,), x, dtype=dtype)) for x in (1.0, 2.0))
+    opt = ft.AdamW([a, b], master=master)
+    opt.load_master_params([b, a])
+    assert (a == 2).all() and (b == 1).all()
+    b.data = base.to(dtype)[:8]
+    opt.load_master_params([a, b.detach().as_strided((8,), (1,), 1)])
+    assert torch.equal(b.detach().float(), torch.arange(1.0, 9.0))
 
 
 def test_data_of_another_dtype_ends_a_remainder():
