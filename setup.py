@@ -22,7 +22,7 @@ RENDERED = ROOT / "build" / "kernels"
 # What kernels are made of, which take long to compile; and all that is compiled.
 OF_KERNELS = [
     *sorted(CSRC.glob("*.in")),
-    *(CSRC / name for name in ("gram.h", "render.py", "stored.py")),
+    *(CSRC / name for name in ("gram.h", "roots.h", "render.py", "stored.py")),
 ]
 SOURCES = [
     ROOT / "fastopt" / "include" / "fastopt.h",

@@ -197,6 +197,34 @@ class Kernel(Function):
     def constants(self):
         return [f"c{k}" for k in range(len(self.arguments) - 2 - self.state_count)]
 
+    @functools.cached_property
+    def halves(self):
+        """The update before and after its only square root: a function of what the root
+        is taken of, and one that takes the root first. None if there is no such root, or
+        if there are quotients before it, which both functions would compute."""
+        body, roots = self.tree.body, list(map(is_root, ast.walk(self.tree)))
+        if self.passes or sum(roots) != 1:
+            return None
+        number = [any(map(is_root, ast.walk(line))) for line in body].index(True)
+        (root,) = filter(is_root, ast.walk(body[number]))
+        before = [*body[:number], ast.Return(root.args[0])]
+        if any(isinstance(n, ast.Div) for line in before for n in ast.walk(line)):
+            return None
+
+        class Taken(ast.NodeTransformer):
+            def visit_Call(self, node):
+                self.generic_visit(node)
+                return ast.Name("square_root", ast.Load()) if is_root(node) else node
+
+        tree = ast.parse(ast.unparse(self.tree)).body[0]
+        after = [Taken().visit(line) for line in tree.body]
+        taking = ast.parse(f"def f(square_root, {', '.join(self.arguments)}): pass").body[0]
+        name = self.tree.name
+        return (
+            Function(self.path, function_of(f"{name}_radicand", self.tree.args, before)),
+            Function(self.path, function_of(f"{name}_rooted", taking.args, after)),
+        )
+
 
 class Measure(Kernel):
     """A ``measure``. Its loop only reads, except in a ``Begin``."""
@@ -321,6 +349,19 @@ class Native(ast.NodeTransformer):
         places = [ast.parse(f"_results[{k}]").body[0].value for k in range(len(values))]
         stores = [ast.Assign([p], v) for p, v in zip(places, values, strict=True)]
         return [*stores, ast.parse(f"return -1 if _zero[0] else {len(values)}").body[0]]
+
+
+def is_root(node):
+    """Whether this is a call of sqrt."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "sqrt"
+
+
+def function_of(name, arguments, body):
+    """Return the definition of a function."""
+    text = f"def {name}({ast.unparse(arguments)}): pass"
+    definition = ast.parse(text).body[0]
+    definition.body = body
+    return ast.fix_missing_locations(definition)
 
 
 @functools.cache
