@@ -248,6 +248,10 @@ class Result:
 
 
 def burst(step: Step, steps: int) -> float:
+    """Return the mean time of so many steps. A quarter as many come before, which wake
+    the threads of a process that was stopped."""
+    for _ in range(steps // 4):
+        step()
     begin = time.perf_counter()
     for _ in range(steps):
         step()
@@ -266,6 +270,7 @@ def serve(pipe: Connection, row: str, name: str, size: int) -> None:
     torch.set_num_threads(available())
     of = next(of for of in ROWS if of.name == row)
     step = makers(of, size)[name](size)
+    pipe.send(0.0)  # it is ready
     while count := pipe.recv():
         pipe.send(burst(step, count))
 
@@ -310,8 +315,20 @@ def result_of(
         signaled(children[name], "SIGSTOP")
         return taken
 
-    firsts = {name: seconds_of(name, 1 if name in SLOW else 2) for name in pipes}
-    counts = {name: max(1, int(BURST / first)) for name, first in firsts.items()}
+    # What others do meanwhile, such as importing torch, would make steps seem slow.
+    for name, pipe in pipes.items():
+        pipe.recv()
+        signaled(children[name], "SIGSTOP")
+
+    def count_of(name: str) -> int:
+        """Return how many steps a burst has. The first ones plan and touch memory, so
+        the last of a few bursts tells."""
+        count = 1
+        for _ in range(1 if name in SLOW else 3):
+            count = max(1, int(BURST / seconds_of(name, count)))
+        return count
+
+    counts = {name: count_of(name) for name in pipes}
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for k in range(rounds):
         for name in pipes if k % 2 else reversed(pipes):

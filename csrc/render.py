@@ -199,9 +199,10 @@ class Kernel(Function):
 
     @functools.cached_property
     def halves(self):
-        """The update before and after its only square root: a function of what the root
-        is taken of, and one that takes the root first. None if there is no such root, or
-        if there are quotients before it, which both functions would compute."""
+        """The update before and after its only square root: a function that returns
+        what the root is taken of, and one that takes the root as its first argument.
+        None if there is no such root, or if there are quotients before it, which both
+        functions would compute."""
         body, roots = self.tree.body, list(map(is_root, ast.walk(self.tree)))
         if self.passes or sum(roots) != 1:
             return None
@@ -218,12 +219,12 @@ class Kernel(Function):
 
         tree = ast.parse(ast.unparse(self.tree)).body[0]
         after = [Taken().visit(line) for line in tree.body]
-        taking = ast.parse(f"def f(square_root, {', '.join(self.arguments)}): pass").body[0]
-        name = self.tree.name
-        return (
-            Function(self.path, function_of(f"{name}_radicand", self.tree.args, before)),
-            Function(self.path, function_of(f"{name}_rooted", taking.args, after)),
+        name, arguments = self.tree.name, ", ".join(self.arguments)
+        halves = (
+            function_of(f"{name}_radicand", arguments, before),
+            function_of(f"{name}_rooted", f"square_root, {arguments}", after),
         )
+        return [Function(self.path, half) for half in halves]
 
 
 class Measure(Kernel):
@@ -358,8 +359,7 @@ def is_root(node):
 
 def function_of(name, arguments, body):
     """Return the definition of a function."""
-    text = f"def {name}({ast.unparse(arguments)}): pass"
-    definition = ast.parse(text).body[0]
+    definition = ast.parse(f"def {name}({arguments}): pass").body[0]
     definition.body = body
     return ast.fix_missing_locations(definition)
 
@@ -523,7 +523,8 @@ def renderer():
     codecs = [of.decode for of in stored] + [of.encode for of in stored]
     codecs += [f for of in stored for f in (of.scale, of.curve) if f]
     codecs.append(defined(FORMATS, "random_word"))
-    codecs += [helper for codec in codecs for helper in codec.helpers.values()]
+    for codec in codecs:  # which grows by what they call
+        codecs += codec.helpers.values()
     codecs = list({codec.name: codec for codec in codecs}.values())
     compiled = [f for f in (*found, *codecs) if type(f) is not Scalars]
     named = {c.name: c for function in compiled for c in function.named.values()}

@@ -49,15 +49,11 @@ class Format:
         """Return the expression for a stored element's number."""
         return f"{self.decode.name}_f32({text})"
 
-    def encoded(self, text, stream):
-        """Return the expression for the word to store. A stochastic format uses the
-        variables ``element`` and ``step``, the arguments of ``random_word``."""
-        if self.stochastic:  # by the place that the Format there returns
-            pair, shift = f"({stream}) >> 1", f"(({stream}) & 1) << 4"
-            if self.remainder:
-                pair, shift = 1, 0
-            text += f", formats_random_word_f32(element, step, {pair}) << ({shift})"
-        return f"{self.encode.name}_f32({text})"
+    def encoded(self, text, shift="0"):
+        """Return the expression for the word to store. A stochastic format takes the
+        bits of the variable ``random`` from ``shift`` down."""
+        random = f", random << {shift}" if self.stochastic else ""
+        return f"{self.encode.name}_f32({text}{random})"
 
     @property
     def stochastic(self):
@@ -72,7 +68,7 @@ class Plain:
     def decoded(self, text):
         return text
 
-    def encoded(self, text, stream):
+    def encoded(self, text, shift="0"):
         return text
 
 
@@ -101,6 +97,12 @@ class Form:
         """Whether it goes group by group."""
         scaled = any(format.scale for format in self.states)
         return bool(scaled or self.param.remainder)
+
+    @property
+    def paired(self):
+        """Whether each stream has words of 16 bits, without remainders."""
+        streams = self.param, self.grad, *self.states
+        return not self.grouped and {s.c_type for s in streams} == {"uint16_t"}
 
     @property
     def draws(self):

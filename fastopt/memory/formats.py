@@ -258,6 +258,18 @@ def mixed(w: Word) -> Any:
     return w ^ (w >> 16)
 
 
+def random_start(step: Word, pair: Word) -> Any:
+    return mixed(step * STEP_FACTOR + pair + ONE)
+
+
+def random_slope(start: Word) -> Any:
+    return mixed(start) | ONE
+
+
+def scrambled(w: Word) -> Any:
+    return (w ^ (w >> 16)) * FIRST_FACTOR
+
+
 def random_word(element: Word, step: Word, pair: Word) -> Any:
     """Return a pseudorandom word. It depends on the arguments only, so it is the same
     on every backend, for any number of threads, and in a resumed run. Two streams share
@@ -269,9 +281,8 @@ def random_word(element: Word, step: Word, pair: Word) -> Any:
     Universal classes of hash functions, 1979). The last multiplication mixes the words
     of one step.
     """
-    start = mixed(step * STEP_FACTOR + pair + ONE)
-    w = element * (mixed(start) | ONE) + start
-    return (w ^ (w >> 16)) * FIRST_FACTOR
+    start = random_start(step, pair)
+    return scrambled(element * random_slope(start) + start)
 
 
 def encode_bf16_sr(x: Any, random: Word) -> Any:

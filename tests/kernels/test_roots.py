@@ -1,5 +1,5 @@
-"""Roots that AVX-512 kernels take by multiplication (csrc/roots.h) have the bits of those
-that the divider takes."""
+"""Roots that AVX-512 kernels take by multiplication (csrc/roots.h) have the bits of
+those that the divider takes."""
 
 import ctypes
 import shutil
@@ -15,7 +15,7 @@ from fastopt.backends import cython_cpu
 ISAS = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 GROUP = 64
-# What is compared here, in C: Python would take an hour.
+# The comparison is in C, because Python would take an hour.
 SOURCE = """
 #include <stdint.h>
 #include <string.h>
@@ -30,7 +30,7 @@ static int differs(float *numbers) {
     return memcmp(numbers, expected, sizeof expected) != 0;
 }
 
-/* How many groups differ, of these numbers; and of all from the first on, bit by bit. */
+/* Count the groups that differ, of these numbers. */
 int64_t count_differing(float *numbers, int64_t groups) {
     int64_t count = 0;
     for (int64_t k = 0; k < groups; k++)
@@ -38,6 +38,7 @@ int64_t count_differing(float *numbers, int64_t groups) {
     return count;
 }
 
+/* Count them for all floats whose bits are from first to before end. */
 int64_t count_all(uint64_t first, uint64_t end) {
     int64_t count = 0;
     for (uint64_t bits = first; bits < end; bits += FASTOPT_GROUP) {
