@@ -1,7 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Whether tensors are where they were, as ``Tensors`` in fastopt/torch/memory.py says it
-in Python, at a tenth of the time: by DLPack's C exchange API (DLPack 1.3), and by the
-addresses of what Python's dicts and lists hold.
+in Python, at a twentieth of the time: by what PyTorch keeps in memory, or else by
+DLPack's C exchange API (DLPack 1.3), and by the addresses of what Python's dicts and lists
+hold.
 """
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
@@ -35,54 +36,50 @@ cdef struct ExchangeAPI:
     from_object_t from_object
     void* current_stream
 
-# A tensor's address, dtype, device, dimensions, flags and dispatch keys, and of each
-# dimension its size and stride.
+# What is noted of a tensor: its address, dtype, device, number of dimensions, flags and
+# dispatch keys; from INNER on, the addresses of its TensorImpl, of its storage and of the
+# storage's data, its offset there, and PyTorch's dtype; and the size and the stride of each
+# dimension. If PyTorch is to be asked, the address of the TensorImpl is 0.
 cdef enum:
     MOST_DIMENSIONS = 8
-    DIMENSIONS = 6
+    INLINE_DIMENSIONS = 5  # of more, the sizes lie elsewhere
+    INNER = 6
+    STORAGE, DATA, OFFSET, DTYPE, DIMENSIONS
     WORDS = DIMENSIONS + 2 * MOST_DIMENSIONS
     COMPLEX = 5
     NEGATED = 1
     CONJUGATED = 2
 
-# In words: where a tensor's object has the address of what it is in C++, and where that
-# has the tensor's dispatch keys. 0 if it is not known.
-cdef Py_ssize_t inner_at = 0, keys_at = 0
+# Where PyTorch keeps what a tensor is, in words: a Layout of fastopt/torch/layout.py. If it
+# is not known, ``inner`` is 0.
+cdef struct Layout:
+    Py_ssize_t inner, keys, storage, ndim, sizes, strides, offset, dtype
+    uint64_t dtype_bits
+    Py_ssize_t data
+
+cdef Layout place
 
 
-def learn(list samples):
-    """Learn where tensors have their dispatch keys, which say whether a view is to be
-    negated when it is read, and DLPack does not: to ask torch takes longer than all
-    else here, and lets other threads run in the middle of a step. From tensors with
-    different keys, each with its address in C++ and its keys."""
-    global inner_at, keys_at
-    cdef Py_ssize_t i, j, length = type(samples[0][0]).__basicsize__ // 8
-    inner_at = keys_at = 0
-    for tensor, inner, keys in samples:
-        i = j = 0
-        while i < length and word(<void*> tensor, i) != <uint64_t> inner:
-            i += 1
-        if i == length:
-            break
-        while j < 24 and word(<void*> <size_t> inner, j) != <uint64_t> keys:
-            j += 1
-        if j == 24 or (inner_at and (i, j) != (inner_at, keys_at)):
-            break
-        inner_at, keys_at = i, j
-    else:
-        return
-    inner_at = keys_at = 0
+def know(layout):
+    (
+        place.inner, place.keys, place.storage, place.ndim, place.sizes, place.strides,
+        place.offset, place.dtype, place.dtype_bits, place.data,
+    ) = layout
 
 
-cdef inline uint64_t word(const void* where, Py_ssize_t i) noexcept:
-    return (<const uint64_t*> where)[i]
+cdef inline const uint64_t* inner_of(tensor) noexcept:
+    """A tensor's TensorImpl."""
+    return <const uint64_t*> <size_t> (<const uint64_t*> <void*> tensor)[place.inner]
+
+
+cdef inline const uint64_t* storage_of(const uint64_t* inner) noexcept:
+    return <const uint64_t*> <size_t> inner[place.storage]
 
 
 cdef inline int64_t keys_of(tensor) noexcept:
-    """A tensor's dispatch keys; 0 if it is not known where they are."""
-    if not inner_at:
-        return 0
-    return <int64_t> word(<void*> <size_t> word(<void*> tensor, inner_at), keys_at)
+    """A tensor's dispatch keys, which say whether a view is to be negated when it is
+    read, and DLPack does not; 0 if it is not known where they are."""
+    return <int64_t> inner_of(tensor)[place.keys] if place.inner else 0
 
 
 def drop_gradients(list groups):
@@ -119,6 +116,54 @@ cdef bint holds(dict_, list objects, Py_ssize_t* place):
         if not follows(objects, value, place):
             return False
     return True
+
+
+cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:
+    """Note where PyTorch keeps a tensor, after what it is has been noted."""
+    words[STORAGE] = <int64_t> inner[place.storage]
+    words[DATA] = <int64_t> storage_of(inner)[place.data]
+    words[OFFSET] = <int64_t> inner[place.offset]
+    words[DTYPE] = <int64_t> (inner[place.dtype] & place.dtype_bits)
+    words[INNER] = <int64_t> <size_t> inner
+
+
+cdef inline bint is_like(const uint64_t* inner, const int64_t* words) noexcept:
+    """Whether a tensor's elements are in memory as those of a noted one."""
+    cdef int64_t d
+    cdef const int64_t* sizes = words + DIMENSIONS
+    if (
+        inner[place.keys] != <uint64_t> words[5]
+        or inner[place.ndim] != <uint64_t> words[3]
+        or (inner[place.dtype] & place.dtype_bits) != <uint64_t> words[DTYPE]
+    ):
+        return False
+    for d in range(words[3]):
+        if <int64_t> inner[place.sizes + d] != sizes[2 * d]:
+            return False
+        if <int64_t> inner[place.strides + d] != sizes[2 * d + 1] and sizes[2 * d] != 1:
+            return False
+    return True
+
+
+cdef inline bint is_as_noted(const uint64_t* inner, const int64_t* words) noexcept:
+    """Whether a noted tensor is where it was, and lies there as it did."""
+    return (
+        <int64_t> <size_t> inner == words[INNER]
+        and <int64_t> inner[place.storage] == words[STORAGE]
+        and <int64_t> storage_of(inner)[place.data] == words[DATA]
+        and <int64_t> inner[place.offset] == words[OFFSET]
+        and is_like(inner, words)
+    )
+
+
+cdef inline int64_t address_like(const uint64_t* inner, const int64_t* words) noexcept:
+    """The address of a tensor that lies in memory as a noted one; 0 if it does not, or
+    if torch is to be asked."""
+    cdef int64_t data
+    if not is_like(inner, words):
+        return 0
+    data = <int64_t> storage_of(inner)[place.data] if inner[place.storage] else 0
+    return data + <int64_t> inner[place.offset] * ((words[1] & 0xFF) // 8) if data else 0
 
 
 cdef class Tensors:
@@ -202,9 +247,11 @@ cdef class Tensors:
         words[2] = <int64_t> view.device_type << 32 | view.device_id
         words[3] = view.ndim
         words[4], words[5] = self.flags(tensor, view), keys_of(tensor)
-        words += DIMENSIONS
         for d in range(view.ndim):
-            words[2 * d], words[2 * d + 1] = view.shape[d], view.strides[d]
+            words[DIMENSIONS + 2 * d] = view.shape[d]
+            words[DIMENSIONS + 2 * d + 1] = view.strides[d]
+        if place.inner and view.ndim <= INLINE_DIMENSIONS and view.data != NULL:
+            note_inner(inner_of(tensor), words)
         return 0
 
     cdef bint alike(self, tensor, DLTensor* view, const int64_t* words) except -1:
@@ -230,6 +277,8 @@ cdef class Tensors:
     cdef bint stays(self, tensor, const int64_t* words) except -1:
         """Whether a noted tensor is where it was, and lies there as it did."""
         cdef DLTensor view
+        if words[INNER] and is_as_noted(inner_of(tensor), words):
+            return True
         return (
             self.read(tensor, &view)
             and <int64_t> view.data == words[0]
@@ -297,6 +346,9 @@ cdef class Tensors:
     cdef int64_t fitting(self, grad, const int64_t* words) except -3:
         """The address of a gradient; -1 if it is not in memory as its parameter."""
         cdef DLTensor view
+        cdef int64_t address = words[INNER] and address_like(inner_of(grad), words)
+        if address:
+            return address
         if not self.read(grad, &view) or not self.alike(grad, &view, words):
             return -1
         return <int64_t> view.data or -2  # of no elements

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastopt.memory.formats import FORMATS, Format
 from fastopt.memory.segments import Array, Encoded
+from fastopt.torch import layout
 
 native: Any
 try:
@@ -317,20 +319,9 @@ def same(first: list[Any], second: list[Any]) -> bool:
     )
 
 
-def samples() -> list[tuple[Tensor, int, int]]:
-    """Return tensors with different dispatch keys, their addresses in C++, and keys."""
-    one = torch.ones(1, device="cpu")
-    conjugated = torch.ones(1, dtype=torch.complex64, device="cpu").conj()
-    tensors = one, torch._neg_view(one), conjugated, torch.nn.Parameter(one)
-    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors]
-    return [(t, t._cdata, k) for t, k in zip(tensors, keys, strict=True)]
-
-
 if native is not None:
-    try:
-        native.learn(samples())
-    except AttributeError:  # a torch that has other names for these: it is asked
-        pass
+    with suppress(AttributeError, ValueError):  # another torch: tensors are asked
+        native.know(layout.find())
 
 
 def watched(*what: Any) -> Any:

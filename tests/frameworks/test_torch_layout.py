@@ -1,0 +1,120 @@
+"""Where PyTorch keeps what a tensor is, is learned at import (fastopt/torch/layout.py).
+What the native code reads there is what torch says when it is asked."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fastopt.torch import layout, memory  # noqa: E402
+
+pytestmark = pytest.mark.skipif(memory.native is None, reason="nothing was compiled")
+
+
+def base(*shape, dtype=torch.float32):
+    return torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
+
+
+KINDS = {
+    "vector": lambda: base(7),
+    "scalar": lambda: base(),
+    "matrix": lambda: base(3, 5),
+    "transposed": lambda: base(5, 3).t(),
+    "slice": lambda: base(9, 4)[2:5],
+    "strided": lambda: base(9, 4)[::2, 1:3],
+    "five": lambda: base(2, 3, 2, 3, 2),
+    "six": lambda: base(2, 1, 2, 3, 2, 2),
+    "empty": lambda: base(0, 3),
+    "one": lambda: base(1, 1).as_strided((1, 1), (5, 9)),
+    "half": lambda: base(3, 5, dtype=torch.bfloat16),
+    "double": lambda: base(3, 5, dtype=torch.float64),
+    "complex": lambda: base(3, 5, dtype=torch.complex64),
+    "conjugated": lambda: base(3, 5, dtype=torch.complex64).conj(),
+    "negated": lambda: torch._neg_view(base(3, 5)),
+}
+# Ways in which a tensor becomes another one, although its object stays.
+HARMLESS = "nothing", "numbers"
+CHANGES = {
+    "nothing": lambda t: None,
+    "numbers": lambda t: t.add_(1),
+    "data": lambda t: setattr(t, "data", t.data.clone()),
+    "dtype": lambda t: setattr(t, "data", t.data.to(torch.float16)),
+    "words": lambda t: setattr(t, "data", t.data.view(torch.int32)),
+    "shape": lambda t: setattr(t, "data", t.data.flatten()[None]),
+    "half of it": lambda t: setattr(t, "data", t.data[:1]),
+    "turned": lambda t: setattr(t, "data", t.data.clone().t()),
+    "moved on": lambda t: t.as_strided_((3, 5), (5, 1), 1),
+    "shorter": lambda t: t.as_strided_((2, 5), (5, 1)),
+    "steeper": lambda t: t.as_strided_((3, 5), (1, 3)),
+    "negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
+    "freed": lambda t: t.untyped_storage().resize_(0),
+    "larger": lambda t: t.untyped_storage().resize_(1 << 20),
+    "swapped": lambda t: torch.utils.swap_tensors(t, base(3, 5)),
+}
+
+
+def looks(param, buffers=(), change=lambda tensor: None):
+    """What both kinds of Tensors find after a change of the last tensor: None, or the
+    addresses of gradients and which of them are odd."""
+    groups = [{"params": [param]}]
+    watching = [
+        kind([param], [True], groups, {}, list(buffers), False)
+        for kind in (memory.native.Tensors, memory.Tensors)
+    ]
+    for tensors in watching:
+        assert tensors.look(groups, {}) is not None
+    change([param, *buffers][-1])
+    return [
+        None
+        if tensors.look(groups, {}) is None
+        else (tensors.addresses.tolist(), tensors.odd)
+        for tensors in watching
+    ]
+
+
+def test_the_layout_is_the_same_again():
+    tensors = []
+    for _ in range(50):  # the heap is another one each time
+        tensors.append(torch.ones(len(tensors)))
+        assert layout.find() == layout.find()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of_grad", KINDS)
+def test_gradients_are_seen_as_torch_says(kind, of_grad):
+    param, grad = KINDS[kind](), KINDS[of_grad]()
+    if grad.shape != param.shape or grad.dtype != param.dtype:
+        with pytest.raises(RuntimeError):
+            param.grad = grad
+        return
+    param.grad = grad
+    ours, theirs = looks(param)
+    assert ours == theirs and ours is not None
+
+
+@pytest.mark.parametrize("what", ["parameter", "buffer"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change, what):
+    roomy = base(4, 5)[:3]
+    tensors = [roomy] if what == "parameter" else [base(3), roomy]
+    found = looks(tensors[0], tensors[1:], CHANGES[change])
+    assert [look is None for look in found] == [change not in HARMLESS] * 2
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [
+        ("keys", "negated"),
+        ("data", "larger"),
+        ("offset", "moved on"),
+        ("dtype", "words"),
+    ],
+)
+def test_with_a_word_from_elsewhere_a_change_would_be_missed(word, change):
+    found = layout.find()
+    try:
+        # The first word is the same for all. (Sizes are compared with DLPack's.)
+        memory.native.know(found._replace(**{word: 0}))
+        ours, theirs = looks(base(4, 5)[:3], change=CHANGES[change])
+    finally:
+        memory.native.know(found)
+    assert ours is not None and theirs is None
