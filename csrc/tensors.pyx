@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Whether tensors are where they were, as ``Tensors`` in fastopt/torch/memory.py says it
-in Python, at a twentieth of the time: by what PyTorch keeps in memory, or else by
+in Python, at a sixtieth of the time: by what PyTorch keeps in memory, or else by
 DLPack's C exchange API (DLPack 1.3), and by the addresses of what Python's dicts and lists
 hold.
 """
@@ -55,16 +55,22 @@ cdef enum:
 cdef struct Layout:
     Py_ssize_t inner, keys, storage, ndim, sizes, strides, offset, dtype
     uint64_t dtype_bits
-    Py_ssize_t data
+    Py_ssize_t data, nbytes
 
 cdef Layout place
+cdef uint64_t usual_keys, single, double  # of tensors on the CPU, of their dtypes
 
 
-def know(layout):
+def know(layout, of_float, of_double):
+    """Take over the layout, and what tensors of float32 and float64 have there."""
+    global usual_keys, single, double
     (
         place.inner, place.keys, place.storage, place.ndim, place.sizes, place.strides,
-        place.offset, place.dtype, place.dtype_bits, place.data,
+        place.offset, place.dtype, place.dtype_bits, place.data, place.nbytes,
     ) = layout
+    usual_keys = inner_of(of_float)[place.keys]
+    single = inner_of(of_float)[place.dtype] & place.dtype_bits
+    double = inner_of(of_double)[place.dtype] & place.dtype_bits
 
 
 cdef inline const uint64_t* inner_of(tensor) noexcept:
@@ -116,6 +122,59 @@ cdef bint holds(dict_, list objects, Py_ssize_t* place):
         if not follows(objects, value, place):
             return False
     return True
+
+
+cdef uint64_t usual_dtype(tensor) noexcept:
+    """The dtype of a tensor of float32 or float64 on the CPU, whose elements lie in its
+    storage as C orders them; 0 for another one, or if torch is to be asked."""
+    cdef const uint64_t* inner = inner_of(tensor)
+    cdef uint64_t dtype = inner[place.dtype] & place.dtype_bits, count = 1
+    cdef Py_ssize_t d
+    if (
+        inner[place.keys] != usual_keys or (dtype != single and dtype != double)
+        or inner[place.ndim] > INLINE_DIMENSIONS or not inner[place.storage]
+        or not storage_of(inner)[place.data]
+    ):
+        return 0
+    for d in reversed(range(<Py_ssize_t> inner[place.ndim])):
+        if inner[place.strides + d] != count and inner[place.sizes + d] != 1:
+            return 0
+        count *= inner[place.sizes + d]
+    count = (count + inner[place.offset]) * (4 if dtype == single else 8)
+    return dtype if count <= storage_of(inner)[place.nbytes] else 0
+
+
+cdef bint has_sizes_of(tensor, other) noexcept:
+    cdef const uint64_t* a = inner_of(tensor)
+    cdef const uint64_t* b = inner_of(other)
+    cdef Py_ssize_t d
+    if a[place.ndim] != b[place.ndim]:
+        return False
+    for d in range(<Py_ssize_t> a[place.ndim]):
+        if a[place.sizes + d] != b[place.sizes + d]:
+            return False
+    return True
+
+
+def usual(list params, list grads, tuple kinds):
+    """For each parameter, whether it is of one of these types and as most are, and its
+    gradient likewise, if there is one."""
+    cdef Py_ssize_t i
+    cdef uint64_t dtype
+    found = bytearray(len(params))
+    for i in range(len(params) if place.inner else 0):
+        param, grad = params[i], grads[i]
+        if type(param) not in kinds:
+            continue
+        dtype = usual_dtype(param)
+        found[i] = dtype != 0 and (
+            grad is None
+            or (
+                type(grad) in kinds and usual_dtype(grad) == dtype
+                and has_sizes_of(grad, param)
+            )
+        )
+    return found
 
 
 cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:

@@ -68,7 +68,7 @@ def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]
     """
     starts, end = [], 0
     for param in params:
-        end += (param.ctypes.data - end) % CACHE_LINE
+        end += (param.__array_interface__["data"][0] - end) % CACHE_LINE
         starts.append(end)
         end += param.nbytes
     stride = -(-end // PAGE) * PAGE + STAGGER if end >= PAGE else end

@@ -34,6 +34,7 @@ class Layout(NamedTuple):
     dtype_bits: int  # which bits of that word are the dtype's
     # In the StorageImpl:
     data: int  # the address of the first element
+    nbytes: int
 
 
 def words(address: int, count: int) -> list[int]:
@@ -83,10 +84,14 @@ def place(
     return place
 
 
+def ones(dtype: torch.dtype) -> Tensor:
+    return torch.ones(4, dtype=dtype, device="cpu")
+
+
 def place_of_dtype() -> tuple[int, int]:
     """Return where the dtype is, a small number: the word, and which 16 bits of it."""
     # In turn, because tensors made one after the other may have more in common.
-    pairs = [[torch.ones(4), torch.ones(4, dtype=dtype)] for dtype in DTYPES]
+    pairs = [[ones(torch.float32), ones(dtype)] for dtype in DTYPES]
     alike, others = (
         [
             [word >> shift & 0xFFFF for word in of_impl(t) for shift in (0, 16, 32, 48)]
@@ -120,4 +125,5 @@ def find() -> Layout:
         place(tensors, of_impl, Tensor.storage_offset),
         *place_of_dtype(),
         place(tensors, of_storage, lambda t: t.untyped_storage().data_ptr()),
+        place(tensors, of_storage, lambda t: t.untyped_storage().nbytes()),
     )

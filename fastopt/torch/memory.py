@@ -143,7 +143,8 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
         if not address and count:
             raise RuntimeError(f"{type(tensor).__name__} has no memory for a kernel")
         memory = at_address(address, count, dtype) if count else np.empty(0, dtype)
-        memory = memory.reshape(shape)
+        if shape != (-1,):
+            memory = memory.reshape(shape)
         return memory if format is None else Encoded(format, (memory,))
     real = tensor.detach()
     real = torch.view_as_real(real) if real.is_complex() else real
@@ -161,7 +162,8 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
 def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -> Array:
     """Return so many numbers in memory as an array, which keeps some objects alive."""
     memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    memory.kept = kept
+    if kept:
+        memory.kept = kept
     array: Array = np.frombuffer(memory, dtype)
     return array
 
@@ -170,6 +172,8 @@ def like(param: Tensor, flat: Tensor, plain: bool) -> Tensor:
     """Return a row of numbers as a tensor with the layout of the parameter."""
     if param.is_complex():
         flat = torch.view_as_complex(flat.view(-1, 2))
+    if flat.shape == param.shape:
+        return flat
     return (
         flat.as_strided(param.shape, param.stride())
         if plain
@@ -319,9 +323,27 @@ def same(first: list[Any], second: list[Any]) -> bool:
     )
 
 
+USUAL_TYPES = Tensor, torch.nn.Parameter
+
+
+def know(found: layout.Layout) -> None:
+    """Let the native code read tensors where they have this layout."""
+    native.know(found, layout.ones(torch.float32), layout.ones(torch.float64))
+
+
+def usual(params: list[Tensor], grads: list[Tensor | None]) -> Sequence[int]:
+    """Return for each parameter whether it is as most are, so that nothing needs to be
+    checked: of float32 or float64 on the CPU, contiguous in its storage, and its
+    gradient as well, if there is one."""
+    if native is None:
+        return bytes(len(params))
+    found: Sequence[int] = native.usual(params, grads, USUAL_TYPES)
+    return found
+
+
 if native is not None:
     with suppress(AttributeError, ValueError):  # another torch: tensors are asked
-        native.know(layout.find())
+        know(layout.find())
 
 
 def watched(*what: Any) -> Any:

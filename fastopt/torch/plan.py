@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,7 @@ from fastopt.torch.memory import (
     check_memory,
     is_plain,
     numbers,
+    usual,
     watched,
 )
 from fastopt.torch.part import Part
@@ -110,11 +111,15 @@ class Plan:
         if in_fake_mode():
             raise Unsupported("steps under a FakeTensorMode")
         # All of them, before anything is put into the state.
+        as_usual = usual(self._params, grads)
         planned = [
             is_planned(
-                param, grad, names, self.rules[group], state.get(param), keeps[group]
+                *(param, grad, names, self.rules[group], state.get(param)),
+                *(keeps[group], as_usual[place]),
             )
-            for (param, group), grad in zip(pairs, grads, strict=True)
+            for place, ((param, group), grad) in enumerate(
+                zip(pairs, grads, strict=True)
+            )
         ]
         named = [
             dict(zip(rule.hyperparameters, values, strict=True))
@@ -125,14 +130,17 @@ class Plan:
         for param, _ in optimizer._all():
             firsts[param] = count
             count += 0 if is_lazy(param) else numbers(param)
+        backend_of = cache(partial(module_for, optimizer.backend))
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (param, group) in enumerate(pairs):
             if not planned[place]:
                 continue
             rule = self.rules[group]
-            module = module_for(rule, optimizer.backend, param)
-            plain = is_plain(param, rule.factored, module.formats)
+            module = backend_of(rule, param.is_cpu)
+            plain = bool(as_usual[place]) or is_plain(
+                param, rule.factored, module.formats
+            )
             entry: dict[str, Any] = {}
             if keeps[group]:
                 entry = entries.setdefault(param, dict(state.get(param, entry)))
@@ -154,7 +162,7 @@ class Plan:
         self.parts = []
         for members in alike.values():
             rule = self.rules[members[0].group]
-            module = module_for(rule, optimizer.backend, members[0].param)
+            module = backend_of(rule, members[0].param.is_cpu)
             for wave, apart in enumerate(in_turn(members)):
                 own = apart, optimizer._not_stored
                 kind = Kind(rule, names, module, self.averaged, *own)
@@ -512,11 +520,14 @@ def is_planned(
     rule: Rule,
     entry: Any,
     keeps: bool,
+    usual: int,
 ) -> bool:
     """Whether a plan covers a parameter's gradient. A parameter without one may have a
     kind or a state that no step could be done with."""
     if grad is None and keeps and not has_begun(entry, rule, names):
         return False
+    if usual and not entry:
+        return True
     try:
         check(param, grad, names, rule, entry or {})
     except (Unsupported, ValueError):
@@ -577,9 +588,8 @@ def in_fake_mode() -> bool:
     return bool(mode is not None)
 
 
-def module_for(rule: Rule, backend: str | None, param: Tensor) -> ModuleType:
-    """Return the backend that updates a parameter. The one asked for applies to CPU
+def module_for(backend: str | None, rule: Rule, on_cpu: bool) -> ModuleType:
+    """Return the backend that updates parameters. The one asked for applies to CPU
     tensors."""
-    on_device = param.device.type != "cpu"
-    asked = None if on_device else backend
-    return backends.load(asked or backends.choose(rule, on_device))
+    asked = backend if on_cpu else None
+    return backends.load(asked or backends.choose(rule, not on_cpu))

@@ -20,20 +20,27 @@ def find_runs(
     ``flatten_`` puts them, and whose gradients do, and their state under these keys.
     ``vectors`` hold their steps and carry."""
     joined: list[list[int]] = []
-    before: Any = None
-    after: Any
+    end = None  # of the parameter before
     for i, member in enumerate(kind.members):
-        after = placement(kind, i, vectors)
-        if after is not None:
-            _, tensors = after
-            tensors += [member.state[key] for key in keys]
-        joins = before and after and before[0] == after[0]
-        if joins and all(map(in_one_piece, zip(before[1], after[1], strict=True))):
+        begin, size = member.param.data_ptr(), member.param.nbytes
+        if begin == end and follows(kind, i, vectors, keys):
             joined[-1].append(i)
         else:
             joined.append([i])
-        before = after
+        end = begin + size
     return joined
+
+
+def follows(kind: Kind, i: int, vectors: Sequence[Array], keys: Sequence[str]) -> bool:
+    """Whether a member whose parameter follows the one before it in memory can be
+    stepped with it as one segment."""
+    before, after = (placement(kind, k, vectors) for k in (i - 1, i))
+    if before is None or after is None or before[0] != after[0]:
+        return False
+    pairs = list(zip(before[1], after[1], strict=True))
+    states = [kind.members[k].state for k in (i - 1, i)]
+    pairs += [(states[0][key], states[1][key]) for key in keys]
+    return all(map(in_one_piece, pairs))
 
 
 def placement(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class Member:
     factors: Factors | None = None
     copy: Tensor | None = None  # where steps copy the parameter to
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that is computed in, and that of plain state."""
         return computed(self.param)
@@ -97,9 +98,10 @@ class Member:
 
     def has(self, name: str, key: str) -> bool:
         """Whether a buffer of the state can be worked in as it is."""
-        tensor, dtype = self.state.get(key), self.dtype_of(name)
+        tensor = self.state.get(key)
         if not isinstance(tensor, Tensor):
             return False
+        dtype = self.dtype_of(name)
         format = self.chosen.get(name)
         if format is not None and format.scale is not None:
             scales = self.state.get(f"{key}_{formats.SCALE}")
@@ -150,6 +152,7 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
     apart = {
         (i, name)
         for run in runs
+        if len(run) > 1
         for name, key in keys.items()
         if not in_one_piece([members[i].state.get(key) for i in run])
         for i in run
@@ -165,6 +168,9 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
             if not (of_matrix and name != EMA)
             and ((i, name) in apart or not member.has(name, key))
         )
+        if lacking and not member.chosen:
+            batches.setdefault((member.dtype, *lacking), []).append(member)
+            continue
         for dtype in dict.fromkeys(map(member.dtype_of, lacking)):
             alike = [name for name in lacking if member.dtype_of(name) == dtype]
             batches.setdefault((dtype, *alike), []).append(member)
@@ -173,17 +179,18 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
         for member, streams in zip(batch, made, strict=True):
             for name, flat in zip(names, streams, strict=True):
                 tensor = like(member.param, flat, member.plain)
-                begin(kind, member, name, tensor)
+                begin(kind, member, name, keys[name], tensor)
                 member.state[keys[name]] = tensor
     return list(keys.values())
 
 
-def begin(kind: Kind, member: Member, name: str, tensor: Tensor) -> None:
+def begin(kind: Kind, member: Member, name: str, key: str, tensor: Tensor) -> None:
     """Give a new buffer its numbers: those of the state, or what the rule begins
     with."""
-    key, of = kind.keys[name], kind.rule.starts.get(name)
-    format, values = member.chosen.get(name), None
+    of, format, values = kind.rule.starts.get(name), member.chosen.get(name), None
     before = member.state.get(key)
+    if format is None and before is None and of is None and name != EMA:
+        return  # zeros
     if name == PARAM and format is not None and before is not None:
         formats.check_remainder(before, member.param, format)
     if isinstance(before, Tensor):
@@ -338,7 +345,7 @@ def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Arra
     ]
     array: Array = np.array(numbers, NUMPY[dtype])
     for i, member in enumerate(kind.members):
-        member.state[key] = torch.from_numpy(array[i : i + 1]).reshape(())
+        member.state[key] = torch.from_numpy(array[i : i + 1].reshape(()))
     return array
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from fastopt.optimizer.formats import first_element
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
+from fastopt.runtime.collector import paused
 from fastopt.step import OPTIONS, PLAIN, Options, Request
 from fastopt.torch import sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
@@ -131,7 +133,7 @@ class Stepping(Stateful):
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
-        names = [*inspect.signature(super().__init__).parameters][1:]
+        names = argument_names(super().__init__.__func__)
         refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
         super().__init__(params, *arguments, **options)
         rules = self._rules
@@ -382,10 +384,11 @@ class Stepping(Stateful):
         grads = [p.grad for p in params] if gradients is None else gradients.first
         if all(grad is None for grad in grads):
             return None
-        plan = Plan(self, groups, state, read, single, gradients)
-        if self._torchs:
-            self._to_our_form()
+        with paused():
             plan = Plan(self, groups, state, read, single, gradients)
+            if self._torchs:
+                self._to_our_form()
+                plan = Plan(self, groups, state, read, single, gradients)
         return plan
 
     def _unsupported(self, reason: str, order: Order) -> None:
@@ -429,6 +432,12 @@ def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:
     """Return a group's hyperparameters for parameters that are spared weight decay."""
     pairs = zip(rule.hyperparameters, values, strict=True)
     return [0.0 if name == "weight_decay" else value for name, value in pairs]
+
+
+@cache  # a signature takes ten times as long as torch to make an optimizer
+def argument_names(init: Any) -> list[str]:
+    """Return the names of a constructor's arguments after ``self`` and ``params``."""
+    return [*inspect.signature(init).parameters][2:]
 
 
 def extras() -> list[inspect.Parameter]:

@@ -113,8 +113,8 @@ def test_with_a_word_from_elsewhere_a_change_would_be_missed(word, change):
     found = layout.find()
     try:
         # The first word is the same for all. (Sizes are compared with DLPack's.)
-        memory.native.know(found._replace(**{word: 0}))
+        memory.know(found._replace(**{word: 0}))
         ours, theirs = looks(base(4, 5)[:3], change=CHANGES[change])
     finally:
-        memory.native.know(found)
+        memory.know(found)
     assert ours is not None and theirs is None
