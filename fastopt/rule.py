@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -54,6 +55,7 @@ _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad
 _RESERVED |= {"skipped", "weight_decay_mask", "formats", "copy_to", "seed", "memory"}
 
 
+@cache
 def limits(key: str) -> tuple[float, float]:
     """The least that one of this name may be, and what it must be below."""
     if _BELOW_ONE.fullmatch(key):

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fastopt.rule import Hyperparameter, Rule, check_hyperparameter
+from fastopt.rule import Hyperparameter, Rule, check_hyperparameter, limits
 from fastopt.runtime.atomic import Call
 from fastopt.trial import check_numbers
 
@@ -140,19 +140,24 @@ class Group(MutableMapping[str, Any]):
         self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
     ) -> dict[str, Hyperparameter]:
         """Return the values. Those under ``keys`` are checked, and schedules asked."""
-        checked = dict(values)
+        checked, most = dict(values), self._most
         for key in keys:
-            value, name = values[key], self._name(key)
+            value = values[key]
             if isinstance(value, (type, Rule)):  # which can be called, for objects
                 raise TypeError(
-                    f"{name} must be a number, or a schedule: a function of the number "
-                    f"of completed steps, got {value!r}"
+                    f"{self._name(key)} must be a number, or a schedule: a function of "
+                    f"the number of completed steps, got {value!r}"
                 )
-            if callable(value):
-                value, name = value(steps), f"{name}({steps})"
-            default = self._rule.hyperparameters[key]
+            if is_schedule := callable(value):
+                value = value(steps)
+            default, (least, below) = self._rule.hyperparameters[key], limits(key)
+            usual = type(value) is float is type(default)
+            if usual and least <= value < below and -most <= value <= most:
+                checked[key] = value  # as a schedule's are, once in a step
+                continue
+            name = self._name(key) + (f"({steps})" if is_schedule else "")
             checked[key] = number = check_hyperparameter(key, name, value, default)
-            if abs(number) > self._most:
+            if abs(number) > most:
                 raise ValueError(f"{name} is {number!r}, too large for {self._dtype}")
         return checked
 
