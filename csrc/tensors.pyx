@@ -55,7 +55,8 @@ cdef enum:
 cdef struct Layout:
     Py_ssize_t inner, keys, storage, ndim, sizes, strides, offset, dtype
     uint64_t dtype_bits
-    Py_ssize_t data, nbytes
+    Py_ssize_t data, nbytes, deleter
+    uint64_t of_copies
 
 cdef Layout place
 cdef uint64_t usual_keys, single, double  # of tensors on the CPU, of their dtypes
@@ -67,6 +68,7 @@ def know(layout, of_float, of_double):
     (
         place.inner, place.keys, place.storage, place.ndim, place.sizes, place.strides,
         place.offset, place.dtype, place.dtype_bits, place.data, place.nbytes,
+        place.deleter, place.of_copies,
     ) = layout
     usual_keys = inner_of(of_float)[place.keys]
     single = inner_of(of_float)[place.dtype] & place.dtype_bits
@@ -80,6 +82,15 @@ cdef inline const uint64_t* inner_of(tensor) noexcept:
 
 cdef inline const uint64_t* storage_of(const uint64_t* inner) noexcept:
     return <const uint64_t*> <size_t> inner[place.storage]
+
+
+cdef inline uint64_t data_of(const uint64_t* inner) noexcept:
+    """The address of the data in a tensor's storage; 0 if it has none, or if torch is to
+    copy it before it is written to."""
+    cdef const uint64_t* storage = <const uint64_t*> <size_t> inner[place.storage]
+    if not storage or storage[place.deleter] == place.of_copies:
+        return 0
+    return storage[place.data]
 
 
 cdef inline int64_t keys_of(tensor) noexcept:
@@ -132,8 +143,7 @@ cdef uint64_t usual_dtype(tensor) noexcept:
     cdef Py_ssize_t d
     if (
         inner[place.keys] != usual_keys or (dtype != single and dtype != double)
-        or inner[place.ndim] > INLINE_DIMENSIONS or not inner[place.storage]
-        or not storage_of(inner)[place.data]
+        or inner[place.ndim] > INLINE_DIMENSIONS or not data_of(inner)
     ):
         return 0
     for d in reversed(range(<Py_ssize_t> inner[place.ndim])):
@@ -180,7 +190,7 @@ def usual(list params, list grads, tuple kinds):
 cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:
     """Note where PyTorch keeps a tensor, after what it is has been noted."""
     words[STORAGE] = <int64_t> inner[place.storage]
-    words[DATA] = <int64_t> storage_of(inner)[place.data]
+    words[DATA] = <int64_t> data_of(inner)
     words[OFFSET] = <int64_t> inner[place.offset]
     words[DTYPE] = <int64_t> (inner[place.dtype] & place.dtype_bits)
     words[INNER] = <int64_t> <size_t> inner
@@ -209,7 +219,7 @@ cdef inline bint is_as_noted(const uint64_t* inner, const int64_t* words) noexce
     return (
         <int64_t> <size_t> inner == words[INNER]
         and <int64_t> inner[place.storage] == words[STORAGE]
-        and <int64_t> storage_of(inner)[place.data] == words[DATA]
+        and <int64_t> data_of(inner) == words[DATA]
         and <int64_t> inner[place.offset] == words[OFFSET]
         and is_like(inner, words)
     )
@@ -221,7 +231,7 @@ cdef inline int64_t address_like(const uint64_t* inner, const int64_t* words) no
     cdef int64_t data
     if not is_like(inner, words):
         return 0
-    data = <int64_t> storage_of(inner)[place.data] if inner[place.storage] else 0
+    data = <int64_t> data_of(inner)
     return data + <int64_t> inner[place.offset] * ((words[1] & 0xFF) // 8) if data else 0
 
 
@@ -309,7 +319,7 @@ cdef class Tensors:
         for d in range(view.ndim):
             words[DIMENSIONS + 2 * d] = view.shape[d]
             words[DIMENSIONS + 2 * d + 1] = view.strides[d]
-        if place.inner and view.ndim <= INLINE_DIMENSIONS and view.data != NULL:
+        if place.inner and view.ndim <= INLINE_DIMENSIONS and data_of(inner_of(tensor)):
             note_inner(inner_of(tensor), words)
         return 0
 

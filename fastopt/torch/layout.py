@@ -35,6 +35,8 @@ class Layout(NamedTuple):
     # In the StorageImpl:
     data: int  # the address of the first element
     nbytes: int
+    deleter: int  # of the data
+    of_copies: int  # that of data which torch copies before it writes there
 
 
 def words(address: int, count: int) -> list[int]:
@@ -109,12 +111,28 @@ def place_of_dtype() -> tuple[int, int]:
     return place // 4, 0xFFFF << place % 4 * 16
 
 
+def deleter_of_copies(data: int) -> tuple[int, int]:
+    """Return where a storage has its deleter, and which one it has if tensors share its
+    data until one of them is written to."""
+    tensors = [ones(torch.float32) for _ in range(2)]
+    plain = list(map(of_storage, tensors))
+    clones = list(map(torch._lazy_clone, tensors))
+    lazy = list(map(of_storage, clones))
+    (place,) = (
+        i
+        for i in (data + 1, data + 2)  # next to the data, with what it is called with
+        if plain[0][i] == plain[1][i] != lazy[0][i] == lazy[1][i]
+    )
+    return place, lazy[0][place]
+
+
 def find() -> Layout:
     """Find the layout. Raises ValueError or AttributeError if it is another one."""
     tensors = samples()
     last = tensors[-1:]
     sizes = [lambda t, d=d: t.size(d) for d in range(len(SIZES))]
     strides = [lambda t, d=d: t.stride(d) for d in range(len(SIZES))]
+    data = place(tensors, of_storage, lambda t: t.untyped_storage().data_ptr())
     return Layout(
         place(tensors, of_object, lambda t: t._cdata),
         place(tensors, of_impl, lambda t: torch._C._dispatch_keys(t).raw_repr()),
@@ -124,6 +142,7 @@ def find() -> Layout:
         place(last, of_impl, *strides),
         place(tensors, of_impl, Tensor.storage_offset),
         *place_of_dtype(),
-        place(tensors, of_storage, lambda t: t.untyped_storage().data_ptr()),
+        data,
         place(tensors, of_storage, lambda t: t.untyped_storage().nbytes()),
+        *deleter_of_copies(data),
     )

@@ -33,6 +33,7 @@ KINDS = {
 }
 # Ways in which a tensor becomes another one, although its object stays.
 HARMLESS = "nothing", "numbers"
+CLONES = []  # which share memory with a tensor until it is written to
 CHANGES = {
     "nothing": lambda t: None,
     "numbers": lambda t: t.add_(1),
@@ -48,6 +49,7 @@ CHANGES = {
     "negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
     "freed": lambda t: t.untyped_storage().resize_(0),
     "larger": lambda t: t.untyped_storage().resize_(1 << 20),
+    "shared": lambda t: CLONES.append(torch._lazy_clone(t)),
     "swapped": lambda t: torch.utils.swap_tensors(t, base(3, 5)),
 }
 
@@ -107,6 +109,7 @@ def test_changes_are_noticed(change, what):
         ("data", "larger"),
         ("offset", "moved on"),
         ("dtype", "words"),
+        ("deleter", "shared"),
     ],
 )
 def test_with_a_word_from_elsewhere_a_change_would_be_missed(word, change):
@@ -118,3 +121,19 @@ def test_with_a_word_from_elsewhere_a_change_would_be_missed(word, change):
     finally:
         memory.know(found)
     assert ours is not None and theirs is None
+
+
+def test_lazy_clones_stay_as_they_are():
+    """A step writes to parameters and, with zero_grads, to gradients. (State lies in
+    memory of NumPy's, of which torch makes no lazy clones.)"""
+    ft = pytest.importorskip("fastopt.torch")
+    param = torch.nn.Parameter(base(3, 5))
+    opt = ft.Adam([param], 0.1)
+    for _ in range(3):
+        param.grad = base(3, 5)
+        opt.step()
+        clones = [torch._lazy_clone(tensor) for tensor in (param.data, param.grad)]
+        before = [clone.tolist() for clone in clones]
+        opt.step(zero_grads=True)
+        assert [clone.tolist() for clone in clones] == before
+        assert not param.grad.any() and param.tolist() != before[0]
