@@ -60,6 +60,9 @@ def run_info() -> None:
     info()
 
 
+RULES = [rule.name for rule in fastopt.RULES]
+
+
 def run_demo(output: Path, epochs: int, seed: int) -> None:
     try:
         from fastopt.cli.demo import demo
@@ -73,10 +76,10 @@ def run_demo(output: Path, epochs: int, seed: int) -> None:
 
 
 def run_bench(
-    rules: list[str],
+    rules: list[str] | None,
     sizes: list[int] | None,
     tensors: list[tuple[int, int]] | None,
-    dtypes: list[str],
+    dtypes: list[str] | None,
     against: list[str] | None,
     loop: bool,
     rounds: int | None,
@@ -90,6 +93,13 @@ def run_bench(
         from fastopt.bench.run import bench
     except ImportError as error:
         sys.exit(f"fastopt bench: {error}; pip install '.[bench]' in fastopt's folder")
+    of_steps = {"rules": rules, "sizes": sizes, "tensors": tensors, "dtypes": dtypes}
+    given = [f"--{name}" for name, value in of_steps.items() if value is not None]
+    if loop and given:
+        sys.exit(
+            f"fastopt bench: --loop measures Adam in float32 over networks of its own; "
+            f"leave out {' and '.join(given)}"
+        )
     known = list(loop_contender.LOOPS if loop else contender.CONTENDERS)
     for name in against or ():
         if name not in known:
@@ -113,7 +123,7 @@ def run_bench(
             loops.bench(loops.loops(models), loops.contenders(against), rounds, output)
         else:
             bench(
-                cases.cases(rules, sizes, tensors, dtypes),
+                cases.cases(rules or RULES, sizes, tensors, dtypes or ["float32"]),
                 [name for name in known if name in chosen],
                 rounds,
                 output,
@@ -170,12 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=f"{about}: those of them that are installed. A full run takes "
         "long, and wants a machine that does nothing else.",
     )
-    names = [rule.name for rule in fastopt.RULES]
     command.add_argument(
         "--rules",
         nargs="+",
-        choices=names,
-        default=names,
+        choices=RULES,
         metavar="RULE",
         help="with their variants (default: all)",
     )
@@ -197,24 +205,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtypes",
         nargs="+",
         choices=["float32", "bfloat16", "float16"],
-        default=["float32"],
         help="of parameters and gradients (default: float32)",
     )
     command.add_argument(
         "--against",
         nargs="+",
         metavar="NAME",
-        help='beside fastopt and the floor, such as "torch fused" (default: all)',
+        help='beside fastopt and the floor, such as "torch fused" (default: all); with '
+        '--loop, beside the first of each library, such as "optax"',
     )
     command.add_argument(
         "--loop",
         action="store_true",
-        help="measure training loops with Adam in float32 instead of steps alone; "
-        "rules, sizes, tensors and dtypes do not apply",
+        help="measure training loops with Adam in float32 instead of steps alone",
     )
     command.add_argument("--rounds", type=at_least(1), help="(default: 15)")
     command.add_argument(
-        "--quick", action="store_true", help="1e3, 1e5 and 1e6 only, in 5 rounds"
+        "--quick",
+        action="store_true",
+        help="1e3, 1e5 and 1e6 only, in 5 rounds; with --loop, the first network",
     )
     command.add_argument(
         "--output",

@@ -66,6 +66,17 @@ def test_bad_arguments_exit_2(arguments, capsys):
     assert "usage: fastopt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "asked", [["--sizes", "1e3"], ["--rules", "sgd", "--dtypes", "bfloat16"]]
+)
+def test_a_loop_refuses_what_is_for_steps(asked, tmp_path):
+    """And measures nothing else instead."""
+    with pytest.raises(SystemExit, match="--loop measures Adam") as exit:
+        main(["bench", "--loop", *asked, "--output", str(tmp_path / "none")])
+    assert all(name in str(exit.value) for name in asked if name.startswith("--"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_info_names_every_backend_and_needs_no_rich():
     status, out, err = run("info", without=["rich"])
     assert status == 0 and "Traceback" not in err
