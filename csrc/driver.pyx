@@ -23,7 +23,7 @@ from cpython.ref cimport PyObject
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport INT64_MAX
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcmp, memcpy, memset, strcmp
 
 from fastopt cimport (

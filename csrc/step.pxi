@@ -26,11 +26,45 @@ cdef class Scalars:
         return tuple([results[k] for k in range(count)])
 
 
-cdef bint is_writeable(grad):
-    """Whether a step may set a gradient to zero."""
-    if type(grad) is not ndarray:
-        return False
-    return (<fastopt_ndarray*> <PyObject*> grad).flags & WRITEABLE != 0
+cdef bint are_writeable(list grads):
+    """Whether a step may set gradients to zero."""
+    for grad in grads:
+        if grad is None:
+            continue
+        if type(grad) is not ndarray:
+            return False
+        if not (<fastopt_ndarray*> <PyObject*> grad).flags & WRITEABLE:
+            return False
+    return True
+
+
+cdef int compared(const void* a, const void* b) noexcept nogil:
+    """Compare two numbers of 64 bits, for qsort."""
+    cdef int64_t first = (<const int64_t*> a)[0], second = (<const int64_t*> b)[0]
+    return (first > second) - (first < second)
+
+
+cdef bint lie_apart(const Job* job) except -1:
+    """Whether no gradients overlap: one must be read before another is set to zero."""
+    cdef int64_t r, count = 0, end = 0
+    cdef bint apart = True
+    cdef const int64_t* row = job.table
+    # Where each begins and ends. Those of 16 bits are taken for longer than they are.
+    cdef int64_t* spans = <int64_t*> malloc((2 * job.rows + 1) * sizeof(int64_t))
+    if not spans:
+        raise MemoryError("no memory to compare where gradients are")
+    for r in range(job.rows):
+        if row[1] and row[job.columns - 2]:
+            spans[2 * count] = row[1]
+            spans[2 * count + 1] = row[1] + row[job.columns - 2] * job.itemsize
+            count += 1
+        row += job.columns
+    qsort(spans, count, 2 * sizeof(int64_t), compared)
+    for r in range(count):
+        apart = apart and end <= spans[2 * r]
+        end = spans[2 * r + 1]
+    free(spans)
+    return apart
 
 
 cdef class Step(Segments):
@@ -247,9 +281,8 @@ cdef class Step(Segments):
         cdef int code
         if not self.unchanged() or self.accept(grads) < 0:
             return False
-        # Several gradients may overlap, and one must be read before it is set to zero.
         if request is not None and request.zero_grads:
-            if job.rows != 1 or not is_writeable(grads[0]):
+            if not are_writeable(grads) or not lie_apart(job):
                 return False
         modes = fastopt_enter()
         try:

@@ -18,6 +18,8 @@ OPTIONS = [
     {"clip_norm": 3.0, "clip_value": 0.1},
     {"nonfinite": "skip"},
     {"nonfinite": "raise", "clip_norm": 0.5},
+    {"zero_grads": True},
+    {"zero_grads": True, "clip_norm": 2.0, "nonfinite": "skip"},
 ]
 
 
@@ -41,6 +43,7 @@ def run(rule, backend, dtype, options, bad=False, **more):
         except FloatingPointError:
             norms.append("raised")
         norms.append(opt.grad_norm)
+        norms += [bool(g.any()) for g in grads if g is not None]
     return opt, params, norms
 
 
@@ -99,6 +102,26 @@ def test_gradients_are_set_to_zero(backend, dtype):
     with pytest.raises(ValueError, match="overlap in memory"):
         both.step(views, zero_grads=True)
     assert views[0].all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_gradients_are_set_to_zero(backend, dtype):
+    """Those that lie in one array, in any order, but do not overlap."""
+    shared = np.ones(30, dtype)
+    cuts = slice(20, 30), slice(0, 0), slice(0, 10), slice(10, 20)
+    params = [np.ones(10, np.float32) for _ in cuts]
+    params[1] = np.ones(0, np.float32)
+    opt = fastopt.gd([*params, np.ones(7, np.float32)], lr=0.5, backend=backend)
+    opt.step([*(shared[cut] for cut in cuts), None], zero_grads=True)
+    assert not shared.any()
+    assert all((param == 0.5).all() for param in params)
+    shared[:] = 1
+    cuts = slice(20, 30), slice(0, 0), slice(0, 10), slice(9, 19)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        opt.step([*(shared[cut] for cut in cuts), None], zero_grads=True)
+    assert shared.all() and opt.steps == 1
+    assert all((param == 0.5).all() for param in params)
 
 
 def test_a_norm_overflows_in_float64_only_if_numbers_do():
