@@ -1,10 +1,11 @@
 /* Square roots by multiplication, because AVX-512 kernels need the divider for quotients.
  * fastopt_roots() replaces a group of numbers by their roots, with the bits of sqrtf(). An
  * estimate of 14 bits takes one step of Newton's method; then the remainder, which a fused
- * multiply-add computes without an error, corrects the last bit. Every float was compared
- * with sqrtf() (tests/kernels/test_roots.py). Kernels call it where FASTOPT_FAST_ROOTS is 1.
- * With AVX2, whose estimates have 12 bits, it is slower than the divider
- * (docs/performance.md).
+ * multiply-add computes without an error, corrects the last bit. tests/kernels/test_roots.py
+ * compares every float with sqrtf(), and shows that any estimate with an error below 2**-14
+ * gives the same root, because processors may differ in it. Kernels call this function where
+ * FASTOPT_FAST_ROOTS is 1. With AVX2, whose estimates have 12 bits, it is slower than the
+ * divider (docs/performance.md).
  */
 #ifndef FASTOPT_ROOTS_H
 #define FASTOPT_ROOTS_H
