@@ -58,45 +58,46 @@ cdef struct Layout:
     Py_ssize_t data, nbytes, deleter
     uint64_t of_copies
 
-cdef Layout place
-cdef uint64_t usual_keys, single, double  # of tensors on the CPU, of their dtypes
+cdef Layout layout
+# The dispatch keys of tensors on the CPU, and the words of their dtypes.
+cdef uint64_t usual_keys, float32, float64
 
 
-def know(layout, of_float, of_double):
+def know(found, of_float, of_double):
     """Take over the layout, and what tensors of float32 and float64 have there."""
-    global usual_keys, single, double
+    global usual_keys, float32, float64
     (
-        place.inner, place.keys, place.storage, place.ndim, place.sizes, place.strides,
-        place.offset, place.dtype, place.dtype_bits, place.data, place.nbytes,
-        place.deleter, place.of_copies,
-    ) = layout
-    usual_keys = inner_of(of_float)[place.keys]
-    single = inner_of(of_float)[place.dtype] & place.dtype_bits
-    double = inner_of(of_double)[place.dtype] & place.dtype_bits
+        layout.inner, layout.keys, layout.storage, layout.ndim, layout.sizes, layout.strides,
+        layout.offset, layout.dtype, layout.dtype_bits, layout.data, layout.nbytes,
+        layout.deleter, layout.of_copies,
+    ) = found
+    usual_keys = inner_of(of_float)[layout.keys]
+    float32 = inner_of(of_float)[layout.dtype] & layout.dtype_bits
+    float64 = inner_of(of_double)[layout.dtype] & layout.dtype_bits
 
 
 cdef inline const uint64_t* inner_of(tensor) noexcept:
     """A tensor's TensorImpl."""
-    return <const uint64_t*> <size_t> (<const uint64_t*> <void*> tensor)[place.inner]
+    return <const uint64_t*> <size_t> (<const uint64_t*> <void*> tensor)[layout.inner]
 
 
 cdef inline const uint64_t* storage_of(const uint64_t* inner) noexcept:
-    return <const uint64_t*> <size_t> inner[place.storage]
+    return <const uint64_t*> <size_t> inner[layout.storage]
 
 
 cdef inline uint64_t data_of(const uint64_t* inner) noexcept:
     """The address of the data in a tensor's storage; 0 if it has none, or if torch is to
     copy it before it is written to."""
-    cdef const uint64_t* storage = <const uint64_t*> <size_t> inner[place.storage]
-    if not storage or storage[place.deleter] == place.of_copies:
+    cdef const uint64_t* storage = <const uint64_t*> <size_t> inner[layout.storage]
+    if not storage or storage[layout.deleter] == layout.of_copies:
         return 0
-    return storage[place.data]
+    return storage[layout.data]
 
 
 cdef inline int64_t keys_of(tensor) noexcept:
     """A tensor's dispatch keys, which say whether a view is to be negated when it is
     read, and DLPack does not; 0 if it is not known where they are."""
-    return <int64_t> inner_of(tensor)[place.keys] if place.inner else 0
+    return <int64_t> inner_of(tensor)[layout.keys] if layout.inner else 0
 
 
 def drop_gradients(list groups):
@@ -139,40 +140,40 @@ cdef uint64_t usual_dtype(tensor) noexcept:
     """The dtype of a tensor of float32 or float64 on the CPU, whose elements lie in its
     storage as C orders them; 0 for another one, or if torch is to be asked."""
     cdef const uint64_t* inner = inner_of(tensor)
-    cdef uint64_t dtype = inner[place.dtype] & place.dtype_bits, count = 1
+    cdef uint64_t dtype = inner[layout.dtype] & layout.dtype_bits, count = 1
     cdef Py_ssize_t d
     if (
-        inner[place.keys] != usual_keys or (dtype != single and dtype != double)
-        or inner[place.ndim] > INLINE_DIMENSIONS or not data_of(inner)
+        inner[layout.keys] != usual_keys or (dtype != float32 and dtype != float64)
+        or inner[layout.ndim] > INLINE_DIMENSIONS or not data_of(inner)
     ):
         return 0
-    for d in reversed(range(<Py_ssize_t> inner[place.ndim])):
-        if inner[place.strides + d] != count and inner[place.sizes + d] != 1:
+    for d in reversed(range(<Py_ssize_t> inner[layout.ndim])):
+        if inner[layout.strides + d] != count and inner[layout.sizes + d] != 1:
             return 0
-        count *= inner[place.sizes + d]
-    count = (count + inner[place.offset]) * (4 if dtype == single else 8)
-    return dtype if count <= storage_of(inner)[place.nbytes] else 0
+        count *= inner[layout.sizes + d]
+    count = (count + inner[layout.offset]) * (4 if dtype == float32 else 8)
+    return dtype if count <= storage_of(inner)[layout.nbytes] else 0
 
 
 cdef bint has_sizes_of(tensor, other) noexcept:
     cdef const uint64_t* a = inner_of(tensor)
     cdef const uint64_t* b = inner_of(other)
     cdef Py_ssize_t d
-    if a[place.ndim] != b[place.ndim]:
+    if a[layout.ndim] != b[layout.ndim]:
         return False
-    for d in range(<Py_ssize_t> a[place.ndim]):
-        if a[place.sizes + d] != b[place.sizes + d]:
+    for d in range(<Py_ssize_t> a[layout.ndim]):
+        if a[layout.sizes + d] != b[layout.sizes + d]:
             return False
     return True
 
 
 def usual(list params, list grads, tuple kinds):
-    """For each parameter, whether it is of one of these types and as most are, and its
-    gradient likewise, if there is one."""
+    """For each parameter, whether it is of one of these types, contiguous, on the CPU and
+    of float32 or float64, and its gradient likewise, if there is one."""
     cdef Py_ssize_t i
     cdef uint64_t dtype
     found = bytearray(len(params))
-    for i in range(len(params) if place.inner else 0):
+    for i in range(len(params) if layout.inner else 0):
         param, grad = params[i], grads[i]
         if type(param) not in kinds:
             continue
@@ -189,10 +190,10 @@ def usual(list params, list grads, tuple kinds):
 
 cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:
     """Note where PyTorch keeps a tensor, after what it is has been noted."""
-    words[STORAGE] = <int64_t> inner[place.storage]
+    words[STORAGE] = <int64_t> inner[layout.storage]
     words[DATA] = <int64_t> data_of(inner)
-    words[OFFSET] = <int64_t> inner[place.offset]
-    words[DTYPE] = <int64_t> (inner[place.dtype] & place.dtype_bits)
+    words[OFFSET] = <int64_t> inner[layout.offset]
+    words[DTYPE] = <int64_t> (inner[layout.dtype] & layout.dtype_bits)
     words[INNER] = <int64_t> <size_t> inner
 
 
@@ -201,15 +202,15 @@ cdef inline bint is_like(const uint64_t* inner, const int64_t* words) noexcept:
     cdef int64_t d
     cdef const int64_t* sizes = words + DIMENSIONS
     if (
-        inner[place.keys] != <uint64_t> words[5]
-        or inner[place.ndim] != <uint64_t> words[3]
-        or (inner[place.dtype] & place.dtype_bits) != <uint64_t> words[DTYPE]
+        inner[layout.keys] != <uint64_t> words[5]
+        or inner[layout.ndim] != <uint64_t> words[3]
+        or (inner[layout.dtype] & layout.dtype_bits) != <uint64_t> words[DTYPE]
     ):
         return False
     for d in range(words[3]):
-        if <int64_t> inner[place.sizes + d] != sizes[2 * d]:
+        if <int64_t> inner[layout.sizes + d] != sizes[2 * d]:
             return False
-        if <int64_t> inner[place.strides + d] != sizes[2 * d + 1] and sizes[2 * d] != 1:
+        if <int64_t> inner[layout.strides + d] != sizes[2 * d + 1] and sizes[2 * d] != 1:
             return False
     return True
 
@@ -218,9 +219,9 @@ cdef inline bint is_as_noted(const uint64_t* inner, const int64_t* words) noexce
     """Whether a noted tensor is where it was, and lies there as it did."""
     return (
         <int64_t> <size_t> inner == words[INNER]
-        and <int64_t> inner[place.storage] == words[STORAGE]
+        and <int64_t> inner[layout.storage] == words[STORAGE]
         and <int64_t> data_of(inner) == words[DATA]
-        and <int64_t> inner[place.offset] == words[OFFSET]
+        and <int64_t> inner[layout.offset] == words[OFFSET]
         and is_like(inner, words)
     )
 
@@ -232,7 +233,7 @@ cdef inline int64_t address_like(const uint64_t* inner, const int64_t* words) no
     if not is_like(inner, words):
         return 0
     data = <int64_t> data_of(inner)
-    return data + <int64_t> inner[place.offset] * ((words[1] & 0xFF) // 8) if data else 0
+    return data + <int64_t> inner[layout.offset] * ((words[1] & 0xFF) // 8) if data else 0
 
 
 cdef class Tensors:
@@ -319,7 +320,7 @@ cdef class Tensors:
         for d in range(view.ndim):
             words[DIMENSIONS + 2 * d] = view.shape[d]
             words[DIMENSIONS + 2 * d + 1] = view.strides[d]
-        if place.inner and view.ndim <= INLINE_DIMENSIONS and data_of(inner_of(tensor)):
+        if layout.inner and view.ndim <= INLINE_DIMENSIONS and data_of(inner_of(tensor)):
             note_inner(inner_of(tensor), words)
         return 0
 
@@ -413,7 +414,8 @@ cdef class Tensors:
         return grads
 
     cdef int64_t fitting(self, grad, const int64_t* words) except -3:
-        """The address of a gradient; -1 if it is not in memory as its parameter."""
+        """The address of a gradient; -1 if it is not in memory as its parameter, -2 if it
+        has no elements."""
         cdef DLTensor view
         cdef int64_t address = words[INNER] and address_like(inner_of(grad), words)
         if address:

@@ -241,7 +241,7 @@ def steps(root, text):
         )
         for row in rows
     ]
-    head = "formats", "elements ", "step ", "against", "takes ", "of the floor "
+    head = "formats", "elements ", "step ", "against", "takes ", "step / floor "
     return filled(text, "steps", f"{table(head, lines)}\n", "formats.md")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IMPL, STORAGE = 22, 8  # so many words of 64 bits are looked through
+IMPL, STORAGE = 22, 8  # words of 64 bits that are looked through, as many as there are
 # Of a view with distinct numbers.
 SIZES, STRIDES, OFFSET = (3, 5, 7, 2, 4), (1009, 211, 53, 29, 13), 17
 DTYPES = torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     data: int  # the address of the first element
     nbytes: int
     deleter: int  # of the data
-    of_copies: int  # that of data which torch copies before it writes there
+    of_copies: int  # that of data which is copied on write
 
 
 def words(address: int, count: int) -> list[int]:
@@ -92,7 +92,8 @@ def ones(dtype: torch.dtype) -> Tensor:
 
 def place_of_dtype() -> tuple[int, int]:
     """Return where the dtype is, a small number: the word, and which 16 bits of it."""
-    # In turn, because tensors made one after the other may have more in common.
+    # In turn with float32, because tensors that are made one after the other may share
+    # other words, such as the upper half of an address.
     pairs = [[ones(torch.float32), ones(dtype)] for dtype in DTYPES]
     alike, others = (
         [
@@ -112,8 +113,8 @@ def place_of_dtype() -> tuple[int, int]:
 
 
 def deleter_of_copies(data: int) -> tuple[int, int]:
-    """Return where a storage has its deleter, and which one it has if tensors share its
-    data until one of them is written to."""
+    """Return where a storage has its deleter, and which one it has if its data is
+    copied on write: tensors share it until one of them is written to."""
     tensors = [ones(torch.float32) for _ in range(2)]
     plain = list(map(of_storage, tensors))
     clones = list(map(torch._lazy_clone, tensors))

@@ -112,7 +112,7 @@ def test_changes_are_noticed(change, what):
         ("deleter", "shared"),
     ],
 )
-def test_with_a_word_from_elsewhere_a_change_would_be_missed(word, change):
+def test_reading_the_wrong_word_misses_a_change(word, change):
     found = layout.find()
     try:
         # The first word is the same for all. (Sizes are compared with DLPack's.)
