@@ -118,9 +118,11 @@ def check_params(
                 f"convert it by .astype(np.float32), or use another backend"
             )
         if kind not in DTYPES:
+            how = "convert it, such as by .astype(np.float32)"
+            if array.dtype == "V2":  # what np.load makes of bfloat16
+                how = "if it was bfloat16, call .view(ml_dtypes.bfloat16)"
             raise TypeError(
-                f"{name} has dtype {array.dtype}; {WANTED_DTYPES} is needed: "
-                f"convert it, such as by .astype(np.float32)"
+                f"{name} has dtype {array.dtype}; {WANTED_DTYPES} is needed: {how}"
             )
         first, wanted = like = like or (name, kind)
         if kind != wanted:

@@ -649,3 +649,13 @@ def test_flags_are_true_or_false(wrong):
         opt.step([np.ones(3)], zero_grads=wrong)
     opt.step([np.ones(3)], zero_grads=np.bool_(True))
     assert opt.steps == 1
+
+
+def test_bfloat16_that_numpy_has_forgotten(tmp_path):
+    """``np.load`` returns words without a dtype, which ``astype`` cannot convert."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    np.save(tmp_path / "p.npy", np.ones(3, ml_dtypes.bfloat16))
+    loaded = np.load(tmp_path / "p.npy")
+    with pytest.raises(TypeError, match=r"call \.view\(ml_dtypes\.bfloat16\)"):
+        fastopt.gd(loaded)
+    fastopt.gd(loaded.view(ml_dtypes.bfloat16), lr=0.5).step(np.ones(3, np.float32))
