@@ -38,13 +38,13 @@ cdef struct ExchangeAPI:
 
 # What is noted of a tensor: its address, dtype, device, number of dimensions, flags and
 # dispatch keys; from INNER on, the addresses of its TensorImpl, of its storage and of the
-# storage's data, its offset there, and PyTorch's dtype; and the size and the stride of each
-# dimension. If PyTorch is to be asked, the address of the TensorImpl is 0.
+# storage's data, its offset there, PyTorch's dtype, and how many elements of the storage it
+# spans; and the size and the stride of each dimension. If PyTorch is to be asked, the address of the TensorImpl is 0.
 cdef enum:
     MOST_DIMENSIONS = 8
     INLINE_DIMENSIONS = 5  # of more, the sizes lie elsewhere
     INNER = 6
-    STORAGE, DATA, OFFSET, DTYPE, DIMENSIONS
+    STORAGE, DATA, OFFSET, DTYPE, EXTENT, DIMENSIONS
     WORDS = DIMENSIONS + 2 * MOST_DIMENSIONS
     COMPLEX = 5
     NEGATED = 1
@@ -190,10 +190,15 @@ def usual(list params, list grads, tuple kinds):
 
 cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:
     """Note where PyTorch keeps a tensor, after what it is has been noted."""
+    cdef int64_t d
+    cdef const int64_t* sizes = words + DIMENSIONS
     words[STORAGE] = <int64_t> inner[layout.storage]
     words[DATA] = <int64_t> data_of(inner)
     words[OFFSET] = <int64_t> inner[layout.offset]
     words[DTYPE] = <int64_t> (inner[layout.dtype] & layout.dtype_bits)
+    words[EXTENT] = 1
+    for d in range(words[3]):
+        words[EXTENT] += (sizes[2 * d] - 1) * sizes[2 * d + 1]
     words[INNER] = <int64_t> <size_t> inner
 
 
@@ -228,12 +233,17 @@ cdef inline bint is_as_noted(const uint64_t* inner, const int64_t* words) noexce
 
 cdef inline int64_t address_like(const uint64_t* inner, const int64_t* words) noexcept:
     """The address of a tensor that lies in memory as a noted one; 0 if it does not, or
-    if torch is to be asked."""
-    cdef int64_t data
+    if torch is to be asked; -1 if its storage was made too small for it."""
+    cdef int64_t data, itemsize = (words[1] & 0xFF) // 8
     if not is_like(inner, words):
         return 0
     data = <int64_t> data_of(inner)
-    return data + <int64_t> inner[layout.offset] * ((words[1] & 0xFF) // 8) if data else 0
+    if (
+        data and <int64_t> storage_of(inner)[layout.nbytes]
+        < (<int64_t> inner[layout.offset] + words[EXTENT]) * itemsize
+    ):
+        return -1
+    return data + <int64_t> inner[layout.offset] * itemsize if data else 0
 
 
 cdef class Tensors:

@@ -1,7 +1,7 @@
 """Where PyTorch keeps, in C++, what a tensor is. ``csrc/tensors.pyx`` reads it there,
 because to ask torch takes several times as long, and lets other threads run in the
-middle of a step. PyTorch does not promise the layout, so it is learned from samples. If
-it is not found, tensors are asked."""
+middle of a step. PyTorch does not promise the layout, so the first plan learns it from
+samples. If it is not found, tensors are asked."""
 
 from __future__ import annotations
 

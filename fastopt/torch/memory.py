@@ -296,7 +296,8 @@ class Tensors:
                 return None
             if grad is not None:
                 address, *how = place(grad)
-                now[i] = address if how == [*self.places[i][1:]] else -1
+                fits = how == [*self.places[i][1:]] and not is_cut_off(grad)
+                now[i] = address if fits else -1
         self.moved |= not np.array_equal(now, self.addresses)
         self.addresses[:] = now
         self.odd = np.flatnonzero(now == -1).tolist() or None
@@ -324,26 +325,34 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 USUAL_TYPES = Tensor, torch.nn.Parameter
+known: list[layout.Layout] = []  # the layout of tensors, once it has been found
 
 
 def know(found: layout.Layout) -> None:
     """Let the native code read tensors where they have this layout."""
     native.know(found, layout.ones(torch.float32), layout.ones(torch.float64))
+    known[:] = [found]
+
+
+def learn() -> None:
+    """Find the layout of tensors, if it is not known yet. Another version of torch may
+    have another one, and within a transformation, such as torch.func.grad, there is
+    none to be found; then tensors are asked."""
+    if native is not None and not known:
+        with suppress(AttributeError, ValueError, RuntimeError):
+            with torch.inference_mode(False):  # in which tensors have other keys
+                know(layout.find())
 
 
 def usual(params: list[Tensor], grads: list[Tensor | None]) -> Sequence[int]:
     """Return for each parameter whether it is as most are, so that nothing needs to be
     checked: of float32 or float64 on the CPU, contiguous in its storage, and its
     gradient as well, if there is one."""
+    learn()
     if native is None:
         return bytes(len(params))
     found: Sequence[int] = native.usual(params, grads, USUAL_TYPES)
     return found
-
-
-if native is not None:
-    with suppress(AttributeError, ValueError):  # another torch: tensors are asked
-        know(layout.find())
 
 
 def watched(*what: Any) -> Any:

@@ -356,13 +356,9 @@ class Part:
         if rule.factored:
             calls += self._keep_factors()
         if not self.plain:
-            calls += [
-                partial(member.param.detach().copy_, new)
-                for member, new, active in zip(
-                    self.members, self._copies, self.active, strict=True
-                )
-                if active
-            ]
+            three = zip(self.members, self._copies, self.active, strict=True)
+            for member, new, active in three:
+                calls += writing(member.param.detach(), new) if active else []
         return calls
 
     def _load_factors(self) -> None:
@@ -394,7 +390,17 @@ def copy(member: Member, tensor: Tensor) -> Tensor:
     """Copy a parameter or its gradient to memory that kernels can work in."""
     param = member.param
     empty = torch.empty(param.shape, dtype=member.dtype, device=param.device)
-    return empty.copy_(tensor.detach())
+    return empty.copy_(tensor.detach().resolve_neg())
+
+
+def writing(param: Tensor, new: Tensor) -> list[Call]:
+    """Return the calls that write new numbers into a parameter. Into a negated view,
+    they are written in its dtype, because torch 2.13 forgets the sign if it copies from
+    float32 to float16."""
+    if not param.is_neg():
+        return [partial(param.copy_, new)]
+    same = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+    return [partial(same.copy_, new), partial(param.copy_, same)]
 
 
 def copied(gradient: Any) -> Any:
@@ -427,7 +433,7 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
         keys.append(Key(int(steps) + 1, (), values[member.group]))
         grad = member.param.grad
         empty = torch.empty_like(tensor, dtype=member.dtype)
-        grads.append(None if grad is None else empty.copy_(grad.detach()))
+        grads.append(None if grad is None else empty.copy_(grad.detach().resolve_neg()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])
     # An array does not keep a tensor's memory, so the last call holds the gradients.
     return [*execute(program, keys, plain(threads)), grads.clear]

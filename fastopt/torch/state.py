@@ -205,7 +205,7 @@ def begin(kind: Kind, member: Member, name: str, key: str, tensor: Tensor) -> No
     member.state.pop(f"{key}_{formats.SCALE}", None)
     if format is None or format.scale is None:
         if values is not None:
-            tensor.copy_(values.detach())
+            tensor.copy_(values.detach().resolve_neg())
         return
     shape = formats.second_shape(member.param, format)
     scales = torch.zeros(shape, device=tensor.device)
@@ -281,7 +281,9 @@ def factor(member: Member, module: Any) -> None:
         kept = isinstance(before, Tensor) and before.dtype == member.dtype
         if not kept or before.is_neg():
             new = torch.zeros(shape, dtype=member.dtype, device=param.device)
-            member.state[key] = new if before is None else new.copy_(before.detach())
+            member.state[key] = (
+                new if before is None else new.copy_(before.detach().resolve_neg())
+            )
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
     member.factors = Factors(module, shaped, None)
 

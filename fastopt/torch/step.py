@@ -133,7 +133,8 @@ class Stepping(Stateful):
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
-        names = argument_names(super().__init__.__func__)
+        kind: Any = type(self)
+        names = argument_names(kind)
         refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
         super().__init__(params, *arguments, **options)
         rules = self._rules
@@ -435,8 +436,10 @@ def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:
 
 
 @cache  # a signature takes ten times as long as torch to make an optimizer
-def argument_names(init: Any) -> list[str]:
-    """Return the names of a constructor's arguments after ``self`` and ``params``."""
+def argument_names(kind: type[Stepping]) -> list[str]:
+    """Return the names of what the constructor of the next class takes after
+    ``params``."""
+    init: Any = super(Stepping, kind).__init__
     return [*inspect.signature(init).parameters][2:]
 
 

@@ -1,6 +1,9 @@
 """Where PyTorch keeps what a tensor is, is learned at import (fastopt/torch/layout.py).
 What the native code reads there is what torch says when it is asked."""
 
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -8,6 +11,7 @@ torch = pytest.importorskip("torch")
 from fastopt.torch import layout, memory  # noqa: E402
 
 pytestmark = pytest.mark.skipif(memory.native is None, reason="nothing was compiled")
+memory.learn()
 
 
 def base(*shape, dtype=torch.float32):
@@ -137,3 +141,62 @@ def test_lazy_clones_stay_as_they_are():
         opt.step(zero_grads=True)
         assert [clone.tolist() for clone in clones] == before
         assert not param.grad.any() and param.tolist() != before[0]
+
+
+UNDER = {
+    "nothing": "first()",
+    "grad": "torch.func.grad(lambda x: (first(), (x * 2).sum())[1])(torch.ones(3))",
+    "vmap": "torch.func.vmap(lambda x: (first(), x * 2)[1])(torch.ones(3))",
+    "inference mode": "with torch.inference_mode(): first()",
+    "fake tensors": "with FakeTensorMode(): first()",
+}
+
+
+@pytest.mark.parametrize("under", UNDER)
+def test_the_first_import_may_be_anywhere(under):
+    """The layout is known after the first plan."""
+    code = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+def first():
+    import fastopt.torch
+{UNDER[under]}
+import fastopt.torch
+from fastopt.torch import memory
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+with torch.inference_mode({under == "inference mode"}):
+    opt = fastopt.torch.SGD([param], 0.5)
+    opt.step()
+assert param.tolist() == [0.5] * 3 and memory.known
+assert memory.native.usual([param], [None], memory.USUAL_TYPES)[0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_negated_views_of_every_dtype(dtype):
+    ft = pytest.importorskip("fastopt.torch")
+    for flip in (torch._neg_view, torch.clone):
+        ours, theirs = (
+            torch.nn.Parameter(flip(torch.ones(4, dtype=dtype))) for _ in range(2)
+        )
+        for param, module in ((ours, ft), (theirs, torch.optim)):
+            param.grad = torch._neg_view(torch.full((4,), 0.5, dtype=dtype))
+            module.SGD([param], 0.5).step()
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_gradient_whose_storage_shrinks_between_steps(compiled, monkeypatch):
+    ft = pytest.importorskip("fastopt.torch")
+    if not compiled:
+        monkeypatch.setattr(memory, "native", None)
+    param = torch.nn.Parameter(torch.ones(100))
+    param.grad = torch.ones(100)
+    opt = ft.SGD([param], 0.5)
+    opt.step()
+    param.grad.untyped_storage().resize_(4 * 99)
+    with pytest.raises(RuntimeError, match="made smaller"):
+        opt.step()
+    assert param.tolist() == [0.5] * 100
