@@ -199,6 +199,9 @@ cdef void note_inner(const uint64_t* inner, int64_t* words) noexcept:
     words[EXTENT] = 1
     for d in range(words[3]):
         words[EXTENT] += (sizes[2 * d] - 1) * sizes[2 * d + 1]
+    for d in range(words[3]):
+        if sizes[2 * d] == 0:  # it spans nothing, whatever its strides are
+            words[EXTENT] = 0
     words[INNER] = <int64_t> <size_t> inner
 
 

@@ -4,6 +4,7 @@ What the native code reads there is what torch says when it is asked."""
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -28,6 +29,8 @@ KINDS = {
     "five": lambda: base(2, 3, 2, 3, 2),
     "six": lambda: base(2, 1, 2, 3, 2, 2),
     "empty": lambda: base(0, 3),
+    "empty, NumPy's": lambda: torch.from_numpy(np.ones((0, 3), np.float32)[:, :2]),
+    "empty without strides": lambda: torch.from_numpy(np.ones(0, np.float32)),
     "one": lambda: base(1, 1).as_strided((1, 1), (5, 9)),
     "half": lambda: base(3, 5, dtype=torch.bfloat16),
     "double": lambda: base(3, 5, dtype=torch.float64),
@@ -94,7 +97,11 @@ def test_gradients_are_seen_as_torch_says(kind, of_grad):
         return
     param.grad = grad
     ours, theirs = looks(param)
-    assert ours == theirs and ours is not None
+    assert ours is not None and theirs is not None
+    if param.numel():
+        assert ours == theirs
+    else:  # it is there, no matter where
+        assert (ours[0] != [0], ours[1]) == (theirs[0] != [0], theirs[1])
 
 
 @pytest.mark.parametrize("what", ["parameter", "buffer"])
@@ -200,3 +207,16 @@ def test_a_gradient_whose_storage_shrinks_between_steps(compiled, monkeypatch):
     with pytest.raises(RuntimeError, match="made smaller"):
         opt.step()
     assert param.tolist() == [0.5] * 100
+
+
+def test_empty_parameters_step_as_others_do():
+    """Those of NumPy's have strides of 0."""
+    ft = pytest.importorskip("fastopt.torch")
+    for empty in ("empty", "empty, NumPy's", "empty without strides"):
+        param = torch.nn.Parameter(KINDS[empty]().float())
+        opt = ft.Adam([param, torch.nn.Parameter(torch.ones(3))], 0.1)
+        for _ in range(3):
+            for p in opt.param_groups[0]["params"]:
+                p.grad = torch.from_numpy(np.ones(p.shape, np.float32))
+            opt.step()
+        assert opt.state[param]["step"] == 3
