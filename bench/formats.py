@@ -321,8 +321,8 @@ def result_of(
         signaled(children[name], "SIGSTOP")
 
     def count_of(name: str) -> int:
-        """Return how many steps a burst has. The first ones plan and touch memory, so
-        the last of a few bursts tells."""
+        """Return how many steps take as long as a burst. The first steps plan and touch
+        memory, so the last of a few bursts decides."""
         count = 1
         for _ in range(1 if name in SLOW else 3):
             count = max(1, int(BURST / seconds_of(name, count)))

@@ -45,7 +45,8 @@ cdef int compared(const void* a, const void* b) noexcept nogil:
 
 
 cdef bint lie_apart(const Job* job) except -1:
-    """Whether no gradients overlap: one must be read before another is set to zero."""
+    """Whether no gradients overlap. If some did, one might be set to zero before the other
+    is read."""
     cdef int64_t r, count = 0, end = 0
     cdef bint apart = True
     cdef const int64_t* row = job.table

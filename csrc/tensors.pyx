@@ -39,7 +39,8 @@ cdef struct ExchangeAPI:
 # What is noted of a tensor: its address, dtype, device, number of dimensions, flags and
 # dispatch keys; from INNER on, the addresses of its TensorImpl, of its storage and of the
 # storage's data, its offset there, PyTorch's dtype, and how many elements of the storage it
-# spans; and the size and the stride of each dimension. If PyTorch is to be asked, the address of the TensorImpl is 0.
+# spans; and the size and the stride of each dimension. If PyTorch is to be asked, the
+# address of the TensorImpl is 0.
 cdef enum:
     MOST_DIMENSIONS = 8
     INLINE_DIMENSIONS = 5  # of more, the sizes lie elsewhere
@@ -60,18 +61,18 @@ cdef struct Layout:
 
 cdef Layout layout
 # The dispatch keys of tensors on the CPU, and the words of their dtypes.
-cdef uint64_t usual_keys, float32, float64
+cdef uint64_t cpu_keys, float32, float64
 
 
 def know(found, of_float, of_double):
     """Take over the layout, and what tensors of float32 and float64 have there."""
-    global usual_keys, float32, float64
+    global cpu_keys, float32, float64
     (
         layout.inner, layout.keys, layout.storage, layout.ndim, layout.sizes, layout.strides,
         layout.offset, layout.dtype, layout.dtype_bits, layout.data, layout.nbytes,
         layout.deleter, layout.of_copies,
     ) = found
-    usual_keys = inner_of(of_float)[layout.keys]
+    cpu_keys = inner_of(of_float)[layout.keys]
     float32 = inner_of(of_float)[layout.dtype] & layout.dtype_bits
     float64 = inner_of(of_double)[layout.dtype] & layout.dtype_bits
 
@@ -136,14 +137,14 @@ cdef bint holds(dict_, list objects, Py_ssize_t* place):
     return True
 
 
-cdef uint64_t usual_dtype(tensor) noexcept:
+cdef uint64_t simple_dtype(tensor) noexcept:
     """The dtype of a tensor of float32 or float64 on the CPU, whose elements lie in its
     storage as C orders them; 0 for another one, or if torch is to be asked."""
     cdef const uint64_t* inner = inner_of(tensor)
     cdef uint64_t dtype = inner[layout.dtype] & layout.dtype_bits, count = 1
     cdef Py_ssize_t d
     if (
-        inner[layout.keys] != usual_keys or (dtype != float32 and dtype != float64)
+        inner[layout.keys] != cpu_keys or (dtype != float32 and dtype != float64)
         or inner[layout.ndim] > INLINE_DIMENSIONS or not data_of(inner)
     ):
         return 0
@@ -167,7 +168,7 @@ cdef bint has_sizes_of(tensor, other) noexcept:
     return True
 
 
-def usual(list params, list grads, tuple kinds):
+def simple(list params, list grads, tuple kinds):
     """For each parameter, whether it is of one of these types, contiguous, on the CPU and
     of float32 or float64, and its gradient likewise, if there is one."""
     cdef Py_ssize_t i
@@ -177,11 +178,11 @@ def usual(list params, list grads, tuple kinds):
         param, grad = params[i], grads[i]
         if type(param) not in kinds:
             continue
-        dtype = usual_dtype(param)
+        dtype = simple_dtype(param)
         found[i] = dtype != 0 and (
             grad is None
             or (
-                type(grad) in kinds and usual_dtype(grad) == dtype
+                type(grad) in kinds and simple_dtype(grad) == dtype
                 and has_sizes_of(grad, param)
             )
         )

@@ -153,7 +153,7 @@ class Group(MutableMapping[str, Any]):
             default, (least, below) = self._rule.hyperparameters[key], limits(key)
             usual = type(value) is float is type(default)
             if usual and least <= value < below and -most <= value <= most:
-                checked[key] = value  # as a schedule's are, once in a step
+                checked[key] = value  # as in each step with a schedule
                 continue
             name = self._name(key) + (f"({steps})" if is_schedule else "")
             checked[key] = number = check_hyperparameter(key, name, value, default)

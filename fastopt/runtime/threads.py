@@ -1,9 +1,9 @@
 """How many threads a step may use, and why.
 
-``FASTOPT_NUM_THREADS`` says it, if it is set. Otherwise it is the least of: the CPUs
-that affinity allows, the container's quota, this process's share of them if a launcher
-has started several processes on the machine, and ``OMP_NUM_THREADS``, unless a launcher
-has set it to 1 for lack of knowledge.
+``FASTOPT_NUM_THREADS`` decides if it is set. Otherwise the number is the least of: the
+CPUs that affinity allows, the container's quota, this process's share of them if a
+launcher has started several processes on the machine, and ``OMP_NUM_THREADS``, unless
+it is a 1 that a launcher has set because the user had set nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-# What launchers tell each process about how many of its kind are on this machine:
-# torchrun, accelerate and DeepSpeed; Open MPI; MPICH and Intel MPI; Slurm.
+# The variables in which launchers tell a process how many they have started on this
+# machine: torchrun, accelerate and DeepSpeed; Open MPI; MPICH and Intel MPI; Slurm.
 RANKS = (
     "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -25,7 +25,7 @@ RANKS = (
 )
 
 
-MOST = 1024  # that a user can ask for
+MOST = 1024  # threads that a user can ask for
 
 
 class Limit(NamedTuple):
@@ -61,6 +61,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def contents(path: str) -> str:
+    """Return the text in a file."""
     with open(path, encoding="ascii") as file:  # pathlib takes as long again
         return file.read()
 

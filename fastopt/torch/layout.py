@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IMPL, STORAGE = 22, 8  # words of 64 bits that are looked through, as many as there are
-# Of a view with distinct numbers.
+# How many words of 64 bits are looked through in a TensorImpl and in a StorageImpl.
+IMPL, STORAGE = 22, 8
+# A view whose sizes, strides and offset are distinct numbers.
 SIZES, STRIDES, OFFSET = (3, 5, 7, 2, 4), (1009, 211, 53, 29, 13), 17
 DTYPES = torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64
 
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
 
 
 def words(address: int, count: int) -> list[int]:
+    """Return so many words of 64 bits from memory."""
     return list((ctypes.c_uint64 * count).from_address(address))
 
 

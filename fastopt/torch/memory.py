@@ -324,7 +324,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
     )
 
 
-USUAL_TYPES = Tensor, torch.nn.Parameter
+SIMPLE_TYPES = Tensor, torch.nn.Parameter
 known: list[layout.Layout] = []  # the layout of tensors, once it has been found
 
 
@@ -344,14 +344,14 @@ def learn() -> None:
                 know(layout.find())
 
 
-def usual(params: list[Tensor], grads: list[Tensor | None]) -> Sequence[int]:
-    """Return for each parameter whether it is as most are, so that nothing needs to be
-    checked: of float32 or float64 on the CPU, contiguous in its storage, and its
-    gradient as well, if there is one."""
+def simple(params: list[Tensor], grads: list[Tensor | None]) -> Sequence[int]:
+    """Return for each parameter whether it is simple, so that nothing needs to be
+    checked: it is of float32 or float64 on the CPU and contiguous in its storage, and
+    its gradient, if there is one, is so as well."""
     learn()
     if native is None:
         return bytes(len(params))
-    found: Sequence[int] = native.usual(params, grads, USUAL_TYPES)
+    found: Sequence[int] = native.simple(params, grads, SIMPLE_TYPES)
     return found
 
 

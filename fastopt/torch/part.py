@@ -356,8 +356,8 @@ class Part:
         if rule.factored:
             calls += self._keep_factors()
         if not self.plain:
-            three = zip(self.members, self._copies, self.active, strict=True)
-            for member, new, active in three:
+            copies = zip(self.members, self._copies, self.active, strict=True)
+            for member, new, active in copies:
                 calls += writing(member.param.detach(), new) if active else []
         return calls
 

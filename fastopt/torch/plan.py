@@ -32,7 +32,7 @@ from fastopt.torch.memory import (
     check_memory,
     is_plain,
     numbers,
-    usual,
+    simple,
     watched,
 )
 from fastopt.torch.part import Part
@@ -111,11 +111,11 @@ class Plan:
         if in_fake_mode():
             raise Unsupported("steps under a FakeTensorMode")
         # All of them, before anything is put into the state.
-        as_usual = usual(self._params, grads)
+        are_simple = simple(self._params, grads)
         planned = [
             is_planned(
                 *(param, grad, names, self.rules[group], state.get(param)),
-                *(keeps[group], as_usual[place]),
+                *(keeps[group], are_simple[place]),
             )
             for place, ((param, group), grad) in enumerate(
                 zip(pairs, grads, strict=True)
@@ -138,7 +138,7 @@ class Plan:
                 continue
             rule = self.rules[group]
             module = backend_of(rule, param.is_cpu)
-            plain = bool(as_usual[place]) or is_plain(
+            plain = bool(are_simple[place]) or is_plain(
                 param, rule.factored, module.formats
             )
             entry: dict[str, Any] = {}
@@ -520,13 +520,13 @@ def is_planned(
     rule: Rule,
     entry: Any,
     keeps: bool,
-    usual: int,
+    simple: int,
 ) -> bool:
     """Whether a plan covers a parameter's gradient. A parameter without one may have a
     kind or a state that no step could be done with."""
     if grad is None and keeps and not has_begun(entry, rule, names):
         return False
-    if usual and not entry:
+    if simple and not entry:
         return True
     try:
         check(param, grad, names, rule, entry or {})

@@ -3,7 +3,8 @@ share memory, stepped one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +21,11 @@ def find_runs(
     ``flatten_`` puts them, and whose gradients do, and their state under these keys.
     ``vectors`` hold their steps and carry."""
     joined: list[list[int]] = []
+    placed = cache(lambda i: placement(kind, i, vectors))
     end = None  # of the parameter before
     for i, member in enumerate(kind.members):
         begin, size = member.param.data_ptr(), member.param.nbytes
-        if begin == end and follows(kind, i, vectors, keys):
+        if begin == end and follows(kind, i, placed, keys):
             joined[-1].append(i)
         else:
             joined.append([i])
@@ -31,10 +33,12 @@ def find_runs(
     return joined
 
 
-def follows(kind: Kind, i: int, vectors: Sequence[Array], keys: Sequence[str]) -> bool:
+def follows(
+    kind: Kind, i: int, placed: Callable[[int], Any], keys: Sequence[str]
+) -> bool:
     """Whether a member whose parameter follows the one before it in memory can be
-    stepped with it as one segment."""
-    before, after = (placement(kind, k, vectors) for k in (i - 1, i))
+    stepped with it as one segment. ``placed`` returns the placement of a member."""
+    before, after = placed(i - 1), placed(i)
     if before is None or after is None or before[0] != after[0]:
         return False
     pairs = list(zip(before[1], after[1], strict=True))

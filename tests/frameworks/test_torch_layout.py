@@ -176,7 +176,7 @@ with torch.inference_mode({under == "inference mode"}):
     opt = fastopt.torch.SGD([param], 0.5)
     opt.step()
 assert param.tolist() == [0.5] * 3 and memory.known
-assert memory.native.usual([param], [None], memory.USUAL_TYPES)[0]
+assert memory.native.simple([param], [None], memory.SIMPLE_TYPES)[0]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
