@@ -254,6 +254,8 @@ cdef class Tensors:
     cdef ExchangeAPI* api
     cdef list params, options, buffers
     cdef list objects  # the parameters, with None after each group, and the state
+    cdef list specs  # how each parameter is divided, if it is a DTensor; or None
+    cdef object divided_alike  # whether a DTensor is divided as another one
     cdef object grad_of, is_neg, is_conj
     cdef bytes planned
     cdef bint single
@@ -265,13 +267,14 @@ cdef class Tensors:
     cdef readonly list odd
 
     def __cinit__(
-        self, list params, list planned, list groups, state, list buffers, bint single
+        self, list params, list planned, list groups, state, list buffers, bint single,
+        list specs, divided_alike
     ):
         cdef Py_ssize_t i
         cdef DLTensor view
         self.api = exchange(type(params[0]))
         self.params, self.buffers = params, buffers
-        self.single = single
+        self.single, self.specs, self.divided_alike = single, specs, divided_alike
         self.planned = bytes(planned)
         self.note(groups)
         self.objects = []
@@ -296,6 +299,8 @@ cdef class Tensors:
         if not self.words:
             raise MemoryError("no memory to note where tensors are")
         for i, tensor in enumerate(params + buffers):
+            if specs is not None and i < len(params) and specs[i] is not None:
+                tensor = tensor._local_tensor
             if i >= len(params) or self.planned[i]:
                 if not self.read(tensor, &view):
                     raise AttributeError(f"{type(tensor)} lies nowhere for DLPack")
@@ -408,6 +413,9 @@ cdef class Tensors:
         for i in range(count):
             param = <object> PyList_GET_ITEM(self.params, i)
             grad = getter.tp_descr_get(self.grad_of, param, type(param))
+            if self.specs is not None and <object> PyList_GET_ITEM(self.specs, i) is not None:
+                grad = self.shard_of(grad, param, i)
+                param = param._local_tensor
             grads.append(grad)
             if self.planned[i]:
                 if not self.stays(param, words):
@@ -426,6 +434,15 @@ cdef class Tensors:
                 return None
             words += WORDS
         return grads
+
+    cdef object shard_of(self, grad, param, Py_ssize_t i):
+        """The shard of a DTensor's gradient, or the gradient if it is divided otherwise
+        than its parameter; it lies nowhere, and is odd."""
+        if grad is None or type(grad) is not type(param):
+            return grad
+        if grad._spec is not self.specs[i] and not self.divided_alike(grad, param):
+            return grad
+        return grad._local_tensor
 
     cdef int64_t fitting(self, grad, const int64_t* words) except -3:
         """The address of a gradient; -1 if it is not in memory as its parameter, -2 if it

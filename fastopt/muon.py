@@ -165,6 +165,7 @@ class Muon(Optimizer):
     _separately = True
     _leaves_state = False
     _in_one_call = False  # matrices are made orthogonal within a step
+    _takes_shards = False  # which must be whole for that
     _matrices: list[int]  # those of the segments that go through products
     # Before the step, if their updates are kept.
     _pass: tuple[list[Array], Program] | None

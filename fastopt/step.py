@@ -248,7 +248,8 @@ class Examination(NamedTuple):
     """What a look at all gradients has shown."""
 
     norm: float
-    nonfinite: list[tuple[int, int]]  # the programs and segments with such gradients
+    finite: bool  # whether all gradients are, those of other processes as well
+    nonfinite: list[tuple[int, int]]  # the programs and segments whose are not
     factor: float  # for the gradients, to clip their norm
 
 
@@ -258,24 +259,42 @@ def examine(
     factor: float,
     request: Request,
     is_finite: Callable[[int, int], bool],
+    over_ranks: Callable[[Sequence[Sequence[float]], int], tuple[float, float]]
+    | None = None,
 ) -> Examination:
     """Take the norm of the gradients, times a factor, that the programs have taken.
 
     ``is_finite(program, segment)`` is asked about gradients whose squares overflow.
+    ``over_ranks`` is given the squares of each program's segments, and the number of
+    segments that are not finite; it returns both as added up over all processes that
+    have shards.
     """
-    total, nonfinite = 0.0, []
+    squares, nonfinite = [], []
     unclipped = Request(threads=request.threads)
     for p, program in enumerate(programs):
-        squares = 0.0
+        squares.append([0.0] * len(program.sizes))
         rows = [(factor,)] * len(program.carry[0])
         for i, sums in enumerate(program.runner.sums("gradients", rows, unclipped)):
             if sums is not None:
-                squares += sums[0]
+                squares[p][i] = sums[0]
                 if not math.isfinite(sums[0]) and not is_finite(p, i):
                     nonfinite.append((p, i))
-        total += squares
+    if over_ranks is None:
+        total, count = added(map(added, squares)), float(len(nonfinite))
+    else:
+        total, count = over_ranks(squares, len(nonfinite))
     norm = math.sqrt(total)
-    return Examination(norm, nonfinite, shrinking(norm, request.clip_norm))
+    shrink = shrinking(norm, request.clip_norm)
+    return Examination(norm, not count, nonfinite, shrink)
+
+
+def added(numbers: Iterable[float]) -> float:
+    """Add up numbers in order. Python's ``sum`` compensates rounding errors from 3.12
+    on, so its bits depend on the version."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
 def shrinking(norm: float, limit: float) -> float:
@@ -298,9 +317,22 @@ def together(sums: Iterable[Sums]) -> Sums:
     return count, total
 
 
+def over_ranks(
+    sums: Sequence[Sums], terms: int, add: Callable[[Array], None]
+) -> list[Sums]:
+    """Return sums of so many terms as they are over all processes. ``add`` adds a
+    vector of float64 up over them, in place."""
+    numbers = np.array([(n, *(of or (0.0,) * terms)) for n, of in sums], np.float64)
+    add(numbers.reshape(-1))
+    return [(int(n), tuple(of)) if n else (0, None) for n, *of in numbers.tolist()]
+
+
 @standard
 def execute(
-    program: Program, keys: Sequence[Key], request: Request, total: Sums | None = None
+    program: Program,
+    keys: Sequence[Key],
+    request: Request,
+    totals: Sequence[Sums] | None = None,
 ) -> list[Call]:
     """Prepare a step with the gradients that the program's runner has taken.
 
@@ -308,9 +340,9 @@ def execute(
     ----------
     keys
         One for each row of scalars.
-    total
-        For a rule that measures all segments together: the sums over all programs, if
-        there are more than this one.
+    totals
+        For a rule with norms: the sums that apply to each row, if they are not those of
+        this program alone, but of other programs or processes, too.
 
     Returns
     -------
@@ -323,12 +355,12 @@ def execute(
     if rule.factored:
         advance_factors(program, rows, request)
     if rule.settle is not None:
-        if total is None and "settle" in runner.fuses:
+        if totals is None and "settle" in runner.fuses:
             if program.numbers:
                 program.carried[:] = [key.carry for key in keys]
             steps = [key.t for key in keys]
             return [partial(runner.settled, rows, request, steps)]
-        rows = settle(program, keys, rows, request, total)
+        rows = settle(program, keys, rows, request, totals)
     if program.numbers:
         program.carried_next[:] = [row[-program.numbers :] for row in rows]
     # Runners copy a row that is the same object as the one before.
@@ -362,15 +394,14 @@ def settle(
     keys: Sequence[Key],
     rows: Sequence[Row],
     request: Request,
-    total: Sums | None,
+    totals: Sequence[Sums] | None,
 ) -> list[Row]:
     """Measure for a rule with norms; return the rows with what follows from that."""
     rule: Any = program.rule
-    if rule.by_segment:
+    if totals is None:
         totals = program.sums(rows, request)
-    else:
-        total = together(program.sums(rows, request)) if total is None else total
-        totals = [total] * len(rows)
+        if not rule.by_segment:
+            totals = [together(totals)] * len(rows)
     results: dict[Any, Row] = {}
     settled = []
     for key, row, (n, terms) in zip(keys, rows, totals, strict=True):

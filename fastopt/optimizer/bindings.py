@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastopt.optimizer.accumulation import Pending
 from fastopt.optimizer.formats import Formats, first_element
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
-from fastopt.optimizer.refusals import check_rule
+from fastopt.optimizer.refusals import check_reduce, check_rule
 from fastopt.optimizer.state import Bound, fill
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
@@ -42,6 +42,7 @@ class Bindings:
     _separately = False  # whether the arrays of a FlatBuffer are segments of their own
     _leaves_state = True  # to kernels, which know how it is encoded
     _in_one_call = True  # whether the compiled step alone can do a plain step
+    _takes_shards = True  # whether a step can do with shards of the parameters
     _estimated = False  # whether there was an estimate before the first step
 
     def __init__(
@@ -56,9 +57,11 @@ class Bindings:
         formats: Any = None,
         copy_to: Any = None,
         seed: int = 0,
+        reduce: Callable[[Array], None] | None = None,
         **hyperparameters: Any,
     ):
         check_rule("rule", rule)
+        check_reduce(reduce, rule, self._takes_shards)
         checks.check_meant(params, rule.hyperparameters)
         trees, own = checks.split_groups(params)
         if backend is None:
@@ -79,6 +82,7 @@ class Bindings:
         )
         of.check_used(self._params.chosen)
         self.rule, self.backend, self.seed = rule, backend, seed
+        self._reduce = reduce
         self.threads = available() if threads is None else threads
         self.ema = ema
         if self._params.masked:
@@ -395,6 +399,7 @@ class Bindings:
         # Whether the compiled step cannot do all of a plain step.
         needs_python = (
             not self._in_one_call
+            or self._reduce is not None
             or rule.measure is not None
             or self._pending is not None
             or any(group.frozen for group in self.groups)

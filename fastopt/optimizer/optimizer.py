@@ -6,19 +6,32 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending, new_pending
 from fastopt.optimizer.gradients import Gradients, grad_name, of_tasks, take
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.state import bind_alone, filling
 from fastopt.optimizer.storage import Storage
-from fastopt.rule import Rule
+from fastopt.rule import Rule, shown
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
-from fastopt.step import Key, Options, Request, examine, execute, plain
+from fastopt.step import (
+    Key,
+    Options,
+    Request,
+    added,
+    examine,
+    execute,
+    over_ranks,
+    plain,
+    together,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +84,13 @@ class Optimizer(Storage):
         Arrays of bfloat16 or float16, or None, in the structure of the parameters.
         Each step that updates a float32 parameter also writes it there, rounded to
         nearest, in the same pass.
+    reduce
+        For parameters that are divided among processes, of which each has a slice of
+        every array: a function that adds a vector of float64 up over all processes, in
+        place, so that all of them get the same bits. A step calls it once for
+        ``clip_norm`` or ``nonfinite``, and once for a rule with norms, whatever the
+        gradients are; then the norms are those of whole arrays. Other steps do not
+        call it. See docs/distributed.md.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable
@@ -306,16 +326,19 @@ class Optimizer(Storage):
             def is_finite(_: int, i: int) -> bool:
                 return gradients.are_finite(i, grad_scale)
 
-            norm, nonfinite, shrink = examine([program], factor, request, is_finite)
+            norm, finite, nonfinite, shrink = examine(
+                [program], factor, request, is_finite, self._over_ranks
+            )
             changes["_grad_norm"] = norm
-            if nonfinite and request.nonfinite == "raise":
+            if not finite and request.nonfinite == "raise":
                 self._grad_norm = norm
                 task = "[...]" if gradients.weights else ""
                 names = [grad_name(params, i, task) for _, i in nonfinite]
                 raise FloatingPointError(
-                    f"infinity or NaN in {', '.join(names)}; nothing was updated"
+                    f"infinity or NaN in {', '.join(names) or 'gradients elsewhere'}; "
+                    f"nothing was updated"
                 )
-            if nonfinite and request.nonfinite == "skip":
+            if not finite and request.nonfinite == "skip":
                 unread = [
                     g for grads in gradients.tasks for g in grads if g is not None
                 ]
@@ -355,8 +378,40 @@ class Optimizer(Storage):
         request: Request,
     ) -> list[Call]:
         """Prepare the update with the gradients that were taken, times a factor."""
-        bound = self._bound
-        return execute(bound.program, bound.keys(values, factor), request)
+        bound, totals = self._bound, None
+        program, rule = bound.program, bound.rule
+        keys = bound.keys(values, factor)
+        if self._reduce is not None and rule.measure is not None:
+            sums = program.sums(program.rows(keys), request)
+            sums = sums if rule.by_segment else [together(sums)]
+            totals = over_ranks(sums, rule.terms, self._add)
+            totals = totals if rule.by_segment else totals * len(keys)
+        return execute(program, keys, request, totals)
+
+    @property
+    def _over_ranks(self) -> Callable[..., tuple[float, float]] | None:
+        """What adds the squares of gradients up over processes; None if there is
+        one."""
+        if self._reduce is None:
+            return None
+
+        def add(squares: Sequence[Sequence[float]], count: int) -> tuple[float, float]:
+            numbers = np.array([added(map(added, squares)), count], np.float64)
+            self._add(numbers)
+            total, nonfinite = numbers.tolist()
+            return total, nonfinite
+
+        return add
+
+    def _add(self, numbers: Array) -> None:
+        """Add a vector up over processes."""
+        result = self._reduce(numbers) if self._reduce is not None else None
+        if result is not None:
+            raise TypeError(
+                f"reduce must add its vector up in place and return None, but it "
+                f"returned {shown(result)}; write the sums into the vector, as in "
+                f"comm.Allreduce(MPI.IN_PLACE, vector)"
+            )
 
     @exclusive
     @standard

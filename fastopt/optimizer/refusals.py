@@ -128,3 +128,15 @@ def check_seen(saved: Mapping[str, Any]) -> None:
             check_arrays(key, value)
         elif key not in ("best", "best_params"):
             check_count(key, value, -1 if key == "best_look" else 0)
+
+
+def check_reduce(reduce: Any, rule: Rule, takes_shards: bool) -> None:
+    """Check what adds sums up over processes that have slices of the parameters."""
+    if reduce is None:
+        return
+    check_function("reduce", reduce, "reduce(vector)")
+    if rule.factored or not takes_shards:
+        raise TypeError(
+            f"{rule.name} needs whole matrices, so its parameters cannot be divided "
+            f"among processes; leave reduce out, and give each process whole arrays"
+        )

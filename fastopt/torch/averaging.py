@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
+from fastopt.torch.dtensors import local, locals_of, on_shard
 from fastopt.torch.state import TRAINED, evaluated, has_begun
 from fastopt.torch.step import Stepping
 
@@ -59,10 +60,10 @@ class Averaging(Stepping):
         if not has_begun(state, rule, self._names) or TRAINED in state:
             return []
         values = self._values(group, rule)
-        average = evaluated(param, state, rule, self._names, values)
+        average = on_shard(evaluated, param, state, rule, self._names, values)
         return [
             partial(setitem, state, TRAINED, param.detach().clone()),
-            partial(param.copy_, average),
+            partial(local(param).copy_, local(average)),
         ]
 
     def _to_trained(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
@@ -70,11 +71,12 @@ class Averaging(Stepping):
         if not state or TRAINED not in state:
             return []
         values = self._values(group, self._rule(group))
-        trained = state[TRAINED].to(param.device, param.dtype)
-        average = evaluated(trained, state, self._rule(group), self._names, values)
-        same = torch.isclose(param, average, rtol=0, atol=0, equal_nan=True)
-        back = torch.where(same, trained, trained + (param - average))
-        return [partial(param.copy_, back), partial(state.pop, TRAINED)]
+        here, of = local(param), locals_of(state, param)
+        trained = of[TRAINED].to(here.device, here.dtype)
+        average = evaluated(trained, of, self._rule(group), self._names, values)
+        same = torch.isclose(here, average, rtol=0, atol=0, equal_nan=True)
+        back = torch.where(same, trained, trained + (here - average))
+        return [partial(here.copy_, back), partial(state.pop, TRAINED)]
 
     def _check_mode(self) -> None:
         if self._evaluating:

@@ -16,6 +16,7 @@ from fastopt.optimizer.state import bind_alone
 from fastopt.rule import shown
 from fastopt.rules import passes
 from fastopt.step import Key, Program, execute, plain
+from fastopt.torch import dtensors
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import (
     COMPUTED,
@@ -83,6 +84,17 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
         for dtype in sorted(dtypes, key=lambda dtype: dtype.itemsize):
             weights = checks.check_weights(weights, len(lists), dtype)
     return Gradients(lists, weights)
+
+
+def of_shards(gradients: Gradients, params: Sequence[Tensor]) -> Gradients:
+    """Return gradients of DTensors as this process's shards."""
+    if not dtensors.are_there(params):
+        return gradients
+    tasks = [
+        [dtensors.local_gradient(*pair) for pair in zip(task, params, strict=True)]
+        for task in gradients.tasks
+    ]
+    return gradients._replace(tasks=tasks)
 
 
 class Sums:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastopt.memory.formats import FORMATS, Format
 from fastopt.runtime.atomic import Call
+from fastopt.torch.dtensors import fits, is_dtensor, local, wrapped
 from fastopt.torch.formats import REMAINDER, encode, flat, tensor_dtype, words_of
 from fastopt.torch.memory import computed
 
@@ -34,22 +35,28 @@ def setting(
 ) -> list[Call]:
     """Return the calls that set a parameter, and its remainder in its entry of the
     state if its format has one, to numbers of float32."""
+    here, values = local(param), local(values)
     if format is None or format.second is None:
-        return [partial(param.copy_, values)]
+        return [partial(here.copy_, values)]
     dtype = tensor_dtype(format, second=True)
-    first = torch.empty_like(param, requires_grad=False)
-    rest = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    first = torch.empty_like(here, requires_grad=False)
+    rest = torch.empty_like(here, dtype=dtype, requires_grad=False)
     encode(first, rest, format, values)
-    return [partial(param.copy_, first), partial(setitem, entry, REMAINDER, rest)]
+    rest = wrapped(rest, param) if is_dtensor(param) else rest
+    return [partial(here.copy_, first), partial(setitem, entry, REMAINDER, rest)]
 
 
 def apart(masters: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
     """Return the masters, with copies of those that share memory with tensors that are
     to be written, because these would change while others are still to be read."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in written}
+
+    def storage(tensor: Tensor) -> int:
+        place: int = local(tensor).untyped_storage().data_ptr()
+        return place
+
+    taken = set(map(storage, written))
     return [
-        values.clone() if values.untyped_storage().data_ptr() in taken else values
-        for values in masters
+        values.clone() if storage(values) in taken else values for values in masters
     ]
 
 
@@ -76,6 +83,11 @@ def check_masters(given: Any, params: Sequence[Tensor]) -> list[Tensor]:
             raise TypeError(
                 f"masters must be dense tensors with numbers, got one of "
                 f"{values.dtype}, {values.layout} on {values.device}"
+            )
+        if is_dtensor(values) != is_dtensor(param) or not fits(values, param):
+            raise TypeError(
+                "masters of DTensors must be DTensors with their placements, and those "
+                "of other parameters plain tensors, as master_params() returns them"
             )
         if values.is_complex() and not param.is_complex():
             raise TypeError(

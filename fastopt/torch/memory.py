@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastopt.memory.formats import FORMATS, Format
 from fastopt.memory.segments import Array, Encoded
-from fastopt.torch import layout
+from fastopt.torch import dtensors, layout
+from fastopt.torch.dtensors import local
 
 native: Any
 try:
@@ -237,6 +238,11 @@ class Tensors:
         The tensors of the state that a step works in, to see whether they move.
     single
         Whether the parameters are not all of the groups.
+    specs
+        How each parameter is divided, if it is a DTensor; None: none of them is. Of
+        DTensors and of their gradients, the local tensors are meant.
+    divided_alike
+        Whether a DTensor is divided as another one.
     """
 
     def __init__(
@@ -247,7 +253,10 @@ class Tensors:
         state: dict[Any, Any],
         buffers: list[Tensor],
         single: bool,
+        specs: list[Any] | None,
+        divided_alike: Callable[[Any, Any], bool],
     ):
+        self.divided_alike = divided_alike
         self.params, self.planned, self.buffers = params, planned, buffers
         self.single, self.same_options = single, True
         self.note(groups)
@@ -270,7 +279,7 @@ class Tensors:
 
     def _places(self) -> list[tuple[Any, ...]]:
         pairs = zip(self.params, self.planned, strict=True)
-        of_params = [place(param) if planned else (0,) for param, planned in pairs]
+        of_params = [place(local(param)) if on else (0,) for param, on in pairs]
         return of_params + list(map(place, self.buffers))
 
     def look(
@@ -289,7 +298,11 @@ class Tensors:
             return None
         if self._places() != self.places:
             return None
-        grads = [param.grad for param in self.params]
+        grads = [
+            local(grad) if self.divided_alike(grad, param) else grad
+            for param in self.params
+            for grad in [param.grad]
+        ]
         now = np.zeros(len(grads), np.int64)
         for i, grad in enumerate(grads):
             if grad is not None and not self.planned[i]:
@@ -355,9 +368,12 @@ def simple(params: list[Tensor], grads: list[Tensor | None]) -> Sequence[int]:
     return found
 
 
-def watched(*what: Any) -> Any:
+def watched(params: list[Tensor], *more: Any) -> Any:
     """Return the faster of the two kinds of ``Tensors``, where it is possible."""
-    params, *_ = what
+    specs = None
+    if dtensors.are_there(params):
+        specs = [p._spec if dtensors.is_dtensor(p) else None for p in params]
+    what = params, *more, specs, dtensors.fits
     if native is not None and params:
         try:
             return native.Tensors(*what)

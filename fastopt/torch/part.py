@@ -17,6 +17,7 @@ from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.state import bind_alone
 from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import formats, state
+from fastopt.torch.dtensors import local_gradient
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import HALVES, array, numbers
 from fastopt.torch.runs import find_runs
@@ -45,7 +46,8 @@ class Part:
         self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
-        self._gradients: Gradients | None = None  # in place of those in ``.grad``
+        self._grads: Sequence[Any] = []  # those in ``.grad``, of all parameters
+        self._gradients: Gradients | None = None  # in place of these
         self.any = self.all = self.usual = False
         self._t = 0  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
@@ -130,6 +132,7 @@ class Part:
         """Take the gradients. Some may have ``moved`` since the last step. ``mixed``
         says that the dtypes of some are not those of their parameters. Return whether
         there are any."""
+        self._grads = grads
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
@@ -217,7 +220,7 @@ class Part:
 
     def forget(self) -> None:
         """Release the gradients."""
-        self._taken, self._gradients = [], None
+        self._taken, self._grads, self._gradients = [], [], None
         if not self.plain:
             self._copies = []
             self.__dict__.pop("program", None)
@@ -229,7 +232,7 @@ class Part:
         if members[0].dtype not in (torch.float64, torch.complex128):
             return False
         if self._gradients is None:
-            grads = [member.param.grad for member in members]
+            grads = [self._grads[member.place] for member in members]
         else:
             grads = [self._gradients.total(member.place) for member in members]
         return all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
@@ -310,7 +313,7 @@ class Part:
     def sums(
         self, values: Sequence[Values], factors: Sequence[float], request: Request
     ) -> list[Sums]:
-        """Measure each run for a rule that measures all parameters together."""
+        """Measure each run for a rule with norms."""
         return self.program.sums(self.program.rows(self.keys(values, factors)), request)
 
     def update(
@@ -318,15 +321,15 @@ class Part:
         values: Sequence[Values],
         factors: Sequence[float],
         request: Request,
-        total: Sums | None,
+        totals: Sequence[Sums] | None,
     ) -> list[Call]:
-        """Return the calls that do the step. ``total`` is the sum over all parts, for
-        rules that measure all parameters together."""
+        """Return the calls that do the step. ``totals`` are what applies to each run of
+        a rule with norms, if that is not what this part has measured."""
         rule, program = self.rule, self.program
         keys = self.keys(values, factors)
         if rule.factored:
             self._load_factors()
-        calls = execute(program, keys, request, total)
+        calls = execute(program, keys, request, totals)
         carried = program.carried_next
         if self.carried and not self.over_all:
             for run in np.flatnonzero(~self.active):
@@ -431,7 +434,7 @@ def estimate(part: Part, values: Sequence[Values], threads: int) -> list[Call]:
         tensors, part.members, part.vectors[0], strict=True
     ):
         keys.append(Key(int(steps) + 1, (), values[member.group]))
-        grad = member.param.grad
+        grad = local_gradient(member.owner.grad, member.owner)
         empty = torch.empty_like(tensor, dtype=member.dtype)
         grads.append(None if grad is None else empty.copy_(grad.detach().resolve_neg()))
     program.runner.take([None if grad is None else array(grad) for grad in grads])

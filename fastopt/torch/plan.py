@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,22 +23,24 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Request, Sums, examine, together
+from fastopt.torch import dtensors
 from fastopt.torch.arguments import spared
+from fastopt.torch.dtensors import local
 from fastopt.torch.formats import names_of
 from fastopt.torch.gradients import Gradients, fitted
 from fastopt.torch.memory import (
-    COMPUTED,
     Unsupported,
     check_gradient,
-    check_memory,
     is_plain,
     numbers,
     simple,
     watched,
 )
 from fastopt.torch.part import Part
+from fastopt.torch.ranks import Ranks, ranks_of
 from fastopt.torch.runs import in_turn
-from fastopt.torch.state import Kind, Member, Names, Values, has_begun, shapes_of
+from fastopt.torch.state import Kind, Member, Values
+from fastopt.torch.supported import check_shards, in_fake_mode, is_planned
 from fastopt.torch.turns import Call
 
 if TYPE_CHECKING:
@@ -100,8 +103,15 @@ class Plan:
             pairs = [(single, 0)]
         # A spared parameter takes its group's second values, which have no decay.
         pairs = [(p, i + (len(groups) if p in without else 0)) for p, i in pairs]
-        self._params = [param for param, _ in pairs]
-        grads = [p.grad for p in self._params] if gradients is None else gradients.first
+        owners = [owner for owner, _ in pairs]
+        grads = [p.grad for p in owners] if gradients is None else gradients.first
+        # What kernels work on: this process's shards of DTensors.
+        params, self._owners, here = owners, owners, state
+        sharded = dtensors.are_there(owners)
+        if sharded:
+            params, grads = list(map(local, owners)), dtensors.shards(grads, owners)
+            here = {p: dtensors.locals_of(state.get(p) or {}, p) for p in owners}
+        self._params = params
         wanted, named_params = optimizer._wanted, names_of(groups)
         formats = [wanted.of_rule(rule) for rule in self.rules]
         keeps = [
@@ -111,14 +121,14 @@ class Plan:
         if in_fake_mode():
             raise Unsupported("steps under a FakeTensorMode")
         # All of them, before anything is put into the state.
-        are_simple = simple(self._params, grads)
+        are_simple = simple(params, grads)
         planned = [
             is_planned(
-                *(param, grad, names, self.rules[group], state.get(param)),
+                *(param, grad, names, self.rules[group], here.get(owner)),
                 *(keeps[group], are_simple[place]),
             )
-            for place, ((param, group), grad) in enumerate(
-                zip(pairs, grads, strict=True)
+            for place, ((owner, group), param, grad) in enumerate(
+                zip(pairs, params, grads, strict=True)
             )
         ]
         named = [
@@ -127,27 +137,29 @@ class Plan:
         ]
         # Of the elements of all parameters.
         count, firsts = first_element(optimizer.seed), {}
-        for param, _ in optimizer._all():
-            firsts[param] = count
-            count += 0 if is_lazy(param) else numbers(param)
+        for owner, _ in optimizer._all():
+            firsts[owner] = count + (sharded and dtensors.first_number(owner))
+            count += 0 if is_lazy(owner) else numbers(owner)
         backend_of = cache(partial(module_for, optimizer.backend))
         alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
-        for place, (param, group) in enumerate(pairs):
+        for place, (owner, group) in enumerate(pairs):
             if not planned[place]:
                 continue
-            rule = self.rules[group]
+            rule, param = self.rules[group], params[place]
             module = backend_of(rule, param.is_cpu)
             plain = bool(are_simple[place]) or is_plain(
                 param, rule.factored, module.formats
             )
             entry: dict[str, Any] = {}
             if keeps[group]:
-                entry = entries.setdefault(param, dict(state.get(param, entry)))
+                entry = entries.setdefault(owner, dict(here.get(owner, entry)))
             # Gradients that are not in `.grad` lie anywhere, and form no runs.
-            alone = gradients is not None
-            name = named_params[param]
-            chosen = wanted.of(formats[group], name, param, module.formats)
+            alone = gradients is not None or owner is not param
+            name = named_params[owner]
+            chosen = wanted.of(formats[group], name, owner, module.formats)
+            if owner is not param:
+                check_shards(owner, rule, chosen)
             if chosen and not plain:
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} has gaps in memory, so "
@@ -156,8 +168,8 @@ class Plan:
                 )
             of = param, chosen, place, group, named[group], entry, plain
             key = id(rule), param.dtype, param.device, plain, chosen.get(PARAM)
-            member = Member(*of, alone, firsts[param])
-            member.copy = (optimizer.copy_to or {}).get(param)
+            member = Member(*of, alone, firsts[owner], owner)
+            member.copy = local((optimizer.copy_to or {}).get(owner))
             alike.setdefault(key, []).append(member)
         self.parts = []
         for members in alike.values():
@@ -171,13 +183,19 @@ class Plan:
         self._plain = {member.place for member in members if member.plain}
         self._merged = any(part.merged for part in self.parts)
         buffers = [tensor for part in self.parts for tensor in part.buffers]
+        if sharded:
+            keys = {key for part in self.parts for key in part.buffer_keys}
+            entries = {
+                owner: dtensors.wrapped_entry(entry, owner, state.get(owner), keys)
+                for owner, entry in entries.items()
+            }
         self._new = {
-            param: entry
-            for param, entry in entries.items()
-            if not holds(state.get(param), entry)
+            owner: entry
+            for owner, entry in entries.items()
+            if not holds(state.get(owner), entry)
         }
         alone = single is not None
-        self._watched = buffers, alone, self._params, planned, groups
+        self._watched = buffers, alone, owners, planned, groups
         self._planned = planned
         self.tensors = self._watch({**state, **self._new})
         self._fixed = all(map(is_fixed, options_of(groups)))
@@ -186,6 +204,10 @@ class Plan:
         self._odd: list[Tensor] = []  # gradients that are not where they should be
         # The buffers of flatten_ that gradients at these addresses fill, if they do.
         self._flat: tuple[list[Tensor], bytes] | None = None
+        self._ranks: Ranks | None = None
+        if sharded or optimizer.shard_group is not None:
+            of_each = [self.rules[group] for _, group in pairs]
+            self._ranks = ranks_of(optimizer.shard_group, owners, of_each, self.rules)
         ours = [member for member in members if member.plain]
         self._at = [member.place for member in ours]
         self._begins = np.array([m.param.data_ptr() for m in ours], np.int64)
@@ -193,8 +215,8 @@ class Plan:
         self._lengths = np.array(lengths, np.int64)
         self._looked_at, self._overlaps = b"", False
         # Plain tensors, with the parameters' counts of versions.
-        self._aliases = {member.place: member.param.detach() for member in members}
-        self._all_aliases = list(self._aliases.values())
+        self._aliases = {member.place: aliases_of(member) for member in members}
+        self._all_aliases = list(chain.from_iterable(self._aliases.values()))
 
     def _watch(self, state: dict[Any, Any]) -> Any:
         *last, params, planned, groups = self._watched
@@ -258,7 +280,7 @@ class Plan:
             return False
         if self.averaged != (request.ema_weight > 0):
             return False
-        if request.clip_norm < math.inf and len(self.parts) > 1:
+        if request.clip_norm < math.inf and (self._ranks or len(self.parts) > 1):
             return False  # the norm is that of all of them
         grads = tensors.look(groups, state)
         if grads is None or tensors.odd or not self.options_hold:
@@ -304,9 +326,10 @@ class Plan:
         tensors = self.tensors
         self._odd = []
         for place in tensors.odd or ():
-            grad, param = grads[place], self._params[place]
+            param, owner = self._params[place], self._owners[place]
+            self._odd.append(grads[place])
+            grad = grads[place] = dtensors.local_gradient(grads[place], owner)
             check_gradient(param, grad)
-            self._odd.append(grad)
             if place in self._plain:
                 grads[place] = fitted(grad, param)
                 tensors.addresses[place] = grads[place].data_ptr()
@@ -358,19 +381,16 @@ class Plan:
         factors = [sign * order.scale for sign in self.signs]
         if request.needs_norm:
             factor = abs(factors[0])
-            programs = [part.program for part in parts]
-            norm, nonfinite, shrink = examine(
-                programs, factor, request, lambda p, i: parts[p].is_finite(i, factor)
+            programs, ranks = [part.program for part in parts], self._ranks
+            norm, finite, _, shrink = examine(
+                programs,
+                factor,
+                request,
+                lambda p, i: parts[p].is_finite(i, factor),
+                None if ranks is None else partial(ranks.norm_of, parts),
             )
-            if norm == norm:
-                last.append(partial(optimizer.update, grad_norm=norm))
-            if nonfinite and request.nonfinite == "raise":
-                raise FloatingPointError(
-                    "infinity or NaN in the gradients; nothing was updated"
-                )
-            if nonfinite and request.nonfinite == "skip":
-                skipped = optimizer["skipped"] + 1
-                last.append(partial(optimizer.update, skipped=skipped))
+            last += noting(optimizer, norm, finite, request)
+            if not finite and request.nonfinite == "skip":
                 if request.zero_grads:
                     last += zeroing(self._grads(gradients))
                 turns.commit(last)
@@ -380,23 +400,18 @@ class Plan:
             apart = gradients is not None or self._overlap()
             # Kernels set to zero what they read, which may be copies of these.
             members = [m for p in parts if apart or not p.plain for m in p.members]
-            copied = [member.param.grad for member in members]
+            copied = [member.owner.grad for member in members]
             last += zeroing(copied if gradients is None else self._grads(gradients))
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
-        measured: dict[int, list[Sums]] = {}
-        for part in parts:
-            if part.over_all:
-                sums = part.sums(self.values, factors, request)
-                measured.setdefault(id(part.rule), []).extend(sums)
-        totals = {rule: together(sums) for rule, sums in measured.items()}
+        totals = self._measure(parts, factors, request)
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
         for wave in waves:  # of parameters that share memory, one after another
             for part in parts:
                 if part.wave == wave:
-                    total = totals.get(id(part.rule))
-                    calls += part.update(self.values, factors, request, total)
+                    sums = totals.get(part)
+                    calls += part.update(self.values, factors, request, sums)
             if wave == waves[-1]:
                 calls += last
             if wave == waves[0]:
@@ -407,10 +422,28 @@ class Plan:
             calls = []
         return True
 
+    def _measure(
+        self, parts: list[Part], factors: list[float], request: Request
+    ) -> dict[Part, list[Sums]]:
+        """Return, for parts whose sums are not theirs alone, those of each run: sums of
+        all parts together, and of all processes."""
+        own = {
+            part: part.sums(self.values, factors, request)
+            for part in parts
+            if part.over_all or (self._ranks and part.rule.measure is not None)
+        }
+        if self._ranks is not None:
+            return self._ranks.measure(own)
+        totals: dict[int, list[Sums]] = {}
+        for part, sums in own.items():
+            totals.setdefault(id(part.rule), []).extend(sums)
+        joint = {rule: together(sums) for rule, sums in totals.items()}
+        return {part: [joint[id(part.rule)]] * len(part.runs) for part in own}
+
     def _grads(self, gradients: Gradients | None) -> list[Tensor | None]:
         """Return the gradients that the step takes."""
         if gradients is None:
-            return [param.grad for param in self._params]
+            return [owner.grad for owner in self._owners]
         return [grad for task in gradients.tasks for grad in task]
 
     def _overlap(self) -> bool:
@@ -434,11 +467,12 @@ class Plan:
             increment_version(self._all_aliases)
         else:
             changed = [
-                self._aliases[part.members[i].place]
+                alias
                 for part in parts
                 for run, active in zip(part.runs, part.active, strict=True)
                 if active
                 for i in run
+                for alias in self._aliases[part.members[i].place]
             ]
             increment_version(changed)
 
@@ -467,6 +501,31 @@ class Plan:
             self._new = {}
             self.tensors = self._watch(state)
             self.tensors.moved = True  # for all that it knows
+
+
+def aliases_of(member: Member) -> list[Tensor]:
+    """Return plain tensors that share a parameter's count of versions: that of a shard,
+    and that of the DTensor that it belongs to."""
+    if member.owner is member.param:
+        return [member.param.detach()]
+    return [member.param.detach(), member.owner.detach()]
+
+
+def noting(
+    optimizer: dict[str, Any], norm: float, finite: bool, request: Request
+) -> list[Call]:
+    """Return the calls that note in an optimizer what a look at its gradients has
+    shown. Raises FloatingPointError if that is asked for."""
+    calls: list[Call] = []
+    if norm == norm:
+        calls.append(partial(optimizer.update, grad_norm=norm))
+    if not finite and request.nonfinite == "raise":
+        raise FloatingPointError(
+            "infinity or NaN in the gradients; nothing was updated"
+        )
+    if not finite and request.nonfinite == "skip":
+        calls.append(partial(optimizer.update, skipped=optimizer["skipped"] + 1))
+    return calls
 
 
 def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
@@ -511,81 +570,6 @@ def is_fixed(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return value is None or type(value) in (float, int, bool, str)
-
-
-def is_planned(
-    param: Tensor,
-    grad: Tensor | None,
-    names: Names,
-    rule: Rule,
-    entry: Any,
-    keeps: bool,
-    simple: int,
-) -> bool:
-    """Whether a plan covers a parameter's gradient. A parameter without one may have a
-    kind or a state that no step could be done with."""
-    if grad is None and keeps and not has_begun(entry, rule, names):
-        return False
-    if simple and not entry:
-        return True
-    try:
-        check(param, grad, names, rule, entry or {})
-    except (Unsupported, ValueError):
-        if grad is not None:
-            raise
-        return False
-    return True
-
-
-def check(
-    param: Tensor,
-    grad: Tensor | None,
-    names: Names,
-    rule: Rule,
-    entry: dict[str, Any],
-) -> None:
-    """Check that fastopt has kernels for a parameter, its gradient and its state."""
-    if is_lazy(param):
-        raise Unsupported("uninitialized parameters")
-    if names.real and param.is_complex():
-        raise Unsupported("complex parameters")
-    if param.device.type not in ("cpu", "cuda"):
-        raise Unsupported(f"parameters on {param.device}")
-    check_memory("parameters", param)
-    if param.dtype not in COMPUTED:
-        raise Unsupported(f"parameters of {param.dtype}")
-    sizes = zip(param.shape, param.stride(), strict=True)
-    if param.numel() and any(step == 0 < size - 1 for size, step in sizes):
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is expanded: several of its "
-            f"elements are one number in memory; give it a clone() as its data"
-        )
-    if grad is not None:
-        check_gradient(param, grad)
-    shapes = shapes_of(rule, names, param)
-    for key, tensor in entry.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        check_memory("tensors of the state", tensor)
-        shape = shapes.get(key, tensor.shape)
-        if tensor.shape != shape and (shape or tensor.numel() != 1):
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} needs {key!r} of shape "
-                f"{tuple(shape)} in its state, where it has {tuple(tensor.shape)}; cut "
-                f"or pad the state as the parameter, or delete it"
-            )
-
-
-modes: Any = torch._C
-count_modes = modes._len_torch_dispatch_stack
-
-
-def in_fake_mode() -> bool:
-    """Whether torch is to make FakeTensors now."""
-    if not count_modes():
-        return False
-    mode = modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE)
-    return bool(mode is not None)
 
 
 def module_for(backend: str | None, rule: Rule, on_cpu: bool) -> ModuleType:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastopt.optimizer.refusals import named
+from fastopt.torch.dtensors import are_there
 from fastopt.torch.step import Stepping
 
 
@@ -61,10 +62,15 @@ def release_gradients_(optimizer: Stepping) -> Released:
             f"fastopt.torch.AdamW(params)"
         )
     optimizer.check_single_steps()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if are_there(params):
+        raise TypeError(
+            "release_gradients_ takes no DTensors, whose gradients are complete only "
+            "after the backward pass of all processes; call step() after it"
+        )
     handles = [
         param.register_post_accumulate_grad_hook(stepping(weakref.ref(optimizer)))
-        for group in optimizer.param_groups
-        for param in group["params"]
+        for param in params
         if param.requires_grad
     ]
     return Released(handles)

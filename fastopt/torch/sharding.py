@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,10 @@ def warn(
     rules: Sequence[Rule],
     clip_norm: bool,
     nonfinite: str,
+    group: Any = None,
 ) -> bool:
-    """Warn if a step needs all parameters. Return whether a warning was given."""
+    """Warn if a step needs all parameters, which a ``group`` of processes may add up.
+    Return whether a warning was given."""
     distributed = torch.distributed.is_available() and (
         torch.distributed.is_initialized()
     )
@@ -57,10 +60,10 @@ def warn(
     if by is None:
         return False
     called, pieces = by
-    wrong = ["clip_norm"] if clip_norm else []
-    if nonfinite != "propagate":
+    wrong = ["clip_norm"] if clip_norm and group is None else []
+    if nonfinite != "propagate" and group is None:
         wrong.append(f"nonfinite={nonfinite!r}")
-    if "all" in measures:
+    if "all" in measures and group is None:
         wrong.append("the rule's sums over all parameters")
     if pieces and "segment" in measures:
         wrong.append("the rule's norm of each parameter")
@@ -69,9 +72,9 @@ def warn(
     warnings.warn(
         f"{name} is given a share of the parameters by {called}: "
         f"{' and '.join(wrong)} would be of each process's share alone, and differ "
-        f"between processes. Clip and check all gradients before the step (such as "
-        f"with clip_grad_norm_), and use rules without such sums, or "
-        f"DistributedDataParallel without shares",
+        f"between processes. Pass shard_group=, the processes with the other shares, "
+        f"if these are of whole parameters; or clip and check all gradients before the "
+        f"step (such as with clip_grad_norm_), and use rules without such sums",
         stacklevel=4,
     )
     return True

@@ -72,7 +72,8 @@ class Names(NamedTuple):
 
 @dataclass(eq=False)
 class Member:
-    """A parameter that is updated, and its place among all parameters."""
+    """A parameter that is updated, and its place among all parameters. Of a DTensor,
+    the parameter here and its state are this process's shards."""
 
     param: Tensor
     chosen: Chosen  # the formats of the rule's buffers, and of itself
@@ -82,7 +83,8 @@ class Member:
     state: dict[str, Any]
     plain: bool  # whether steps work in its own memory
     alone: bool  # whether it is always a segment by itself
-    first: int = 0  # the number of its first element among all parameters'
+    first: int  # the number of its first element among all parameters'
+    owner: Tensor  # the parameter as the optimizer has it
     factors: Factors | None = None
     copy: Tensor | None = None  # where steps copy the parameter to
 

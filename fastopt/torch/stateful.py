@@ -19,11 +19,11 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked, launched_with_one, own_number
-from fastopt.torch import loading
+from fastopt.torch import dtensors, loading
 from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
 from fastopt.torch.flat import flattened_any, in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
-from fastopt.torch.gradients import Gradients, Sums, is_left, of_tasks
+from fastopt.torch.gradients import Gradients, Sums, is_left, of_shards, of_tasks
 from fastopt.torch.masters import apart, check_masters, setting
 from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
@@ -148,6 +148,12 @@ class Stateful(Storage):
         contains the sums. GradScaler cannot be used, because it reads ``.grad``.
         """
 
+        if dtensors.are_there(self._params):
+            raise TypeError(
+                "accumulate() takes no DTensors; their gradients are added up by FSDP2 "
+                "itself, with set_requires_gradient_sync(False) before all but the last"
+            )
+
         def calls() -> list[Call]:
             try:
                 self._read(list(self.param_groups))
@@ -191,7 +197,7 @@ class Stateful(Storage):
                     "there are accumulated gradients; call step() without gradients to "
                     "apply them, or drop_accumulated() to discard them"
                 )
-            return of_tasks(params, grads, weights)
+            return of_shards(of_tasks(params, grads, weights), params)
         if sums is None:
             return None
         sums.check(params)
@@ -363,7 +369,8 @@ class Stateful(Storage):
                 trained = has_begun(state, rule, self._names)
                 if evaluates and trained and TRAINED not in state:
                     values = self._values(group, rule)
-                    tensors.append(evaluated(param, state, rule, self._names, values))
+                    of = param, state, rule, self._names, values
+                    tensors.append(dtensors.on_shard(evaluated, *of))
                 else:
                     tensors.append(param.detach())
         return tensors

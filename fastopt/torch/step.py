@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,14 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.collector import paused
-from fastopt.step import OPTIONS, PLAIN, Options, Request
-from fastopt.torch import sharding
+from fastopt.step import OPTIONS, PLAIN, Options, Request, examine
+from fastopt.torch import dtensors, sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import Part, estimate
-from fastopt.torch.plan import Order, Plan, Read, in_order, zeroing
+from fastopt.torch.plan import Order, Plan, Read, in_order, noting, zeroing
+from fastopt.torch.ranks import ranks_of
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Overtaken
@@ -74,6 +75,11 @@ class Stepping(Stateful):
     copy_to
         A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
         write float32 parameters there, rounded to nearest, in the same pass.
+    shard_group
+        A group of torch.distributed whose processes have a share of the parameters
+        each, as inside ``ZeroRedundancyOptimizer``: ``clip_norm``, ``nonfinite`` and
+        rules with norms over all parameters then reckon with those of all processes.
+        DTensors need none, because they know their processes. See docs/distributed.md.
     threads
         How many to use; by default as many as torch uses, within the container's quota
         and this process's share of the machine (docs/threads.md).
@@ -107,6 +113,7 @@ class Stepping(Stateful):
         master: str | None = None,
         copy_to: Any = None,
         seed: int = 0,
+        shard_group: Any = None,
         threads: int | None = None,
         backend: str | None = None,
         **options: Any,
@@ -124,6 +131,7 @@ class Stepping(Stateful):
         self.weight_decay_mask = weight_decay_mask
         self._set_formats(state_dtype, formats, master)
         self.copy_to, self.seed = copy_to, seed
+        self.shard_group = shard_group
         first_element(seed)  # which checks it
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
@@ -146,8 +154,8 @@ class Stepping(Stateful):
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
         """Warn once if a step needs all parameters, of which each process has some."""
         if not self._warned:
-            of = [param for param, _ in self._all()], self._rules
-            self._warned = sharding.warn(type(self).__name__, *of, clip_norm, nonfinite)
+            of = type(self).__name__, self._params, self._rules
+            self._warned = sharding.warn(*of, clip_norm, nonfinite, self.shard_group)
 
     @Arguments
     def __signature__(cls) -> inspect.Signature:
@@ -350,6 +358,7 @@ class Stepping(Stateful):
             if plan is None or grads is None or not plan.reread(groups, read):
                 plan = self._new_plan(groups, state, read, order)
                 if plan is None:
+                    self._join(groups, request)
                     return None
                 grads = plan.look(groups, state, averaged) or []
         if gradients is None:
@@ -360,6 +369,7 @@ class Stepping(Stateful):
             plan = self._new_plan(groups, state, self._read(groups), order)
             parts = plan.take_gradients(gradients) if plan and gradients else None
         if plan is None or not parts:
+            self._join(groups, request)
             return plan
         last = self._sums.emptying() if self._sums is not None and gradients else []
         with in_order({part.device for part in parts}):
@@ -370,6 +380,29 @@ class Stepping(Stateful):
         for part in parts:
             part.forget()
         return None if plan.unused else plan
+
+    def _join(self, groups: list[dict[str, Any]], request: Request) -> None:
+        """Take part in what other processes add up, if there is no gradient here."""
+        rules, _, _ = self._read(groups)
+        params = [param for group in groups for param in group["params"]]
+        if self.shard_group is None and not dtensors.are_there(params):
+            return
+        of_each = [
+            rule
+            for rule, group in zip(rules, groups, strict=False)
+            for _ in group["params"]
+        ]
+        ranks = ranks_of(self.shard_group, params, of_each, rules)
+        if ranks is None:
+            return
+        if request.needs_norm:
+            norm, finite, *_ = examine(
+                [], 1.0, request, lambda p, i: True, partial(ranks.norm_of, [])
+            )
+            uninterrupted(*noting(self.__dict__, norm, finite, request))
+            if not finite and request.nonfinite == "skip":
+                return
+        ranks.measure({})
 
     def _new_plan(
         self,

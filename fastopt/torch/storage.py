@@ -13,6 +13,7 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.storage import Usage
 from fastopt.rule import Rule
+from fastopt.torch.dtensors import fits, is_dtensor, local, on_shard
 from fastopt.torch.formats import Wanted
 from fastopt.torch.masters import master
 from fastopt.torch.memory import HALVES, is_dense, same_layout
@@ -33,6 +34,7 @@ class Storage(Optimizer):
     formats: Any = None
     master: str | None = None
     copy_to: Any = None
+    shard_group: Any = None
     seed = 0
 
     def _set_formats(
@@ -70,7 +72,7 @@ class Storage(Optimizer):
             check_copy(param, copy)
         spans = sorted(
             (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
-            for t in (*params, *(copy for _, copy in pairs))
+            for t in map(local, (*params, *(copy for _, copy in pairs)))
             if t.numel()
         )
         if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
@@ -115,11 +117,12 @@ class Storage(Optimizer):
         """Return each parameter with all bits that are kept of it, as a new tensor in
         the dtype that is computed in."""
         with self._turns.lock:
-            return [master(param, self.state.get(param, {})) for param in self._params]
+            pairs = [(param, self.state.get(param, {})) for param in self._params]
+            return [on_shard(master, *pair) for pair in pairs]
 
     def memory(self) -> Usage:
         """Return the bytes of each buffer, in all and for each parameter, as the core's
-        ``opt.memory()``."""
+        ``opt.memory()``; of DTensors, those of this process."""
         params = self._params
         buffers: dict[str, list[Tensor]] = {PARAM: list(params)}
         for param in params:
@@ -128,11 +131,11 @@ class Storage(Optimizer):
                     buffers.setdefault(key, []).append(value)
         buffers["copy"] = list((self.copy_to or {}).values())
         rows = [
-            (name, kinds(tensors), sum(t.numel() * t.element_size() for t in tensors))
+            (name, kinds(shards), sum(t.numel() * t.element_size() for t in shards))
             for name, tensors in buffers.items()
-            if tensors
+            if (shards := list(map(local, tensors)))
         ]
-        return Usage(sum(param.numel() for param in params), tuple(rows))
+        return Usage(sum(local(param).numel() for param in params), tuple(rows))
 
     @property
     def _params(self) -> list[Tensor]:
@@ -157,7 +160,10 @@ def check_copy(param: Tensor, copy: Tensor) -> None:
             f"copy_to has shape {tuple(copy.shape)} for a parameter of shape "
             f"{tuple(param.shape)}"
         )
-    if not (param.is_cpu and is_dense(param) and same_layout(copy, param, copy.dtype)):
+    divided_alike = is_dtensor(copy) == is_dtensor(param) and fits(copy, param)
+    param, copy = local(param), local(copy)
+    alike = divided_alike and same_layout(copy, param, copy.dtype)
+    if not (param.is_cpu and is_dense(param) and alike):
         raise ValueError(
             "copy_to takes dense tensors of the CPU in the layout of their parameters, "
             "such as torch.empty_like(param, dtype=torch.bfloat16)"

@@ -1,5 +1,5 @@
-"""Shares of parameters: FSDP2 makes DTensors, which torch's own step takes and other
-classes refuse; of others' shares there is a warning."""
+"""Shares of parameters that are plain tensors: there is a warning, unless the group of
+processes that have the others is known."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ if not torch.distributed.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 import fastopt.torch  # noqa: E402
 from fastopt.torch import sharding  # noqa: E402
@@ -26,54 +25,6 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
     )
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
-
-
-def sharded(mesh: DeviceMesh) -> torch.nn.Module:
-    torch.manual_seed(3)
-    layers = torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
-    model = torch.nn.Sequential(*layers)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def backward(model: torch.nn.Module, step: int) -> None:
-    torch.manual_seed(step)
-    model.zero_grad()
-    model(torch.randn(7, 5)).square().sum().backward()
-
-
-def values(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [p.full_tensor().detach().clone() for p in model.parameters()]
-
-
-OURS = ["LAMB", "Lion", "LARS", "Prodigy", "ScheduleFreeAdamW"]
-TORCHS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"]
-
-
-@pytest.mark.parametrize("name", TORCHS)
-def test_torch_steps_what_fsdp2_shards(mesh: DeviceMesh, name: str) -> None:
-    runs = []
-    for module in (torch.optim, fastopt.torch):
-        model = sharded(mesh)
-        opt = getattr(module, name)(model.parameters(), lr=0.03, weight_decay=0.1)
-        for step in range(3):
-            backward(model, step)
-            opt.step()
-        runs.append(values(model))
-    for theirs, ours in zip(*runs, strict=True):
-        assert torch.equal(theirs, ours)
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_other_classes_refuse_what_fsdp2_shards(mesh: DeviceMesh, name: str) -> None:
-    model = sharded(mesh)
-    before = values(model)
-    with pytest.raises((TypeError, ValueError, RuntimeError), match="DTensor"):
-        opt = getattr(fastopt.torch, name)(model.parameters(), lr=0.03)
-        backward(model, 0)
-        opt.step()
-    for was, now in zip(before, values(model), strict=True):
-        assert torch.equal(was, now)
 
 
 @pytest.mark.filterwarnings("default")

@@ -192,17 +192,19 @@ def test_a_process_that_is_bound_does_not_share():
     assert run(code, LOCAL_WORLD_SIZE="2") == "True ['CPU affinity', 'cgroup quota']\n"
 
 
+# A line is written at once, because two processes write to one pipe.
 OF_TORCHRUN = """
-import torch
+import os, torch
 from fastopt.runtime import threads
 threads.affinity, threads.cgroup_quota = lambda: 8, lambda: float("inf")
 threads.is_bound = lambda: False
 import fastopt.torch
 opt = fastopt.torch.AdamW([torch.nn.Parameter(torch.ones(9))])
 asked = fastopt.torch.AdamW([torch.nn.Parameter(torch.ones(9))], threads=3)
-print(torch.get_num_threads(), opt._threads(), asked._threads(), flush=True)
+counts = torch.get_num_threads(), opt._threads(), asked._threads()
+os.write(1, "{} {} {}\\n".format(*counts).encode())
 torch.set_num_threads(2)
-print(opt._threads(), flush=True)
+os.write(1, "{}\\n".format(opt._threads()).encode())
 """
 
 

@@ -1,0 +1,473 @@
+"""Steps over DTensors, as FSDP2 makes them, in several processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("torch without torch.distributed", allow_module_level=True)
+
+from ranks import Ranks  # noqa: E402
+from torch.distributed import checkpoint  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import (  # noqa: E402
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+import fastopt.torch  # noqa: E402
+
+REFUSED = {"Adafactor"}  # averages of rows and columns
+TORCHS = {"Muon"}  # whose step is torch's own, with products of bfloat16
+NAMES = [
+    name
+    for name in fastopt.torch.__all__
+    if name[0].isupper() and name not in REFUSED | TORCHS
+]
+ELEMENTWISE = [
+    name
+    for name in NAMES
+    if not hasattr(getattr(fastopt.torch, name), "rule")
+    or getattr(fastopt.torch, name).rule.measure is None
+]
+SUMS = sorted({*NAMES} - {*ELEMENTWISE})
+DTYPES = torch.float32, torch.float64, torch.bfloat16
+# With fewer rows than processes, an uneven number of rows, and none of a whole vector.
+SHAPES = (5, 3), (1, 4), (7,), (2, 3, 2), (1,)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+def numbers(seed: int, shape: Any, dtype: Any) -> Any:
+    """Numbers that are sums of a few powers of two, so that their sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
+
+
+def parameters(dtype: Any, divide: Any) -> list[Any]:
+    return [
+        torch.nn.Parameter(divide(numbers(i, shape, dtype)))
+        for i, shape in enumerate(SHAPES)
+    ]
+
+
+def step(opt: Any, params: list[Any], k: int, divide: Any, none: bool = False) -> None:
+    """Do the k-th step. One parameter has no gradient in some steps, if ``none``."""
+    for i, param in enumerate(params):
+        grad = numbers(100 * k + i, SHAPES[i], param.dtype)
+        param.grad = None if none and i == 2 and k % 3 else divide(grad)
+    opt.step()
+
+
+def whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(name: str, options: dict, dtype: Any, mesh: Any, placements: Any, steps: int):
+    """Return all parameters, and what is noted, after steps; without a mesh, in one
+    process."""
+
+    def divide(tensor: Any) -> Any:
+        if mesh is None:
+            return tensor
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+    params = parameters(dtype, divide)
+    opt = getattr(fastopt.torch, name)(params, **options)
+    for k in range(steps):
+        step(opt, params, k, divide, none=True)
+    state = {
+        key: type(value).__name__
+        for entry in opt.state.values()
+        for key, value in entry.items()
+        if value.dim()
+    }
+    return [whole(p).detach() for p in params], opt.grad_norm, opt.skipped, state
+
+
+def shards(name: str, options: dict, dtype: Any, steps: int, layout: str = "rows"):
+    count = torch.distributed.get_world_size()
+    if layout == "rows":
+        mesh, placements = init_device_mesh("cpu", (count,)), [Shard(0)]
+    elif layout == "hybrid":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        placements = [Replicate(), Shard(0)]
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "again"))
+        placements = [Shard(0), Shard(0)]
+    return run(name, options, dtype, mesh, placements, steps)
+
+
+def agree(results: list[Any], expected: Any, tolerance: float = 0.0) -> None:
+    """All processes have the same bits, which are those of one process."""
+    params, norm, skipped, _ = expected
+    for theirs, their_norm, their_skipped, state in results:
+        assert set(state.values()) <= {"DTensor"}
+        assert their_skipped == skipped
+        same = their_norm == norm or math.isnan(norm) and math.isnan(their_norm)
+        assert same or math.isclose(their_norm, norm, rel_tol=1e-12)
+        for ours, one, first in zip(theirs, params, results[0][0], strict=True):
+            assert torch.equal(ours, first)
+            if tolerance:
+                torch.testing.assert_close(ours, one, rtol=tolerance, atol=tolerance)
+            else:
+                assert torch.equal(ours, one)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {"lr": 0.25} if name not in ("ASGD", "Rprop") else {}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_classes_have_the_bits_of_one_process(pair: Ranks, name: str):
+    for dtype in DTYPES:
+        of = name, options_of(name), dtype
+        agree(pair.run(shards, *of, 20), run(*of, None, None, 20))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_classes_with_sums_agree_with_one_process(pair: Ranks, name: str):
+    of = name, options_of(name), torch.float64
+    agree(pair.run(shards, *of, 20), run(*of, None, None, 20), 1e-12)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        of = name, options_of(name), dtype
+        agree(pair.run(shards, *of, 20), run(*of, None, None, 20), tolerance)
+
+
+@pytest.mark.parametrize("layout", ["rows", "hybrid", "twice"])
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "Prodigy"])
+def test_meshes_of_four_processes(four: Ranks, name: str, layout: str):
+    options = {"lr": 0.25, "clip_norm": 0.5, "ema": 0.9, "clip_value": 0.2}
+    of = name, options, torch.float64
+    agree(four.run(shards, *of, 6, layout), run(*of, None, None, 6), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "LARS", "DoG"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_that_of_all_shards(pair: Ranks, name: str, dtype: Any):
+    of = name, {"lr": 0.25, "clip_norm": 0.75}, dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
+    agree(pair.run(shards, *of, 6), run(*of, None, None, 6), tolerance)
+
+
+def with_nan(nonfinite: str, where: int) -> Any:
+    """Steps of which one has a NaN in the shard of one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = parameters(torch.float32, lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    opt = fastopt.torch.AdamW(params, nonfinite=nonfinite)
+    for k in range(3):
+        for i, param in enumerate(params):
+            grad = numbers(100 * k + i, SHAPES[i], param.dtype)
+            param.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        if k == 1 and torch.distributed.get_rank() == where:
+            params[0].grad.to_local()[0] = math.nan
+        before = [p.to_local().clone() for p in params]
+        try:
+            opt.step()
+        except FloatingPointError:
+            assert k == 1 and nonfinite == "raise"
+        if k == 1:
+            pairs = zip(before, params, strict=True)
+            assert all(torch.equal(b, p.to_local()) for b, p in pairs)
+    return opt.skipped, [int(s["step"]) for s in opt.state.values()]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_nan_of_one_process_stops_all(pair: Ranks, nonfinite: str, where: int):
+    for skipped, steps in pair.run(with_nan, nonfinite, where):
+        assert skipped == (nonfinite == "skip")
+        assert steps == [2] * len(SHAPES)
+
+
+def model(dtype: Any) -> Any:
+    torch.manual_seed(5)
+    layers = torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def in_fsdp(name: str, options: dict, dtype: Any) -> Any:
+    """Train with FSDP2, each process on its half of a batch."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    net = model(dtype)
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    for module in (net[0], net):  # gloo adds up where FSDP2 asks it for an average
+        module.set_force_sum_reduction_for_comms(True)
+    opt = getattr(fastopt.torch, name)(net.parameters(), **options)
+    for k in range(4):
+        opt.zero_grad()
+        rows = numbers(k, (8, 6), dtype).chunk(2)[torch.distributed.get_rank()]
+        net(rows).sum().backward()
+        opt.step()
+    return [p.full_tensor().detach() for p in net.parameters()], opt.grad_norm
+
+
+def alone(name: str, options: dict, dtype: Any) -> Any:
+    net = model(dtype)
+    opt = getattr(fastopt.torch, name)(net.parameters(), **options)
+    for k in range(4):
+        opt.zero_grad()
+        for rows in numbers(k, (8, 6), dtype).chunk(2):
+            (net(rows).sum() / 2).backward()
+        opt.step()
+    return [p.detach() for p in net.parameters()], opt.grad_norm
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB"])
+def test_fsdp2_trains_as_one_process(pair: Ranks, name: str, options: dict):
+    expected, norm = alone(name, {"lr": 0.01, **options}, torch.float64)
+    for params, their_norm in pair.run(
+        in_fsdp, name, {"lr": 0.01, **options}, torch.float64
+    ):
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
+        assert math.isnan(norm) or math.isclose(norm, their_norm, rel_tol=1e-12)
+
+
+def layouts() -> list[str]:
+    """Gradients that are divided otherwise than their parameters."""
+    mesh = init_device_mesh("cpu", (2,))
+    start, full = numbers(1, (4, 3), torch.float64), numbers(2, (4, 3), torch.float64)
+    expected = torch.nn.Parameter(start.clone())
+    expected.grad = full.clone()
+    fastopt.torch.AdamW([expected]).step()
+    seen = []
+    for placement in (Shard(0), Shard(1), Replicate(), Partial()):
+        if placement.is_partial():
+            grad = DTensor.from_local(full / 2, mesh, [Partial()])
+        else:
+            grad = distribute_tensor(full, mesh, [placement])
+        for of in (Shard(0), Shard(1), Replicate()):
+            param = torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [of]))
+            param.grad = grad
+            opt = fastopt.torch.AdamW([param])
+            opt.step()
+            assert torch.equal(param.full_tensor(), expected)
+            seen.append(f"{placement} {of}")
+    return seen
+
+
+def test_gradients_may_be_divided_otherwise(pair: Ranks):
+    for seen in pair.run(layouts):
+        assert len(seen) == 12
+
+
+def refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def param(placement: Any) -> Any:
+        if placement.is_partial():
+            return torch.nn.Parameter(
+                DTensor.from_local(torch.ones(8, 600), mesh, [placement])
+            )
+        return torch.nn.Parameter(
+            distribute_tensor(torch.ones(8, 600), mesh, [placement])
+        )
+
+    def stepped(name: str, of: Any, **options: Any) -> None:
+        of.grad = of.detach().clone()
+        getattr(fastopt.torch, name)([of], **options).step()
+
+    divided = param(Shard(0))
+    calls = [
+        lambda: stepped("Lion", param(Partial())),
+        lambda: stepped("Adafactor", param(Shard(0))),
+        lambda: stepped("AdamW", param(Shard(0)), formats="8bit"),
+        lambda: fastopt.torch.flatten_([divided]),
+        lambda: fastopt.torch.release_gradients_(fastopt.torch.AdamW([divided])),
+        lambda: fastopt.torch.AdamW([divided]).accumulate(),
+    ]
+    said = []
+    for call in calls:
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+            call()
+        said.append(str(error.value))
+        assert torch.equal(divided.to_local(), torch.ones(4, 600))
+    return said
+
+
+def test_what_cannot_be_right_is_refused(pair: Ranks):
+    words = (
+        "partial sums",
+        "rows and columns",
+        "8 bits",
+        "DTensor",
+        "DTensors",
+        "DTensors",
+    )
+    for said in pair.run(refusals):
+        for word, message in zip(words, said, strict=True):
+            assert word in message
+
+
+def doors() -> None:
+    """What else reads or writes parameters and state."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def divide(tensor: Any) -> Any:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    def both(name: str, dtype: Any, **options: Any) -> Any:
+        pairs = []
+        for how in (divide, lambda tensor: tensor):
+            params = parameters(dtype, how)
+            copies = options.pop("copies", None)
+            if copies:
+                of = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+                pairs.append((params, getattr(fastopt.torch, name)(params, copy_to=of)))
+                options["copies"] = True
+            else:
+                pairs.append((params, getattr(fastopt.torch, name)(params, **options)))
+            for k in range(3):
+                step(pairs[-1][1], params, k, how)
+        return pairs
+
+    def same(theirs: Any, ours: Any) -> None:
+        for a, b in zip(theirs, ours, strict=True):
+            assert isinstance(a, DTensor)
+            assert torch.equal(a.full_tensor(), b)
+
+    (params, opt), (plain, one) = both("ScheduleFreeAdamW", torch.float32, ema=0.9)
+    same(opt.ema_params(), one.ema_params())
+    same(opt.eval_params(), one.eval_params())
+    for of in (opt, one):
+        of.eval()
+    same(params, plain)
+    for of in (opt, one):
+        of.train()
+    same(params, plain)
+    (params, opt), (plain, one) = both("AdamW", torch.bfloat16, master="bf16+r16")
+    same(opt.master_params(), one.master_params())
+    masters = [p + 1 / 512 for p in opt.master_params()]
+    opt.load_master_params(masters)
+    one.load_master_params([m.full_tensor() for m in masters])
+    same(opt.master_params(), one.master_params())
+    with pytest.raises(TypeError, match="DTensors"):
+        opt.load_master_params([m.full_tensor() for m in masters])
+    (params, opt), (plain, one) = both("AdamW", torch.float32, copies=True)
+    same(
+        [opt.copy_to[p] for p in params],
+        [one.copy_to[p] for p in plain],
+    )
+    shards = sum(p.to_local().numel() for p in params)
+    assert opt.memory().elements == shards
+    for k in range(2):  # gradients that are handed over, and of several tasks
+        grads = [
+            numbers(7 * k + i, shape, torch.float32) for i, shape in enumerate(SHAPES)
+        ]
+        opt.step(grads=list(map(divide, grads)), zero_grads=True)
+        one.step(grads=grads)
+        tasks = [grads, [g + 1 for g in grads]]
+        opt.step(grads=[list(map(divide, task)) for task in tasks], weights=[0.5, 2.0])
+        one.step(grads=tasks, weights=[0.5, 2.0])
+    same(params, plain)
+    # A new local tensor, as FSDP2 may make one.
+    params[0]._local_tensor = params[0]._local_tensor.clone()
+    for of, tensors, how in ((opt, params, divide), (one, plain, lambda t: t)):
+        step(of, tensors, 5, how)
+    same(params, plain)
+    # Stochastic rounding by the element's index in the whole parameter.
+    options = {"master": "bf16", "formats": "bf16"}
+    (params, opt), (plain, one) = both("AdamW", torch.bfloat16, **options)
+    same(params, plain)
+
+
+def test_other_doors(pair: Ranks):
+    pair.run(doors)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Muon"])
+def test_a_step_with_lr_0_and_no_gradient_moves_nothing(name: str):
+    """``torch.distributed.checkpoint`` makes the state so, before it loads it."""
+    shapes = SHAPES if name != "Muon" else [(5, 3)]
+    params = [
+        torch.nn.Parameter(numbers(i, s, torch.float32)) for i, s in enumerate(shapes)
+    ]
+    before = [p.detach().clone() for p in params]
+    opt = getattr(fastopt.torch, name)(params)
+    get_optimizer_state_dict(torch.nn.ParameterList(params), opt)
+    for param, was in zip(params, before, strict=True):
+        assert torch.equal(param, was)
+
+
+def trained(name: str, steps: range, folder: str, load: bool, save: bool) -> Any:
+    """Train with FSDP2 from a checkpoint, and save another."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    net = model(torch.float32)
+    fully_shard(net, mesh=mesh)
+    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.125)
+
+    def states() -> Any:
+        return {
+            "model": net.state_dict(),
+            "optimizer": get_optimizer_state_dict(net, opt),
+        }
+
+    if load:
+        saved = states()
+        checkpoint.load(saved, checkpoint_id=folder)
+        net.load_state_dict(saved["model"])
+        set_optimizer_state_dict(net, opt, saved["optimizer"])
+    for k in steps:
+        for i, param in enumerate(net.parameters()):
+            full = numbers(10 * k + i, param.shape, param.dtype)
+            param.grad = distribute_tensor(full, param.device_mesh, param.placements)
+        opt.step()
+    if save:
+        checkpoint.save(states(), checkpoint_id=folder)
+    return [p.full_tensor().detach() for p in net.parameters()]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(1, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion", "ScheduleFreeAdamW"])
+def test_checkpoints_go_on_with_other_numbers_of_processes(
+    single: Ranks, pair: Ranks, three: Ranks, tmp_path: Path, name: str
+):
+    uninterrupted = single.run(trained, name, range(6), "", False, False)[0]
+    for saving in (single, pair, three):
+        folder = str(tmp_path / str(len(saving.pipes)))
+        saving.run(trained, name, range(3), folder, False, True)
+        for loading in (single, pair, three):
+            for params in loading.run(trained, name, range(3, 6), folder, True, False):
+                for ours, expected in zip(params, uninterrupted, strict=True):
+                    assert torch.equal(ours, expected)
