@@ -430,7 +430,7 @@ class Plan:
         own = {
             part: part.sums(self.values, factors, request)
             for part in parts
-            if part.over_all or (self._ranks and part.rule.measure is not None)
+            if part.over_all or (self._ranks and self._ranks.divide(part))
         }
         if self._ranks is not None:
             return self._ranks.measure(own)

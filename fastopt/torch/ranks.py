@@ -75,6 +75,10 @@ class Ranks:
         sums = self._added(rows)
         return added(square for square, _ in sums), added(count for _, count in sums)
 
+    def divide(self, part: Part) -> bool:
+        """Whether what a part measures of each parameter is of pieces of it."""
+        return any(place in self.rows for place in part.places.tolist())
+
     def measure(self, own: Mapping[Part, Sequence[Sums]]) -> dict[Part, list[Sums]]:
         """Return what is measured of all processes, for each run of each part. They are
         given the sums of this process."""

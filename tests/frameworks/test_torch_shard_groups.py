@@ -1,0 +1,176 @@
+"""Processes that step whole parameters, each a share of them, as inside torch's
+ZeroRedundancyOptimizer; and those that step all of them, in DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("torch without torch.distributed", allow_module_level=True)
+
+from ranks import Ranks  # noqa: E402
+from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+import fastopt.torch  # noqa: E402
+
+NAMES = ["SGD", "AdamW", "Adagrad", "Lion", "LAMB", "Adafactor", "Prodigy", "DoG"]
+OPTIONS: list[dict[str, Any]] = [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+def numbers(seed: int, shape: Any, dtype: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
+
+
+def model(dtype: Any) -> Any:
+    torch.manual_seed(5)
+    layers = torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def give(net: Any, k: int, nan: bool) -> None:
+    for i, param in enumerate(net.parameters()):
+        param.grad = numbers(100 * k + i, param.shape, param.dtype)
+    if nan and k == 1:
+        param.grad[..., 0] = math.nan  # of the last parameter, which one process has
+
+
+def zero(name: str, options: dict, dtype: Any, steps: int, params: int = 4) -> Any:
+    net = model(dtype)
+    group = torch.distributed.group.WORLD
+    opt = ZeroRedundancyOptimizer(
+        list(net.parameters())[:params],
+        getattr(fastopt.torch, name),
+        shard_group=group,
+        lr=0.01,
+        **options,
+    )
+    for k in range(steps):
+        give(net, k, "nonfinite" in options)
+        opt.step()
+    mine = opt.optim
+    return [p.detach() for p in net.parameters()], mine.grad_norm, mine.skipped
+
+
+def alone(name: str, options: dict, dtype: Any, steps: int, params: int = 4) -> Any:
+    net = model(dtype)
+    of = list(net.parameters())[:params]
+    opt = getattr(fastopt.torch, name)(of, lr=0.01, **options)
+    for k in range(steps):
+        give(net, k, "nonfinite" in options)
+        opt.step()
+    return [p.detach() for p in net.parameters()], opt.grad_norm, opt.skipped
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_1_steps_as_one_process(pair: Ranks, name: str, options: dict):
+    of = name, options, torch.float64, 6
+    expected, norm, skipped = alone(*of)
+    for params, their_norm, their_skipped in pair.run(zero, *of):
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
+        assert their_skipped == skipped == (options.get("nonfinite") == "skip")
+        assert math.isnan(norm) or math.isclose(norm, their_norm, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "Lion"])
+def test_elementwise_classes_have_the_bits_of_one_process(
+    pair: Ranks, name: str, dtype: Any
+):
+    of = name, {}, dtype, 20
+    expected, *_ = alone(*of)
+    for params, *_ in pair.run(zero, *of):
+        for ours, theirs in zip(params, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy"])
+def test_a_process_without_parameters_takes_part(
+    three: Ranks, name: str, options: dict
+):
+    of = name, options, torch.float64, 4, 2  # two parameters for three processes
+    expected, _, skipped = alone(*of)
+    for params, _, their_skipped in three.run(zero, *of):
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
+        assert their_skipped == skipped
+
+
+def without_gradients(name: str) -> Any:
+    """The process with the smaller rank has no gradient in some steps."""
+    rank = torch.distributed.get_rank()
+    group = torch.distributed.group.WORLD
+    param = torch.nn.Parameter(numbers(rank, (3,), torch.float64))
+    opt = getattr(fastopt.torch, name)([param], clip_norm=0.5, shard_group=group)
+    norms = []
+    for k in range(4):
+        there = rank == 1 or k in (1, 3)
+        param.grad = numbers(10 * k + rank, (3,), torch.float64) if there else None
+        opt.step()
+        norms.append(opt.grad_norm)
+    return norms
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "DoG"])
+def test_gradients_of_some_processes(pair: Ranks, name: str):
+    expected = [
+        math.sqrt(
+            sum(
+                float(numbers(10 * k + rank, (3,), torch.float64).square().sum())
+                for rank in (0, 1)
+                if rank == 1 or k in (1, 3)
+            )
+        )
+        for k in range(4)
+    ]
+    for norms in pair.run(without_gradients, name):
+        assert norms == pytest.approx(expected, rel=1e-12)
+
+
+def in_ddp(name: str, options: dict) -> Any:
+    net = DistributedDataParallel(model(torch.float64))
+    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, **options)
+    for k in range(5):
+        opt.zero_grad()
+        rows = numbers(k, (8, 6), torch.float64).chunk(2)[torch.distributed.get_rank()]
+        net(rows).sum().backward()
+        opt.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ddp_trains_as_one_process(pair: Ranks, name: str, options: dict):
+    net = model(torch.float64)
+    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, **options)
+    for k in range(5):
+        opt.zero_grad()
+        for rows in numbers(k, (8, 6), torch.float64).chunk(2):
+            (net(rows).sum() / 2).backward()
+        opt.step()
+    expected = [p.detach() for p in net.parameters()]
+    first, second = pair.run(in_ddp, name, options)
+    torch.testing.assert_close(first, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
