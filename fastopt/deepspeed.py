@@ -11,8 +11,10 @@ kernels compute in float32. The results agree with those of DeepSpeed up to roun
 What differs:
 
 - The bits depend neither on the number of threads nor on the instruction set, and they
-  are those of ``fastopt.torch``. Hyperparameters are rounded to float32 after powers
-  and differences such as ``1 - beta2`` have been computed, not before.
+  are those of ``fastopt.torch``. The number of threads is chosen as there, too
+  (docs/threads.md), and is at most torch's.
+- Hyperparameters are rounded to float32 after powers and differences such as
+  ``1 - beta2`` have been computed, not before.
 - Lion does not move a parameter whose momentum and gradient are 0, as in the paper.
 - Adagrad only reads the gradients.
 - bfloat16 is vectorized on every instruction set.
@@ -21,8 +23,7 @@ What differs:
 - What cannot be right is an error before anything is written: a gradient of another
   shape, a tensor with gaps, memory that overlaps, an unknown dtype, a hyperparameter
   out of range.
-- There are no functions for ZeRO-Infinity's or ZenFlow's own processes:
-  ``overlap_step`` of ZenFlow needs DeepSpeed's C++.
+- ZenFlow's ``overlap_step`` needs DeepSpeed's C++, whose functions for it are not here.
 
 Example
 -------
@@ -47,6 +48,7 @@ from torch import Tensor
 from fastopt import native, rules
 from fastopt.memory.segments import Array
 from fastopt.rule import Rule, shown
+from fastopt.runtime import threads
 from fastopt.torch.memory import check_memory, is_dense, same_layout, simple
 
 __all__ = [
@@ -389,7 +391,8 @@ def uninstall() -> None:
 
 
 def _create(kind: str, optimizer_id: int, name: str, should_log: bool) -> int:
-    api = _table()
+    api = native.functions()
+    _most_threads.cache_clear()  # the process may have been moved to other CPUs
     _rules[kind, optimizer_id] = getattr(rules, name)
     if should_log:
         print(f"{name} optimizer #{optimizer_id}: fastopt, {api.isa.decode()}")
@@ -414,65 +417,25 @@ def _rule(kind: str, optimizer_id: int) -> Rule:
 # A step -------------------------------------------------------------------------------
 
 
-class _Stream(ctypes.Structure):
-    _fields_ = [("format", ctypes.c_int64), ("parts", ctypes.c_void_p * 4)]
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = [
-        ("streams", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("first", ctypes.c_int64),
-    ]
-
-
-class _Table(ctypes.Structure):
-    """``fastopt_api`` of fastopt.h."""
-
-    _fields_ = [
-        ("version", ctypes.c_uint32),
-        ("size", ctypes.c_uint32),
-        ("isa", ctypes.c_char_p),
-        ("rule_count", ctypes.c_int64),
-        ("rules", ctypes.c_void_p),
-        ("find", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)),
-        ("start", ctypes.c_void_p),
-        ("step", ctypes.c_void_p),
-        ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)),
-        ("step_on", ctypes.c_void_p),
-        ("start_streams", ctypes.c_void_p),
-        (
-            "step_streams",
-            ctypes.CFUNCTYPE(  # releases the GIL
-                ctypes.c_int,  # returns an error code
-                ctypes.c_void_p,  # rule
-                ctypes.c_int,  # dtype: 0, float32
-                ctypes.c_int64,  # t
-                ctypes.c_void_p,  # hyperparameters
-                ctypes.c_int64,  # rows of them
-                ctypes.c_void_p,  # carry
-                ctypes.c_void_p,  # segments
-                ctypes.c_int64,  # their number
-                ctypes.c_double,  # factor for the gradients
-                ctypes.c_void_p,  # request
-            ),
-        ),
-    ]
-
-
 @functools.cache
-def _table() -> _Table:
-    pointer: Any = ctypes.cast(ctypes.pythonapi.PyCapsule_GetPointer, ctypes.c_void_p)
-    called = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-    address = called(pointer.value)(native.table(), b"fastopt.native._api")
-    return _Table.from_address(address)
+def _most_threads() -> tuple[int, bool, bool]:
+    """Return how many threads a step may use, whether the user has chosen so for
+    fastopt, and whether torch has a 1 that only a launcher has set."""
+    chosen = bool(threads.own_number())
+    return threads.available(), chosen, threads.launched_with_one()
+
+
+def _threads() -> int:
+    """Return how many threads a step uses: not more than torch, as DeepSpeed's own."""
+    most, chosen, launched = _most_threads()
+    now: int = torch.get_num_threads()
+    return most if chosen or (now == 1 and launched) else min(most, now)
 
 
 @functools.cache
 def _found(rule: Rule) -> int:
     """Return the address of a rule in the table."""
-    return int(_table().find(rule.name.encode()))
+    return int(native.functions().find(rule.name.encode()))
 
 
 @functools.lru_cache(maxsize=64)  # all tensors of a step have the same
@@ -520,18 +483,21 @@ def _step(
     """Update a tensor and its state, and return 0."""
     numbers, address = _hyperparameters(rule, values)
     named = _checked(params, grads, {"params": params, **state})
-    streams = (_Stream * len(named))()
+    streams = (native.Stream * len(named))()
     for stream, tensor in zip(streams, named.values(), strict=True):
         stream.format = FORMATS[tensor.dtype]
         stream.parts[0] = tensor.data_ptr()
     n = params.numel()
     if n == 0:
         return 0
-    segment = _Segment(ctypes.addressof(streams), n, 0, 0)
-    table = _table()
+    segment = native.Streams(ctypes.addressof(streams), n, 0, 0)
+    request = native.Request(
+        ctypes.sizeof(native.Request), _threads(), 0.0, 0, None, None
+    )
+    table = native.functions()
     code = table.step_streams(
         *(_found(rule), 0, t, address, 1, None),
-        *(ctypes.addressof(segment), 1, 1.0, None),
+        *(ctypes.addressof(segment), 1, 1.0, ctypes.addressof(request)),
     )
     if code:
         raise ValueError(

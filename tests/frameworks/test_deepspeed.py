@@ -2,6 +2,7 @@
 its own classes and engine with them, and ours as its clients."""
 
 import copy
+import doctest
 import json
 import math
 import os
@@ -247,6 +248,31 @@ def test_other_names_are_told():
     assert not hasattr(ops, "adam_downdate")
 
 
+def test_threads(monkeypatch):
+    """Not more than torch, unless they were chosen for us."""
+    monkeypatch.delenv("FASTOPT_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ops.create_adam(3, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
+        assert ops._threads() == 1
+        monkeypatch.setenv("FASTOPT_NUM_THREADS", "3")
+        assert ops._threads() == 1
+        ops.create_adam(3, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
+        assert ops._threads() == 3
+    finally:
+        torch.set_num_threads(before)
+        monkeypatch.undo()
+        ops.destroy_adam(3)
+        ops.create_lion(3, 1e-3, 0.9, 0.99, 0.0, False)  # looks again
+        ops.destroy_lion(3)
+
+
+def test_the_examples_in_docstrings():
+    result = doctest.testmod(ops)
+    assert result.attempted >= 12 and not result.failed
+
+
 # Rollback -----------------------------------------------------------------------------
 
 
@@ -462,6 +488,23 @@ def test_superoffload_steps_and_rolls_back(installed):
         alone.grad = clipped
         opt.step()
     torch.testing.assert_close(moving, alone.data, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["whole_steps", "known_norm", "updates"])
+def test_the_benchmark_compares_the_same(installed, from_bench, monkeypatch, name):
+    """Its sequences of passes and the one pass of ours, at a small size."""
+    bench = from_bench("deepspeed_offload")
+
+    def makers(names):
+        return {n: lambda p: torch.optim.AdamW(p, **bench.VALUES) for n in names}
+
+    monkeypatch.setattr(bench, "optimizers", makers)
+    contenders, held = getattr(bench, name)(1003)
+    bench.check(contenders, held)
+    assert [*bench.measure(contenders, 2)][0] == bench.OWN
+    held[-1].master.data[7] += 1e-3
+    with pytest.raises(RuntimeError, match="fastopt.torch is"):
+        bench.check({n: list for n in contenders}, held)
 
 
 # Its engine, in two processes ---------------------------------------------------------
