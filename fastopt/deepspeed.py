@@ -94,7 +94,9 @@ def create_adam(
 ) -> int:
     """Make an optimizer of this number: Adam, or AdamW if ``adamw_mode`` is True. The
     hyperparameters are those of each update, not these."""
-    return _create("adam", optimizer_id, ("adam", "adamw")[adamw_mode], should_log)
+    return _create(
+        "adam", optimizer_id, ("adam", "adamw")[bool(adamw_mode)], should_log
+    )
 
 
 def adam_update(
