@@ -547,6 +547,12 @@ def test_zero_has_the_bits_of_one_process(ranks):
         assert case["inner"].rpartition(".")[2] == case["kind"]
 
 
+def test_zero_keeps_bfloat16_masters(ranks):
+    """Which it does for DeepSpeedCPUAdam only, and for no class derived from it."""
+    cases = [r for r in ranks if r["what"] == "bf16 masters"]
+    assert len(cases) == 2 and all(r["same"] for r in cases), cases
+
+
 def test_zero_goes_on_from_its_checkpoints(ranks):
     cases = [r for r in ranks if r["what"] == "resumed"]
     assert len(cases) == 6 and all(r["same"] for r in cases), cases

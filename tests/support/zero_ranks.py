@@ -93,6 +93,14 @@ class Ranks:
                 self.report("clipped", kind, place, engine, expected)
             for place in SOME:
                 self.resume(kind, decayed, place)
+        # Gates that let only this very class pass.
+        masters = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        values = {**decayed, "fp32_optimizer_states": False}
+        for place in [(2, True, "bfloat16"), (3, True, "bfloat16")]:
+            engine = self.engine(DeepSpeedCPUAdam, values, *place, **masters)
+            self.train(engine, place[2], range(STEPS))
+            expected = self.alone(DeepSpeedCPUAdam, values, place[2], "bfloat16")
+            self.report("bf16 masters", DeepSpeedCPUAdam, place, engine, expected)
 
     def resume(self, kind, values, place):
         folder = str(self.folder / f"{kind.__name__}{place[0]}")
@@ -135,7 +143,9 @@ class Ranks:
             for name, shape in SHAPES.items()
         }
 
-    def engine(self, kind, values, stage, offload, dtype, gradient_clipping=0.0):
+    def engine(
+        self, kind, values, stage, offload, dtype, gradient_clipping=0.0, **bf16
+    ):
         zero = {"stage": stage}
         if stage == 3:  # several groups, and nothing is kept whole
             zero |= {"sub_group_size": 500, "stage3_param_persistence_threshold": 0}
@@ -152,7 +162,7 @@ class Ranks:
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "gradient_clipping": gradient_clipping,
-                "bf16": {"enabled": dtype == "bfloat16"},
+                "bf16": {"enabled": dtype == "bfloat16", **bf16},
             },
         )
         return engine
@@ -164,20 +174,20 @@ class Ranks:
             engine.backward(engine(self.grads(step, self.rank, getattr(torch, dtype))))
             engine.step()
 
-    def alone(self, kind, values, dtype):
-        """What one process makes of the parameters, in float32, and then rounded."""
+    def alone(self, kind, values, dtype, master="float32"):
+        """What one process makes of the parameters, which are then rounded."""
         import torch
 
-        dtype = getattr(torch, dtype)
+        dtype, master = getattr(torch, dtype), getattr(torch, master)
         params = {
-            name: torch.nn.Parameter(param.detach().to(dtype).float())
+            name: torch.nn.Parameter(param.detach().to(dtype).to(master))
             for name, param in self.model().named_parameters()
         }
         opt = kind(params.values(), **values)
         for step in range(STEPS):
             first, second = (self.grads(step, rank, torch.float32) for rank in (0, 1))
             for name, param in params.items():
-                param.grad = (first[name] + second[name]) / 2
+                param.grad = ((first[name] + second[name]) / 2).to(master)
             opt.step()
         return {name: param.detach().to(dtype) for name, param in params.items()}
 
