@@ -6,6 +6,7 @@ The functions are those of the compiled backend, for the instruction set that it
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -160,3 +161,73 @@ def hyperparameters(rule: Rule, **changes: Any) -> Array:
     check_rule("rule", rule)
     rule.check_names(changes)
     return np.array(list(map(float, rule.checked(rule.complete(changes)).values())))
+
+
+# The table, as ctypes sees it; see fastopt.h ------------------------------------------
+
+
+class Stream(ctypes.Structure):
+    _fields_ = [("format", ctypes.c_int64), ("parts", ctypes.c_void_p * 4)]
+
+
+class Streams(ctypes.Structure):
+    _fields_ = [
+        ("streams", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+    ]
+
+
+class Request(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("threads", ctypes.c_int),
+        ("clip_norm", ctypes.c_double),
+        ("zero_grads", ctypes.c_int64),
+        ("run", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    ]
+
+
+class Api(ctypes.Structure):
+    """Functions release the GIL. Those that nobody calls are addresses."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("isa", ctypes.c_char_p),
+        ("rule_count", ctypes.c_int64),
+        ("rules", ctypes.c_void_p),
+        ("find", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)),
+        ("start", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)),
+        ("step_on", ctypes.c_void_p),
+        ("start_streams", ctypes.c_void_p),
+        (
+            "step_streams",
+            ctypes.CFUNCTYPE(
+                ctypes.c_int,  # what is returned: an error, or 0
+                ctypes.c_void_p,  # rule
+                ctypes.c_int,  # dtype
+                ctypes.c_int64,  # t
+                ctypes.c_void_p,  # hyperparameters
+                ctypes.c_int64,  # rows
+                ctypes.c_void_p,  # carry
+                ctypes.c_void_p,  # segments
+                ctypes.c_int64,  # count
+                ctypes.c_double,  # grad_scale
+                ctypes.c_void_p,  # request
+            ),
+        ),
+    ]
+
+
+@functools.cache
+def functions() -> Api:
+    """Return the table. RuntimeError says how to get kernels."""
+    pointer: Any = ctypes.cast(ctypes.pythonapi.PyCapsule_GetPointer, ctypes.c_void_p)
+    called = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    address = called(pointer.value)(table(), b"fastopt.native._api")
+    return Api.from_address(address)

@@ -242,7 +242,9 @@ class Stateful(Storage):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
-            refuse_schedules({k: v for k, v in param_group.items() if k != "params"})
+            # Others' keys may be anything: Megatron's groups contain a class.
+            ours = self.defaults
+            refuse_schedules({k: v for k, v in param_group.items() if k in ours})
         with self._turns.lock:
             super().add_param_group(param_group)
 
