@@ -81,6 +81,7 @@ cdef struct Spans:
 cdef Api api
 cdef const Tools* native_tools
 cdef int default_threads
+cdef Contention native_contention  # of all steps: they come without an object to note it
 cdef bint native_apart
 cdef int process  # with OpenMP's threads; -1 in a fork that began without any
 cdef Stored stored[MOST_FORMATS]
@@ -524,6 +525,7 @@ cdef void enter_segments(Job* job, const Call* call) noexcept nogil:
 
 
 cdef int step_call(Call* call) noexcept nogil:
+    global native_contention
     cdef const Native* native = call.native
     cdef Job job
     cdef int64_t r, words, streams = 0
@@ -549,6 +551,7 @@ cdef int step_call(Call* call) noexcept nogil:
     job.width = 1 + max(job.scalar_count, job.measured)
     job.stride = job.width + MOST_NUMBERS
     job.run, job.context = call.request.run, call.request.context
+    job.contention = native_contention
     job.threads = call.request.threads if call.request.threads else default_threads
     if not job.run and fastopt_process() != process:
         job.threads = 1  # after a fork, OpenMP's threads are in the parent
@@ -575,6 +578,8 @@ cdef int step_call(Call* call) noexcept nogil:
     for r in range(job.sets):
         job.factors[r], job.steps[r] = call.grad_scale, call.t
     code = do_job(&job, call, settled)
+    # Of two steps at once, one is forgotten.
+    native_contention = job.contention
     clear(&job)
     free(job.table)
     return code

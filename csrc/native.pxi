@@ -232,7 +232,7 @@ def native_table(
     Kernels kernels, list entries, formats, int threads, bint forked, int64_t last_cache
 ):
     """Make the table, in a capsule. It is made once and lives as long as the process."""
-    global default_threads, process, native_tools, native_apart
+    global default_threads, native_contention, process, native_tools, native_apart
     cdef const Rule** rules = <const Rule**> room(len(entries) * sizeof(void*))
     cdef int64_t k
     enter_formats(kernels, formats)
@@ -241,7 +241,7 @@ def native_table(
         rules[k] = &native_of(kernels, entries[k], names).about
     kept.append(kernels)
     native_tools, native_apart = kernels.tools, 0 < last_cache < 2 * BATCH
-    default_threads = threads
+    default_threads, native_contention.patience = threads, LEAST_PATIENCE
     process = -1 if forked else fastopt_process()
     api.version, api.size, api.isa = API_VERSION, sizeof(Api), kernels.table.isa
     api.rule_count, api.rules = len(entries), rules
@@ -263,3 +263,13 @@ def native_addresses():
 def native_errors():
     """Return the messages of the error codes, from 0 on."""
     return [native_error(code).decode() for code in range(NO_MEMORY + 1)]
+
+
+def native_alone():
+    """Return how many turns one thread will do because several have been too slow."""
+    return native_contention.alone
+
+
+def native_judge(bint several, double seconds, int64_t n):
+    """Note that a turn took so long, for tests."""
+    judge(&native_contention, several, seconds, n)

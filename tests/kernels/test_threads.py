@@ -292,6 +292,34 @@ def test_one_thread_has_the_same_bits_as_several():
     assert (params[0] == params[1]).all()
 
 
+NATIVE = """
+import sys, numpy as np, fastopt
+sys.path.insert(0, {support!r})
+from native_code import OK, Optimizer
+from fastopt.backends import cython_cpu
+
+driver, values = cython_cpu.driver(), fastopt.adamw.hyperparameters
+rng = np.random.default_rng(0)
+grads = [[rng.normal(size=100_000).astype(np.float32)] for _ in range(4)]
+params = []
+for alone in (False, True):  # by two threads, and by one
+    for _ in range(6 * alone):
+        driver.native_judge(True, 1.0, 1000)
+    opt = Optimizer("adamw", [np.ones(100_000, np.float32)], values)
+    for step in range(4):
+        assert driver.native_alone() == (64 - step if alone else 0)
+        assert opt.step(grads[step], threads=2) == OK
+    params.append(opt.params[0])
+assert (params[0] == params[1]).all()
+"""
+
+
+def test_steps_of_native_code_are_judged_together():
+    """Their table has no object for each optimizer; the bits are the same."""
+    code = NATIVE.format(support=str(Path(__file__).parents[1] / "support"))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 # Small stacks -------------------------------------------------------------------------
 
 # Optimizers are made on the first thread; the steps are on one with so small a stack
