@@ -49,7 +49,8 @@ class Ranks:
         all_rules: Sequence[Rule],
     ):
         self.axes = [axes_of(p) if is_dtensor(p) else own for p in params]
-        self.kinds = list(dict.fromkeys([own, *self.axes]))
+        # A process may have no tensors of its own, but it knows of those of the others.
+        self.kinds = list(dict.fromkeys([*([own] if own else []), *self.axes]))
         self.rows: dict[Place, tuple[Axes, int]] = {}  # with the number of terms
         self.together: dict[int, list[Place]] = {}  # the keys of rules over everything
         for rule in all_rules:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import (  # noqa: E402
 )
 
 import fastopt.torch  # noqa: E402
+from fastopt.torch import ranks as total_over_ranks  # noqa: E402
 
 REFUSED = {"Adafactor"}  # averages of rows and columns
 TORCHS = {"Muon"}  # whose step is torch's own, with products of bfloat16
@@ -249,6 +250,48 @@ def test_fsdp2_trains_as_one_process(pair: Ranks, name: str, options: dict):
     ):
         torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
         assert math.isnan(norm) or math.isclose(norm, their_norm, rel_tol=1e-12)
+
+
+def counted(name: str, options: dict) -> Any:
+    """Return the lengths of the vectors that each step hands to other processes, the
+    bytes of each buffer, and the numbers of elements."""
+    original, lengths = total_over_ranks.total, []
+
+    def total(vector: Any, group: Any) -> Any:
+        assert vector.dtype == "float64"
+        lengths[-1].append(vector.size)
+        return original(vector, group)
+
+    total_over_ranks.total = total
+    try:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        of = [torch.nn.Parameter(torch.ones(s)) for s in SHAPES]
+        params = [
+            torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in of
+        ]
+        opt = getattr(fastopt.torch, name)(params, **options)
+        for k in range(3):
+            lengths.append([])
+            step(opt, params, k, lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    finally:
+        total_over_ranks.total = original
+    bytes_of = {name: size for name, _, size in opt.memory().buffers}
+    return lengths, bytes_of, [p.to_local().numel() for p in params]
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "Prodigy"])
+def test_processes_exchange_what_the_documentation_says(
+    pair: Ranks, name: str, options: dict
+):
+    rule = getattr(fastopt.torch, name)._default_rule
+    expected = [2] if options else []
+    if rule.measure is not None:
+        expected.append((1 + rule.terms) * (len(SHAPES) if rule.by_segment else 1))
+    for lengths, bytes_of, sizes in pair.run(counted, name, options):
+        assert lengths == [expected] * 3
+        assert len(bytes_of) == 1 + len(rule.state)
+        assert set(bytes_of.values()) == {4 * sum(sizes)}
 
 
 def layouts() -> list[str]:
