@@ -80,8 +80,7 @@ def filling_params(
     """Return the calls that write saved parameters, and copies of them."""
     bound = opt._bound.params
     bound.watch.check([True] * len(bound.arrays))
-    of_core = state if "format" in state else state["opt"]  # inside a Lookahead
-    values = saving.by_name(of_core, opt)("params", values)
+    values = saving.by_name(saving.of_core(state), opt)("params", values)
     kinds = [array.dtype for array in bound.arrays]
     saving.check_arrays("params", values, opt, kinds=kinds)
     calls = [filling(*pair) for pair in zip(bound.arrays, values, strict=True)]

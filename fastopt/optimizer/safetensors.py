@@ -38,7 +38,7 @@ BLOCK = 8 << 20  # bytes that are written or read at a time
 LONGEST = 100_000_000  # bytes of a header: what the safetensors package reads
 ALIGNMENT = 64  # bytes: the arrays begin at a multiple of it
 DEEPEST = 16  # levels of the JSON; ours has 7
-MOST_DIMENSIONS = 32
+MOST_DIMENSIONS = 32 if np.__version__.startswith("1.") else 64  # NumPy's own
 
 # The dtypes of all state and parameters, by safetensors' names.
 DTYPES = {
@@ -440,6 +440,8 @@ def checked_entries(
             )
         if not is_counts(shape) or len(shape) > MOST_DIMENSIONS:
             raise ValueError(f"{shown(name)} has a wrong shape, {shown(shape)}")
+        if math.prod(max(size, 1) for size in shape) >= 2**60:  # beside a 0, too
+            raise ValueError(f"{shown(name)} has too large a shape, {shown(shape)}")
         if not is_counts(offsets) or len(offsets) != 2:
             raise ValueError(f"{shown(name)} has wrong offsets, {shown(offsets)}")
         begin, end = offsets

@@ -206,6 +206,12 @@ def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
     return np.concatenate([piece.reshape(-1) for piece in arrays])
 
 
+def of_core(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a saved state, or the one inside a Lookahead's."""
+    inner = saved.get("opt", saved)
+    return inner if isinstance(inner, Mapping) else {}
+
+
 def as_it_is(array: Array) -> Array:
     return array
 

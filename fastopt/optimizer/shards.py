@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.memory.formats import SMALLEST
 from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array
 from fastopt.optimizer.checks import collect
 from fastopt.optimizer.parameters import Parameters
 from fastopt.optimizer.safetensors import Content, Stored, dtype_of
+from fastopt.optimizer.saving import of_core
 from fastopt.rule import shown
 
 
@@ -109,6 +111,7 @@ class Shards:
         self.contents, self.paths = contents, paths
         self.names = contents[0].names
         self._check_same("the list of parameters", [list(c.names) for c in contents])
+        self._check_formats()
         of_name = dict(zip(names_of(params), range(len(extents)), strict=True))
         if set(self.names) != set(of_name):
             raise ValueError(
@@ -116,8 +119,8 @@ class Shards:
                 f"optimizer has {shown([*of_name])}"
             )
         # All that follows is in the order of the files.
-        order = [of_name[name] for name in self.names]
-        self.parts = [params.parts[i] for i in order]
+        order, parts = [of_name[name] for name in self.names], params.parts
+        self.parts = [parts[i] for i in order]
         self.ours = [extents[i] for i in order]
         self.theirs = [
             [Extent(*content.extents[i]) for content in contents]
@@ -130,6 +133,17 @@ class Shards:
                         f"{name} is {extent} in {path}, but {ours} in this optimizer; "
                         f"say with shard= which slice of it this optimizer steps"
                     )
+
+    def _check_formats(self) -> None:
+        formats = [of_core(content.state).get("formats") for content in self.contents]
+        for chosen, path in zip(formats, self.paths, strict=True):
+            if chosen != formats[0]:
+                raise ValueError(
+                    f"the state has the formats {shown(formats[0])} in "
+                    f"{self.paths[0]}, but {shown(chosen)} in {path}. Slices of fewer "
+                    f"than {SMALLEST} elements have no formats: cut arrays into larger "
+                    f"ones, or use none"
+                )
 
     def state(self) -> Any:
         """Return the state, whose arrays are read."""
@@ -153,14 +167,19 @@ class Shards:
                 key: self._joined(f"{what}.{key}".lstrip("."), [v[key] for v in values])
                 for key in values[0]
             }
-        lists = [value for value in values if isinstance(value, list)]
-        if len(lists) == len(values) and any(
-            isinstance(child, Stored) for value in lists for child in value
-        ):
-            lengths = [len(self.names), *map(len, lists)]
-            if len(set(lengths)) > 1:
+        if all(isinstance(value, list) for value in values):
+            has_arrays = any(
+                isinstance(one, Stored) for value in values for one in value
+            )
+            self._check_same(f"the length of {what}", list(map(len, values)))
+            if has_arrays and len(values[0]) != len(self.names):
                 raise ValueError(f"{what} must have an array for each parameter")
-            columns = zip(*lists, strict=True)
+            columns = list(map(list, zip(*values, strict=True)))
+            if not has_arrays:
+                return [
+                    self._joined(f"{what}[{i}]", column)
+                    for i, column in enumerate(columns)
+                ]
             rows = zip(self.names, self.ours, self.theirs, columns, strict=True)
             return [
                 self._array(f"{what} of {name}", ours, theirs, stored)
