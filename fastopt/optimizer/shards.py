@@ -207,6 +207,8 @@ class Shards:
     ) -> Array | None:
         """Return our slice of an array."""
         there = [one for one in stored if one is not None]
+        if not all(isinstance(one, Stored) for one in there):
+            raise ValueError(f"{what} must be an array, got {shown(list(stored))}")
         self._check_same(f"whether there is {what}", [one is None for one in stored])
         if not there:
             return None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cases import CASES, IDS, bfloat16
+from cases import CASES, IDS, bfloat16, nonzero
 
 import fastopt
 from fastopt.memory.flat import expanded
@@ -79,8 +79,7 @@ class Run:
 
     def everything(self) -> Any:
         """A copy of all that a run has."""
-        params = [array.copy() for array in self.params]
-        return {**self.opt.state_dict(), "arrays": params}
+        return everything(self.opt)
 
 
 def groups(arrays: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,3 +176,32 @@ RUNS: dict[str, Callable[[], Run]] = {
         Run, new(fastopt.adamw, lr=0.07, formats="8bit"), flat, shapes=LARGE
     ),
 }
+
+
+# What tests of faults save: small optimizers after a few steps.
+TRAINED: dict[str, Callable[[Any], Any]] = {
+    "adamw": new(fastopt.adamw, lr=0.01, ema=0.9),
+    "8bit": new(fastopt.adamw, lr=0.01, formats="8bit"),
+    "lookahead": lambda params: fastopt.Lookahead(fastopt.prodigy(params), k=2),
+}
+
+
+def params_of(seed: int = 0, size: int = 4099) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (size,), "b": (2, 3), "none": (0,)}
+    return {
+        name: nonzero(rng, int(np.prod(shape)), np.float32).reshape(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def trained(name: str, steps: int = 2, size: int = 4099) -> Any:
+    opt = TRAINED[name](params_of(size=size))
+    for seed in range(steps):
+        opt.step(params_of(1 + seed, size))
+    return opt
+
+
+def everything(opt: Any) -> dict[str, Any]:
+    """A copy of all that an optimizer has, and of its parameters."""
+    return {**opt.state_dict(), "arrays": [p.copy() for p in opt._params.arrays]}
