@@ -8,8 +8,9 @@ little-endian order, without gaps. ``__metadata__`` has three strings of ours:
 - ``fastopt_crc32``: the checksum of that string;
 - ``fastopt_version``: :data:`VERSION`.
 
-The checksum of an array stands beside its name in the JSON. It includes the array's
-name, dtype and shape. So whatever the meaning of a file depends on has a checksum.
+The checksums are crc32, in eight digits; that of an array stands beside its name in
+``fastopt``. What has none are the dtypes and shapes, which must be those of the
+optimizer that loads the state, and the places, which must fill the file.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def write(path: Any, content: Content) -> None:
 
     def fill(file: BinaryIO) -> None:
         file.seek(8 + length)
-        for name, piece in pieces.items():
-            crc = first_crc(name, piece.kind, piece.shape)
+        for piece in pieces.values():
+            crc = 0
             for block in piece.blocks():
                 crc = zlib.crc32(block, crc)
                 write_all(file, block)
@@ -202,11 +203,6 @@ def header(parts: Mapping[str, Any], pieces: Mapping[str, Piece]) -> bytes:
             f"safetensors file may have {LONGEST}; use a FlatBuffer, or fewer arrays"
         )
     return head
-
-
-def first_crc(name: str, kind: str, shape: Sequence[int]) -> int:
-    """Return the checksum that an array's bytes continue."""
-    return zlib.crc32(f"{name} {kind} {list(shape)}".encode())
 
 
 def digits(crc: int) -> str:
@@ -298,7 +294,7 @@ class Stored:
         array: Array = np.empty(self.shape, dtype_of(self.kind))
         rest = array.reshape(-1).view(np.uint8).data
         self.file.seek(self.start)
-        crc = first_crc(self.name, self.kind, self.shape)
+        crc = 0
         while len(rest):
             block = rest[:BLOCK]
             if self.file.readinto(block) != len(block):  # type: ignore[attr-defined]
