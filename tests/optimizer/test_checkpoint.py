@@ -83,6 +83,28 @@ def test_before_the_first_step(name, path):
     assert alike(again.everything(), run.everything())
 
 
+def test_after_groups_were_added(path):
+    """In two ways; the second has all of them from the beginning."""
+    added = {"params": {"b": np.ones(2)}, "lr": 0.3}
+
+    def opt(params, *more):
+        return fastopt.adamw([{"params": params}, *more], lr=0.1, ema=0.9)
+
+    first = {"w": np.ones(3)}
+    run = opt(first)
+    run.step([{"w": np.ones(3) + 1}])
+    run.add_group(added)
+    run.save(path, params=True)
+    for later in (False, True):
+        second, more = {"w": np.zeros(3)}, {"params": {"b": np.zeros(2)}}
+        other = opt(second) if later else opt(second, more)
+        if later:
+            other.add_group(more)
+        other.load(path)
+        assert alike(second, first) and alike(more["params"], added["params"])
+        assert alike(other.state_dict(), run.state_dict())
+
+
 def test_an_estimate_before_the_first_step(path):
     def run():
         return Run(lambda params: fastopt.sophia_g(params, lr=0.1))
@@ -328,6 +350,14 @@ def test_arrays_begin_at_multiples_of_their_width(path):
 
 def all_stored(value):
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, safetensors.Stored)]
+
+
+def test_keys_with_dots(path):
+    """A user's rule may have such buffers."""
+    state = {"a": {"b": np.ones(2)}, "a.b": np.zeros(3), "a.b#1": np.full(1, 2.0)}
+    safetensors.write(path, Content(state, None, [], []))
+    with open(path, "rb") as file:
+        assert alike(safetensors.read_all(safetensors.contents(file).state), state)
 
 
 @pytest.mark.parametrize("name", ["adamw", "formats r8", "Lookahead", "float64"])
