@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any
@@ -14,7 +14,7 @@ from fastopt.backends.numpy_ref import written
 from fastopt.memory.arena import zeros
 from fastopt.memory.arrays import to_host
 from fastopt.memory.segments import Array, Encoded
-from fastopt.optimizer import saving
+from fastopt.optimizer import checkpoint, saving
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import no_optimizer
@@ -199,14 +199,33 @@ class Lookahead:
     @exclusive
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, the slow weights, ``k`` and ``alpha``."""
-        self._synchronize()
-        slow = list(map(to_host, self._slow))
-        values = saving.save(self.opt), slow, self.k, self.alpha
-        return dict(zip(KEYS, values, strict=True))
+        return self._saved(to_host)
 
     @exclusive
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, of the same parameters."""
+        self._loading(saved)()
+
+    @exclusive
+    def save(self, path: Any, *, params: bool = False, shard: Any = None) -> None:
+        """Write all that a run needs to go on to a file; see :meth:`Optimizer.save`."""
+        self.opt._params.watch.check()
+        state = self._saved(saving.as_it_is)
+        checkpoint.save(self.opt, state, path, params, shard)
+
+    @exclusive
+    def load(self, path: Any, *, params: bool | None = None, shard: Any = None) -> None:
+        """Go on from what :meth:`save` wrote; see :meth:`Optimizer.load`."""
+        checkpoint.load(self.opt, self._loading, path, params, shard)
+
+    def _saved(self, take: Callable[[Array], Array]) -> dict[str, Any]:
+        self._synchronize()
+        slow = list(map(take, self._slow))
+        values = saving.save(self.opt, take), slow, self.k, self.alpha
+        return dict(zip(KEYS, values, strict=True))
+
+    def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
+        """Check a saved state. The result commits it, and the calls it is given."""
         if not isinstance(saved, Mapping) or saved.keys() != {*KEYS}:
             got = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
             raise TypeError(f"expected the keys {', '.join(KEYS)}; got {got}")
@@ -217,7 +236,8 @@ class Lookahead:
         slow = order(saved["opt"], self.opt)('state["slow"]', saved["slow"])
         saving.check_arrays('state["slow"]', slow, self.opt)
         steps = saved["opt"]["steps"]
-        load(
+        return partial(
+            load,
             *[filling(*pair) for pair in zip(self._slow, slow, strict=True)],
             partial(setitem, self._moved, 0, steps),
             partial(vars(self).update, values, _synchronized=steps),

@@ -53,6 +53,7 @@ _RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps",
 _RESERVED |= {"state_dict", "load_state_dict", "add_group", "accumulate", "estimate"}
 _RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad_norm"}
 _RESERVED |= {"skipped", "weight_decay_mask", "formats", "copy_to", "seed", "memory"}
+_RESERVED |= {"save", "load"}
 
 
 @cache

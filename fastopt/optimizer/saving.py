@@ -12,6 +12,7 @@ import numpy as np
 
 from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
+from fastopt.memory.segments import Array
 from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
 from fastopt.optimizer.formats import PARAM, buffers_of, spelled
@@ -31,8 +32,9 @@ KEYS = (
 )
 
 
-def save(opt: Bindings) -> dict[str, Any]:
-    """A copy of everything but the parameters, and the schedules."""
+def save(opt: Bindings, take: Callable[[Array], Array] = to_host) -> dict[str, Any]:
+    """Everything but the parameters, and the schedules: a copy, or what ``take`` makes
+    of each array."""
     bound, pending = opt._bound, opt._pending
     return {
         "format": FORMAT,
@@ -49,15 +51,15 @@ def save(opt: Bindings) -> dict[str, Any]:
             for group in opt.groups
         ],
         "state": {
-            name: list(map(to_host, arrays)) for name, arrays in bound.state.items()
+            name: list(map(take, arrays)) for name, arrays in bound.state.items()
         },
         "formats": formats_of(bound.params),
         "seed": opt.seed,
         "carry": bound.program.carried.tolist(),
         "ema_decay": opt.ema,
-        "ema": None if opt.ema is None else list(map(to_host, bound.averages or ())),
+        "ema": None if opt.ema is None else list(map(take, bound.averages or ())),
         "accumulated": pending
-        and [None if sums is None else to_host(sums) for sums in pending.gradients],
+        and [None if sums is None else take(sums) for sums in pending.gradients],
     }
 
 
@@ -202,6 +204,16 @@ def joined(what: str, part: Sequence[Part], pieces: Mapping[str, Any]) -> Any:
                 f"for {part[0][0]}"
             )
     return np.concatenate([piece.reshape(-1) for piece in arrays])
+
+
+def of_core(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a saved state, or the one inside a Lookahead's."""
+    inner = saved.get("opt", saved)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def as_it_is(array: Array) -> Array:
+    return array
 
 
 def loading(opt: Bindings, saved: Mapping[str, Any]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastopt.memory.segments import Array
-from fastopt.optimizer import checks, saving
+from fastopt.optimizer import checkpoint, checks, saving
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.state import fill, filling_stream, numbers
@@ -150,3 +150,88 @@ class Storage(Bindings):
 
     def _loading(self, saved: Mapping[str, Any]) -> Callable[..., None]:
         return saving.loading(self, saved)
+
+    @exclusive
+    def save(self, path: Any, *, params: bool = False, shard: Any = None) -> None:
+        """Write everything that a run needs to go on exactly to a file.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            Where. The file is a safetensors file. One that is there is replaced at one
+            instant, when the new one is complete and on the disk; after an error, an
+            interrupt, or the end of the process, the old one is as it was. What a
+            symbolic link points to is replaced, not the link.
+        params
+            Whether to write the parameters, too.
+        shard
+            If the arrays are slices of larger flat ones, which other processes step:
+            in the structure of the parameters, for each array ``(first, size)``, the
+            index of its first element and the size of the larger array, or None if it
+            is whole. Each process writes a file of its own.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        TypeError, ValueError
+            If ``shard`` does not fit.
+        RuntimeError
+            If a step of this optimizer is under way, in another thread.
+
+        Notes
+        -----
+        The state is written from where it lies, in blocks of 8 MB, and is not copied
+        before. Meanwhile other threads are refused to step. A hyperparameter that is a
+        schedule is left out, as from :meth:`state_dict`.
+
+        Example
+        -------
+        >>> import os, tempfile, numpy as np, fastopt
+        >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+        >>> w = np.ones(3)
+        >>> opt = fastopt.adamw(w, lr=0.1)
+        >>> opt.step(np.array([1.0, 2.0, 3.0]))
+        >>> opt.save(path, params=True)
+        >>> again = np.zeros(3)
+        >>> other = fastopt.adamw(again)
+        >>> other.load(path)
+        >>> other.steps, other.lr, bool((again == w).all())
+        (1, 0.1, True)
+        """
+        self._params.watch.check()
+        state = saving.save(self, saving.as_it_is)
+        checkpoint.save(self, state, path, params, shard)
+
+    @exclusive
+    def load(self, path: Any, *, params: bool | None = None, shard: Any = None) -> None:
+        """Go on from what :meth:`save` wrote, as :meth:`load_state_dict` does.
+
+        Parameters
+        ----------
+        path : str, os.PathLike or a list of them
+            The file; or those of several processes, in any order. Each process may pass
+            all files: it reads what it needs.
+        params
+            Whether to set the parameters to those in the file, at the same instant. By
+            default, if it has some.
+        shard
+            As for :meth:`save`: which slices this optimizer steps. They may be others
+            than those that were saved, of more or fewer processes. What is not cut,
+            such as the count of steps, must be the same in all files.
+
+        Raises
+        ------
+        OSError
+            If a file cannot be read.
+        TypeError, ValueError
+            If it is no such file, or is damaged, or does not fit this optimizer. Then
+            nothing has changed.
+
+        Notes
+        -----
+        All bytes that are loaded have checksums, which are checked. Nothing in a file
+        is run. While it is loaded, the state is in memory three times: the old one,
+        what was read, and the new one.
+        """
+        checkpoint.load(self, self._loading, path, params, shard)

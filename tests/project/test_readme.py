@@ -55,7 +55,7 @@ def test_ci_runs_the_command():
     "module",
     [
         *["", "memory.flat", "rule", "adafactor", "muon", "lookahead"],
-        *["schedules", "training", "tune", "multitask"],
+        *["schedules", "training", "tune", "multitask", "optimizer.storage"],
     ],
 )
 def test_docstring_examples(module):
