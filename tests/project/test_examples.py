@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 # The last is a table of tests.
 SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:-1])
 PIECES = [
@@ -20,6 +21,7 @@ PIECES = [
     for name, text in SECTIONS.items()
     for code in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
 ]
+OF_SEVERAL = re.findall(r"^```python\n(.*?)^```", DISTRIBUTED, re.S | re.M)
 EXCERPTS = [
     pytest.param(ROOT / "examples" / file, code, id=name)
     for name, text in SECTIONS.items()
@@ -60,6 +62,11 @@ def test_example(path):
         assert "nan" not in printed or path.stem == "textbook_mistakes", printed
     else:
         assert found and float(found[-1]) > 0.85, printed
+
+
+@pytest.mark.parametrize("code", OF_SEVERAL)
+def test_piece_of_the_page_on_several_processes(code):
+    output("-c", code)
 
 
 @pytest.mark.parametrize("code", PIECES)
