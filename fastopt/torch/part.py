@@ -46,8 +46,7 @@ class Part:
         self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
         self.eps = torch.finfo(members[0].param.dtype).eps  # for what is None
-        self._grads: Sequence[Any] = []  # those in ``.grad``, of all parameters
-        self._gradients: Gradients | None = None  # in place of these
+        self._gradients: Gradients | None = None  # in place of those in ``.grad``
         self.any = self.all = self.usual = False
         self._t = 0  # if it is usual: the steps of all members
         self.active = np.zeros(0, bool)  # of each run, whether there is a gradient
@@ -132,7 +131,6 @@ class Part:
         """Take the gradients. Some may have ``moved`` since the last step. ``mixed``
         says that the dtypes of some are not those of their parameters. Return whether
         there are any."""
-        self._grads = grads
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
@@ -220,21 +218,22 @@ class Part:
 
     def forget(self) -> None:
         """Release the gradients."""
-        self._taken, self._grads, self._gradients = [], [], None
+        self._taken, self._gradients = [], None
         if not self.plain:
             self._copies = []
             self.__dict__.pop("program", None)
 
-    def is_finite(self, run: int, factor: float) -> bool:
+    def is_finite(self, run: int, factor: float, grads: Sequence[Any]) -> bool:
         """Whether the gradients of a run are finite although their squares overflow.
-        This happens in float64 only: other squares are summed in a wider dtype."""
+        This happens in float64 only: other squares are summed in a wider dtype.
+        ``grads`` are those of all parameters, for one task."""
         members = [self.members[i] for i in self.runs[run]]
         if members[0].dtype not in (torch.float64, torch.complex128):
             return False
-        if self._gradients is None:
-            grads = [self._grads[member.place] for member in members]
-        else:
+        if self._gradients is not None:
             grads = [self._gradients.total(member.place) for member in members]
+        else:
+            grads = [grads[member.place] for member in members]
         return all(bool(torch.isfinite(grad * factor).all()) for grad in grads)
 
     def keys(self, values: Sequence[Values], factors: Sequence[float]) -> list[Key]:
@@ -260,18 +259,24 @@ class Part:
         they are like its own. Return whether they were taken."""
         return bool(self._placed and self.program.runner.follow(addresses, self.places))
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the last step was ``usual``, and all members have done as many steps
+        as then."""
+        return self.usual and bool(
+            self.program.runner.have_done(self.vectors[0], self._t)
+        )
+
     def go_on(
         self,
         values: Sequence[Values],
         factors: Sequence[float],
         request: Request,
         attributes: dict[str, Any],
-    ) -> tuple[Call, ...] | None:
-        """Return the calls of a step like the last, if that was ``usual``: all members
-        have done as many steps as then, and the rule needs no more than scalars."""
+    ) -> tuple[Call, ...]:
+        """Return the calls of a step like the last, if the part ``goes_on``: the rule
+        needs no more than scalars."""
         steps, runner = self.vectors[0], self.program.runner
-        if not self.usual or not runner.have_done(steps, self._t):
-            return None
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
         rows = [row] * len(self.runs)

@@ -22,7 +22,7 @@ from fastopt.optimizer.formats import PARAM, first_element
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.step import Request, Sums, examine, together
+from fastopt.step import Examination, Request, Sums, examine, together
 from fastopt.torch import dtensors
 from fastopt.torch.arguments import spared
 from fastopt.torch.dtensors import local
@@ -202,6 +202,7 @@ class Plan:
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
         self._odd: list[Tensor] = []  # gradients that are not where they should be
+        self._grads_taken: list[Any] = []  # during a step
         # The buffers of flatten_ that gradients at these addresses fill, if they do.
         self._flat: tuple[list[Tensor], bytes] | None = None
         self._ranks: Ranks | None = None
@@ -280,8 +281,6 @@ class Plan:
             return False
         if self.averaged != (request.ema_weight > 0):
             return False
-        if request.clip_norm < math.inf and (self._ranks or len(self.parts) > 1):
-            return False  # the norm is that of all of them
         grads = tensors.look(groups, state)
         if grads is None or tensors.odd or not self.options_hold:
             return False
@@ -291,12 +290,16 @@ class Plan:
             addresses = tensors.addresses
             if not all([part.follow(addresses) for part in self.parts]):
                 return False
-        calls = [turns.claim]
+        if not all([part.goes_on for part in self.parts]):
+            return False
+        calls, signs = [turns.claim], self.signs
+        if request.clip_norm < math.inf and (self._ranks or len(self.parts) > 1):
+            norm, finite, _, shrink = self._examine(self.parts, 1.0, request, grads)
+            calls += noting(attributes, norm, finite, request)
+            signs = [sign * shrink for sign in signs]
+            request = request._replace(clip_norm=math.inf)
         for part in self.parts:
-            step = part.go_on(self.values, self.signs, request, attributes)
-            if step is None:
-                return False
-            calls += step
+            calls += part.go_on(self.values, signs, request, attributes)
         increment_version(self._all_aliases)
         try:
             uninterrupted(*calls)
@@ -324,7 +327,7 @@ class Plan:
     def take(self, grads: list[Any]) -> list[Part]:
         """Give gradients to the parts, and return the parts that the step changes."""
         tensors = self.tensors
-        self._odd = []
+        self._odd, self._grads_taken = [], grads
         for place in tensors.odd or ():
             param, owner = self._params[place], self._owners[place]
             self._odd.append(grads[place])
@@ -380,15 +383,8 @@ class Plan:
         turns, request, gradients = optimizer["_turns"], order.request, order.gradients
         factors = [sign * order.scale for sign in self.signs]
         if request.needs_norm:
-            factor = abs(factors[0])
-            programs, ranks = [part.program for part in parts], self._ranks
-            norm, finite, _, shrink = examine(
-                programs,
-                factor,
-                request,
-                lambda p, i: parts[p].is_finite(i, factor),
-                None if ranks is None else partial(ranks.norm_of, parts),
-            )
+            of = parts, abs(factors[0]), request, self._grads_taken
+            norm, finite, _, shrink = self._examine(*of)
             last += noting(optimizer, norm, finite, request)
             if not finite and request.nonfinite == "skip":
                 if request.zero_grads:
@@ -421,6 +417,20 @@ class Plan:
                 uninterrupted(*calls)
             calls = []
         return True
+
+    def _examine(
+        self, parts: list[Part], factor: float, request: Request, grads: list[Any]
+    ) -> Examination:
+        """Look at the gradients that the parts have taken, times a factor, and at those
+        of other processes. ``grads`` are those in ``.grad``."""
+        ranks = self._ranks
+        return examine(
+            [part.program for part in parts],
+            factor,
+            request,
+            lambda p, i: parts[p].is_finite(i, factor, grads),
+            None if ranks is None else partial(ranks.norm_of, parts),
+        )
 
     def _measure(
         self, parts: list[Part], factors: list[float], request: Request
@@ -490,12 +500,18 @@ class Plan:
                 calls += [partial(there.pop, key, None) for key in gone]
         return [partial(state.update, fresh), *calls] if self._new else []
 
+    def forget(self) -> None:
+        """Release the gradients."""
+        self._grads_taken = []
+        for part in self.parts:
+            part.forget()
+
     def end(self, parts: list[Part], state: dict[Any, Any]) -> None:
         """Note what the next step needs to know. ``state`` is what ``look`` will be
         told."""
         for part in parts:
             part.end()
-            part.forget()
+        self.forget()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
         if self._new:
             self._new = {}
@@ -508,7 +524,7 @@ def aliases_of(member: Member) -> list[Tensor]:
     and that of the DTensor that it belongs to."""
     if member.owner is member.param:
         return [member.param.detach()]
-    return [member.param.detach(), member.owner.detach()]
+    return [member.param.detach(), dtensors.alias(member.owner)]
 
 
 def noting(

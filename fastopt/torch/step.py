@@ -377,8 +377,7 @@ class Stepping(Stateful):
         if done:
             plan.end(parts, order.entries(self.state))
             return plan
-        for part in parts:
-            part.forget()
+        plan.forget()
         return None if plan.unused else plan
 
     def _join(self, groups: list[dict[str, Any]], request: Request) -> None:
