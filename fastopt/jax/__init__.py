@@ -233,7 +233,8 @@ class Optimizer:
             if start == "p":
                 return jnp.array(leaf, dtype, copy=True)  # to be donated apart from it
             value = now[start] if isinstance(start, str) else start
-            return jnp.full_like(leaf, as_dtype(value, dtype), dtype)
+            new = jnp.full_like(leaf, as_dtype(value, dtype), dtype)
+            return shards.alike(leaf, new)
 
         carry = [
             as_words(now[start] if isinstance(start, str) else start)

@@ -171,6 +171,26 @@ def from_all(numbers: Any, sharded: Sharded) -> Any:
 # Under jit ----------------------------------------------------------------------------
 
 
+def by_partitioner(*arrays: Any) -> bool:
+    """Whether these are in a program for several devices whose arrays XLA shards."""
+    return (
+        jax.__version_info__ >= (0, 9)  # before that, nothing here is tested
+        and len(jax.devices("cpu")) > 1
+        and any(isinstance(array, jax.core.Tracer) for array in arrays)
+        and not manual_axes()
+    )
+
+
+def alike(array: Any, new: Any) -> Any:
+    """A new array, sharded as another one of its shape is. Where types tell how that
+    is, the new one has its type already."""
+    if not by_partitioner(array) or jax.typeof(array).sharding.mesh.explicit_axes:
+        return new
+    from jax.experimental.shard_alike import shard_alike
+
+    return shard_alike(array, new)[1]
+
+
 def in_shards(
     call: Callable[..., Any],
     about: str,
@@ -197,9 +217,7 @@ def in_shards(
     results
         For each result the operand that it is like.
     """
-    many = len(jax.devices("cpu")) > 1
-    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands)
-    if not (many and traced and hasattr(jax, "shard_map")) or manual_axes():
+    if not by_partitioner(*operands):
         return call(*operands)
     from jax.experimental.custom_partitioning import (
         SdyShardingRule,
