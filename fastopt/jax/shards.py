@@ -105,9 +105,9 @@ def summed_over(
         names = ()
         if not known:
             raise ValueError(
-                f"{takes}, and inside shard_map with check_vma=False nothing tells "
-                f"whether arrays are shards; leave check_vma on, or give the optimizer "
-                f"axis_name=() if each device has whole arrays"
+                f"{takes}, and inside shard_map with check_vma=False, or pmap, nothing "
+                f"tells whether arrays are shards; leave check_vma on, or give the "
+                f"optimizer axis_name=() if each device has whole arrays"
             )
     elif missing := [name for name in names if name not in manual]:
         raise ValueError(

@@ -75,6 +75,33 @@ def test_sums_over_two_axes(name):
 
 
 @pytest.mark.parametrize("name", ["lamb", "dog"])
+@pytest.mark.parametrize("how", ["explicit", "partly", "vmap"])
+def test_sums_elsewhere(name, how):
+    """On a mesh whose axes are in types; where shard_map splits one axis and the jit
+    around it another; and of a batch."""
+    tree = {"w": ((8, 6), np.float64, P("x", "y"))}
+    wanted, _ = alone(getattr(fastopt, name), {"lr": 0.1}, tree, steps=1)
+    axes = ("x",) if how == "partly" else ("x", "y")
+    opt = getattr(fj, name)(lr=0.1, axis_name=axes)
+    mesh = jax.make_mesh((2, 2), ("x", "y")) if how == "explicit" else SQUARE
+    params, grads = put(arrays(0, tree), mesh, tree), put(arrays(1, tree), mesh, tree)
+
+    def step(params, grads):
+        return opt.step(params, grads, opt.init(params))[0]
+
+    if how == "vmap":
+        step = jax.vmap(step)
+        params, grads, wanted = jax.tree.map(
+            lambda leaf: jnp.stack([leaf, leaf]), (params, grads, wanted)
+        )
+    spec = P(*([None] if how == "vmap" else []), *axes)
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(spec, spec), out_specs=spec, axis_names={*axes}
+    )
+    close(jax.jit(mapped)(params, grads), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["lamb", "dog"])
 def test_each_dtype_has_its_sums(name):
     """Rules over segments take arrays of all dtypes."""
     values, rule = {"lr": 0.1}, getattr(fastopt, name)
@@ -190,6 +217,9 @@ def test_shards_whose_sums_are_not_added_up_are_refused():
     wanted = "takes sums over whole arrays, and inside shard_map with check_vma=False"
     with pytest.raises(ValueError, match=wanted):
         step_in(fj.lamb(), P(), check_vma=False)
+    x = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="or pmap, nothing tells"):
+        jax.pmap(lambda p: fj.lamb().step(p, p, fj.lamb().init(p))[0])(x)
     with pytest.raises(ValueError, match="with check_vma=False nothing tells which"):
         step_in(fj.lamb(axis_name="x"), P("x"), check_vma=False)
     with pytest.raises(ValueError, match="there is no axis 'x' around this one"):
