@@ -69,6 +69,9 @@ cdef struct Call:
     int64_t count
     double grad_scale
     Request request
+    double* sums  # where they go; NULL: it is a step
+    const double* given  # the sums of all processes; NULL: a step takes them itself
+    int64_t processes
 
 
 # The memory of a segment's streams.
@@ -226,6 +229,8 @@ cdef int check_segment(const Call* call, int64_t r, int64_t carried) noexcept no
         stream_spans(call, r, &spans) if call.of_streams else plain_spans(call, r, &spans)
     ):
         return BAD_ARGUMENT
+    if call.sums:  # which writes to none of them
+        return OK
     for i in range(spans.count):
         for j in range(i):
             if spans.begin[i] < spans.end[j] and spans.begin[j] < spans.end[i]:
@@ -445,10 +450,15 @@ cdef int do_job(Job* job, const Call* call, double* settled) noexcept nogil:
         code = clip_all(job, limit, &norm)
         if code != OK:
             return code
-    if job.settle and call.native.by_segment:
+    if call.sums:
+        return write_sums(job, call)
+    if job.settle and call.native.by_segment and not call.processes:
         return step_in_batches(job, call.carry, call.carry)
     if job.settle:
-        code = settle_all(job, call.carry, settled)
+        if call.processes:
+            code = settle_given(job, call, settled)
+        else:
+            code = settle_all(job, call.carry, settled)
         if code != OK:
             return code
     for s in range(job.sets):
@@ -533,6 +543,8 @@ cdef int step_call(Call* call) noexcept nogil:
     cdef int code = check_call(call)
     if code == OK:
         code = check_step(call)
+    if code == OK and (call.sums or call.processes):
+        code = check_sums(call)
     if code != OK:
         return code
     memset(&job, 0, sizeof(job))

@@ -22,7 +22,8 @@ cdef const char* native_error(int code) noexcept nogil:
             "rule not of this table, the dtype unknown, a format unknown or not one of "
             "this dtype, a row or a first index out of range, the step below 1, the number "
             "of threads below 0 or above 1024, the factor or the limit of the gradients "
-            "out of range, or the request of another size"
+            "out of range, the request of another size, or sums of a rule that takes none, "
+            "of a step that clips, or of fewer elements than there are"
         )
     if code == BAD_HYPERPARAMETER:
         return "a hyperparameter is out of its range, or the rule refuses it"
@@ -49,6 +50,7 @@ cdef int native_start(
     cdef Call call = Call(
         <const Native*> rule, dtype, 1, hyperparameters, 1, carry, False, segments, NULL,
         count, 1, Request(sizeof(Request), 1, 0, 0, NULL, NULL),
+        NULL, NULL, 0,
     )
     cdef int code = start_call(&call)
     fastopt_leave(modes)
@@ -63,6 +65,7 @@ cdef int native_start_streams(
     cdef Call call = Call(
         <const Native*> rule, dtype, 1, hyperparameters, rows, carry, True, NULL, segments,
         count, 1, Request(sizeof(Request), 1, 0, 0, NULL, NULL),
+        NULL, NULL, 0,
     )
     cdef int code = start_call(&call)
     fastopt_leave(modes)
@@ -90,6 +93,7 @@ cdef int native_step_on(
     cdef Call call = Call(
         <const Native*> rule, dtype, t, hyperparameters, 1, carry, False, segments, NULL,
         count, grad_scale, Request(sizeof(Request), parts, 0, 0, run, context),
+        NULL, NULL, 0,
     )
     cdef int code = step_call(&call) if parts >= 1 else BAD_ARGUMENT
     fastopt_leave(modes)
@@ -105,11 +109,52 @@ cdef int native_step_streams(
     cdef Call call = Call(
         <const Native*> rule, dtype, t, hyperparameters, rows, carry, True, NULL, segments,
         count, grad_scale, Request(sizeof(Request), 0, 0, 0, NULL, NULL),
+        NULL, NULL, 0,
     )
     cdef int code
     if request:
         call.request = request[0]
     code = step_call(&call)
+    fastopt_leave(modes)
+    return code
+
+
+cdef int native_sums(
+    const Rule* rule, int dtype, int64_t t, const double* hyperparameters, int64_t rows,
+    const double* carry, const Streams* segments, int64_t count, double grad_scale,
+    const Request* request, double* sums
+) noexcept nogil:
+    cdef uint64_t modes = fastopt_enter()
+    cdef Call call = Call(
+        <const Native*> rule, dtype, t, hyperparameters, rows, <double*> carry, True, NULL,
+        segments, count, grad_scale, Request(sizeof(Request), 0, 0, 0, NULL, NULL),
+        sums, NULL, 0,
+    )
+    cdef int code = BAD_ARGUMENT
+    if request:
+        call.request = request[0]
+    if sums:
+        code = step_call(&call)
+    fastopt_leave(modes)
+    return code
+
+
+cdef int native_step_with_sums(
+    const Rule* rule, int dtype, int64_t t, const double* hyperparameters, int64_t rows,
+    double* carry, const Streams* segments, int64_t count, double grad_scale,
+    const Request* request, const double* sums, int64_t processes
+) noexcept nogil:
+    cdef uint64_t modes = fastopt_enter()
+    cdef Call call = Call(
+        <const Native*> rule, dtype, t, hyperparameters, rows, carry, True, NULL, segments,
+        count, grad_scale, Request(sizeof(Request), 0, 0, 0, NULL, NULL),
+        NULL, sums, processes,
+    )
+    cdef int code = BAD_ARGUMENT
+    if request:
+        call.request = request[0]
+    if processes >= 1:
+        code = step_call(&call)
     fastopt_leave(modes)
     return code
 
@@ -187,7 +232,7 @@ cdef Native* native_of(Kernels kernels, entry, list formats) except NULL:
     about.carry = all_lasting(entry.carry)
     about.state_count = len(entry.state)
     about.hyperparameter_count = len(entry.hyperparameters)
-    about.carry_count = len(entry.carry)
+    about.carry_count, about.sum_count = len(entry.carry), entry.terms
     about.carry_per_segment = native.by_segment = entry.by_segment
     native.scalar_count, native.measured = entry.scalar_count, entry.measure_count
     native.terms, native.settle_count = entry.terms, entry.settle_count
@@ -248,6 +293,7 @@ def native_table(
     api.find, api.error = native_find, native_error
     api.start, api.step, api.step_on = native_start, native_step, native_step_on
     api.start_streams, api.step_streams = native_start_streams, native_step_streams
+    api.sums, api.step_with_sums = native_sums, native_step_with_sums
     return PyCapsule_New(&api, "fastopt.native._api", NULL)
 
 

@@ -1,11 +1,10 @@
 # cython: language_level=3, cdivision=True
-"""A step as a custom call of XLA's, for fastopt/jax/__init__.py.
+"""A step as a custom call of XLA's, for fastopt/jax/calls.py, or as two of them.
 
-XLA calls a handler of plain C with a frame of pointers. Its structures are declared here,
-as far as they are read, so that no jaxlib is needed to build: this is version 0.1 of
-XLA's typed FFI, which grows at the ends. XLA checks the version that we name when the
-handler is registered; we check what it gives us by its sizes. Whoever calls the target
-chooses operands and attributes, so all of them are checked before any is read.
+XLA calls a handler of plain C with a frame of pointers (xla_ffi.pxi). XLA checks the
+version that we name when the handler is registered; we check what it gives us by its
+sizes. Whoever calls the target chooses operands and attributes, so all of them are checked
+before any is read.
 """
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport isfinite
@@ -32,123 +31,7 @@ cdef extern from *:
     int fetch_add "fastopt_add" (int* place, int n) noexcept nogil
     void give_way "fastopt_give_way" () noexcept nogil
 
-# XLA's structures -----------------------------------------------------------------------
-
-cdef enum:
-    METADATA = 1  # the type of an extension: XLA asks what we are
-    EXECUTE = 3  # the stage
-    S32 = 4
-    S64 = 5
-    U32 = 8
-    F16 = 10
-    F32 = 11
-    F64 = 12
-    BF16 = 16
-    ATTR_ARRAY = 1
-    ATTR_SCALAR = 3
-    ATTR_STRING = 4
-    BUFFER = 1  # the type of an operand or a result
-    INVALID_ARGUMENT = 3  # codes of errors
-    RESOURCE_EXHAUSTED = 8
-    INTERNAL = 13
-
-cdef struct Extension:
-    size_t struct_size
-    int type
-    Extension* next
-
-cdef struct Version:
-    size_t struct_size
-    Extension* extension
-    int major, minor
-
-cdef struct Metadata:
-    size_t struct_size
-    Version version
-    uint32_t traits
-
-cdef struct MetadataExtension:
-    Extension base
-    Metadata* metadata
-
-cdef struct Failure:
-    size_t struct_size
-    Extension* extension
-    const char* message
-    int code
-
-ctypedef void* (*fail_t)(Failure* failure) noexcept nogil
-
-ctypedef void (*task_t)(void* data) noexcept nogil
-
-cdef struct Task:
-    size_t struct_size
-    Extension* extension
-    void* context
-    task_t task
-    void* data
-
-cdef struct Destroy:
-    size_t struct_size
-    Extension* extension
-    void* error
-
-cdef struct XlaApi:
-    size_t struct_size
-    Extension* extension
-    Version version
-    void* internal
-    fail_t fail
-    void* get_message
-    void (*destroy)(Destroy* args) noexcept nogil
-    void* others[8]
-    void* (*schedule)(Task* task) noexcept nogil  # returns an error, or NULL
-
-cdef struct Buffer:
-    size_t struct_size
-    Extension* extension
-    int dtype
-    void* data
-    int64_t rank
-    int64_t* dims
-
-cdef struct Buffers:  # XLA's Args and Rets
-    size_t struct_size
-    Extension* extension
-    int64_t size
-    int* types
-    Buffer** at
-
-cdef struct Span:
-    const char* at
-    size_t length
-
-cdef struct Scalar:
-    int dtype
-    void* value
-
-cdef struct Array:
-    int dtype
-    size_t size
-    void* data
-
-cdef struct Attributes:
-    size_t struct_size
-    Extension* extension
-    int64_t size
-    int* types
-    Span** names
-    void** at
-
-cdef struct Frame:
-    size_t struct_size
-    Extension* extension
-    const XlaApi* api
-    void* context
-    int stage
-    Buffers args
-    Buffers results
-    Attributes attributes
+include "xla_ffi.pxi"
 
 
 # The call -------------------------------------------------------------------------------
@@ -159,6 +42,10 @@ cdef struct Frame:
 # all arrays. Results: carry, p and state, in the operands' memory. All arrays are float64,
 # or p and g are of float32, bfloat16 and float16 in any mixture, and state is float32.
 # Words are the two halves of a float64, which JAX has only if it is told to.
+#
+# A step in two calls, where each device has a shard of each array: the first has one
+# result only, the sums over each array (words), and writes nothing else. The second has
+# one operand more, after the carry: the sums of all devices (words), one after the other.
 
 cdef const fastopt.Api* api = NULL
 
@@ -168,6 +55,13 @@ cdef enum:
     MOST_MESSAGE = 256
     MOST_THREADS = 1024  # as in Python
     MOST_ELEMENTS_LOG = 56  # more bytes than addresses
+    MOST_ARRAYS = 1 << 28  # as in native code
+
+# What a call is.
+cdef enum:
+    WHOLE  # a step
+    SUMS  # the first of two calls
+    REST  # and the second
 
 
 cdef void* failed(
@@ -331,7 +225,7 @@ cdef void run(
 
 
 cdef const char* misfit(
-    const Frame* frame, const fastopt.Rule* rule, int64_t first, int64_t arrays
+    const Frame* frame, const fastopt.Rule* rule, int64_t first, int64_t arrays, int what
 ) noexcept nogil:
     """What is wrong with the operands and results, of which there are as many as should
     be; NULL if nothing is."""
@@ -343,11 +237,17 @@ cdef const char* misfit(
     cdef bint double = arrays > 0 and args[first].dtype == F64
     cdef size_t itemsize = sizeof(double) if double else sizeof(float)
     cdef int64_t format, plain = fastopt.F64 if double else fastopt.F32
+    cdef int64_t sums = 2 * arrays * (1 + rule.sum_count)
     if not holds(args[1], U32, 2 * (rule.hyperparameter_count + 1), sizeof(uint32_t)):
         return "the numbers must be uint32, two for each"
     if not holds(args[2], U32, 2 * rule.carry_count * rows, sizeof(double)):
         return "the carry must be uint32, two for each number of each row"
-    if not alike(args[2], results[0]):
+    if what == REST and not (
+        holds(args[3], U32, size_of(args[3]), sizeof(double))
+        and (size_of(args[3]) % sums == 0 if sums else size_of(args[3]) == 0)
+    ):
+        return "the sums must be uint32, as many as each device has"
+    if what != SUMS and not alike(args[2], results[0]):
         return "a result is not like its operand"
     for i in range(arrays):
         p = args[first + i]
@@ -367,10 +267,12 @@ cdef const char* misfit(
             if not same_shape(p, operand):
                 return "parameters, gradients and state differ in shape"
             # There are no results for gradients.
-            if k != 1 and not alike(operand, results[1 + (k - (k > 1)) * arrays + i]):
+            if what != SUMS and k != 1 and not alike(
+                operand, results[1 + (k - (k > 1)) * arrays + i]
+            ):
                 return "a result is not like its operand"
     # XLA promises that these share their memory.
-    for k in range(frame.results.size):
+    for k in range(frame.results.size if what != SUMS else 0):
         i = k - 1 if k <= arrays else k - 1 + arrays
         i = 2 if k == 0 else first + i
         if args[i].data != results[k].data and size_of(args[i]):
@@ -389,6 +291,8 @@ cdef struct Given:
     int64_t arrays
     bint double
     int threads
+    double* sums  # those of all devices, or where they go
+    int64_t devices
 
 
 cdef int step_plain(const Given* given) noexcept nogil:
@@ -426,13 +330,14 @@ cdef int step_plain(const Given* given) noexcept nogil:
     return code
 
 
-cdef int step_stored(const Given* given) noexcept nogil:
-    """A step in float32 over arrays of which some are stored in fewer bits."""
+cdef int step_streams(const Given* given, int what) noexcept nogil:
+    """A step over arrays of which some may be stored in fewer bits, or a part of one."""
     cdef int64_t i, k, columns = 2 + given.rule.state_count, arrays = given.arrays
     cdef const Buffer* buffer
     cdef fastopt.Stream* streams
     cdef fastopt.Request request
-    cdef int code
+    cdef int code, dtype = fastopt.FLOAT64 if given.double else fastopt.FLOAT32
+    cdef double factor = given.numbers[given.rule.hyperparameter_count]
     cdef fastopt.Streams* segments = <fastopt.Streams*> malloc(
         arrays * (sizeof(fastopt.Streams) + columns * sizeof(fastopt.Stream)) + 1
     )
@@ -446,28 +351,31 @@ cdef int step_stored(const Given* given) noexcept nogil:
         segments[i].first = 0  # no format of ours draws by it
         for k in range(columns):
             buffer = given.at[k * arrays + i]
-            streams[i * columns + k].format = format_of(buffer.dtype, False)
+            streams[i * columns + k].format = format_of(buffer.dtype, given.double)
             streams[i * columns + k].parts[0] = buffer.data
     memset(&request, 0, sizeof(request))
     request.size, request.threads = sizeof(request), given.threads
     request.run, request.context = run, <void*> given.frame
-    code = api.step_streams(
-        given.rule,
-        fastopt.FLOAT32,
-        given.t,
-        given.numbers,
-        1,
-        given.carry,
-        segments,
-        arrays,
-        given.numbers[given.rule.hyperparameter_count],
-        &request,
-    )
+    if what == SUMS:
+        code = api.sums(
+            given.rule, dtype, given.t, given.numbers, 1, given.carry, segments, arrays,
+            factor, &request, given.sums,
+        )
+    elif what == REST:
+        code = api.step_with_sums(
+            given.rule, dtype, given.t, given.numbers, 1, given.carry, segments, arrays,
+            factor, &request, given.sums, given.devices,
+        )
+    else:
+        code = api.step_streams(
+            given.rule, dtype, given.t, given.numbers, 1, given.carry, segments, arrays,
+            factor, &request,
+        )
     free(segments)
     return code
 
 
-cdef void* step(const Frame* frame) noexcept nogil:
+cdef void* step(const Frame* frame, int what) noexcept nogil:
     cdef Buffer** args = frame.args.at
     cdef Span* name = <Span*> attribute(frame, "rule", ATTR_STRING)
     cdef Scalar* threads = <Scalar*> attribute(frame, "threads", ATTR_SCALAR)
@@ -479,8 +387,9 @@ cdef void* step(const Frame* frame) noexcept nogil:
     cdef const fastopt.Rule* rule
     cdef Given given
     cdef bint stored = False
-    cdef int64_t k, at, count, arrays, first, rest, t, parts
+    cdef int64_t k, at, count, arrays, first, rest, t, parts, leading = 3 + (what == REST)
     cdef int code
+    cdef double none = 0
     if not name or name.length >= MOST_NAME or not threads or not traced:
         return failed(frame, INVALID_ARGUMENT, "an attribute is missing")
     if not whole(threads.dtype, threads.value, &parts):
@@ -495,16 +404,30 @@ cdef void* step(const Frame* frame) noexcept nogil:
     if not rule:
         return failed(frame, INVALID_ARGUMENT, "there is no such rule")
     count = rule.hyperparameter_count
-    first = 3 + <int64_t> traced.size
+    first = leading + <int64_t> traced.size
     rest = frame.args.size - first
     arrays = rest // (2 + rule.state_count) if rest > 0 else 0
+    if what != WHOLE and rule.sum_count == 0:
+        return failed(frame, INVALID_ARGUMENT, "the rule takes no sums")
+    if what == SUMS and not (  # before its operands, whose number this confirms
+        frame.results.size == 1 and buffers(&frame.results) and arrays <= MOST_ARRAYS
+        and holds(
+            frame.results.at[0], U32, 2 * arrays * (1 + rule.sum_count), sizeof(double)
+        )
+    ):
+        return failed(
+            frame, INVALID_ARGUMENT,
+            "the sums must be uint32, two for each number of each array",
+        )
     if (
         count + 1 > MOST_NUMBERS or rest != (2 + rule.state_count) * arrays
-        or frame.results.size != 1 + (1 + rule.state_count) * arrays
+        or frame.results.size != (
+            1 if what == SUMS else 1 + (1 + rule.state_count) * arrays
+        )
         or not buffers(&frame.args) or not buffers(&frame.results)
     ):
         return failed(frame, INVALID_ARGUMENT, "the operands do not fit the rule")
-    wrong = misfit(frame, rule, first, arrays)
+    wrong = misfit(frame, rule, first, arrays, what)
     if wrong:
         return failed(frame, INVALID_ARGUMENT, wrong)
     if not (
@@ -515,19 +438,24 @@ cdef void* step(const Frame* frame) noexcept nogil:
         return failed(frame, INVALID_ARGUMENT, "the step must be at least 1")
     memcpy(numbers, args[1].data, (count + 1) * sizeof(double))
     memset(taken, 0, sizeof(taken))
-    for k in range(first - 3):
+    for k in range(first - leading):
         at = (<const int64_t*> traced.data)[k]
         if at < 0 or at > count or taken[at]:
             return failed(
                 frame, INVALID_ARGUMENT, "traced has an index out of range, or twice"
             )
         taken[at] = True
-        if not number(args[3 + k], &numbers[at]):
+        if not number(args[leading + k], &numbers[at]):
             return failed(frame, INVALID_ARGUMENT, "a traced number is not a scalar")
     given.frame, given.rule, given.t = frame, rule, t
     given.numbers, given.carry = numbers, <double*> args[2].data
     given.at, given.arrays, given.threads = args + first, arrays, <int> parts
     given.double = arrays > 0 and given.at[0].dtype == F64
+    given.sums, given.devices = &none, 1  # of no arrays
+    if arrays and what != WHOLE:
+        given.sums = <double*> (frame.results.at[0] if what == SUMS else args[3]).data
+        if what == REST:
+            given.devices = size_of(args[3]) // (2 * arrays * (1 + rule.sum_count))
     for k in range(2 * arrays):
         stored |= given.at[k].dtype == BF16 or given.at[k].dtype == F16
     if stored and not isfinite(<float> numbers[count]):  # which step_streams refuses
@@ -536,7 +464,10 @@ cdef void* step(const Frame* frame) noexcept nogil:
             "grad_scale must be finite in float32 if some arrays have 16 bits",
         )
     # Tables of plain arrays are smaller, which counts where there are many small ones.
-    code = step_stored(&given) if stored else step_plain(&given)
+    if stored or what != WHOLE:
+        code = step_streams(&given, what)
+    else:
+        code = step_plain(&given)
     if code == fastopt.NO_MEMORY:
         return failed(frame, RESOURCE_EXHAUSTED, api.error(code))
     if code != fastopt.OK:
@@ -545,7 +476,7 @@ cdef void* step(const Frame* frame) noexcept nogil:
     return NULL
 
 
-cdef void* handler(Frame* frame) noexcept nogil:
+cdef void* handled(Frame* frame, int what) noexcept nogil:
     cdef Extension* extension = frame.extension
     cdef Metadata* metadata
     while extension:
@@ -559,11 +490,27 @@ cdef void* handler(Frame* frame) noexcept nogil:
         return failed(frame, INTERNAL, "XLA's call frame is not the known one")
     if frame.stage != EXECUTE:
         return NULL
-    return step(frame)
+    return step(frame, what)
 
 
-def target():
-    """The handler, as jax.ffi.register_ffi_target takes it."""
+cdef void* step_handler(Frame* frame) noexcept nogil:
+    return handled(frame, WHOLE)
+
+
+cdef void* sums_handler(Frame* frame) noexcept nogil:
+    return handled(frame, SUMS)
+
+
+cdef void* rest_handler(Frame* frame) noexcept nogil:
+    return handled(frame, REST)
+
+
+def targets():
+    """Return the handlers by name, as jax.ffi.register_ffi_target takes them."""
     global api
     api = fastopt.load()
-    return PyCapsule_New(<void*> handler, NULL, NULL)
+    return {
+        "fastopt_step": PyCapsule_New(<void*> step_handler, NULL, NULL),
+        "fastopt_sums": PyCapsule_New(<void*> sums_handler, NULL, NULL),
+        "fastopt_step_with_sums": PyCapsule_New(<void*> rest_handler, NULL, NULL),
+    }

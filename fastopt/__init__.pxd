@@ -34,6 +34,7 @@ cdef extern from "fastopt.h" nogil:
         const char** hyperparameters
         const char** carry
         const double* defaults
+        int64_t sum_count
 
     ctypedef struct Segment "fastopt_segment":
         void* p
@@ -94,6 +95,17 @@ cdef extern from "fastopt.h" nogil:
             const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
             int64_t rows, double* carry, const Streams* segments, int64_t count,
             double grad_scale, const Request* request
+        ) noexcept nogil
+        int (*sums)(
+            const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
+            int64_t rows, const double* carry, const Streams* segments, int64_t count,
+            double grad_scale, const Request* request, double* sums
+        ) noexcept nogil
+        int (*step_with_sums)(
+            const Rule* rule, int dtype, int64_t t, const double* hyperparameters,
+            int64_t rows, double* carry, const Streams* segments, int64_t count,
+            double grad_scale, const Request* request, const double* sums,
+            int64_t processes
         ) noexcept nogil
 
 cdef extern from "fastopt.h":

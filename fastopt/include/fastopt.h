@@ -51,6 +51,7 @@ typedef struct fastopt_rule {
     const char *const *hyperparameters;
     const char *const *carry;
     const double *defaults; /* of the hyperparameters; 1 and 0 are yes and no */
+    int64_t sum_count; /* sums over arrays that a step takes first, such as squared norms */
 } fastopt_rule;
 
 /* One array: C-contiguous, aligned to its elements. Nothing of a segment may overlap
@@ -168,6 +169,26 @@ typedef struct fastopt_api {
         const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
         int64_t rows, double *carry, const fastopt_streams *segments, int64_t count,
         double grad_scale, const fastopt_request *request
+    );
+
+    /* A step in two calls, of a rule whose sum_count is not 0, where several processes have
+       a part of each array. ``sums`` changes nothing. It writes 1 + sum_count numbers for
+       each segment: how many elements have a gradient, and the sums over these.
+       ``step_with_sums`` takes what ``sums`` wrote in so many processes, one after the
+       other: all processes the same, in the same order. It adds them up in that order, so
+       all processes step with the same numbers. For a segment that several processes have
+       in whole, let the numbers of all but one be 0. The other arguments are those of
+       step_streams, the same in both calls; clip_norm must be 0. */
+    int (*sums)(
+        const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
+        int64_t rows, const double *carry, const fastopt_streams *segments,
+        int64_t count, double grad_scale, const fastopt_request *request, double *sums
+    );
+    int (*step_with_sums)(
+        const fastopt_rule *rule, int dtype, int64_t t, const double *hyperparameters,
+        int64_t rows, double *carry, const fastopt_streams *segments, int64_t count,
+        double grad_scale, const fastopt_request *request, const double *sums,
+        int64_t processes
     );
 } fastopt_api;
 

@@ -13,7 +13,6 @@ composes. See docs/jax.md.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastopt import native
-from fastopt.backends.cython_cpu import HOW_TO_GET
 from fastopt.backends.numpy_ref import evaluate
+from fastopt.jax import calls, shards
 from fastopt.jax import schedules as jax_schedules
 from fastopt.jax.arrays import (
     as_dtype,
@@ -35,9 +34,9 @@ from fastopt.jax.arrays import (
     fitting,
     named,
     number,
+    paths,
     taken,
     widened,
-    words,
 )
 from fastopt.memory.formats import DTYPES as STATE_DTYPES
 from fastopt.memory.formats import computed
@@ -53,29 +52,16 @@ from fastopt.schedules import Schedule
 
 __all__ = ["Optimizer", "State", "exact", "optimizer"]
 
-TARGET = "fastopt_step"
-
-
-def register() -> None:
-    """Tell XLA of the call."""
-    native.table()  # or the error that says how to get it
-    try:
-        xla = importlib.import_module("fastopt._xla")
-    except ImportError as error:
-        raise RuntimeError(
-            f"fastopt was built without its call for XLA ({error}); {HOW_TO_GET}"
-        ) from error
-    jax.ffi.register_ffi_target(TARGET, xla.target(), platform="cpu")
-
-
-register()
+calls.register()
 
 
 class State(NamedTuple):
     """What an optimizer remembers: a pytree."""
 
     count: Any  # completed steps, int32
-    carry: Any  # numbers of the rule's: float64 in words, a row for each set of them
+    # Numbers of the rule's: float64 in words, a row for each set of them. None: it has
+    # none, and checkpoints need not store an array without elements.
+    carry: Any
     buffers: dict[str, Any]  # by name, each in the structure of the parameters
 
 
@@ -91,7 +77,11 @@ def exact(value: float) -> Any:
 
 
 def optimizer(
-    rule: Rule, *, threads: int | None = None, **hyperparameters: Any
+    rule: Rule,
+    *,
+    threads: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    **hyperparameters: Any,
 ) -> Optimizer:
     """An optimizer for use inside ``jax.jit``.
 
@@ -101,6 +91,10 @@ def optimizer(
         One of fastopt's own, such as ``fastopt.adamw``.
     threads
         At most so many CPU threads; by default what Python would use.
+    axis_name
+        For a rule that takes sums over arrays, inside ``jax.shard_map``: the axes of
+        the mesh over which arrays are sharded; the sums of all shards are added up.
+        ``()``: each device has whole arrays, which may differ. Other rules ignore it.
     **hyperparameters
         Of the rule. Each may be a schedule, one of fastopt's or another function of the
         number of completed steps, which inside ``jit`` is traced; or itself traced, as
@@ -173,6 +167,7 @@ def optimizer(
         native.called(rule, on),
         values,
         available() if threads is None else checks.check_threads(threads),
+        shards.checked_names(axis_name),
     )
 
 
@@ -220,6 +215,7 @@ class Optimizer:
     name: str  # and what that is called among the native rules
     hyperparameters: Mapping[str, Any]
     threads: int
+    axis_name: tuple[str, ...] | None  # where sums of shards are added up
 
     def init(self, params: Any) -> State:
         """The state before the first step, of parameters in any structure. State is
@@ -237,16 +233,22 @@ class Optimizer:
             if start == "p":
                 return jnp.array(leaf, dtype, copy=True)  # to be donated apart from it
             value = now[start] if isinstance(start, str) else start
-            return jnp.full_like(leaf, as_dtype(value, dtype), dtype)
+            new = jnp.full_like(leaf, as_dtype(value, dtype), dtype)
+            return shards.alike(leaf, new)
 
         carry = [
             as_words(now[start] if isinstance(start, str) else start)
             for start in self.variant.carry.values()
         ]
         shape = self._carry_shape(leaves)
+        rows = jnp.broadcast_to(
+            jnp.asarray(carry, jnp.uint32).reshape(shape[1:]), shape
+        )
+        if self.variant.settle is not None and self.axis_name == ():
+            rows = shards.varying(rows, shards.axes_of(*leaves))  # as steps leave it
         return State(
             jnp.zeros((), jnp.int32),
-            jnp.broadcast_to(jnp.asarray(carry, jnp.uint32).reshape(shape[1:]), shape),
+            rows if carry else None,
             {
                 name: jax.tree.map(functools.partial(first, name), params)
                 for name in self.variant.state
@@ -297,13 +299,18 @@ class Optimizer:
         leaves, tree = taken("params", params)
         self._check_mixed(leaves)
         gradients = fitting("grads", grads, params)
+        given = state
         state, buffers = self._fitting(state, params)
-        numbers = self._numbers(changes, state.count)
-        new, carry = self._call(
-            self.name, state.count + 1, numbers, state.carry, leaves, gradients, buffers
+        static, traced = self._numbers(changes, state.count)
+        axes = self._summed_over(params, grads, state)
+        new, carry = calls.Step(self.variant, self.name, self.threads, axes)(
+            *(state.count + 1, static, traced, state.carry),
+            *(leaves, gradients, buffers),
         )
         rebuilt = [jax.tree.unflatten(tree, array) for array in new]
         named = dict(zip(self.variant.state, rebuilt[1:], strict=True))
+        if given.carry is None:
+            carry = None
         return rebuilt[0], State(state.count + 1, carry, named)
 
     def as_optax(self) -> Any:
@@ -358,6 +365,8 @@ class Optimizer:
             *(state.count, state.carry, traced, leaves, buffers),
             vmap_method="sequential",
         )
+        given = zip(new, leaves, *buffers, strict=True)
+        new = [shards.varying(array, shards.axes_of(*like)) for array, *like in given]
         return jax.tree.unflatten(tree, new)
 
     def estimate(self, grads: Any, state: State, *, grad_scale: Any = 1.0) -> State:
@@ -365,18 +374,19 @@ class Optimizer:
         ``sophia_g`` says of what ``grads`` are to be the gradients."""
         if self.rule.estimate is None:
             raise TypeError(f"{self.rule.name} does not use estimates")
-        buffer, _ = self.rule.estimate
+        buffer, rule = self.rule.estimate
         gradients, tree = taken("grads", grads)
+        given = state
         state, _ = self._fitting(state, grads, "grads")
         leaves = jax.tree.leaves(state.buffers[buffer])
         changes = {"grad_scale": grad_scale, **self._unit_lr}
-        numbers = self._numbers(changes, state.count)
-        (new,), _ = self._call(
-            *(f"{self.name}.estimate", state.count + 1, numbers, state.carry),
+        static, traced = self._numbers(changes, state.count)
+        (new,), _ = calls.Step(rule, f"{self.name}.estimate", self.threads)(
+            *(state.count + 1, static, traced, state.carry),
             *(leaves, gradients, []),
         )
         buffers = {**state.buffers, buffer: jax.tree.unflatten(tree, new)}
-        return state._replace(buffers=buffers)
+        return state._replace(carry=given.carry, buffers=buffers)
 
     # How ------------------------------------------------------------------------------
 
@@ -392,6 +402,21 @@ class Optimizer:
                 f"{self.rule.name} takes sums over all parameters, which must be "
                 f"computed in one dtype, but there are {' and '.join(sorted(dtypes))}"
             )
+
+    def _summed_over(self, params: Any, grads: Any, state: State) -> dict[str, int]:
+        def called(name: str, tree: Any) -> list[tuple[str, Any]]:
+            return [(f"{name}{path}", leaf) for path, leaf in paths(tree)]
+
+        others = [
+            called(f"state.buffers[{name!r}]", tree)
+            for name, tree in state.buffers.items()
+        ]
+        return shards.summed_over(
+            self.variant,
+            self.axis_name,
+            called("params", params),
+            [called("grads", grads), *others],
+        )
 
     def _carry_shape(self, leaves: Sequence[Any]) -> tuple[int, int, int]:
         rows = len(leaves) if self.variant.by_segment else 1
@@ -450,55 +475,6 @@ class Optimizer:
             else:
                 static[key] = float(value)
         return static, traced
-
-    def _call(
-        self,
-        name: str,
-        t: Any,
-        numbers: tuple[dict[str, float], dict[str, Any]],
-        carry: Any,
-        params: Sequence[Any],
-        grads: Sequence[Any],
-        buffers: Sequence[Sequence[Any]],
-    ) -> tuple[list[list[Any]], Any]:
-        """Parameters and state, each as a list of arrays, after a step, and the carry.
-        One custom call for the arrays that are computed in each dtype."""
-        static, traced = numbers
-        order = [*self.rule.hyperparameters, "grad_scale"]
-        places = np.array([order.index(key) for key in traced], np.int64)
-        leading = [t, words([static.get(key, 0.0) for key in order])]
-        streams, old = [list(params), *map(list, buffers)], carry
-        for dtype in STATE_DTYPES:
-            which = [k for k, p in enumerate(params) if computed(p.dtype) == dtype]
-            if not which:
-                continue
-            # Of a rule over segments, each array has its own row.
-            rows = np.array(which) if self.variant.by_segment else np.arange(len(old))
-            aliased = [stream[k] for stream in streams for k in which]
-            operands = [
-                *(*leading, old[rows] if len(rows) < len(old) else old),
-                *traced.values(),
-                *aliased[: len(which)],
-                *(grads[k] for k in which),
-                *aliased[len(which) :],
-            ]
-            first = len(leading) + 1 + len(traced)
-            skipped = len(which)  # the gradients
-            aliases = {len(leading): 0} | {
-                first + k + (skipped if k >= len(which) else 0): 1 + k
-                for k in range(len(aliased))
-            }
-            like = [operands[at] for at in aliases]
-            part, *new = jax.ffi.ffi_call(
-                TARGET,
-                [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like],
-                input_output_aliases=aliases,
-                vmap_method="sequential",
-            )(*operands, rule=name, traced=places, threads=np.int32(self.threads))
-            carry = carry.at[rows].set(part) if len(rows) < len(old) else part
-            for k, array in enumerate(new):
-                streams[k // len(which)][which[k % len(which)]] = array
-        return streams, carry
 
     @standard
     def _evaluate(

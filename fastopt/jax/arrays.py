@@ -132,7 +132,9 @@ def completed(count: Any) -> Any:
 
 
 def carried(carry: Any, shape: tuple[int, ...]) -> Any:
-    """``state.carry``."""
+    """``state.carry``; None is that of a rule which carries no numbers."""
+    if carry is None and shape[1] == 0:
+        return np.zeros(shape, np.uint32)
     wanted = f"state.carry must be uint32{list(shape)}, got {shown(carry)}"
     if not isinstance(carry, ARRAYS) or carry.dtype != np.uint32:
         raise TypeError(

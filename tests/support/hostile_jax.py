@@ -11,7 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from xla_frames import BF16, ENTRIES, F16, F32, F64, Call, changes
+from xla_frames import (
+    BF16,
+    ENTRIES,
+    F16,
+    F32,
+    F64,
+    STEP,
+    STEP_WITH_SUMS,
+    SUMS,
+    Call,
+    changes,
+)
 
 import fastopt.jax as fj
 
@@ -53,6 +64,31 @@ def frames(long: bool) -> Iterator[Attack]:
             fits |= {one, two} == {"1 results", "4 operands"}
             if one != two and not short and not fits:
                 yield f"{about}: {one}, {two}", partial(bad, new, a, b)
+    # The two calls of a step in shards.
+    names = ["novograd", "prodigy"][: None if long else 1]
+    for target, name, pair, some in itertools.product(
+        (SUMS, STEP_WITH_SUMS), names, dtypes, [[(3, 5), (1,), ()], [(0, 2), (4,)]]
+    ):
+        new = partial(Call, name, pair, some, target)
+        about = f"{target} of {name}, dtypes {pair}, {some}"
+        yield f"{about}: nothing", partial(good, new)
+        for what, change in changes(new()):
+            yield f"{about}: {what}", partial(bad, new, change)
+        for rule in (b"adamw", b"lars"):  # without sums, and with others
+            changed = partial(setattr_of, "rule", rule)
+            yield f"{about}: as {rule!r}", partial(bad, new, changed)
+    for value in (np.nan, np.inf, -1.0, 0.0, 2.0**60):
+        new = partial(Call, "novograd", (F32, F32), [(3, 5)], STEP_WITH_SUMS)
+        yield f"sums of {value} elements", partial(bad, new, partial(elements, value))
+
+
+def setattr_of(name: str, value: Any, call: Call) -> None:
+    setattr(call, name, value)
+
+
+def elements(value: float, call: Call) -> None:
+    """Let all devices say that an array has so many elements."""
+    call.args[3].values.view(np.float64)[..., 0] = value
 
 
 def good(new: Callable[[], Call]) -> None:
@@ -132,7 +168,7 @@ def through_xla(
         jax.ShapeDtypeStruct(operands[k].shape, operands[k].dtype) for k in aliases
     ]
     options = {"input_output_aliases": aliases, "has_side_effect": True}
-    target = jax.ffi.ffi_call(fj.TARGET, results, **options)
+    target = jax.ffi.ffi_call(STEP, results, **options)
     usual = {"rule": name, "traced": np.array([0]), "threads": np.int32(2)}
     try:
         call = jax.jit(lambda *operands: target(*operands, **usual | others))

@@ -26,6 +26,7 @@ class Rule(ctypes.Structure):
         ("hyperparameters", NAMES),
         ("carry", NAMES),
         ("defaults", ctypes.POINTER(F64)),
+        ("sum_count", I64),
     ]
 
 
@@ -78,6 +79,14 @@ class Api(ctypes.Structure):
         (
             "step_streams",
             ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, I64, P, P, I64, F64, P),
+        ),
+        (
+            "sums",
+            ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, I64, P, P, I64, F64, P, P),
+        ),
+        (
+            "step_with_sums",
+            ctypes.CFUNCTYPE(INT, RULE, INT, I64, P, I64, P, P, I64, F64, P, P, I64),
         ),
     ]
 
@@ -215,6 +224,27 @@ class StreamOptimizer:
         )
         self.t += code == OK
         return code
+
+    def sums(self, grads, grad_scale=1.0, **request):
+        """The code, and a row for each segment: its elements, and sums over these."""
+        found = np.full((len(grads), 1 + self.rule.contents.sum_count), np.nan)
+        code = API.sums(*self._given(grads, grad_scale, request), address(found))
+        return code, found
+
+    def step_with_sums(self, grads, sums, grad_scale=1.0, **request):
+        """A step with the sums of several processes."""
+        given = self._given(grads, grad_scale, request)
+        code = API.step_with_sums(*given, address(sums), len(sums))
+        self.t += code == OK
+        return code
+
+    def _given(self, grads, grad_scale, request):
+        self.asked = Request(**request)
+        return (
+            *(self.rule, self.dtype, self.t + 1, address(self.values)),
+            *(len(self.values), address(self.carry), self.segments(grads)),
+            *(len(grads), grad_scale, address_of(self.asked) if request else None),
+        )
 
     def everything(self):
         """In the order of ``python``'s."""

@@ -59,7 +59,12 @@ Frame = struct(
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = P, [ctypes.py_object, ctypes.c_char_p]
-handler = ctypes.CFUNCTYPE(P, P)(_pointer(_xla.target(), None))
+TARGETS = _xla.targets()
+HANDLERS = {
+    name: ctypes.CFUNCTYPE(P, P)(_pointer(target, None))
+    for name, target in TARGETS.items()
+}
+STEP, SUMS, STEP_WITH_SUMS = TARGETS
 libc = ctypes.CDLL(None, use_errno=True)
 ENTRIES = {entry.name: entry for entry in native.entries()}
 
@@ -131,7 +136,11 @@ class Call:
     is in it, then ``run``."""
 
     def __init__(
-        self, rule: str, dtypes: tuple[int, int], shapes: list[tuple[int, ...]]
+        self,
+        rule: str,
+        dtypes: tuple[int, int],
+        shapes: list[tuple[int, ...]],
+        target: str = STEP,
     ):
         entry = ENTRIES[rule]
         rng = np.random.default_rng(5)
@@ -162,6 +171,17 @@ class Call:
             *(4 + k for k in range(len(arrays)) if k // max(len(shapes), 1) != 1),
         ]
         self.results = [Result(self.args[k]) for k in kept]
+        self.target, self.number = target, 3  # where the traced number is
+        if target != STEP:
+            sums = [[np.prod(shape), *[1.0] * entry.terms] for shape in shapes]
+            size = len(shapes), 1 + entry.terms, 2
+        if target == SUMS:
+            words = np.zeros(np.prod(size, dtype=int))
+            self.results = [Result(Operand(words, U32, size))]
+        if target == STEP_WITH_SUMS:  # of two devices
+            words = np.array([sums, sums], np.float64).view(np.uint32)
+            self.args.insert(3, Operand(words, U32, (2, *size)))
+            self.number = 4
         self.rule: bytes = rule.encode()
         self.threads = Operand([2], S32, ())
         self.attributes = {"rule": STRING, "threads": SCALAR, "traced": ARRAY}
@@ -234,7 +254,7 @@ class Call:
         head = self.frame_size, None, ctypes.addressof(api), None, EXECUTE
         frame = Frame(*head, args, results, attributes)
         before = ROOMS.contents()
-        returned = handler(ctypes.addressof(frame))
+        returned = HANDLERS[self.target](ctypes.addressof(frame))
         if bool(returned) != bool(messages):
             raise AssertionError(f"returned {returned} with the messages {messages}")
         written = {places[id(r.operand)]: r.operand.values.nbytes for r in self.results}
@@ -264,14 +284,15 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
     def set_to(**values: Any) -> Callable[[Operand], None]:
         return lambda a: [setattr(a, k, v) for k, v in values.items()] and None
 
-    arrays = len(call.args) - 4
+    first = call.number + 1
+    arrays = len(call.args) - first
     state_count = len(ENTRIES[call.rule.decode()].state)
-    params_and_grads = range(4, 4 + arrays // (2 + state_count) * 2)
+    params_and_grads = range(first, first + arrays // (2 + state_count) * 2)
     for k, a in enumerate(call.args):
         if a.values.size:
             yield f"operand {k} without memory", on_arg(k, set_to(data=None))
             yield f"operand {k} of fewer elements", on_arg(k, shrink)
-            if k != 3:  # a number is read byte by byte
+            if k != call.number:  # which is read byte by byte
                 yield f"operand {k} not aligned", on_arg(k, set_to(data=-1))
         yield f"operand {k} of more elements", on_arg(k, longer)
         yield f"operand {k} below zero", on_arg(k, set_to(dims=[-1], rank=1))
@@ -285,7 +306,7 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
         if k in params_and_grads and a.dtype != F64:
             others -= {F16, BF16, F32}  # may be mixed
         for dtype in others:
-            if (k, dtype) in ((0, S64), (3, F64)):
+            if (k, dtype) in ((0, S64), (call.number, F64)):
                 continue  # a call like that is good, with more memory
             yield f"operand {k} of dtype {dtype}", on_arg(k, set_to(dtype=dtype))
 
@@ -298,15 +319,16 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
             f"result {k} is no buffer",
             lambda call, k=k: setattr(call.results[k], "kind", 2),
         )
-        if a.values.size:
+        if a.values.size and call.target != SUMS:
             yield f"result {k} elsewhere", on_result(k, add=-8)
         if a.rank:
             dims = [*a.dims[:-1], a.dims[-1] + 1]
             yield f"result {k} of another shape", on_result(k, dims=dims)
-        yield (
-            f"result {k} of another rank",
-            on_result(k, rank=a.rank + 1, dims=[*a.dims, 1]),
-        )
+        if call.target != SUMS:
+            yield (
+                f"result {k} of another rank",
+                on_result(k, rank=a.rank + 1, dims=[*a.dims, 1]),
+            )
         for dtype in {S32, F16, BF16} - {a.dtype}:
             yield f"result {k} of dtype {dtype}", on_result(k, dtype=dtype)
     for count in (-1, -(2**62), *range(len(call.args)), len(call.args) + 1, 2**40):
@@ -349,7 +371,7 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
 
     def twice(call: Call) -> None:
         call.traced = Operand([0, 0], S64, (2,))
-        call.args.insert(3, Operand([0.125], F32, ()))
+        call.args.insert(call.number, Operand([0.125], F32, ()))
 
     yield "an index twice", twice
     for size in (0, 2, 65, 2**40, 2**63):
@@ -367,7 +389,7 @@ def changes(call: Call) -> Iterator[tuple[str, Change]]:
     for step in (0, -1, -(2**31)):
         yield f"step {step}", on_arg(0, set_to(values=np.array([step], "i4")))
     for value in (np.nan, np.inf, -1.0):
-        yield f"lr {value}", on_arg(3, set_to(values=np.array([value], "f4")))
+        yield f"lr {value}", on_arg(call.number, set_to(values=np.array([value], "f4")))
     yield (
         "a smaller frame",
         lambda call: setattr(call, "frame_size", ctypes.sizeof(Frame) - 8),
