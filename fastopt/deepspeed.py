@@ -177,8 +177,9 @@ def adam_rollback(
     """Undo the step of this number: ``adam_update`` with the same arguments.
 
     The earlier numbers come back up to rounding in float32, so all tensors must be
-    float32. ``beta1`` and ``beta2`` must be above 0, and ``lr * weight_decay`` of AdamW
-    below 1.
+    float32. The rounding is that of the numbers after the step: if its gradient was 1e3
+    times as large as those before, averages of squares lose six of their seven digits.
+    ``beta1`` and ``beta2`` must be above 0, and ``lr * weight_decay`` of AdamW below 1.
 
     Returns
     -------
@@ -218,6 +219,7 @@ def adam_rollback(
                 f"a rollback needs float32 tensors, because others have lost the bits "
                 f"that would come back; {name} is {tensor.dtype}"
             )
+    _check_apart(named)
     if not (beta1 > 0 and beta2 > 0):
         raise ValueError(
             f"a rollback needs beta1 and beta2 above 0, got {beta1!r} and {beta2!r}: "
@@ -509,6 +511,21 @@ def _step(
     return 0
 
 
+def _check_apart(named: Mapping[str, Tensor]) -> None:
+    """Check that dense tensors do not overlap."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in named.items()
+        if tensor.numel()
+    )
+    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{first} and {second} overlap in memory; pass tensors that are apart. "
+                f"Nothing was updated"
+            )
+
+
 def _checked(
     params: Tensor, grads: Tensor, named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -516,7 +533,8 @@ def _checked(
     is or, where its elements are in another order, a copy."""
     (first, _), *state = named.items()
     others = [grads, *(tensor for _, tensor in state)]
-    usual = all(simple([params] * len(others), others))  # contiguous, and alike
+    tensors = all(isinstance(tensor, Tensor) for tensor in others)
+    usual = tensors and all(simple([params] * len(others), others))  # and alike
     if usual and params.dtype == torch.float32:
         return {first: params, "grads": grads, **named}
     for name, tensor in {**named, "grads": grads}.items():

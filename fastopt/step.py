@@ -324,6 +324,11 @@ def over_ranks(
     vector of float64 up over them, in place."""
     numbers = np.array([(n, *(of or (0.0,) * terms)) for n, of in sums], np.float64)
     add(numbers.reshape(-1))
+    if not (numbers[:, 0] >= 0).all() or np.isinf(numbers[:, 0]).any():
+        raise ValueError(
+            f"the sums over processes have {numbers[:, 0].tolist()} for numbers of "
+            f"elements; reduce must add its vector up over all processes"
+        )
     return [(int(n), tuple(of)) if n else (0, None) for n, *of in numbers.tolist()]
 
 

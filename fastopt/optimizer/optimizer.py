@@ -399,6 +399,11 @@ class Optimizer(Storage):
             numbers = np.array([added(map(added, squares)), count], np.float64)
             self._add(numbers)
             total, nonfinite = numbers.tolist()
+            if total < 0 or not nonfinite >= 0:
+                raise ValueError(
+                    f"reduce has made {numbers.tolist()} of a sum of squares and a "
+                    f"count; it must add its vector up over all processes"
+                )
             return total, nonfinite
 
         return add

@@ -103,9 +103,9 @@ def divided(param: Tensor) -> list[int]:
 
 
 def axes_of(param: Tensor) -> Axes:
-    """Return over which groups of processes a DTensor is divided; those of one process
-    are left out."""
-    if not is_dtensor(param):
+    """Return over which groups of processes a DTensor is divided. Those of one process
+    are left out, and those that this process does not belong to."""
+    if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh = param.device_mesh
     return tuple(mesh.get_group(i) for i in divided(param) if mesh.size(i) > 1)
@@ -123,21 +123,34 @@ def fits(grad: Any, param: Tensor) -> bool:
 def local_gradient(grad: Any, param: Tensor) -> Any:
     """Return this process's shard of a gradient. One that is divided otherwise, such as
     into partial sums, is first divided as its parameter; all processes do that."""
-    if is_dtensor(grad) and is_dtensor(param):
+    if not is_dtensor(param):
+        return grad
+    if is_dtensor(grad):
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"a parameter has shape {tuple(param.shape)}, but its gradient has "
+                f"{tuple(grad.shape)}, both over all processes"
+            )
         if not fits(grad, param):
             grad = grad.redistribute(param.device_mesh, param.placements)
         grad = grad._local_tensor
+    return waited(grad)
+
+
+def waited(tensor: Any) -> Any:
+    """Return what a collective has left, when it is complete; other tensors as they
+    are."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")
-    if collectives and isinstance(grad, collectives.AsyncCollectiveTensor):
-        return grad.wait()
-    return grad
+    if collectives and isinstance(tensor, collectives.AsyncCollectiveTensor):
+        return tensor.wait()
+    return tensor
 
 
 def shards(grads: Sequence[Any], params: Sequence[Tensor]) -> list[Any]:
     """Return gradients as a plan looks at them, which are this process's shards. One
     that is divided otherwise will be like its parameter."""
     return [
-        local(grad if fits(grad, param) else param)
+        waited(local(grad if fits(grad, param) else param))
         for grad, param in zip(grads, params, strict=True)
     ]
 
@@ -145,7 +158,7 @@ def shards(grads: Sequence[Any], params: Sequence[Tensor]) -> list[Any]:
 def first_number(param: Tensor) -> int:
     """Return the index of the first element of a shard in the whole parameter, if the
     elements of the shard follow one another there; otherwise 0."""
-    if not is_dtensor(param):
+    if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
         return 0
     for placement in param.placements:
         if not (placement.is_replicate() or placement.is_shard(0)):

@@ -86,10 +86,20 @@ def of_tasks(params: Sequence[Tensor], grads: Any, weights: Any) -> Gradients:
     return Gradients(lists, weights)
 
 
-def of_shards(gradients: Gradients, params: Sequence[Tensor]) -> Gradients:
+def of_shards(
+    gradients: Gradients, params: Sequence[Tensor], zero_grads: bool
+) -> Gradients:
     """Return gradients of DTensors as this process's shards."""
     if not dtensors.are_there(params):
         return gradients
+    pairs = [
+        pair for task in gradients.tasks for pair in zip(task, params, strict=True)
+    ]
+    if zero_grads and not all(dtensors.fits(*pair) for pair in pairs):
+        raise ValueError(
+            "zero_grads cannot set gradients to zero that are divided otherwise than "
+            "their parameters, because the step takes copies; redistribute() them first"
+        )
     tasks = [
         [dtensors.local_gradient(*pair) for pair in zip(task, params, strict=True)]
         for task in gradients.tasks

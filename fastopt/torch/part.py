@@ -134,7 +134,7 @@ class Part:
         if not self.plain:
             task = [grads[member.place] for member in self.members]
             self._know(np.array([grad is not None for grad in task]))
-            if self.any or self.averaged:
+            if self.any or self.averaged or self.over_all:
                 self._take_fitted([task])
         elif moved or not self._placed:
             np.take(addresses, self.places, out=self._here)
@@ -167,7 +167,7 @@ class Part:
         ]
         self._know(np.array(there))
         self._placed, self._gradients = False, gradients
-        if self.any or self.averaged:
+        if self.any or self.averaged or self.over_all:
             self._take_fitted(tasks, gradients.weights)
         return self.any
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
@@ -12,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
@@ -121,11 +119,20 @@ class Plan:
         if in_fake_mode():
             raise Unsupported("steps under a FakeTensorMode")
         # All of them, before anything is put into the state.
+        self._ranks: Ranks | None = None
+        if sharded or optimizer.shard_group is not None:
+            of_each = [self.rules[group] for _, group in pairs]
+            self._ranks = ranks_of(optimizer.shard_group, owners, of_each, self.rules)
+        # A rule over everything goes on where another process has a gradient.
+        waits = [
+            keep and not (self._ranks and id(rule) in self._ranks.together)
+            for keep, rule in zip(keeps, self.rules, strict=True)
+        ]
         are_simple = simple(params, grads)
         planned = [
             is_planned(
                 *(param, grad, names, self.rules[group], here.get(owner)),
-                *(keeps[group], are_simple[place]),
+                *(waits[group], are_simple[place]),
             )
             for place, ((owner, group), param, grad) in enumerate(
                 zip(pairs, params, grads, strict=True)
@@ -205,10 +212,6 @@ class Plan:
         self._grads_taken: list[Any] = []  # during a step
         # The buffers of flatten_ that gradients at these addresses fill, if they do.
         self._flat: tuple[list[Tensor], bytes] | None = None
-        self._ranks: Ranks | None = None
-        if sharded or optimizer.shard_group is not None:
-            of_each = [self.rules[group] for _, group in pairs]
-            self._ranks = ranks_of(optimizer.shard_group, owners, of_each, self.rules)
         ours = [member for member in members if member.plain]
         self._at = [member.place for member in ours]
         self._begins = np.array([m.param.data_ptr() for m in ours], np.int64)
@@ -335,7 +338,7 @@ class Plan:
             check_gradient(param, grad)
             if place in self._plain:
                 grads[place] = fitted(grad, param)
-                tensors.addresses[place] = grads[place].data_ptr()
+                tensors.addresses[place] = grads[place].data_ptr() or -2  # as look does
         # Kernels know one format for all gradients that they find by their addresses.
         mixed = any(
             grads[place].dtype != self._params[place].dtype
@@ -348,10 +351,15 @@ class Plan:
 
     def _stepping(self, taken: list[bool]) -> list[Part]:
         """Return the parts that a step changes: those with a gradient or, if averages
-        are kept, all parts, because averages follow parameters without gradients."""
+        are kept, all parts, because averages follow parameters without gradients. Those
+        of a rule over everything may step because another process has a gradient."""
         averaged = self.averaged and any(taken)
         pairs = zip(self.parts, taken, strict=True)
-        return [part for part, there in pairs if there or averaged]
+        return [
+            part
+            for part, there in pairs
+            if there or averaged or (self._ranks and part.over_all)
+        ]
 
     @standard
     def take_gradients(self, gradients: Gradients) -> list[Part] | None:
@@ -401,6 +409,9 @@ class Plan:
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
         totals = self._measure(parts, factors, request)
+        if not any(part.any or is_there(totals.get(part, ())) for part in parts):
+            turns.commit(last)  # there is no gradient in any process
+            return False
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
         for wave in waves:  # of parameters that share memory, one after another
@@ -519,6 +530,11 @@ class Plan:
             self.tensors.moved = True  # for all that it knows
 
 
+def is_there(sums: Sequence[Sums]) -> bool:
+    """Whether anything was measured."""
+    return any(terms is not None for _, terms in sums)
+
+
 def aliases_of(member: Member) -> list[Tensor]:
     """Return plain tensors that share a parameter's count of versions: that of a shard,
     and that of the DTensor that it belongs to."""
@@ -557,23 +573,6 @@ def zeroing(grads: Iterable[Tensor | None]) -> list[Call]:
     """Return the calls that set gradients to zero."""
     there = [grad for grad in grads if grad is not None]
     return [(g.detach() if g.requires_grad else g).zero_ for g in there]
-
-
-@contextmanager
-def in_order(devices: set[torch.device]) -> Iterator[None]:
-    """Let Numba's kernels, which are on the default stream of a GPU, come after what
-    has been enqueued on torch's current stream, and before what will be."""
-    streams = [
-        (torch.cuda.default_stream(device), torch.cuda.current_stream(device))
-        for device in devices
-        if device.type == "cuda"
-    ]
-    streams = [pair for pair in streams if pair[0] != pair[1]]
-    for default, current in streams:
-        default.wait_stream(current)
-    yield
-    for default, current in streams:
-        current.wait_stream(default)
 
 
 def options_of(groups: list[dict[str, Any]]) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastopt.memory.segments import Array
-from fastopt.rule import Rule
+from fastopt.rule import Rule, shown
 from fastopt.step import Sums, added, together
 from fastopt.torch.dtensors import Axes, axes_of, is_dtensor
 
@@ -135,6 +135,19 @@ def total(vector: Array, group: Any) -> Array:
     return sums
 
 
+def check_group(group: Any) -> Any:
+    """Check the argument ``shard_group``, and return it."""
+    distributed = torch.distributed
+    if group is None:
+        return None
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(
+            f"shard_group must be a group of torch.distributed that this process "
+            f"belongs to, such as torch.distributed.group.WORLD, got {shown(group)}"
+        )
+    return group
+
+
 def ranks_of(
     group: Any,
     params: Sequence[Tensor],
@@ -143,6 +156,11 @@ def ranks_of(
 ) -> Ranks | None:
     """Return the processes that parameters are divided among: those of their meshes,
     and a group for tensors that are not DTensors. None if there is one process."""
+    if group is not None and params and all(map(is_dtensor, params)):
+        raise ValueError(
+            "shard_group is for plain tensors, but all parameters are DTensors, which "
+            "know their processes; leave shard_group out"
+        )
     alone = group is None or torch.distributed.get_world_size(group) == 1
     ranks = Ranks(() if alone else (group,), params, rules, all_rules)
     return ranks if any(ranks.kinds) else None

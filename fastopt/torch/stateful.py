@@ -186,7 +186,9 @@ class Stateful(Storage):
         sums = self._sums
         return None if sums is None or not sums.received.any() else sums
 
-    def _gradients(self, grads: Any, weights: Any) -> Gradients | None:
+    def _gradients(
+        self, grads: Any, weights: Any, zero_grads: bool = False
+    ) -> Gradients | None:
         """Return the gradients that a step takes in place of those in ``.grad``: those
         that it was given, the accumulated sums, or None if there are neither."""
         params = [param for param, _ in self._all()]
@@ -197,7 +199,7 @@ class Stateful(Storage):
                     "there are accumulated gradients; call step() without gradients to "
                     "apply them, or drop_accumulated() to discard them"
                 )
-            return of_shards(of_tasks(params, grads, weights), params)
+            return of_shards(of_tasks(params, grads, weights), params, zero_grads)
         if sums is None:
             return None
         sums.check(params)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain
 from operator import is_
@@ -26,8 +27,8 @@ from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import Part, estimate
-from fastopt.torch.plan import Order, Plan, Read, in_order, noting, zeroing
-from fastopt.torch.ranks import ranks_of
+from fastopt.torch.plan import Order, Plan, Read, noting, zeroing
+from fastopt.torch.ranks import check_group, ranks_of
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Overtaken
@@ -131,7 +132,7 @@ class Stepping(Stateful):
         self.weight_decay_mask = weight_decay_mask
         self._set_formats(state_dtype, formats, master)
         self.copy_to, self.seed = copy_to, seed
-        self.shard_group = shard_group
+        self.shard_group = check_group(shard_group)
         first_element(seed)  # which checks it
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
@@ -207,7 +208,8 @@ class Stepping(Stateful):
         own, turns, gradients = self.__dict__, self._turns, None
         with turns.lock:
             if grads is not None or weights is not None or self._sums is not None:
-                gradients = self._gradients(grads, weights)
+                zeroed = bool(options.get("zero_grads"))
+                gradients = self._gradients(grads, weights, zeroed)
             # Taken away during the step, so that whoever comes in between, be it by an
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
@@ -415,7 +417,10 @@ class Stepping(Stateful):
         single, gradients = order.single, order.gradients
         params = [p for p, _ in self._all()] if single is None else [single]
         grads = [p.grad for p in params] if gradients is None else gradients.first
-        if all(grad is None for grad in grads):
+        # A rule over everything steps where another process has a gradient.
+        rules, shared = read[0], self.shard_group is not None and len(params) > 0
+        joint = shared and any(of.measure and of.over == "all" for of in rules)
+        if all(grad is None for grad in grads) and not joint:
             return None
         with paused():
             plan = Plan(self, groups, state, read, single, gradients)
@@ -459,6 +464,23 @@ class Stepping(Stateful):
             own.update(kept)
 
     profile_hook_step = staticmethod(hooked_step)
+
+
+@contextmanager
+def in_order(devices: set[torch.device]) -> Iterator[None]:
+    """Let Numba's kernels, which are on the default stream of a GPU, come after what
+    has been enqueued on torch's current stream, and before what will be."""
+    streams = [
+        (torch.cuda.default_stream(device), torch.cuda.current_stream(device))
+        for device in devices
+        if device.type == "cuda"
+    ]
+    streams = [pair for pair in streams if pair[0] != pair[1]]
+    for default, current in streams:
+        default.wait_stream(current)
+    yield
+    for default, current in streams:
+        current.wait_stream(default)
 
 
 def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:

@@ -190,6 +190,7 @@ WRONG = {
     "float64": ({"g": torch.ones(1003).double()}, TypeError, "grads must be one of"),
     "gaps": ({"m": torch.ones(2006)[::2]}, ValueError, "exp_avg of shape .* gaps"),
     "meta": ({"g": torch.ones(1003, device="meta")}, ValueError, "must be on the CPU"),
+    "none": ({"g": None}, TypeError, "grads must be a tensor"),
     "sparse": ({"g": torch.ones(1003).to_sparse()}, RuntimeError, "sparse grads"),
     "array": ({"p": np.ones(1003, np.float32)}, TypeError, "params must be a tensor"),
 }
@@ -216,7 +217,12 @@ def test_overlapping_memory_is_refused():
         before = [x.clone() for x in wrong]
         with pytest.raises(ValueError, match="overlap .* nothing was updated"):
             adam(*wrong, 1)
+        with pytest.raises(ValueError, match="overlap in memory"):
+            undo(*wrong, 1)
         assert all(map(torch.equal, wrong, before))
+    both = torch.ones(1500)
+    with pytest.raises(ValueError, match="params and grads overlap"):
+        undo(both[:1000], both[500:], m[:1000], v[:1000], 1)
 
 
 def test_memory_that_was_freed_is_refused():

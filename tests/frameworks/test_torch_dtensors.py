@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import (  # noqa: E402
     DTensor,
@@ -322,6 +322,54 @@ def test_gradients_may_be_divided_otherwise(pair: Ranks):
         assert len(seen) == 12
 
 
+def empty_shards() -> Any:
+    """Gradients that are copied first, of a parameter of which one process has
+    nothing."""
+    mesh = init_device_mesh("cpu", (2,))
+    full = numbers(2, (1, 4), torch.float32)
+    counts = []
+    for kind in ("partial", "replicated", "float64", "asynchronous"):
+        param = torch.nn.Parameter(
+            distribute_tensor(torch.ones(1, 4), mesh, [Shard(0)])
+        )
+        opt = fastopt.torch.LAMB([param])
+        for _ in range(3):
+            grad = DTensor.from_local(full / 2, mesh, [Partial()])
+            if kind == "replicated":
+                grad = distribute_tensor(full, mesh, [Replicate()])
+            elif kind == "float64":
+                grad = distribute_tensor(full.double(), mesh, [Shard(0)])
+            elif kind == "asynchronous":
+                grad = grad.redistribute(mesh, [Shard(0)], async_op=True)
+            param.grad = None
+            param.grad_dtype = grad.dtype
+            param.grad = grad
+            opt.step(zero_grads=True)
+            assert not param.grad.full_tensor().any()
+        counts.append(int(opt.state[param]["step"]))
+        assert isinstance(opt.state[param]["m"], DTensor)
+    return counts
+
+
+def test_empty_shards_count_steps(pair: Ranks):
+    assert pair.run(empty_shards) == [[3, 3, 3, 3]] * 2
+
+
+def outside() -> Any:
+    """A process that is not of the mesh has nothing to do."""
+    mesh = DeviceMesh("cpu", [0])
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    opt = fastopt.torch.LAMB([param], clip_norm=1.0)
+    for _ in range(2):
+        param.grad = param.detach().clone()
+        opt.step()
+    return param.to_local().numel()
+
+
+def test_processes_outside_of_the_mesh(pair: Ranks):
+    assert pair.run(outside) == [12, 0]
+
+
 def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
 
@@ -346,6 +394,14 @@ def refusals() -> list[str]:
         lambda: fastopt.torch.flatten_([divided]),
         lambda: fastopt.torch.release_gradients_(fastopt.torch.AdamW([divided])),
         lambda: fastopt.torch.AdamW([divided]).accumulate(),
+        lambda: stepped("AdamW", divided, shard_group=torch.distributed.group.WORLD),
+        lambda: fastopt.torch.AdamW([divided]).step(
+            grads=[distribute_tensor(torch.ones(1, 600), mesh, [Replicate()])]
+        ),
+        lambda: fastopt.torch.AdamW([divided]).step(
+            grads=[distribute_tensor(torch.ones(8, 600), mesh, [Replicate()])],
+            zero_grads=True,
+        ),
     ]
     said = []
     for call in calls:
@@ -358,12 +414,8 @@ def refusals() -> list[str]:
 
 def test_what_cannot_be_right_is_refused(pair: Ranks):
     words = (
-        "partial sums",
-        "rows and columns",
-        "8 bits",
-        "DTensor",
-        "DTensors",
-        "DTensors",
+        *("partial sums", "rows and columns", "8 bits", *["DTensor"] * 3),
+        *("shard_group", "over all processes", "redistribute"),
     )
     for said in pair.run(refusals):
         for word, message in zip(words, said, strict=True):

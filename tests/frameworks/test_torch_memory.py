@@ -216,8 +216,6 @@ for name in ("LAMB", "Lion", "Signum", "AdamW"):
             refused = name != "AdamW" or word == "freed"
             if (what, word) == ("param", "wrapper"):
                 refused = False
-            if (what, word) == ("grad", "AsyncCollectiveTensor"):
-                refused = False  # the step waits for it
             before = param.detach().clone() if what != "param" else None
             try:
                 opt.step()

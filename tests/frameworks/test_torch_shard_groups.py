@@ -148,6 +148,47 @@ def test_gradients_of_some_processes(pair: Ranks, name: str):
         assert norms == pytest.approx(expected, rel=1e-12)
 
 
+def late(name: str, shared: bool, when: str) -> Any:
+    """Two parameters, of which one has no gradient in some steps: in two processes,
+    each with one of them, or in one."""
+    rank = torch.distributed.get_rank() if shared else 0
+    group = torch.distributed.group.WORLD if shared else None
+    here = [rank] if shared else [0, 1]
+    params = {i: torch.nn.Parameter(numbers(i, (4, 3), torch.float64)) for i in here}
+    make = getattr(fastopt.torch, name)
+    opt = make(list(params.values()), shard_group=group, weight_decay=0.01)
+    for k in range(30):
+        for i, param in params.items():
+            none = k < 10 if when == "late" else k % 3
+            if when == "never" and k < 5:
+                param.grad = None
+            else:
+                param.grad = None if i == 1 and none else param.detach() + 0.5
+        opt.step()
+    state = [opt.state[param] for param in params.values()]
+    return [p.detach() for p in params.values()], [int(s["step"]) for s in state]
+
+
+@pytest.mark.parametrize("when", ["sometimes", "late", "never"])
+@pytest.mark.parametrize("name", ["Prodigy", "DoG", "DAdaptAdam"])
+def test_rules_over_everything_go_on_without_gradients(
+    pair: Ranks, name: str, when: str
+):
+    """As in one process, where the numbers that they carry are of all parameters."""
+    params, steps = late(name, False, when)
+    for rank, (theirs, their_steps) in enumerate(pair.run(late, name, True, when)):
+        torch.testing.assert_close(theirs[0], params[rank], rtol=1e-12, atol=1e-12)
+        if when == "sometimes":
+            assert their_steps == [steps[rank]]
+
+
+@pytest.mark.parametrize("group", ["world", 3, True, object()])
+def test_what_is_no_group_is_refused(group: Any):
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="shard_group must be a group"):
+        fastopt.torch.AdamW([param], shard_group=group)
+
+
 def in_ddp(name: str, options: dict) -> Any:
     net = DistributedDataParallel(model(torch.float64))
     opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, **options)

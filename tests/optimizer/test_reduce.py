@@ -173,7 +173,15 @@ def test_what_cannot_be_right_is_refused() -> None:
     opt = fastopt.adamw(matrix, reduce=lambda vector: vector * 2)
     with pytest.raises(TypeError, match="in place and return None"):
         opt.step(matrix.copy(), clip_norm=1.0)
+    for left in (np.nan, -1.0, np.inf):
+        opt = fastopt.lamb(matrix, reduce=lambda vector, left=left: vector.fill(left))
+        with pytest.raises(ValueError, match="must add its vector up"):
+            opt.step(matrix.copy())
+    opt = fastopt.adamw(matrix, reduce=lambda vector: vector.fill(-1.0))
+    with pytest.raises(ValueError, match="must add its vector up"):
+        opt.step(matrix.copy(), clip_norm=1.0)
     np.testing.assert_array_equal(matrix, np.ones((3, 3)))
     assert opt.steps == 0
+    opt = fastopt.adamw(matrix, reduce=lambda vector: None)
     opt.step(matrix.copy())  # which needs no sum
     assert opt.steps == 1
