@@ -33,7 +33,7 @@ from torch_tensors import (  # noqa: E402
 )
 
 import fastopt.torch as ft  # noqa: E402
-from fastopt.torch import memory, plan  # noqa: E402
+from fastopt.torch import memory  # noqa: E402
 
 # Every rule -----------------------------------------------------------------------
 
@@ -800,12 +800,12 @@ def test_kernels_are_ordered_with_torchs_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["cuda"])
     devices = {torch.device("cpu"), torch.device("cuda", 1)}
-    with plan.in_order(devices):
+    with step.in_order(devices):
         calls.append("kernels")
     assert calls == [("default", "side"), "kernels", ("side", "default")]
     calls.clear()
     now["cuda"] = Stream("default")
-    with plan.in_order(devices):
+    with step.in_order(devices):
         pass
     assert calls == []
 
