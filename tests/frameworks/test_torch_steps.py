@@ -34,6 +34,7 @@ from torch_tensors import (  # noqa: E402
 
 import fastopt.torch as ft  # noqa: E402
 from fastopt.torch import memory  # noqa: E402
+from fastopt.torch import step as steps  # noqa: E402
 
 # Every rule -----------------------------------------------------------------------
 
@@ -800,12 +801,12 @@ def test_kernels_are_ordered_with_torchs_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["cuda"])
     devices = {torch.device("cpu"), torch.device("cuda", 1)}
-    with step.in_order(devices):
+    with steps.in_order(devices):
         calls.append("kernels")
     assert calls == [("default", "side"), "kernels", ("side", "default")]
     calls.clear()
     now["cuda"] = Stream("default")
-    with step.in_order(devices):
+    with steps.in_order(devices):
         pass
     assert calls == []
 
