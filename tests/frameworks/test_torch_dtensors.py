@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
-from ranks import Ranks  # noqa: E402
-from torch.distributed import checkpoint  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from ranks import Ranks, fixture, numbers  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import (  # noqa: E402
@@ -27,6 +20,12 @@ from torch.distributed.tensor import (  # noqa: E402
     Replicate,
     Shard,
     distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (  # noqa: E402
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
 )
 
 import fastopt.torch  # noqa: E402
@@ -51,24 +50,7 @@ DTYPES = torch.float32, torch.float64, torch.bfloat16
 SHAPES = (5, 3), (1, 4), (7,), (2, 3, 2), (1,)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-def numbers(seed: int, shape: Any, dtype: Any) -> Any:
-    """Numbers that are sums of a few powers of two, so that their sums are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
+pair, four = fixture(2), fixture(4)
 
 
 def parameters(dtype: Any, divide: Any) -> list[Any]:
@@ -175,6 +157,50 @@ def test_the_norm_is_that_of_all_shards(pair: Ranks, name: str, dtype: Any):
     of = name, {"lr": 0.25, "clip_norm": 0.75}, dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
     agree(pair.run(shards, *of, 6), run(*of, None, None, 6), tolerance)
+
+
+class Block(torch.nn.Module):
+    """A layer of a norm and two matrices, as of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(6)
+        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+def in_parallel(name: str, parallel: bool) -> Any:
+    """Train with tensor parallelism, under which gradients of the norm are partial."""
+    torch.manual_seed(5)
+    net = Block().double()
+    if parallel:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        plan = {
+            "norm": SequenceParallel(),
+            "up": ColwiseParallel(input_layouts=Shard(1)),
+            "down": RowwiseParallel(),
+        }
+        parallelize_module(net, mesh, plan)
+    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, clip_norm=0.5)
+    for k in range(3):
+        opt.zero_grad()
+        x = numbers(k, (2, 4, 6), torch.float64)
+        if parallel:
+            rank = torch.distributed.get_rank()
+            x = DTensor.from_local(x.chunk(2, 1)[rank], mesh, [Shard(1)])
+        net(x).square().sum().backward()
+        opt.step()
+    return [whole(p).detach() for p in net.parameters()], opt.grad_norm
+
+
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "Prodigy"])
+def test_tensor_parallelism_trains_as_one_process(pair: Ranks, name: str):
+    expected, norm = in_parallel(name, False)
+    for params, their_norm in pair.run(in_parallel, name, True):
+        torch.testing.assert_close(params, expected, rtol=1e-10, atol=1e-10)
+        assert math.isclose(norm, their_norm, rel_tol=1e-10)
 
 
 def with_nan(nonfinite: str, where: int) -> Any:
@@ -496,73 +522,3 @@ def doors() -> None:
 
 def test_other_doors(pair: Ranks):
     pair.run(doors)
-
-
-@pytest.mark.parametrize("name", [*NAMES, "Muon"])
-def test_a_step_with_lr_0_and_no_gradient_moves_nothing(name: str):
-    """``torch.distributed.checkpoint`` makes the state so, before it loads it."""
-    shapes = SHAPES if name != "Muon" else [(5, 3)]
-    params = [
-        torch.nn.Parameter(numbers(i, s, torch.float32)) for i, s in enumerate(shapes)
-    ]
-    before = [p.detach().clone() for p in params]
-    opt = getattr(fastopt.torch, name)(params)
-    get_optimizer_state_dict(torch.nn.ParameterList(params), opt)
-    for param, was in zip(params, before, strict=True):
-        assert torch.equal(param, was)
-
-
-def trained(name: str, steps: range, folder: str, load: bool, save: bool) -> Any:
-    """Train with FSDP2 from a checkpoint, and save another."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    net = model(torch.float32)
-    fully_shard(net, mesh=mesh)
-    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.125)
-
-    def states() -> Any:
-        return {
-            "model": net.state_dict(),
-            "optimizer": get_optimizer_state_dict(net, opt),
-        }
-
-    if load:
-        saved = states()
-        checkpoint.load(saved, checkpoint_id=folder)
-        net.load_state_dict(saved["model"])
-        set_optimizer_state_dict(net, opt, saved["optimizer"])
-    for k in steps:
-        for i, param in enumerate(net.parameters()):
-            full = numbers(10 * k + i, param.shape, param.dtype)
-            param.grad = distribute_tensor(full, param.device_mesh, param.placements)
-        opt.step()
-    if save:
-        checkpoint.save(states(), checkpoint_id=folder)
-    return [p.full_tensor().detach() for p in net.parameters()]
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(1, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion", "ScheduleFreeAdamW"])
-def test_checkpoints_go_on_with_other_numbers_of_processes(
-    single: Ranks, pair: Ranks, three: Ranks, tmp_path: Path, name: str
-):
-    uninterrupted = single.run(trained, name, range(6), "", False, False)[0]
-    for saving in (single, pair, three):
-        folder = str(tmp_path / str(len(saving.pipes)))
-        saving.run(trained, name, range(3), folder, False, True)
-        for loading in (single, pair, three):
-            for params in loading.run(trained, name, range(3, 6), folder, True, False):
-                for ours, expected in zip(params, uninterrupted, strict=True):
-                    assert torch.equal(ours, expected)

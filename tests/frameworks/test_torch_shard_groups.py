@@ -4,7 +4,6 @@ ZeroRedundancyOptimizer; and those that step all of them, in DistributedDataPara
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
-from ranks import Ranks  # noqa: E402
+from ranks import Ranks, fixture, numbers  # noqa: E402
 from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
@@ -23,23 +22,7 @@ NAMES = ["SGD", "AdamW", "Adagrad", "Lion", "LAMB", "Adafactor", "Prodigy", "DoG
 OPTIONS: list[dict[str, Any]] = [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
-
-
-def numbers(seed: int, shape: Any, dtype: Any) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
+pair, three = fixture(2), fixture(3)
 
 
 def model(dtype: Any) -> Any:

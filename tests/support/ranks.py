@@ -6,9 +6,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TIMEOUT = 120  # seconds, for a function to return
 
@@ -70,3 +72,23 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def fixture(count: int) -> Any:
+    """Return a fixture: so many processes for the tests of a file."""
+
+    @pytest.fixture(scope="module")
+    def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+        processes = Ranks(count, tmp_path_factory.mktemp("ranks"))
+        yield processes
+        processes.stop()
+
+    return ranks
+
+
+def numbers(seed: int, shape: Any, dtype: Any) -> Any:
+    """Return a tensor of few powers of two, so that sums of two of them are exact."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
