@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastopt.torch import layout, memory  # noqa: E402
+from fastopt.torch import dtensors, layout, memory  # noqa: E402
 
 pytestmark = pytest.mark.skipif(memory.native is None, reason="nothing was compiled")
 memory.learn()
@@ -66,7 +66,7 @@ def looks(param, buffers=(), change=lambda tensor: None):
     addresses of gradients and which of them are odd."""
     groups = [{"params": [param]}]
     watching = [
-        kind([param], [True], groups, {}, list(buffers), False)
+        kind([param], [True], groups, {}, list(buffers), False, None, dtensors.fits)
         for kind in (memory.native.Tensors, memory.Tensors)
     ]
     for tensors in watching:

@@ -112,8 +112,13 @@ class OfJax(Run):
     def load(self, saved: Any) -> None:
         import jax
 
-        form = jax.tree_util.tree_structure(self.state)
-        self.state = jax.tree_util.tree_unflatten(form, saved)
+        form = jax.tree_util.tree_structure(self.state.buffers)
+        # Earlier states of rules that carry nothing have an array without elements.
+        count, *carry = saved[: len(saved) - form.num_leaves]
+        buffers = jax.tree_util.tree_unflatten(
+            form, saved[len(saved) - form.num_leaves :]
+        )
+        self.state = type(self.state)(count, carry[0] if carry else None, buffers)
 
     def values(self) -> list[np.ndarray]:
         return list(map(np.asarray, self.params))
