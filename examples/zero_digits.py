@@ -2,8 +2,8 @@
 
     python examples/zero_digits.py
 
-``shard_group`` names the processes that have the others: the norm of all gradients and
-the sums of Prodigy, which finds its learning rate itself, are then those of all.
+``shard_group=True`` says that other processes have the others: the norm of gradients and
+the sums of Prodigy, which finds its learning rate itself, then include theirs.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ def train(rank, folder):
     opt = ZeroRedundancyOptimizer(
         model.parameters(),
         fastopt.torch.Prodigy,
-        shard_group=dist.group.WORLD,
+        shard_group=True,
         clip_norm=1.0,
     )
     for step in range(200):

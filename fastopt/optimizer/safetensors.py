@@ -241,7 +241,7 @@ def replace(path: Any, fill: Callable[[BinaryIO], None]) -> None:
         sync_folder(folder)
     except OSError as error:
         if error.filename in (None, hidden):
-            error.filename, error.filename2 = path, None
+            raise OSError(error.errno, error.strerror, path) from error
         raise
 
 
@@ -278,7 +278,7 @@ def sync_folder(folder: str) -> None:
 # Reading ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stored:
     """An array that has not been read yet."""
 
@@ -288,6 +288,9 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     crc: str
+
+    def __repr__(self) -> str:
+        return f"an array of {self.kind} with shape {self.shape}"
 
     def read(self) -> Array:
         """Read it into new memory. Raise ValueError if its checksum is wrong."""
@@ -390,11 +393,11 @@ def parsed(what: str, raw: bytes) -> dict[str, Any]:
     """Read JSON, which must be a dict and have whole numbers only."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {shown(twice)} stands there twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {shown(key)} stands there twice")
+            found[key] = value
         return found
 
     def refuse(number: str) -> NoReturn:

@@ -79,7 +79,7 @@ Arrange: TypeAlias = Callable[[str, Sequence[Any]], Sequence[Any]]
 def by_name(saved: Mapping[str, Any], opt: Bindings) -> Arrange:
     """Return a function that puts saved things, one for each parameter, into the order
     of an optimizer's own parameters, by name, whether in a FlatBuffer or not."""
-    here = opt._bound.params.parts
+    here, arrays = opt._bound.params.parts, opt._bound.params.arrays
     if saved["format"] == WITHOUT_NAMES or saved["params"] is None:
         return lambda what, items: items
     try:
@@ -94,7 +94,7 @@ def by_name(saved: Mapping[str, Any], opt: Bindings) -> Arrange:
         ) from error
     check_formats(saved.get("formats"), formats_of(opt._bound.params), there)
     if there == here:
-        return lambda what, items: items
+        return lambda what, items: in_shape_of(arrays, here, items)
     ours, theirs = ([name for part in p for name, _ in part] for p in (here, there))
     if sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
         raise ValueError(
@@ -120,9 +120,26 @@ def by_name(saved: Mapping[str, Any], opt: Bindings) -> Arrange:
         pieces: dict[str, Any] = {}
         for part, item in zip(there, items, strict=True):
             pieces |= split(what, part, item)
-        return [joined(what, part, pieces) for part in here]
+        parts = [joined(what, part, pieces) for part in here]
+        return list(in_shape_of(arrays, here, parts))
 
     return arrange
+
+
+def in_shape_of(
+    arrays: Sequence[Any], parts: Sequence[Sequence[Part]], items: Sequence[Any]
+) -> Sequence[Any]:
+    """Return saved arrays in the shapes of an optimizer's. Where one parameter is a
+    segment by itself, that is flat in a FlatBuffer."""
+    if not isinstance(items, (list, tuple)) or len(items) != len(arrays):
+        return items  # which is refused later
+    result = []
+    for array, part, item in zip(arrays, parts, items, strict=True):
+        shapes = {part[0][1], (math.prod(part[0][1]),)} if len(part) == 1 else set()
+        got = item.shape if isinstance(item, np.ndarray) else None
+        other = got in shapes and array.shape in shapes
+        result.append(item.reshape(array.shape) if other else item)
+    return result
 
 
 def check_formats(

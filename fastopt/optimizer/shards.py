@@ -73,7 +73,7 @@ def extents_of(params: Parameters, shard: Any) -> list[Extent]:
                 raise TypeError(f"{what} must be whole numbers, got {shown(pair)}")
         first, size = map(int, pair)
         extent = Extent(first, first + n, size)
-        if first < 0 or extent.end > size:
+        if first < 0 or extent.end > size or size >= 1 << 63:
             raise ValueError(
                 f"{what} is {shown(pair)}, but its {n} elements from {first} on do not "
                 f"lie within {size}"
@@ -157,10 +157,8 @@ class Shards:
 
     def _joined(self, what: str, values: Sequence[Any]) -> Any:
         """Return what the files together have in one place of their trees."""
-        if what in ("params", "opt.params"):  # names and shapes: those of our slices
-            return [
-                [[name, list(shape)] for name, shape in part] for part in self.parts
-            ]
+        if what in ("params", "opt.params"):
+            return self._names_and_shapes(what, values)
         if all(isinstance(value, dict) for value in values):
             self._check_same(f"what {what or 'the state'} has", list(map(list, values)))
             return {
@@ -187,6 +185,23 @@ class Shards:
             ]
         self._check_same(what, values)
         return values[0]
+
+    def _names_and_shapes(self, what: str, values: Sequence[Any]) -> list[Any]:
+        """Return the names and shapes of the parameters in each array: those in the
+        files or, of arrays that are cut, those of our slices."""
+        if any(
+            not isinstance(value, list) or len(value) != len(self.names)
+            for value in values
+        ):
+            raise ValueError(f"{what} must have the names and shapes of each array")
+        parts = []
+        for i, saved in enumerate(zip(*values, strict=True)):
+            if self.ours[i].whole and all(extent.whole for extent in self.theirs[i]):
+                self._check_same(f"the shapes of {self.names[i]}", saved)
+                parts.append(saved[0])
+            else:
+                parts.append([[name, list(shape)] for name, shape in self.parts[i]])
+        return parts
 
     def _check_same(self, what: str, values: Sequence[Any]) -> None:
         """Check that all files have the same of what is not cut. They are compared as

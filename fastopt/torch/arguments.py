@@ -125,7 +125,7 @@ ABOUT = {
     "seed": "Chooses the random numbers of stochastic rounding.",
     "copy_to": "Tensors that steps copy float32 parameters to, in 16 bits.",
     "master": 'How bfloat16 parameters are kept: "bf16+r8", "bf16+r16", "bf16".',
-    "shard_group": "The processes that have shares of the parameters, for sums.",
+    "shard_group": "True, or a group: each process has some of the parameters.",
     "threads": "The most to use; by default as many as torch.",
     "backend": '"cython", "numba" or "numpy"; by default the fastest.',
     "max_lr": "The largest lr of the run; by default the first lr of the group.",

@@ -138,14 +138,26 @@ def total(vector: Array, group: Any) -> Array:
 def check_group(group: Any) -> Any:
     """Check the argument ``shard_group``, and return it."""
     distributed = torch.distributed
-    if group is None:
-        return None
+    if group is None or group is True:
+        return group
     if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
         raise TypeError(
-            f"shard_group must be a group of torch.distributed that this process "
-            f"belongs to, such as torch.distributed.group.WORLD, got {shown(group)}"
+            f"shard_group must be True, which means all processes, or a group of "
+            f"torch.distributed that this process belongs to, got {shown(group)}"
         )
     return group
+
+
+def refuse_group_in(param_group: Mapping[str, Any]) -> None:
+    """Refuse a group of processes in the options of parameters, which are saved with
+    the state: ZeroRedundancyOptimizer puts all arguments of the class there."""
+    if "shard_group" in param_group and param_group["shard_group"] not in (None, True):
+        raise TypeError(
+            "shard_group would be saved with the options of the parameters, and a "
+            "group of torch.distributed cannot be; pass shard_group=True, which means "
+            "all processes, or functools.partial(fastopt.torch.AdamW, "
+            "shard_group=group) as the class"
+        )
 
 
 def ranks_of(
@@ -161,6 +173,8 @@ def ranks_of(
             "shard_group is for plain tensors, but all parameters are DTensors, which "
             "know their processes; leave shard_group out"
         )
+    if group is True:
+        group = torch.distributed.group.WORLD
     alone = group is None or torch.distributed.get_world_size(group) == 1
     ranks = Ranks(() if alone else (group,), params, rules, all_rules)
     return ranks if any(ranks.kinds) else None

@@ -72,8 +72,8 @@ def warn(
     warnings.warn(
         f"{name} is given a share of the parameters by {called}: "
         f"{' and '.join(wrong)} would be of each process's share alone, and differ "
-        f"between processes. Pass shard_group=, the processes with the other shares, "
-        f"if these are of whole parameters; or clip and check all gradients before the "
+        f"between processes. Pass shard_group=True if the shares are of whole "
+        f"parameters; or clip and check all gradients before the "
         f"step (such as with clip_grad_norm_), and use rules without such sums",
         stacklevel=4,
     )

@@ -27,6 +27,7 @@ from fastopt.torch.gradients import Gradients, Sums, is_left, of_shards, of_task
 from fastopt.torch.masters import apart, check_masters, setting
 from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
+from fastopt.torch.ranks import refuse_group_in
 from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Turns
@@ -244,6 +245,7 @@ class Stateful(Storage):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
+            refuse_group_in(param_group)
             # Others' keys may be anything: Megatron's groups contain a class.
             ours = self.defaults
             refuse_schedules({k: v for k, v in param_group.items() if k in ours})

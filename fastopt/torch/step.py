@@ -77,10 +77,11 @@ class Stepping(Stateful):
         A tensor of bfloat16 or float16 or None for each parameter, as a list. Steps
         write float32 parameters there, rounded to nearest, in the same pass.
     shard_group
-        A group of torch.distributed whose processes have a share of the parameters
-        each, as inside ``ZeroRedundancyOptimizer``: ``clip_norm``, ``nonfinite`` and
-        rules with norms over all parameters then reckon with those of all processes.
-        DTensors need none, because they know their processes. See docs/distributed.md.
+        True, or a group of torch.distributed, if each process has some of the
+        parameters, as inside ``ZeroRedundancyOptimizer``: ``clip_norm``, ``nonfinite``
+        and rules with norms over all parameters then include those of all processes
+        (of that group). It is refused for DTensors, which know their processes. See
+        docs/distributed.md.
     threads
         How many to use; by default as many as torch uses, within the container's quota
         and this process's share of the machine (docs/threads.md).

@@ -245,8 +245,6 @@ def in_fsdp(name: str, options: dict, dtype: Any) -> Any:
     net = model(dtype)
     fully_shard(net[0], mesh=mesh)
     fully_shard(net, mesh=mesh)
-    for module in (net[0], net):  # gloo adds up where FSDP2 asks it for an average
-        module.set_force_sum_reduction_for_comms(True)
     opt = getattr(fastopt.torch, name)(net.parameters(), **options)
     for k in range(4):
         opt.zero_grad()

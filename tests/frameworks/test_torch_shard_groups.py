@@ -4,6 +4,7 @@ ZeroRedundancyOptimizer; and those that step all of them, in DistributedDataPara
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,11 +41,10 @@ def give(net: Any, k: int, nan: bool) -> None:
 
 def zero(name: str, options: dict, dtype: Any, steps: int, params: int = 4) -> Any:
     net = model(dtype)
-    group = torch.distributed.group.WORLD
     opt = ZeroRedundancyOptimizer(
         list(net.parameters())[:params],
         getattr(fastopt.torch, name),
-        shard_group=group,
+        shard_group=True,
         lr=0.01,
         **options,
     )
@@ -131,6 +131,46 @@ def test_gradients_of_some_processes(pair: Ranks, name: str):
         assert norms == pytest.approx(expected, rel=1e-12)
 
 
+def saved(name: str) -> Any:
+    """Save and load the state of all processes, as the documentation says."""
+    results = []
+    for again in (False, True):
+        net = model(torch.float64)
+        opt = ZeroRedundancyOptimizer(
+            net.parameters(), getattr(fastopt.torch, name), shard_group=True, lr=0.25
+        )
+        for k in range(6):
+            if k == 3 and again:
+                opt.consolidate_state_dict(0)
+                box = [opt.state_dict() if torch.distributed.get_rank() == 0 else None]
+                torch.distributed.broadcast_object_list(box, 0)
+                opt = ZeroRedundancyOptimizer(
+                    net.parameters(),
+                    partial(
+                        getattr(fastopt.torch, name),
+                        shard_group=torch.distributed.group.WORLD,
+                    ),
+                    lr=0.5,
+                )
+                opt.load_state_dict(box[0])
+            give(net, k, False)
+            opt.step()
+        results.append([p.detach() for p in net.parameters()])
+    group = torch.distributed.group.WORLD
+    with pytest.raises(TypeError, match="shard_group=True"):
+        ZeroRedundancyOptimizer(
+            net.parameters(), getattr(fastopt.torch, name), shard_group=group, lr=0.25
+        )
+    return results
+
+
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "Prodigy"])
+def test_the_state_of_all_processes_is_saved(pair: Ranks, name: str):
+    for once, again in pair.run(saved, name):
+        for a, b in zip(once, again, strict=True):
+            assert torch.equal(a, b)
+
+
 def late(name: str, shared: bool, when: str) -> Any:
     """Two parameters, of which one has no gradient in some steps: in two processes,
     each with one of them, or in one."""
@@ -165,10 +205,10 @@ def test_rules_over_everything_go_on_without_gradients(
             assert their_steps == [steps[rank]]
 
 
-@pytest.mark.parametrize("group", ["world", 3, True, object()])
+@pytest.mark.parametrize("group", ["world", 3, False, object()])
 def test_what_is_no_group_is_refused(group: Any):
     param = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(TypeError, match="shard_group must be a group"):
+    with pytest.raises(TypeError, match="shard_group must be True"):
         fastopt.torch.AdamW([param], shard_group=group)
 
 

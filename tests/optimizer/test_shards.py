@@ -382,9 +382,52 @@ def test_only_flat_arrays_are_cut(tmp_path):
     ):
         slices[0].load(tmp_path / "file", shard=(0, 6))
     for first, opt in zip((0, 3), slices, strict=True):
+        opt.step(np.arange(first, first + 3.0))
         opt.save(tmp_path / str(first), shard=(first, 6))
-    with pytest.raises(ValueError, match=r"has shape \(6,\) but params has \(2, 3\)"):
-        fastopt.adamw(np.ones((2, 3))).load([tmp_path / "0", tmp_path / "3"])
+    whole = fastopt.adamw(np.ones((2, 3)))
+    whole.load([tmp_path / "0", tmp_path / "3"])  # slices of array.reshape(-1)
+    moments = np.concatenate([opt.state["m"][0] for opt in slices])
+    np.testing.assert_array_equal(whole.state["m"][0], moments.reshape(2, 3))
+
+
+def flat(sizes, names="abc"):
+    return fastopt.flatten(dict(zip(names, map(np.ones, sizes), strict=True)))
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, word",
+    [
+        (lambda: flat((3, 4, 5)), lambda: flat((5, 4, 3)), "shape|elements"),
+        (lambda: flat((3, 4, 5), "axc"), lambda: flat((3, 4, 5)), "parameters"),
+        (lambda: np.ones((2, 3)), lambda: np.ones((3, 2)), "shape"),
+    ],
+)
+@pytest.mark.parametrize("rule", [fastopt.adamw, fastopt.Adafactor])
+def test_lists_of_files_are_of_the_same_parameters(tmp_path, theirs, ours, word, rule):
+    """Of the same names and shapes in each FlatBuffer, as one file alone must be."""
+    rule(theirs()).save(tmp_path / "file")
+    opt = rule(ours())
+    for given in (tmp_path / "file", [tmp_path / "file"] * 2):
+        with pytest.raises(ValueError, match=word):
+            opt.load(given)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (), (2, 0, 3), (6,)])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_flat_buffer_of_one_array_has_its_state(tmp_path, shape, first):
+    def params(in_buffer):
+        array = {"w": np.ones(shape)}
+        return fastopt.flatten(array) if in_buffer else array
+
+    grads = [params(first), params(not first)]
+    one, other = fastopt.adamw(params(first)), fastopt.adamw(params(not first))
+    one.step(grads[0])
+    one.save(tmp_path / "file")
+    other.load(tmp_path / "file")
+    states = [opt.state["m"][0].reshape(-1) for opt in (one, other)]
+    np.testing.assert_array_equal(*states)
+    other.load_state_dict(one.state_dict())
+    other.step(grads[1])
 
 
 def test_factored_state_is_not_cut(tmp_path):
