@@ -2,7 +2,7 @@
 
     python examples/zero_digits.py
 
-``shard_group=True`` says that other processes have the others: the norm of gradients and
+``shard_group=True`` says that other processes have the others. Norms of gradients, and
 the sums of Prodigy, which finds its learning rate itself, then include theirs.
 """
 
