@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import fastopt.torch  # noqa: E402
 
 NAMES = ["SGD", "AdamW", "Adagrad", "Lion", "LAMB", "Adafactor", "Prodigy", "DoG"]
+ALL = [n for n in fastopt.torch.__all__ if n[0].isupper() and n != "Muon"]
 OPTIONS: list[dict[str, Any]] = [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}]
 
 
@@ -76,16 +77,21 @@ def test_zero_1_steps_as_one_process(pair: Ranks, name: str, options: dict):
         assert math.isnan(norm) or math.isclose(norm, their_norm, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "Lion"])
-def test_elementwise_classes_have_the_bits_of_one_process(
-    pair: Ranks, name: str, dtype: Any
-):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_classes_have_the_bits_of_one_process(pair: Ranks, name: str, dtype: Any):
+    """After 20 steps. Sums over all parameters round otherwise."""
     of = name, {}, dtype, 20
     expected, *_ = alone(*of)
+    rule = getattr(fastopt.torch, name)._default_rule
+    exact = rule.measure is None or rule.by_segment
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
     for params, *_ in pair.run(zero, *of):
         for ours, theirs in zip(params, expected, strict=True):
-            assert torch.equal(ours, theirs)
+            if exact:
+                assert torch.equal(ours, theirs)
+            else:
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -215,7 +221,7 @@ def test_what_is_no_group_is_refused(group: Any):
 def in_ddp(name: str, options: dict) -> Any:
     net = DistributedDataParallel(model(torch.float64))
     opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, **options)
-    for k in range(5):
+    for k in range(20):
         opt.zero_grad()
         rows = numbers(k, (8, 6), torch.float64).chunk(2)[torch.distributed.get_rank()]
         net(rows).sum().backward()
@@ -223,12 +229,14 @@ def in_ddp(name: str, options: dict) -> Any:
     return [p.detach() for p in net.parameters()]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, options",
+    [(n, {}) for n in ALL] + [(n, o) for n in NAMES for o in OPTIONS if o],
+)
 def test_ddp_trains_as_one_process(pair: Ranks, name: str, options: dict):
     net = model(torch.float64)
     opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01, **options)
-    for k in range(5):
+    for k in range(20):
         opt.zero_grad()
         for rows in numbers(k, (8, 6), torch.float64).chunk(2):
             (net(rows).sum() / 2).backward()

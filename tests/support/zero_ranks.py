@@ -76,6 +76,13 @@ class Ranks:
             (adagrad, ours.Adagrad, plain, SOME),
             (DeepSpeedCPUAdagrad, ours.Adagrad, plain, SOME),
         ]
+        # Every other class whose rule takes no norms, in one of these places.
+        there = {kind.__name__ for kind, *_ in cases} | {"Muon", "Adafactor"}
+        for name in sorted({n for n in ours.__all__ if n[0].isupper()} - there):
+            other = getattr(ours, name)
+            if other._default_rule.measure is None:
+                place = SOME[len(cases) % len(SOME)]
+                cases.append((other, other, plain, [place]))
         for kind, single, values, places in cases:
             for place in places:
                 engine = self.engine(kind, values, *place)
