@@ -254,8 +254,8 @@ cdef class Tensors:
     cdef ExchangeAPI* api
     cdef list params, options, buffers
     cdef list objects  # the parameters, with None after each group, and the state
-    cdef list specs  # how each parameter is divided, if it is a DTensor; or None
-    cdef object divided_alike  # whether a DTensor is divided as another one
+    cdef list specs  # the DTensorSpec of each parameter that is a DTensor; or None
+    cdef object divided_alike  # whether a gradient has the placements of a parameter
     cdef object grad_of, is_neg, is_conj
     cdef bytes planned
     cdef bint single
@@ -436,8 +436,8 @@ cdef class Tensors:
         return grads
 
     cdef object shard_of(self, grad, param, Py_ssize_t i):
-        """The shard of a DTensor's gradient, or the gradient if it is divided otherwise
-        than its parameter; it lies nowhere, and is odd."""
+        """The shard of a DTensor's gradient. A gradient with other placements than its
+        parameter is returned itself; it has no memory, so it is odd."""
         if grad is None or type(grad) is not type(param):
             return grad
         if grad._spec is not self.specs[i] and not self.divided_alike(grad, param):

@@ -248,8 +248,8 @@ class Examination(NamedTuple):
     """What a look at all gradients has shown."""
 
     norm: float
-    finite: bool  # whether all gradients are, those of other processes as well
-    nonfinite: list[tuple[int, int]]  # the programs and segments whose are not
+    finite: bool  # whether all gradients are finite, in all processes
+    nonfinite: list[tuple[int, int]]  # programs and segments with such gradients
     factor: float  # for the gradients, to clip their norm
 
 
@@ -265,9 +265,8 @@ def examine(
     """Take the norm of the gradients, times a factor, that the programs have taken.
 
     ``is_finite(program, segment)`` is asked about gradients whose squares overflow.
-    ``over_ranks`` is given the squares of each program's segments, and the number of
-    segments that are not finite; it returns both as added up over all processes that
-    have shards.
+    ``over_ranks`` takes the sum of squares of each segment of each program, and the
+    number of segments that are not finite. It returns the totals over all processes.
     """
     squares, nonfinite = [], []
     unclipped = Request(threads=request.threads)
@@ -320,8 +319,8 @@ def together(sums: Iterable[Sums]) -> Sums:
 def over_ranks(
     sums: Sequence[Sums], terms: int, add: Callable[[Array], None]
 ) -> list[Sums]:
-    """Return sums of so many terms as they are over all processes. ``add`` adds a
-    vector of float64 up over them, in place."""
+    """Return sums over all processes. Each has this many terms. ``add`` sums a float64
+    vector over the processes, in place."""
     numbers = np.array([(n, *(of or (0.0,) * terms)) for n, of in sums], np.float64)
     add(numbers.reshape(-1))
     if not (numbers[:, 0] >= 0).all() or np.isinf(numbers[:, 0]).any():

@@ -85,12 +85,11 @@ class Optimizer(Storage):
         Each step that updates a float32 parameter also writes it there, rounded to
         nearest, in the same pass.
     reduce
-        For parameters that are divided among processes, of which each has a slice of
-        every array: a function that adds a vector of float64 up over all processes, in
-        place, so that all of them get the same bits. A step calls it once for
-        ``clip_norm`` or ``nonfinite``, and once for a rule with norms, whatever the
-        gradients are; then the norms are those of whole arrays. Other steps do not
-        call it. See docs/distributed.md.
+        A function that sums a float64 vector over all processes, in place, if each
+        process has a slice of every array. All processes must get the same bits. A step
+        calls it once for ``clip_norm`` or ``nonfinite``, and once for a rule with
+        norms, which are then norms of whole arrays. Other steps do not call it. See
+        docs/distributed.md.
     **hyperparameters
         Of the rule, for all groups that do not set their own. Each is an attribute of
         the optimizer and can be changed at any time. It may be a schedule: a callable
@@ -390,8 +389,8 @@ class Optimizer(Storage):
 
     @property
     def _over_ranks(self) -> Callable[..., tuple[float, float]] | None:
-        """What adds the squares of gradients up over processes; None if there is
-        one."""
+        """A function that sums the squares of gradients over all processes; None
+        without ``reduce``."""
         if self._reduce is None:
             return None
 
@@ -409,7 +408,7 @@ class Optimizer(Storage):
         return add
 
     def _add(self, numbers: Array) -> None:
-        """Add a vector up over processes."""
+        """Sum a vector over all processes, in place."""
         result = self._reduce(numbers) if self._reduce is not None else None
         if result is not None:
             raise TypeError(

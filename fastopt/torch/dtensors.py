@@ -48,7 +48,7 @@ def locals_of(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
 
 
 def wrapped(tensor: Tensor, like: DTensor) -> DTensor:
-    """Return a DTensor of a shard. ``like`` is divided as it is."""
+    """Wrap a shard in a DTensor with the mesh, placements and shape of another one."""
     return type(like).from_local(
         tensor,
         like.device_mesh,
@@ -62,8 +62,8 @@ def wrapped(tensor: Tensor, like: DTensor) -> DTensor:
 def on_shard(
     function: Callable[..., Tensor], param: Tensor, state: Mapping[str, Any], *more: Any
 ) -> Tensor:
-    """Return what a function makes of a parameter and its state; of a DTensor, what it
-    makes of this process's shard, wrapped."""
+    """Call a function with a parameter and its state, and return its result. For a
+    DTensor, call it with this process's shards, and wrap the result."""
     if not is_dtensor(param):
         return function(param, state, *more)
     return wrapped(function(local(param), locals_of(state, param), *more), param)
@@ -72,8 +72,8 @@ def on_shard(
 def wrapped_entry(
     entry: Mapping[str, Any], like: Tensor, before: Any, buffers: Set[str]
 ) -> dict[str, Any]:
-    """Return an entry of the state with its buffers wrapped as a parameter is. What
-    ``before`` has wrapped already stays the same object."""
+    """Return a parameter's entry of the state. If the parameter is a DTensor, wrap the
+    buffers; those that ``before`` has wrapped already stay the same objects."""
     if not is_dtensor(like):
         return dict(entry)
     result = {}
@@ -87,33 +87,30 @@ def wrapped_entry(
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """Return a plain tensor without memory that shares a DTensor's count of versions.
-    To raise the count by it takes half as long as by another DTensor."""
+    """Return a plain tensor without memory that shares a DTensor's version counter.
+    Raising the counter through it takes half as long as through another DTensor."""
     from torch.utils._mode_utils import no_dispatch
 
     with no_dispatch():
         return tensor.detach()
 
 
-def divided(param: Tensor) -> list[int]:
-    """Return the dimensions of the mesh along which a DTensor is divided."""
-    if not is_dtensor(param):
-        return []
-    return [i for i, p in enumerate(param.placements) if not p.is_replicate()]
-
-
 def axes_of(param: Tensor) -> Axes:
-    """Return over which groups of processes a DTensor is divided. Those of one process
-    are left out, and those that this process does not belong to."""
+    """Return the groups of processes that a DTensor is divided among. Groups of one
+    process are left out. There are none if this process is not part of the mesh."""
     if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh = param.device_mesh
-    return tuple(mesh.get_group(i) for i in divided(param) if mesh.size(i) > 1)
+    return tuple(
+        mesh.get_group(i)
+        for i, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(i) > 1
+    )
 
 
 def fits(grad: Any, param: Tensor) -> bool:
-    """Whether a gradient, or a buffer, is divided as its parameter if that is a
-    DTensor."""
+    """Whether a gradient or a buffer has the mesh and placements of its parameter. It
+    does unless both are DTensors."""
     if not is_dtensor(param) or not is_dtensor(grad) or grad._spec is param._spec:
         return True
     same = grad.placements == param.placements
@@ -121,8 +118,8 @@ def fits(grad: Any, param: Tensor) -> bool:
 
 
 def local_gradient(grad: Any, param: Tensor) -> Any:
-    """Return this process's shard of a gradient. One that is divided otherwise, such as
-    into partial sums, is first divided as its parameter; all processes do that."""
+    """Return this process's shard of a gradient. A gradient with other placements than
+    its parameter, such as partial sums, is redistributed first, by all processes."""
     if not is_dtensor(param):
         return grad
     if is_dtensor(grad):
@@ -138,8 +135,8 @@ def local_gradient(grad: Any, param: Tensor) -> Any:
 
 
 def waited(tensor: Any) -> Any:
-    """Return what a collective has left, when it is complete; other tensors as they
-    are."""
+    """Wait for an asynchronous collective, and return its result. Other tensors are
+    returned as they are."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives and isinstance(tensor, collectives.AsyncCollectiveTensor):
         return tensor.wait()
@@ -147,8 +144,8 @@ def waited(tensor: Any) -> Any:
 
 
 def shards(grads: Sequence[Any], params: Sequence[Tensor]) -> list[Any]:
-    """Return gradients as a plan looks at them, which are this process's shards. One
-    that is divided otherwise will be like its parameter."""
+    """Return this process's shards of gradients, for planning. A gradient with other
+    placements is redistributed only in the step; its parameter stands in for it."""
     return [
         waited(local(grad if fits(grad, param) else param))
         for grad, param in zip(grads, params, strict=True)

@@ -239,10 +239,10 @@ class Tensors:
     single
         Whether the parameters are not all of the groups.
     specs
-        How each parameter is divided, if it is a DTensor; None: none of them is. Of
-        DTensors and of their gradients, the local tensors are meant.
+        For each parameter its DTensorSpec, or None if it is no DTensor; or None if
+        there are no DTensors. For DTensors, the local tensors are watched.
     divided_alike
-        Whether a DTensor is divided as another one.
+        A function of a gradient and a parameter: whether their placements are the same.
     """
 
     def __init__(

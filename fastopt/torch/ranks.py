@@ -27,9 +27,9 @@ Place = int | tuple[int, Axes]
 class Ranks:
     """The processes that parameters are divided among.
 
-    A step has at most two exchanges between them for each axis: for ``clip_norm`` or
-    ``nonfinite``, and for rules with norms. All processes take part in each, whether
-    they have gradients or not.
+    A step exchanges numbers at most twice over each axis: for ``clip_norm`` or
+    ``nonfinite``, and for rules with norms. Every process takes part, whether it has
+    gradients or not.
 
     Parameters
     ----------
@@ -77,12 +77,12 @@ class Ranks:
         return added(square for square, _ in sums), added(count for _, count in sums)
 
     def divide(self, part: Part) -> bool:
-        """Whether what a part measures of each parameter is of pieces of it."""
+        """Whether a part measures parameters of which each process has a piece."""
         return any(place in self.rows for place in part.places.tolist())
 
     def measure(self, own: Mapping[Part, Sequence[Sums]]) -> dict[Part, list[Sums]]:
-        """Return what is measured of all processes, for each run of each part. They are
-        given the sums of this process."""
+        """Return the sums over all processes, for each run of each part. ``own`` has
+        the sums of this process."""
         sums: dict[Place, Sums] = {}
         for part, of_part in own.items():
             for place, one in zip(part.places.tolist(), of_part, strict=True):
@@ -122,7 +122,7 @@ class Ranks:
 
 
 def total(vector: Array, group: Any) -> Array:
-    """Add a vector up over a group of processes, in their order."""
+    """Return the sum of a vector over a group of processes, added in rank order."""
     distributed = torch.distributed
     # NCCL alone has no memory of the CPU.
     device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
