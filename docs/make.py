@@ -1,33 +1,40 @@
-"""Tables of the README and of formats.md, and a page for each rule.
+"""The tables in the README and the pages, and a page for each rule.
 
     python docs/make.py            write them
     python docs/make.py --check    exit 1 if they are not up to date
 
-The table of speed is made from a file of ``fastopt bench``, and the tables of training
-from one of ``bench/training_parity.py``; comments before them name the files. All else
-is made from the rules: names, defaults and state from the rule, formulas from its code
-(formula.py), and words from the module's docstring, whose first sentence is the summary
-and whose first paragraph names the paper: authors and year, as "Kingma & Ba 2015", or
-"Zeiler 2012" or "Chen et al. 2023", and after it, where there is one,
-"arXiv:1412.6980". Further paragraphs say what differs from other people's code.
+A page has a table where two comments ask for it, such as
+
+    <!-- speed: made by docs/make.py from bench/results/adamw.json -->
+    <!-- /speed -->
+
+and TABLES lists those that there are. Tables of measurements are made from the file
+that the comment names (measured.py). All else is made from the rules: names, defaults
+and state from the rule, formulas from its code (formula.py), and words from the
+module's docstring, whose first sentence is the summary and whose first paragraph names
+the paper: authors and year, as "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al.
+2023", and after it, where there is one, "arXiv:1412.6980". Further paragraphs say what
+differs from other people's code.
 """
 
 import argparse
 import ast
 import difflib
 import inspect
-import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import formula
+import measured
+from measured import table
 
 import fastopt
 from fastopt import backends
-from fastopt.bench import loop, report
-from fastopt.bench.cases import title
 from fastopt.muon import adjustment, orthogonalize
+from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES
 from fastopt.rules.lookahead import lookahead
 from fastopt.rules.muon import direction, muon
@@ -134,20 +141,13 @@ def cited(rule):
 # Tables -----------------------------------------------------------------------------
 
 
-def table(head, rows):
-    """In Markdown; the titles of figures, which go to the right, end in a blank."""
-    rule = ["--:" if title.endswith(" ") else "---" for title in head]
-    lines = [[title.strip() for title in head], rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def span(numbers):
     low, high = min(numbers), max(numbers)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
 def catalogue(rules, folder):
-    """The README's table."""
+    """The table of all rules, for a page from which ``folder`` leads to theirs."""
     names = ", ".join(f"`{name}`" for name in backends.MODULES)
     rows = [
         (
@@ -155,110 +155,95 @@ def catalogue(rules, folder):
             cited(rule),
             size(rule),
             "all",
-            ", ".join(name for name in rule.hyperparameters if name != "lr"),
+            others(rule),
         )
         for rule in rules
     ]
     head = ("rule", "paper", "bytes ", "backends", "options beside `lr`")
     return (
         f"{table(head, rows)}\n\n"
-        f"Bytes: optimizer state per float32 parameter. All backends: "
-        f"{names}.\n"
+        f"Bytes: optimizer state per float32 parameter. All backends: {names}."
     )
 
 
-def marked(text, name, page="README.md"):
-    """The place of a table in a page: the comment before it, which may name what it is
-    made from, and the comment after it."""
-    before = rf"<!-- {name}: made by docs/make\.py(?: from (?P<source>\S+))? -->\n"
-    match = re.search(
-        rf"(?P<before>{before}).*?(?P<after><!-- /{name} -->)", text, re.S
-    )
-    if not match:
-        raise ValueError(f"{page} has no <!-- {name}: made by ... --> to fill")
-    return match
+def others(rule):
+    """The options of a rule but ``lr``."""
+    return ", ".join(name for name in rule.hyperparameters if name != "lr")
 
 
-def readme(root, text, rules):
-    """The README with its tables."""
-    measured = report.read(root / marked(text, "speed")["source"]).measured
-    speed = report.markdown([m for m in measured if title(m.case) == "adamw"])
-    text = filled(text, "speed", f"{speed}\n")
-    loops = loop.read(root / marked(text, "loop")["source"])
-    text = filled(text, "loop", f"{loop.summary(loops, 'torch')}\n")
-    return filled(text, "rules", catalogue(rules, "docs/rules/"))
+class Place(NamedTuple):
+    """Where a page has a table, between two comments."""
+
+    root: Path
+    page: Path
+    source: Path | None  # what the first comment says that the table is made from
+    rules: Sequence[Rule]
+    text: str  # of the whole page
 
 
-def performance(root, text):
-    """The page on performance with its table of training loops."""
-    page = "performance.md"
-    loops = loop.read(root / marked(text, "loop", page)["source"])
-    return filled(text, "loop", f"{loop.markdown(loops)}\n", page)
+# Each is made where a page has a comment of its name, and nowhere else.
+TABLES = {
+    "rules": lambda place: catalogue(place.rules, folder_of_rules(place)),
+    "speed": lambda place: measured.speed(place.source),
+    "loop": lambda place: measured.torch_loops(place.source),
+    "loops": lambda place: measured.loops(place.source),
+    "training": lambda place: measured.training(place.source),
+    "steps": lambda place: measured.steps(place.source),
+    "results": lambda place: measured.results(place.source, place.text),
+}
+BEFORE = r"<!-- (?P<name>\w+): made by docs/make\.py(?: from (?P<source>\S+))? -->\n"
+TABLE = re.compile(rf"(?P<before>{BEFORE}).*?(?P<after><!-- /(?P=name) -->)", re.S)
 
 
-def filled(text, name, new, page="README.md"):
-    """The text of a page, with a new table in its place."""
-    place = marked(text, name, page)
-    return text[: place.end("before")] + new + text[place.start("after") :]
+def folder_of_rules(place):
+    """The link from a page to the folder of the rules' pages."""
+    folder = place.root / "docs" / "rules"
+    return f"{folder.relative_to(place.page.parent).as_posix()}/"
 
 
-def formats(root, text):
-    """The page on formats with its tables, one for each task, of how losses change."""
-    source = root / marked(text, "training", "formats.md")["source"]
-    results = json.loads(source.read_text("utf-8"))["results"]
-    rules, rows, spreads = list(dict.fromkeys(r["rule"] for r in results)), {}, {}
-    for this in results:
-        task, rule, name = this["task"], this["rule"], this["format"]
-        if name == "float32":
-            spreads[task, rule] = this["spread"]
-            cell = f"{this['mean']:.4f} ± {this['spread']:.4f}"
-        else:
-            cell = change(this, spreads[task, rule])
-        rows.setdefault((task, name), {})[rule] = cell
-    new = ""
-    for task in dict.fromkeys(task for task, _ in rows):
-        lines = [
-            (name, *(row.get(rule, "–") for rule in rules))
-            for (of, name), row in rows.items()
-            if of == task
-        ]
-        new += f"{table((task, *(f'{rule} ' for rule in rules)), lines)}\n\n"
-    return filled(text, "training", new, "formats.md")
+def filled(root, page, text, rules):
+    """The text of a page, with new tables in their places."""
+
+    def new(match):
+        source = root / match["source"] if match["source"] else None
+        place = Place(root, page, source, rules, text)
+        return f"{match['before']}{TABLES[match['name']](place)}\n{match['after']}"
+
+    for match in re.finditer(BEFORE, text):
+        if match["name"] not in TABLES:
+            raise ValueError(
+                f"{page.name} asks for a table {match['name']!r}, and there are "
+                f"{', '.join(TABLES)}"
+            )
+        if not TABLE.match(text, match.start()):
+            raise ValueError(f"{page.name} has no <!-- /{match['name']} --> to end it")
+    return TABLE.sub(new, text)
 
 
-def steps(root, text):
-    """The page on formats with its table of the time of steps."""
-    source = root / marked(text, "steps", "formats.md")["source"]
-    rows = json.loads(source.read_text("utf-8"))["table"]
-    lines = [
-        (
-            row["row"],
-            f"{row['size']:,}",
-            f"{row['seconds'] * 1e3:.3g} ms",
-            row["against"],
-            f"{row['ratio']:.2f}",
-            f"{row['floor']:.2f}",
-        )
-        for row in rows
-    ]
-    head = "formats", "elements ", "step ", "against", "takes ", "step / floor "
-    return filled(text, "steps", f"{table(head, lines)}\n", "formats.md")
-
-
-def change(result, spread):
-    """The difference to float32 and its error, in units of float32's spread."""
-    if result["change"] is None:  # a loss was not finite
-        return "**diverged**"
-    text = f"{result['change'] / spread:+.3f} ± {result['error'] / spread:.3f}"
-    return text if result["within"] else f"**{text}**"
+def written(root):
+    """The pages that are written by hand, in which tables may have a place."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def index(rules):
+    """The page of all rules."""
     rows = [
-        (f"[`{called(rule)}`]({rule.name}.md)", summary(rule), cited(rule))
+        (
+            f"[`{called(rule)}`]({rule.name}.md)",
+            summary(rule),
+            cited(rule),
+            size(rule),
+            others(rule),
+        )
         for rule in rules
     ]
-    return f"# Rules\n\n{table(('rule', 'what it is', 'paper'), rows)}\n"
+    names = ", ".join(f"`{name}`" for name in backends.MODULES)
+    head = ("rule", "what it is", "paper", "bytes ", "options beside `lr`")
+    return (
+        f"# Rules\n\n{table(head, rows)}\n\n"
+        f"Bytes: optimizer state per float32 parameter. Every rule runs on the "
+        f"backends {names}.\n"
+    )
 
 
 def parity(text, rules):
@@ -474,15 +459,11 @@ def wanted(root, rules):
     """What is to stand in which file; None for a page that has no rule."""
     folder = root / "docs" / "rules"
     files = dict.fromkeys(folder.glob("*.md"))
-    path = root / "README.md"
-    files[path] = readme(root, path.read_text("utf-8"), rules)
+    for path in written(root):
+        files[path] = filled(root, path, path.read_text("utf-8"), rules)
     files[folder / "README.md"] = index(rules)
-    path = root / "docs" / "formats.md"
-    files[path] = steps(root, formats(root, path.read_text("utf-8")))
-    path = root / "docs" / "performance.md"
-    files[path] = performance(root, path.read_text("utf-8"))
     path = root / "docs" / "parity.md"
-    files[path] = parity(path.read_text("utf-8"), rules)
+    files[path] = parity(files[path], rules)
     for rule in rules:
         try:
             files[folder / f"{rule.name}.md"] = page(rule)

@@ -1,4 +1,4 @@
-"""Measurements as JSON, and as tables for the terminal and the README.
+"""Measurements as JSON, and as tables for the terminal and the pages.
 
 Times are fastopt's; those of others are shown as multiples of it. Multiples below 1 are
 faster than fastopt, and marked.
@@ -149,7 +149,7 @@ def fingerprint(machine: dict[str, Any]) -> Table:
     return rows
 
 
-# The README -------------------------------------------------------------------------
+# Pages ------------------------------------------------------------------------------
 
 
 def markdown(measured: list[Measured]) -> str:

@@ -488,8 +488,8 @@ def test_every_rule_has_its_page_and_row(rule):
     assert re.search(rf"fastopt\.{make.called(rule)}\(.*params", page)
     for name in (*rule.hyperparameters, *rule.state, *rule.carry):
         assert f"| `{name}` |" in page
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert readme.count(f"| [`{make.called(rule)}`](docs/rules/{rule.name}.md) |") == 1
+    index = (ROOT / "docs" / "rules" / "README.md").read_text("utf-8")
+    assert index.count(f"\n| [`{make.called(rule)}`]({rule.name}.md) |") == 1
     compared, _, _ = (ROOT / "docs" / "parity.md").read_text("utf-8").partition("\n## ")
     assert compared.count(f"\n| `{make.called(rule)}` |") == 1
 
@@ -602,15 +602,42 @@ def test_stale_missing_and_left_over_files(repository):
     pages = repository / "docs" / "rules"
     (pages / "adam.md").unlink()
     (pages / "gone.md").write_text("# A rule that was\n")
-    readme = repository / "README.md"
-    readme.write_text(readme.read_text("utf-8").replace("| 12 |", "| 8 |"), "utf-8")
+    formats = repository / "docs" / "formats.md"
+    text = formats.read_text("utf-8")
+    formats.write_text(text.replace("| 20,000,000 |", "| 20 |"), "utf-8")
     names = {path.name for path in make.stale(repository)}
-    assert names == {"adam.md", "gone.md", "README.md"}
-    text = readme.read_text("utf-8")
-    for name in ("rules", "speed"):
-        readme.write_text(text.replace(f"<!-- {name}: made by", "no place"), "utf-8")
-        with pytest.raises(ValueError, match=f"has no <!-- {name}"):
-            make.stale(repository)
+    assert names == {"adam.md", "gone.md", "formats.md"}
+
+
+def test_tables_stand_where_comments_ask_for_them(repository):
+    """A table may be on any page, on several or on none."""
+    readme, page = repository / "README.md", repository / "docs" / "page.md"
+    readme.write_text("# A page without tables\n", "utf-8")
+    page.write_text(
+        "Before.\n<!-- rules: made by docs/make.py -->\nold\n<!-- /rules -->\nBetween."
+        "\n<!-- loop: made by docs/make.py from bench/results/loop.json -->\n"
+        "<!-- /loop -->\nAfter.\n",
+        "utf-8",
+    )
+    changes = make.stale(repository)
+    assert [*changes] == [page]
+    new, _ = changes[page]
+    assert new.startswith("Before.\n<!-- rules: made") and new.endswith("->\nAfter.\n")
+    assert "| [`adamw`](rules/adamw.md) | [Loshchilov" in new and "\nold\n" not in new
+    assert "<!-- /rules -->\nBetween.\n" in new and "| mlp 64 | " in new
+
+    page.write_text("<!-- no: made by docs/make.py -->\n<!-- /no -->\n", "utf-8")
+    with pytest.raises(ValueError, match="page.md asks for a table 'no', and there"):
+        make.stale(repository)
+    page.write_text("<!-- rules: made by docs/make.py -->\n", "utf-8")
+    with pytest.raises(ValueError, match="page.md has no <!-- /rules --> to end it"):
+        make.stale(repository)
+
+
+def test_every_table_of_measurements_has_a_page():
+    pages = [path.read_text("utf-8") for path in make.written(ROOT)]
+    tables = {match["name"] for page in pages for match in make.TABLE.finditer(page)}
+    assert {*make.TABLES} - {"rules"} <= tables
 
 
 def test_the_tables_of_training(tmp_path):
@@ -629,18 +656,42 @@ def test_the_tables_of_training(tmp_path):
         result("text", "adamw", "bf16", None, None, False),
     ]
     (tmp_path / "r.json").write_text(json.dumps({"results": results}))
-    before = "<!-- training: made by docs/make.py from r.json -->"
-    after = "<!-- /training -->\nAfter.\n"
-    made = make.formats(tmp_path, f"Before.\n{before}\nold\n{after}")
-    digits, text = made.split("| text |")
-    assert digits.startswith(f"Before.\n{before}\n| digits | adamw | lion |\n")
+    digits, text = make.measured.training(tmp_path / "r.json").split("| text |")
+    assert digits.startswith("| digits | adamw | lion |\n")
     assert "\n| float32 | 2.0000 ± 0.5000 | 3.0000 ± 0.5000 |\n" in digits
     assert "\n| bf16 | -0.500 ± 0.200 | – |\n" in digits
     assert "\n| fp16 | – | **+2.000 ± 0.200** |\n" in digits
     assert "\n| bf16 | **diverged** | – |\n" in text
-    assert text.endswith(after)
-    with pytest.raises(ValueError, match="formats.md has no <!-- training"):
-        make.formats(tmp_path, "nothing")
+
+
+def test_pages_name_the_machine_of_their_tables():
+    for page in make.written(ROOT):
+        text = page.read_text("utf-8")
+        for match in make.TABLE.finditer(text):
+            if match["name"] in ("speed", "loop"):
+                record = json.loads((ROOT / match["source"]).read_text("utf-8"))
+                assert record["machine"]["cpu"] in text
+
+
+def test_the_table_of_results(tmp_path):
+    """It names the machine of every file, and keeps the commits that are known."""
+    machine = {"date": "2026-01-02", "cpu": "CPU", "caches": "L1d 1K, L1i 2K, L2 3K"}
+    records = {
+        "a": {"machine": machine | {"isa": "avx2", "versions": {"torch": "2"}}},
+        "b": {"machine": machine | {"jax": "0.10"}},
+        "c": {"cpu": "CPU", "date": "2026-03-04", "torch": "2.13", "rows": []},
+        "d": {"machine": {"cpu": "CPU"}, "versions": {"torch": "2"}},
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    old = "| `b.json` | then | CPU |  |  | 1234567 |\n"
+    rows = make.measured.results(tmp_path, old).splitlines()[2:]
+    assert rows == [
+        "| `a.json` | 2026-01-02 | CPU, avx2 | L1d 1K, L2 3K | torch 2 | – |",
+        "| `b.json` | 2026-01-02 | CPU | L1d 1K, L2 3K | jax 0.10 | 1234567 |",
+        "| `c.json` | 2026-03-04 | CPU | not recorded | torch 2.13 | – |",
+        "| `d.json` | not recorded | CPU | not recorded | torch 2 | – |",
+    ]
 
 
 def test_rows_of_what_was_compared_are_kept_and_added(repository):
