@@ -9,7 +9,8 @@ A page has a table where two comments ask for it, such as
     <!-- /speed -->
 
 and TABLES lists those that there are. Tables of measurements are made from the file
-that the comment names (measured.py). All else is made from the rules: names, defaults
+that the comment names (measured.py), and so is the picture in the README (picture.py).
+All else is made from the rules: names, defaults
 and state from the rule, formulas from its code (formula.py), and words from the
 module's docstring, whose first sentence is the summary and whose first paragraph names
 the paper: authors and year, as "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al.
@@ -29,10 +30,12 @@ from typing import NamedTuple
 
 import formula
 import measured
+import picture
 from measured import table
 
 import fastopt
 from fastopt import backends
+from fastopt.bench import loop
 from fastopt.muon import adjustment, orthogonalize
 from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES
@@ -464,6 +467,8 @@ def wanted(root, rules):
     files[folder / "README.md"] = index(rules)
     path = root / "docs" / "parity.md"
     files[path] = parity(files[path], rules)
+    loops = loop.read(root / "bench" / "results" / "loop.json")
+    files[root / "docs" / "loop.svg"] = picture.loops(loops)
     for rule in rules:
         try:
             files[folder / f"{rule.name}.md"] = page(rule)
