@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastopt
 from fastopt import Rule, adam
 from fastopt import language as primitives
 from fastopt.rule import cbrt, copysign, maximum, minimum, sign, sqrt, where, wide
@@ -492,6 +493,15 @@ def test_every_rule_has_its_page_and_row(rule):
     assert index.count(f"\n| [`{make.called(rule)}`]({rule.name}.md) |") == 1
     compared, _, _ = (ROOT / "docs" / "parity.md").read_text("utf-8").partition("\n## ")
     assert compared.count(f"\n| `{make.called(rule)}` |") == 1
+
+
+@every_rule
+def test_the_call_on_its_page_runs(rule):
+    page = (ROOT / "docs" / "rules" / f"{rule.name}.md").read_text("utf-8")
+    names = {"fastopt": fastopt, "params": [np.ones((3, 2))]}
+    names |= {"grads": [np.ones((3, 2))], "other": [np.ones((3, 2))]}
+    exec(re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1], names)
+    assert names["opt"].steps == 1
 
 
 @pytest.mark.parametrize("rule", (*CATALOGUE, EVERYTHING), ids=lambda rule: rule.name)

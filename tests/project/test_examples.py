@@ -1,5 +1,5 @@
-"""Every example runs, and every piece of code in docs/frameworks.md: each in a process
-of its own, as people would start it, where its framework is installed."""
+"""Every example runs, and all code on the pages in docs/: in a process of its own, as
+people would start it, where its framework is installed."""
 
 import importlib.util
 import os
@@ -22,6 +22,15 @@ PIECES = [
     for code in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
 ]
 OF_SEVERAL = re.findall(r"^```python\n(.*?)^```", DISTRIBUTED, re.S | re.M)
+# Of these each piece is a program, or tests beside their subject run them.
+APART = {"frameworks", "distributed", "jax", "multitask", "native", "strategy"}
+CODE = {
+    page.stem: re.findall(
+        r"^```python\n(.*?)^```", page.read_text("utf-8"), re.S | re.M
+    )
+    for page in sorted((ROOT / "docs").glob("*.md"))
+}
+PROGRAMS = [name for name, blocks in CODE.items() if blocks and name not in APART]
 EXCERPTS = [
     pytest.param(ROOT / "examples" / file, code, id=name)
     for name, text in SECTIONS.items()
@@ -72,6 +81,13 @@ def test_piece_of_the_page_on_several_processes(code):
 @pytest.mark.parametrize("code", PIECES)
 def test_piece_of_the_page(code):
     output("-c", code)
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_page_is_a_program(page, tmp_path, monkeypatch):
+    """Its code from the first line to the last, in a folder where it may write."""
+    monkeypatch.chdir(tmp_path)
+    output("-c", "\n".join(CODE[page]))
 
 
 @pytest.mark.parametrize("path, excerpt", EXCERPTS)
