@@ -95,6 +95,8 @@ class BuildKernels(build_ext):
                 # The plain runtime under its plain name, so that torch, Numba and we
                 # share one; a bundled copy would be a second pool of threads.
                 extension.extra_link_args += [] if MSVC else OPENMP
+                if sys.platform == "linux":  # only those that call it need it
+                    extension.extra_link_args += ["-Wl,--as-needed"]
         super().build_extensions()
 
     def build_extension(self, extension):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import platform
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from fastopt.rules import CLASS_RULES, RULES
 from fastopt.rules.floor import FLOORS
 from fastopt.rules.muon import direction
 from fastopt.rules.passes import PASSES
+from fastopt.runtime import openmp
 
 __all__ = ["as_array", "bind", "formats", "gram", "missing", "scalars", "state_arena"]
 
@@ -67,14 +67,14 @@ SCALARS = {
 @functools.cache
 def driver() -> ModuleType:
     """Return the compiled driver. Raise ImportError if it was not built."""
-    return importlib.import_module("fastopt._driver")
+    return openmp.extension("_driver")
 
 
 @functools.cache
 def extension(isa: str) -> Any:
     """Return one instruction set's kernels. Raise ImportError if they were not
     built."""
-    return driver().Kernels(importlib.import_module(f"fastopt._kernels_{isa}").TABLE)
+    return driver().Kernels(openmp.extension(f"_kernels_{isa}").TABLE)
 
 
 @functools.cache
@@ -117,6 +117,8 @@ def missing() -> str | None:
     """Why this backend cannot be used and how to get it, or None."""
     try:
         kernels()
+    except openmp.MissingRuntime as error:
+        return str(error)
     except ImportError as error:
         in_sources = (Path(__file__).parents[2] / "setup.py").exists()
         return (

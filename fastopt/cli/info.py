@@ -14,7 +14,7 @@ from importlib import metadata
 import fastopt
 from fastopt import backends
 from fastopt.backends import cython_cpu, kernel_cache
-from fastopt.runtime import threads
+from fastopt.runtime import openmp, threads
 
 
 def version(package: str) -> str:
@@ -52,7 +52,8 @@ def kernels() -> Iterator[tuple[str, str]]:
         yield "this CPU", ", ".join(driver.cpu_supports())
         yield "built by", f"Cython {driver.CYTHON}"
         without = "no: the compiler lacked it, so steps are serial"
-        yield "OpenMP", "yes" if driver.OPENMP else without
+        runtime = openmp.runtime_of(driver) or "yes"
+        yield "OpenMP", runtime if driver.OPENMP else without
     yield "built", ", ".join(built) or "none"
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from fastopt.runtime.openmp import extension
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,6 +54,6 @@ def standard_by_libc(function: F) -> F:
 standard: Callable[[F], F]
 """The function, run in standard arithmetic."""
 try:
-    standard = importlib.import_module("fastopt._process").standard
-except ImportError:  # no C compiler
+    standard = extension("_process").standard
+except ImportError:  # no C compiler, or no OpenMP
     standard = standard_by_libc

@@ -9,11 +9,12 @@ it is a 1 that a launcher has set because the user had set nothing.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+from fastopt.runtime.openmp import extension
 
 # The variables in which launchers tell a process how many they have started on this
 # machine: torchrun, accelerate and DeepSpeed; Open MPI; MPICH and Intel MPI; Slurm.
@@ -90,8 +91,8 @@ def places() -> tuple[int, ...]:
     ours. From then on the first thread's affinity is that of one place.
     """
     try:
-        process = importlib.import_module("fastopt._process")
-    except ImportError:  # no C compiler, so no OpenMP of ours
+        process = extension("_process")
+    except ImportError:  # no C compiler, or no OpenMP
         return ()
     return tuple(process.bound_to())
 

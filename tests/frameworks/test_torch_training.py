@@ -681,23 +681,3 @@ def in_a_process(code, **environment):
 @pytest.mark.parametrize("code", [FORK, LOADER], ids=["fork", "workers"])
 def test_processes(code):
     in_a_process(code)
-
-
-ORDER = """
-import {0}, {1}
-import numpy as np, torch, fastopt, fastopt.torch
-w = np.ones(100_000, np.float32)
-fastopt.adamw(w).step(w.copy())
-param = torch.nn.Parameter(torch.ones(100_000))
-param.grad = torch.ones_like(param)
-fastopt.torch.AdamW([param]).step()
-torch.optim.AdamW([param], fused=True).step()
-loaded = fastopt.runtime.threads.openmp_runtimes().splitlines()
-print(len([line for line in loaded if line.startswith("/")]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="runtimes are told by /proc")
-@pytest.mark.parametrize("order", [("torch", "fastopt"), ("fastopt", "torch")])
-def test_one_openmp_runtime_in_either_order(order):
-    assert in_a_process(ORDER.format(*order)).strip() == "1"
