@@ -5,8 +5,8 @@ Everything else about the package stands in pyproject.toml.
 
 import multiprocessing
 import os
-import platform
 import sys
+import sysconfig
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +31,8 @@ SOURCES = [
 ]
 
 MSVC = sys.platform == "win32"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Of what is built for: it may be another machine than this one.
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 # The flags are part of the promise of identical bits: every operation rounds once, as
 # written. Not -ffast-math: it reorders, and sets flush-to-zero for the whole process.
 FLAGS = (
