@@ -360,7 +360,14 @@ def target_machine() -> Any:
 
 @functools.cache
 def linker() -> Any:
-    return llvm.create_lljit_compiler(target_machine(), suppress_errors=True)
+    # LLVM's older linker puts the sections of an object anywhere in memory. If they are
+    # 4 GiB apart, it ends the process on 64-bit ARM, whose instructions reach no
+    # further. The newer one does not support ARM on Windows.
+    triple = target_machine().triple
+    newer = triple.startswith(("aarch64", "arm64")) and "windows" not in triple
+    return llvm.create_lljit_compiler(
+        target_machine(), use_jit_link=newer, suppress_errors=True
+    )
 
 
 serial_numbers = itertools.count()
