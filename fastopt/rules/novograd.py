@@ -1,7 +1,7 @@
 """NovoGrad: momentum of gradients normalised array by array, with one number for each
-array's second moment. Ginsburg et al. 2019, arXiv:1905.11286. As the authors' code, and
-unlike apex and optax: the first second moment is the first square, nothing is corrected
-for bias, weight decay goes into the momentum.
+array's second moment. Ginsburg et al. 2019, arXiv:1905.11286. As the authors' code and
+optax, and unlike apex: the first second moment is the first square, nothing is
+corrected for bias, weight decay goes into the momentum.
 """
 
 from fastopt.rule import Rule, sqrt, wide

@@ -136,6 +136,15 @@ for call in given["calls"]:
     for grads in given["grads"]:
         params, state = advance(params, state, [jax.numpy.array(g) for g in grads])
     found[call] = [np.asarray(p).tolist() for p in params]
+params = [jax.numpy.array(p) for p in given["params"]]
+params = optax.LookaheadParams.init_synced(params)
+transform = optax.lookahead(optax.adam(LR), 5, .5)
+state = transform.init(params)
+for grads in given["grads"]:
+    updates = [jax.numpy.array(g) for g in grads]
+    updates, state = transform.update(updates, state, params)
+    params = optax.apply_updates(params, updates)
+found["lookahead"] = [np.asarray(p).tolist() for p in params.slow]
 schedules = {call: eval(call) for call in given["schedules"]}
 values = {call: [float(f(n)) for n in range(40)] for call, f in schedules.items()}
 print(json.dumps([found, values]))
@@ -209,6 +218,13 @@ def test_transformations(row, theirs):
     assert f"| `{row}" in PAGE
     call, step, make = TRANSFORMED[row]
     assert difference(make, theirs[0][call], step) <= 1e-10
+
+
+def test_lookahead(theirs):
+    def make(params):
+        return fastopt.Lookahead(fastopt.adam(params, lr=LR), k=5, alpha=0.5)
+
+    assert STEPS % 5 == 0 and difference(make, theirs[0]["lookahead"]) <= 1e-10
 
 
 @pytest.mark.parametrize("row", CLOSE)

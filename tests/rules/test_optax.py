@@ -19,8 +19,7 @@ BETAS = {"beta1": 0.8, "beta2": 0.97}
 ADAM = "b1=0.8, b2=0.97"
 # Our rule and its hyperparameters; what optax calls it. Left out, because it differs:
 # adan (multiplies by 1 - b2), radam (from 5 on, eps beside the corrected root), nadam
-# (without the schedule), novograd (other moments), rprop (a step late), lars (lr inside
-# the momentum).
+# (without the schedule), rprop (a step late), lars (lr inside the momentum).
 CASES = {
     "signum": (
         {"beta": 0.8, "weight_decay": 0.1},
@@ -49,6 +48,10 @@ CASES = {
     "lamb": (
         {**BETAS, "weight_decay": 0.1, "always_adapt": True},
         f"optax.lamb(LR, {ADAM}, weight_decay=.1)",
+    ),
+    "novograd": (
+        {**BETAS, "eps": 1e-3, "weight_decay": 0.1},
+        f"optax.novograd(LR, {ADAM}, eps=1e-3, weight_decay=.1)",
     ),
     "prodigy": (
         {**BETAS, "use_bias_correction": True, "lr": 1.0, "d0": 1e-3},
