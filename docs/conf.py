@@ -42,6 +42,7 @@ toc_object_entries_show_parents = "hide"
 add_module_names = True
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"fastopt {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

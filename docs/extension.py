@@ -157,7 +157,7 @@ def examples() -> str:
 def formula(visitor: nodes.NodeVisitor, node: nodes.Element, block: bool) -> None:
     """Write a formula as MathML."""
     try:
-        text = LatexToMathML().convert_with_local_state(
+        text = LatexToMathML(fancy_error=False).convert_with_local_state(
             node.astext(), displaystyle=block
         )
     except LatexError as error:
