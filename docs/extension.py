@@ -25,6 +25,7 @@ from make import CATALOGUE, CLASSES, called
 from math_core import LatexError, LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon import NumpyDocstring
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
@@ -183,7 +184,13 @@ def prepare(app: Sphinx) -> None:
     """Draw the pictures and write the pages of the reference."""
     logger.info("drawing the paths of %d rules ...", len(CATALOGUE))
     app.env.pictures = gallery.draw(PICTURES)
-    reference.write(HERE / "reference")
+    try:
+        reference.write(HERE / "reference")
+    except ModuleNotFoundError as error:
+        raise ExtensionError(
+            f"the reference describes all modules of fastopt, but {error.name} is not "
+            f"installed; run pip install '.[docs]'"
+        ) from error
 
 
 def check_names(app: Sphinx, env: BuildEnvironment) -> None:
