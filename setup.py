@@ -131,7 +131,23 @@ CPUS = os.cpu_count() or 1
 # Otherwise started, Cython's processes would run this file again.
 PROCESSES = CPUS if multiprocessing.get_start_method() == "fork" else 0
 
+
+def project_urls():
+    """The addresses on the index's page, if FASTOPT_REPOSITORY says where the sources
+    are, as the workflow that builds a release does."""
+    home = os.environ.get("FASTOPT_REPOSITORY")
+    if not home:
+        return {}
+    return {
+        "Homepage": home,
+        "Documentation": f"{home}/tree/main/docs",
+        "Changelog": f"{home}/blob/main/CHANGELOG.md",
+        "Issues": f"{home}/issues",
+    }
+
+
 setup(
+    project_urls=project_urls(),
     ext_modules=cythonize(
         list(extensions()), include_path=[str(ROOT), str(CSRC)], nthreads=PROCESSES
     ),
