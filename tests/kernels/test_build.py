@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import fastopt
 from fastopt.backends import cython_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +107,103 @@ assert numpy.array_equal(expected, run())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+REPOSITORY = "https://example.org/someone/fastopt"
+
+
+def setup(sources, *arguments, **env):
+    """Run a command of setup.py."""
+    subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=sources,
+        env={**os.environ, **env},
+        capture_output=True,
+        check=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory):
+    """A wheel of this package. Its extensions are those that are installed: nothing is
+    compiled."""
+    installed = [*Path(fastopt.__file__).parent.glob("_*.*")]
+    extensions = [path for path in installed if path.suffix in (".so", ".pyd")]
+    if not extensions:
+        pytest.skip("no extensions are installed")
+    setup(sources, "build_py")
+    (library,) = (sources / "build").glob("lib*")
+    for path in extensions:  # they are now newer than their sources
+        shutil.copy(path, library / "fastopt")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    subprocess.run(
+        [sys.executable, "-m", "pip", *build, "--wheel-dir", folder, sources],
+        env={**os.environ, "FASTOPT_REPOSITORY": REPOSITORY, "CC": "false"},
+        check=True,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_without_a_compiler(wheel, tmp_path):
+    """In a fresh environment, which takes other packages from this one. There is no
+    compiler on its path."""
+    for package in ("pip", "sklearn", "threadpoolctl", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    venv.create(tmp_path, symlinks=os.name != "nt")
+    binaries = tmp_path / ("Scripts" if os.name == "nt" else "bin")
+    python = binaries / ("python.exe" if os.name == "nt" else "python")
+
+    def run(*command):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": str(binaries), "CC": "false", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    install = ("--python", python, "install", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", *install)
+    where = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    packages = Path(run(python, "-c", where).strip())
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "others.pth").write_text("\n".join(others))
+
+    code = """
+import pathlib, shutil, fastopt
+from fastopt.backends import cython_cpu
+print(pathlib.Path(fastopt.__file__).parent, cython_cpu.missing())
+print(*map(shutil.which, ("cc", "gcc", "clang", "cl")))
+"""
+    expected = [f"{packages / 'fastopt'} None", "None None None None"]
+    assert run(python, "-c", code).splitlines() == expected
+    report = run(binaries / "fastopt", "demo", "--epochs", "2", "--output", "demo.png")
+    assert "adam" in report and (tmp_path / "demo.png").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_package_and_the_addresses_of_its_sources(
+    wheel, sources, tmp_path
+):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        text = archive.read(metadata).decode()
+    assert f"Project-URL: Homepage, {REPOSITORY}\n" in text
+    assert f"Project-URL: Issues, {REPOSITORY}/issues\n" in text
+    wanted = {"fastopt/py.typed", "fastopt/include/fastopt.h", "fastopt/__init__.pxd"}
+    assert wanted <= names
+    inside = ("fastopt/", metadata.partition("/")[0] + "/")
+    assert [name for name in names if not name.startswith(inside)] == []
+    assert [n for n in names if n.endswith((".c", ".pyx", ".pxi", ".in", ".pyc"))] == []
+    # Without the variable there are no addresses.
+    setup(sources, "egg_info", "--egg-base", tmp_path, FASTOPT_REPOSITORY="")
+    assert "Project-URL" not in (tmp_path / "fastopt.egg-info/PKG-INFO").read_text()
 
 
 RULE = """
