@@ -14,16 +14,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding as llvm
-from llvmlite import ir
-from numba import njit
-from numba.core import cgutils
-from numba.core import types as nt
-from numba.core.errors import TypingError
-from numba.extending import intrinsic, overload
 
 from fastopt import native
 from fastopt.backends import cython_cpu
+
+try:
+    from llvmlite import binding as llvm
+    from llvmlite import ir
+    from numba import njit
+    from numba.core import cgutils
+    from numba.core import types as nt
+    from numba.core.errors import TypingError
+    from numba.extending import intrinsic, overload
+except ImportError as error:
+    raise ImportError(
+        f"fastopt.njit is for code that Numba compiles, and Numba cannot be imported "
+        f"({error}); pip install 'numba>=0.64'"
+    ) from error
 
 __all__ = ["start", "step"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from campaign import Campaign
+from installed import NUMBA, needs_numba
 
 # Idle OpenMP threads wait for work by spinning. Test processes that share the cores
 # would spin in each other's time: a test of 60 ms took 2 s. OpenMP reads this when it
@@ -18,6 +19,14 @@ def pytest_xdist_auto_num_workers(config):
     """One process for a single test or for ``-s``, so that its output is seen."""
     single = all("::" in argument for argument in config.args)
     return 0 if single or config.option.capture == "no" else None
+
+
+def pytest_collection_modifyitems(items):
+    """Without Numba, tests that are parametrized with its backend skip."""
+    for item in items:
+        chosen = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not NUMBA and any(value in ("numba", "alone") for value in map(str, chosen)):
+            item.add_marker(needs_numba)
 
 
 @pytest.fixture(autouse=True, scope="session")

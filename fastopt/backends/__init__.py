@@ -15,6 +15,24 @@ MODULES = {
     "numba": "fastopt.backends.numba_cpu",
     "cuda": "fastopt.backends.cuda_driver",
 }
+# How to get what an install without Numba lacks. (The compiled backend needs no Numba.)
+BY_NUMBA = {
+    "numba": "pip install 'numba>=0.64', or pass backend='numpy', which is slow",
+    "cuda": "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older "
+    "driver)",
+}
+
+
+def find(name: str) -> tuple[ModuleType | None, str | None]:
+    """Return a backend's module, and why it cannot be used and how to get it, or
+    None."""
+    try:
+        module = importlib.import_module(MODULES[name])
+    except (ImportError, OSError) as error:  # OSError: a library of LLVM's is missing
+        if name not in BY_NUMBA:
+            raise
+        return None, f"Numba cannot be imported ({error}); {BY_NUMBA[name]}"
+    return module, module.missing()
 
 
 def load(name: str) -> ModuleType:
@@ -23,9 +41,8 @@ def load(name: str) -> ModuleType:
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, MODULES))}, got {name!r}"
         )
-    module = importlib.import_module(MODULES[name])
-    reason = module.missing()
-    if reason:
+    module, reason = find(name)
+    if module is None or reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return module
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastopt.backends import BY_NUMBA
 from fastopt.backends.cuda_accesses import (
     SIMULATED,
     VECTOR_BYTES,
@@ -68,9 +69,7 @@ def replace(p: Any, g: Any) -> tuple[Any]:
 
 COPY = Rule(replace, passes.none)
 
-HOW_TO_GET = (
-    "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older driver)"
-)
+HOW_TO_GET = BY_NUMBA["cuda"]
 
 
 def missing() -> str | None:

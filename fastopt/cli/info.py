@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import pkgutil
 import platform
@@ -13,7 +12,7 @@ from importlib import metadata
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import cython_cpu, kernel_cache
+from fastopt.backends import cython_cpu
 from fastopt.runtime import openmp, threads
 
 
@@ -27,8 +26,7 @@ def version(package: str) -> str:
 def availability(backend: str) -> str:
     """Return whether a backend is available or, in its own words, why not."""
     try:
-        module = importlib.import_module(backends.MODULES[backend])
-        reason = module.missing()
+        _, reason = backends.find(backend)
     # A half-installed GPU stack can fail in any way, which this report must show.
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -86,6 +84,15 @@ def threading() -> Iterator[tuple[str, str]]:
     yield "FASTOPT_NUM_THREADS", os.environ.get("FASTOPT_NUM_THREADS") or "not set"
 
 
+def cache() -> str:
+    """Return the folder of the kernels that Numba compiles, or why there is none."""
+    try:
+        from fastopt.backends import kernel_cache
+    except (ImportError, OSError) as error:
+        return f"none: Numba cannot be imported ({error})"
+    return str(kernel_cache.directory() or "off")
+
+
 def sections() -> dict[str, dict[str, str]]:
     """Return the report: its titles, and the entries below each."""
     return {
@@ -99,9 +106,7 @@ def sections() -> dict[str, dict[str, str]]:
         "compiled kernels (cython)": dict(kernels()),
         "threads": dict(threading()),
         "OpenMP runtimes loaded": {"paths": threads.openmp_runtimes()},
-        "kernel cache (numba)": {
-            "directory": str(kernel_cache.directory() or "off"),
-        },
+        "kernel cache (numba)": {"directory": cache()},
     }
 
 

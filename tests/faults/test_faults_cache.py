@@ -11,6 +11,7 @@ import sys
 import warnings
 from contextlib import suppress
 
+import installed_numba  # noqa: F401
 import numpy as np
 import pytest
 

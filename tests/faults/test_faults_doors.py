@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from installed import numba_cpu
 from interrupts import alarm, at_lines
 from test_faults_interrupts import BACKENDS, plain
 
 import fastopt
-from fastopt.backends import numba_cpu
 
 SHAPES = {"w": (3, 4), "b": (5,), "none": (0,), "k": (2, 2)}
 SCHEDULE = fastopt.schedules.cosine(0.3, steps=20)

@@ -5,10 +5,7 @@ import subprocess
 import sys
 
 import pytest
-
-from fastopt.backends import cython_cpu
-
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
+from installed import BACKENDS
 
 STEPPING = """
 import os, sys, threading, time

@@ -6,12 +6,11 @@ import threading
 
 import numpy as np
 import pytest
+from installed import BACKENDS, numba_cpu
 from interrupts import at_every_line, interrupted
 
 import fastopt
-from fastopt.backends import cython_cpu, numba_cpu
 
-BACKENDS = ["numpy", "numba", "alone", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = {"w": (3, 4), "b": (5,), "none": (0,), "k": (2, 2)}
 
 

@@ -8,12 +8,9 @@ import threading
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, alike, label, nonzero, same_bits
+from installed import BACKENDS
 
 import fastopt
-from fastopt.backends import cython_cpu
-
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
-
 
 # Races --------------------------------------------------------------------------------
 

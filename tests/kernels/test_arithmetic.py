@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import installed_numba  # noqa: F401
 import modes
 import numpy as np
 import pytest

@@ -9,15 +9,16 @@ import gc
 import sys
 import tracemalloc
 
+import installed
 import numpy as np
 import pytest
 
 import fastopt
-from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu
 
 RULES = [rule.name for rule in fastopt.RULES]
-MODULES = {"cython": cython_cpu, "numba": numba_cpu}
-BACKENDS = [name for name, module in MODULES.items() if not module.missing()]
+MODULES = {"cython": cython_cpu, "numba": installed.numba_cpu}
+BACKENDS = [name for name in MODULES if name in installed.BACKENDS]
 SIZE = 50_000  # above the size from which steps are parallel
 
 

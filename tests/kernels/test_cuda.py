@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import installed_numba  # noqa: F401
 import numpy as np
 import pytest
 from cases import closure_rule

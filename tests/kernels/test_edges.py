@@ -4,11 +4,10 @@ a first step, arrays without elements or dimensions. (An infinity: test_step.py.
 import numpy as np
 import pytest
 from cases import CASES, IDS, nonzero, same_bits
+from installed import BACKENDS
 
 from fastopt import RULES
-from fastopt.backends import cython_cpu
 
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 

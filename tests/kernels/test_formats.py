@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import CASES, IDS, bfloat16, nonzero, same_bits
+from installed import BACKENDS, NUMBA, needs_numba, numba_cpu
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import cython_cpu, numba_cpu
+from fastopt.backends import cython_cpu
 from fastopt.memory import formats
 from fastopt.memory.formats import FORMATS, format_of
 from fastopt.memory.segments import Encoded, Segment
@@ -27,7 +28,6 @@ from fastopt.step import Key, Program, Request, execute
 ORACLES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 NEAREST = [k for k, of in FORMATS.items() if not (of.stochastic or of.second)]
 WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
 
 
 def equal(words, expected, oracle):
@@ -116,6 +116,7 @@ def test_kernels_round_to_the_nearest(name):
         assert equal(words, expected, oracle).all()
 
 
+@needs_numba
 @pytest.mark.parametrize("name", NEAREST)
 def test_numbas_own_driver_has_the_bits_of_the_reference(name, monkeypatch):
     monkeypatch.setattr(numba_cpu, "bind", numba_cpu.bind_alone)
@@ -139,7 +140,8 @@ def test_kernels_have_the_bits_of_the_reference(name, monkeypatch):
         numbers = numbers + np.float32(0)  # as the kernel does, which adds
         expected = numbers.astype(oracle)
     isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
-    cases = [("numpy", None), ("numba", None), *(("cython", isa) for isa in isas)]
+    cases = [("numpy", None), *(("cython", isa) for isa in isas)]
+    cases += [("numba", None)] if NUMBA else []
     for backend, isa in cases:
         if isa:
             extension = cython_cpu.extension(isa)
@@ -372,7 +374,8 @@ def test_formats_have_the_same_bits(rule, values, kind, monkeypatch):
     formats = KINDS[kind](rule)
     opt, expected = with_formats(rule, "numpy", 1, formats, **values)
     isas = [] if cython_cpu.missing() else cython_cpu.driver().cpu_supports()
-    cases = [("numba", None, 2), *(("cython", isa, 3) for isa in isas)]
+    cases = [("cython", isa, 3) for isa in isas]
+    cases += [("numba", None, 2)] if NUMBA else []
     for backend, isa, threads in cases:
         if isa:
             extension = cython_cpu.extension(isa)

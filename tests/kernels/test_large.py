@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.backends import cython_cpu, numba_cpu
+from fastopt import backends
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +49,7 @@ class Sparse:
 @pytest.mark.parametrize("backend", ["cython", "numba"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_beyond_32_bits(backend, threads):
-    reason = {"cython": cython_cpu, "numba": numba_cpu}[backend].missing()
+    _, reason = backends.find(backend)
     if reason:
         pytest.skip(reason)
     param, grad = Sparse(), Sparse()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, IDS, bfloat16, nonzero, same_bits
+from installed import needs_numba
 from native_code import (
     API,
     BAD_ARGUMENT,
@@ -494,6 +495,7 @@ def test_the_cython_module(tmp_path):
     assert same_bits(np.load(tmp_path / "p.npy"), expected)
 
 
+@needs_numba
 def test_the_numba_function(tmp_path):
     """Twice: the second process takes it from Numba's cache."""
     write(tmp_path, "fit.py")
@@ -522,6 +524,7 @@ def njit_steps(name):
     return steps
 
 
+@needs_numba
 @pytest.mark.parametrize(
     "name, dtype, shape",
     [
@@ -553,6 +556,7 @@ def test_numba_has_the_same_bits(name, dtype, shape):
     assert np.array_equal(carry, opt._bound.program.carried.ravel())
 
 
+@needs_numba
 def test_numba_refuses():
     from numba.core.errors import TypingError
 

@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import installed_numba  # noqa: F401
 import numpy as np
 import pytest
 from cases import DTYPES, same_bits

@@ -4,15 +4,14 @@ steps make of them. That the backends have the same bits is in test_formats.py."
 import numpy as np
 import pytest
 from cases import bfloat16, same_bits
+from installed import BACKENDS
 
 import fastopt
-from fastopt.backends import cython_cpu
 from fastopt.memory import formats
 from fastopt.memory.formats import FORMATS, GROUP
 from fastopt.rule import word
 
 M8, V8 = FORMATS["m8"], FORMATS["v8"]
-BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
 SCALES = [1e-30, 1e-10, 1.0, 1e10, 1e30]
 
 

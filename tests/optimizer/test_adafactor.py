@@ -6,14 +6,13 @@ import tracemalloc
 import numpy as np
 import pytest
 from cases import DTYPES, nonzero, odd_view, same_bits
+from installed import BACKENDS, needs_numba, numba_cpu
 
 import fastopt
 from fastopt import step
-from fastopt.backends import cython_cpu, numba_cpu
 from fastopt.memory import factored
 from fastopt.rules.adafactor import adafactor, scalars, settle
 
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = [(5,), (), (7, 3), (3, 7), (1, 9), (9, 1), (2, 4, 5)]
 # More than one tile down, across and both; many small matrices; long and narrow.
 LARGE = [(520, 70), (5, 4100), (2, 515, 2050), (700, 3, 3), (40000, 2), (2, 40000)]
@@ -160,6 +159,7 @@ def test_same_bits(shape, dtype):
                 assert same_bits(p, found[0]) and same_bits(v, found[1])
 
 
+@needs_numba
 def test_same_bits_of_numba_alone(monkeypatch):
     expected = [run("numpy", shape, np.float32) for shape in (*SHAPES, LARGE[0])]
     monkeypatch.setattr(numba_cpu, "bind", numba_cpu.bind_alone)

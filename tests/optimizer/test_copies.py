@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from cases import bfloat16, same_bits
+from installed import BACKENDS
 
 import fastopt
-from fastopt.backends import cython_cpu
 
-BACKENDS = ("numpy", "numba", *(() if cython_cpu.missing() else ("cython",)))
 SHAPES = (70, 90), (3,), (0,), (1,), (40_001,)
 OPTIONS = [
     {},

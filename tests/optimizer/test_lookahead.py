@@ -6,12 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import nonzero, same_bits
+from installed import BACKENDS
 
 import fastopt
-from fastopt.backends import cython_cpu
 from fastopt.runtime.atomic import uninterrupted
-
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 
 
 def gradients(count):

@@ -9,12 +9,11 @@ import numpy as np
 import peers
 import pytest
 from cases import same_bits
+from installed import BACKENDS
 
 import fastopt
 from fastopt import muon as module
-from fastopt.backends import cython_cpu
 
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SHAPES = {"wide": (5, 9), "tall": (9, 4), "row": (1, 6), "b": (7,), "k": (2, 3, 2)}
 MATRICES = ("wide", "tall", "row")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

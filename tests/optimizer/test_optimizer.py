@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, IDS, nonzero, same_bits
+from installed import needs_numba
 
 import fastopt
 from fastopt.backends import cython_cpu
@@ -430,6 +431,7 @@ def test_resume_is_exact_where_more_was_switched_on(rule):
 # A user's own rule ------------------------------------------------------------------
 
 
+@needs_numba
 def test_a_users_own_rule():
     from fastopt.rule import sign, where
 
@@ -454,6 +456,7 @@ def test_a_users_own_rule():
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
+@needs_numba
 def test_a_users_rule_of_the_same_name_does_not_get_our_kernel():
     def update(p, g, m, v, step_size, a1, a2, eps, decay):
         return p - g, m, v
@@ -489,6 +492,7 @@ def with_globals(p, g, lr):
     return (p - THIRD * TENTH * lr * helper(g),)
 
 
+@needs_numba
 def test_a_changed_global_is_seen(monkeypatch):
     for factor in (2.0, 3.0):
         monkeypatch.setitem(with_globals.__globals__, "THIRD", factor)

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from cases import CASES
+from installed import needs_numba
 
 import fastopt
 from fastopt import backends
@@ -377,6 +378,7 @@ def test_backends():
         mine(np.ones(3), backend="cython")
 
 
+@needs_numba
 def test_missing_backend_names_the_command(monkeypatch):
     from fastopt.backends import cython_cpu
 

@@ -13,14 +13,13 @@ import time
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, IDS, nonzero, same_bits
+from installed import BACKENDS, NUMBA, needs_numba, numba_cpu
 
 import fastopt
 from fastopt import RULES, Rule
-from fastopt.backends import cython_cpu, numba_cpu
 from fastopt.backends.numpy_ref import sum_in_order
 from fastopt.rule import wide
 
-BACKENDS = ["numpy", "numba", *([] if cython_cpu.missing() else ["cython"])]
 SIZES = (0, 1, 31, 4097, 40_003)
 every_case = pytest.mark.parametrize(("rule", "values"), CASES, ids=IDS)
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -77,6 +76,7 @@ def test_same_bits(rule, values, dtype, asked):
             assert repr(opt.grad_norm) == repr(reference.grad_norm)
 
 
+@needs_numba
 def test_same_bits_without_the_compiled_driver(monkeypatch):
     for rule, values in CASES[:: len(CASES) // 5]:
         expected, _ = run(rule, values, "numpy", np.float32, **ASKED["all"])
@@ -496,7 +496,7 @@ def test_a_rule_that_measures():
         rule = Rule(
             shifted, lambda t, lr=0.1: (lr,), measure=total, settle=kept, over=over
         )
-        for backend in ("numpy", "numba"):
+        for backend in ("numpy", *(["numba"] if NUMBA else [])):
             found = copies(params)
             rule(found, backend=backend).step(grads)
             whole = sum(map(sum_in_order, grads)) / sum(SIZES)

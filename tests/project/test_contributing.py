@@ -1,5 +1,6 @@
 """The optimizer and the option that CONTRIBUTING adds, added as it says, are right."""
 
+import importlib.util
 import inspect
 import os
 import re
@@ -12,10 +13,10 @@ import numpy as np
 import oracle
 import pytest
 from agreement import FLOAT64, data, error, settings
+from installed import NUMBA
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import cuda_accesses
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -197,6 +198,6 @@ def test_an_option_of_a_step_is_added_to_all_backends(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     run("setup.py", "build_ext", "--inplace")
-    run("-c", COMPARE, "cython", "numba")
-    if not cuda_accesses.not_installed:
+    run("-c", COMPARE, "cython", *(["numba"] if NUMBA else []))
+    if importlib.util.find_spec("numba_cuda"):
         run("-c", COMPARE, "cuda", NUMBA_ENABLE_CUDASIM="1")
