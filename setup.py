@@ -78,6 +78,7 @@ def extensions():
     render = renderer()
     for name in ("table.pxi", "scalars.pxi", "formats.pxi", "fused.pxi"):
         write(name, render(f"{name}.in"))
+    write("elementary.h", render("elementary.h.in"))
     for isa, flags in ISAS.items():
         text = render("kernels.pyx.in", isa=isa)
         yield extension(f"_kernels_{isa}", text, flags, OF_KERNELS)

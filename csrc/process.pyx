@@ -1,11 +1,12 @@
 # cython: language_level=3
-"""What a step needs of its process, compiled: arithmetic modes (arithmetic.h), and the
-CPUs that OpenMP uses.
+"""What a step needs of its process, compiled: arithmetic modes (arithmetic.h), the CPUs that
+OpenMP uses, and powers (elementary.h).
 
 NumPy and Python's floats obey the thread's modes, too. The wrapper for them is compiled, so
 no interrupt comes between the change of the modes and the call, or between its end and
 their restoration.
 """
+from libc.math cimport isfinite
 from libc.stdint cimport uint64_t
 
 from functools import wraps
@@ -49,6 +50,44 @@ cdef extern from "arithmetic.h":
     void fastopt_set_control(uint64_t word) noexcept nogil
     uint64_t fastopt_enter() noexcept nogil
     void fastopt_leave(uint64_t word) noexcept nogil
+
+cdef extern from "elementary.h":
+    double fastopt_power(double x, double y) noexcept nogil
+    double fastopt_log(double x) noexcept nogil
+
+
+def power(double x, double y):
+    """Return ``x**y``, correctly rounded, as fastopt.elementary.power does.
+
+    >>> power(0.5, 3)
+    0.125
+    """
+    return fastopt_power(x, y)
+
+
+def log(double x):
+    """Return the natural logarithm of ``x``, correctly rounded, as fastopt.elementary.log
+    does.
+
+    >>> log(2.0)
+    0.6931471805599453
+    """
+    return fastopt_log(x)
+
+
+def quick_powers(general):
+    """Return a function that does what ``general`` does with two numbers, quickly for
+    floats."""
+
+    def raised(x, y):
+        cdef double result
+        if type(x) is float and (type(y) is int or type(y) is float):
+            result = fastopt_power(x, y)
+            if isfinite(result):
+                return result
+        return general(x, y)
+
+    return raised
 
 
 def standard(function):

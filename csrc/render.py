@@ -13,6 +13,7 @@ from pathlib import Path
 import Cython
 from Cython import Tempita
 from stored import Format, forms
+from tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -327,6 +328,8 @@ class Native(ast.NodeTransformer):
 
     def visit_BinOp(self, node):
         self.generic_visit(node)
+        if isinstance(node.op, ast.Pow):
+            return ast.Call(ast.Name("power"), [node.left, node.right], [])
         if isinstance(node.op, ast.Div) and not isinstance(node.right, ast.Constant):
             node.right = ast.Call(
                 ast.Name("checked"), [node.right, ast.Name("_zero")], []
@@ -542,6 +545,7 @@ def renderer():
         "declared": declared,
         "buffers": buffers,
         "numbers": numbers(),
+        "tables": tables(),
         "cython": Cython.__version__,
     }
 

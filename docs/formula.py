@@ -18,9 +18,10 @@ import textwrap
 from typing import NamedTuple
 
 from fastopt.language import PRIMITIVES, cbrt
+from fastopt.portable import log
 
 SHORT = 2  # names and numbers in a constant that is not worth a line of its own
-KNOWN = (*PRIMITIVES, cbrt, abs, min, max, float, math.sqrt, math.log, math.exp)
+KNOWN = (*PRIMITIVES, cbrt, log, abs, min, max, float, math.sqrt, math.log, math.exp)
 IGNORED = {"wide", "float"}  # for they change no number
 
 

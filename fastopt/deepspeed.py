@@ -47,6 +47,7 @@ from torch import Tensor
 
 from fastopt import native, rules
 from fastopt.memory.segments import Array
+from fastopt.portable import portable
 from fastopt.rule import Rule, shown
 from fastopt.runtime import threads
 from fastopt.torch.memory import check_memory, is_dense, same_layout, simple
@@ -225,7 +226,8 @@ def adam_rollback(
             f"a rollback needs beta1 and beta2 above 0, got {beta1!r} and {beta2!r}: "
             f"averages with beta 0 have forgotten what they were"
         )
-    scalars = np.array(rule.scalars(t, *values), np.float32).tolist()
+    numbers = portable(rule.scalars)(t, *values)
+    scalars = np.array(numbers, np.float32).tolist()
     if rule is rules.adamw and scalars[-1] >= 1:
         raise ValueError(
             f"a rollback needs lr * weight_decay below 1, got {scalars[-1]!r}"

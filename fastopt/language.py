@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastopt.portable import Real, Whole
+
 
 class Function(Protocol):
     """A plain Python function: backends compile its code."""
@@ -39,7 +41,11 @@ class Function(Protocol):
 
 def sqrt(x: Any) -> Any:
     """The square root, correctly rounded."""
-    return math.sqrt(x) if type(x) is float else np.sqrt(x)
+    if type(x) is float:
+        return math.sqrt(x)
+    if type(x) in (Real, Whole):
+        return Real(math.sqrt(x))
+    return np.sqrt(x)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:

@@ -36,6 +36,8 @@ from fastopt.language import sqrt as sqrt
 from fastopt.language import where as where
 from fastopt.language import wide as wide
 from fastopt.language import word as word
+from fastopt.portable import log as log
+from fastopt.portable import power as power
 from fastopt.runtime.exclusive import computed_once
 from fastopt.trial import tried
 

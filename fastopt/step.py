@@ -28,6 +28,7 @@ import numpy as np
 from fastopt.memory.factored import Factors
 from fastopt.memory.formats import DTYPES
 from fastopt.memory.segments import Array, Product, Segment
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
@@ -406,6 +407,7 @@ def settle(
         totals = program.sums(rows, request)
         if not rule.by_segment:
             totals = [together(totals)] * len(rows)
+    compute = portable(rule.settle)
     results: dict[Any, Row] = {}
     settled = []
     for key, row, (n, terms) in zip(keys, rows, totals, strict=True):
@@ -416,7 +418,7 @@ def settle(
                 if terms is None
                 else (
                     *row[1:handed],
-                    *rule.settle(key.t, float(n), *terms, *row[handed:]),
+                    *compute(key.t, float(n), *terms, *row[handed:]),
                 )
             )
             results[same] = (row[0], *new)

@@ -25,6 +25,7 @@ from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.formats import FORMATS
 from fastopt.memory.segments import Array, Encoded, Product, Segment, Stream
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES, RULES
 from fastopt.rules.floor import FLOORS
@@ -104,7 +105,7 @@ def compiled(function: Function) -> Any:
     """Return the compiled form of a rule's ``scalars`` or ``settle``, or the function
     itself if it is not fastopt's own."""
     name = SCALARS.get(function)
-    return driver().Scalars(function, name) if name else function
+    return driver().Scalars(function, name) if name else portable(function)
 
 
 def scalars(rule: Rule) -> Any:

@@ -32,6 +32,7 @@ from fastopt.memory.segments import (
     decoded,
     encoded,
 )
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.rules import passes
 from fastopt.runtime.arithmetic import standard
@@ -50,7 +51,7 @@ def missing() -> str | None:
 
 def scalars(rule: Rule) -> Any:
     """Return a rule's ``scalars``, compiled where the backend can compile them."""
-    return rule.scalars
+    return portable(rule.scalars)
 
 
 def rounded(numbers: Sequence[float], kind: Any) -> list[Any]:

@@ -44,6 +44,7 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.groups import check_schedule
 from fastopt.optimizer.refusals import check_rule
+from fastopt.portable import portable
 from fastopt.rule import Rule, check_hyperparameter
 from fastopt.rules import RULES
 from fastopt.runtime.arithmetic import standard
@@ -494,7 +495,7 @@ class Optimizer:
             now[key] = check_hyperparameter(key, key, as_float(value), default)
         before = np.asarray(carry).view(np.float64).reshape(-1).tolist()
         values = [now[key] for key in rule.hyperparameters]
-        scalars = rule.scalars(max(int(count), 1), *before, *values)
+        scalars = portable(rule.scalars)(max(int(count), 1), *before, *values)
         for arrays in zip(leaves, *buffers, strict=True):
             param, *state = map(np.asarray, arrays)
             dtype = computed(param.dtype)

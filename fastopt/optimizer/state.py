@@ -21,6 +21,7 @@ from fastopt.optimizer import checks
 from fastopt.optimizer.formats import PARAM, Buffer, buffers_of, part_name
 from fastopt.optimizer.groups import Values
 from fastopt.optimizer.parameters import Parameters
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call
@@ -212,7 +213,8 @@ class Bound:
                 f"it updates"
             )
         t = max(self.steps, 1)
-        rows = [rule.scalars(t, *key.carry, *key.values) for key in self.keys(values)]
+        scalars, keys = portable(rule.scalars), self.keys(values)
+        rows = [scalars(t, *key.carry, *key.values) for key in keys]
         row_of = range(len(params.arrays)) if rule.by_segment else params.set_of
         tree, arrays = params.like()
         for array, row, *streams in zip(

@@ -4,9 +4,7 @@ alpha rises from 0 and the slow momentum's half-life from that of beta1; as in t
 authors' code, that of a beta 1e-8 larger. Weight decay is decoupled.
 """
 
-from math import log
-
-from fastopt.rule import Rule, sqrt
+from fastopt.rule import Rule, log, sqrt
 
 
 def scalars(

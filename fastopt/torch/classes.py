@@ -12,6 +12,7 @@ import torch
 
 from fastopt import rules
 from fastopt.optimizer.refusals import check_rule
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.rules.adafactor import adafactor
 from fastopt.rules.muon import muon
@@ -145,7 +146,9 @@ def asgd_scalars(
 
 class ASGD(Averaging, torch.optim.ASGD):
     _default_rule = rules.asgd
-    _names = Names(carry={"eta": "lr", "mu": 1.0}, scalars=asgd_scalars, torchs=True)
+    _names = Names(
+        carry={"eta": "lr", "mu": 1.0}, scalars=portable(asgd_scalars), torchs=True
+    )
 
 
 class Adafactor(Stepping, torch.optim.Adafactor):

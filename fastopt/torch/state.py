@@ -20,6 +20,7 @@ from fastopt.memory import arena
 from fastopt.memory.factored import Factors
 from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM, Chosen
+from fastopt.portable import portable
 from fastopt.rule import Rule
 from fastopt.torch import formats, masters
 from fastopt.torch.memory import (
@@ -392,7 +393,7 @@ def evaluated(
         return param.detach().clone()
     carried = [float(state[names.key(name)]) for name in rule.carry]
     steps = max(int(state[names.steps]), 1) if names.steps else 1
-    scalars = rule.scalars(steps, *carried, *values)
+    scalars = portable(rule.scalars)(steps, *carried, *values)
     buffers = (formats.decoded(state, names.key(name)) for name in rule.state)
     tensors = [masters.master(param, state), *buffers]
     tensors = [tensor.detach().cpu().resolve_conj() for tensor in tensors]

@@ -1,0 +1,140 @@
+"""Powers and logarithms that are correctly rounded, so that their bits are the same on
+every machine. Those of C's mathematics library differ between libraries.
+
+The functions here compute with whole numbers alone, first with 180 binary digits. If
+these do not decide how a result is rounded, 320 do. ``csrc/elementary.h.in`` has the
+same functions in C, which take less time and serve wherever they were compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+# With how many binary digits after the point to compute, and how many may be wrong.
+DIGITS, WRONG = (180, 320), 80
+LEAST, MOST = -1022, 1023  # exponents of normal numbers
+
+
+@functools.cache
+def ln2(digits: int) -> int:
+    """Return the natural logarithm of 2, times ``2**digits``."""
+    return 2 * artanh(1, 3, digits + 16) >> 16
+
+
+def artanh(n: int, d: int, digits: int) -> int:
+    """Return the inverse hyperbolic tangent of ``n / d``, times ``2**digits``."""
+    term = (abs(n) << digits) // d
+    square, total, k = term * term >> digits, 0, 1
+    while term:
+        total += term // k
+        term, k = term * square >> digits, k + 2
+    return total if n > 0 else -total
+
+
+@functools.lru_cache(maxsize=64)  # of a beta, it is asked for in every step
+def ln(x: float, digits: int) -> int:
+    """Return the natural logarithm of ``x``, times ``2**digits``."""
+    m, e = math.frexp(x)
+    if m < 0.7:
+        m, e = 2 * m, e - 1
+    one = 1 << 53
+    whole = int(m * one)
+    return e * ln2(digits) + 2 * artanh(whole - one, whole + one, digits)
+
+
+def exp(x: int, digits: int) -> int:
+    """Return e to the power of ``x / 2**digits``, times ``2**digits``. ``x`` is at
+    least 0. The result is the 256th power of one whose series is short."""
+    digits += 16
+    x, term, total, k = x << 8, 1 << digits, 0, 0
+    while term:
+        total, k = total + term, k + 1
+        term = (term * x >> digits) // k
+    for _ in range(8):
+        total = total * total >> digits
+    return total >> 16
+
+
+def rounded(value: int, k: int, digits: int) -> float | None:
+    """Return ``value / 2**digits``, which is in [1, 2], times ``2**k``, rounded to the
+    nearest float. Return None if more digits are needed to do so."""
+    drop = digits - 52 + max(0, LEAST - k)
+    whole, rest = value >> drop, value & ((1 << drop) - 1)
+    beyond = rest - (1 << drop - 1)
+    if abs(beyond) >> WRONG == 0:
+        if digits < DIGITS[-1]:
+            return None
+        beyond = whole & 1 or -1  # it lies half-way: to the even one
+    whole += beyond > 0
+    try:
+        return math.ldexp(whole, k - digits + drop)
+    except OverflowError:
+        return math.inf
+
+
+def special_power(x: float, y: float) -> float | None:
+    """Return the power of zeros, infinities and NaN, as IEEE 754's ``pow``; None for
+    what must be computed."""
+    if y == 0 or x == 1:
+        return 1.0
+    if x != x or y != y:
+        return x + y
+    size = abs(x)
+    if math.isinf(y):
+        grows = (size > 1) == (y > 0)
+        return 1.0 if size == 1 else math.inf if grows else 0.0
+    odd = y % 2 in (1, -1)
+    if size == 0 or math.isinf(size):
+        result = math.inf if (size > 1) == (y > 0) else 0.0
+        return math.copysign(result, x) if odd else result
+    if x < 0 and y % 1:
+        return math.nan
+    return None
+
+
+def power(x: float, y: float) -> float:
+    """Return ``x**y``, correctly rounded, with the special cases of IEEE 754's ``pow``:
+    infinite if it is too large, NaN for a negative ``x`` unless ``y`` is whole.
+
+    >>> power(0.5, 3)
+    0.125
+    """
+    x, y = float(x), float(y)
+    special = special_power(x, y)
+    if special is not None:
+        return special
+    sign = -1.0 if x < 0 and y % 2 == 1 else 1.0
+    m, e = math.frexp(y)
+    whole, e = int(math.ldexp(m, 53)), e - 53
+    for digits in DIGITS:
+        exponent = ln(abs(x), digits) * whole
+        exponent = exponent << e if e > 0 else exponent >> -e
+        k, rest = divmod(exponent, ln2(digits))
+        if k > MOST:
+            return sign * math.inf
+        if k < LEAST - 54:
+            return sign * 0.0
+        result = rounded(exp(rest, digits), k, digits)
+        if result is not None:
+            return sign * result
+    raise AssertionError("the last digits decide")
+
+
+def log(x: float) -> float:
+    """Return the natural logarithm of ``x``, correctly rounded: minus infinity for 0,
+    and NaN below.
+
+    >>> log(2.0)
+    0.6931471805599453
+    """
+    x = float(x)
+    if not 0 < x < math.inf:
+        return x if x > 0 else -math.inf if x == 0 else math.nan
+    for digits in DIGITS:
+        exact = ln(x, digits)
+        k = abs(exact).bit_length() - 1 - digits
+        result = rounded(abs(exact) << max(-k, 0) >> max(k, 0), k, digits)
+        if result is not None or exact == 0:
+            return math.copysign(result or 0.0, exact)
+    raise AssertionError("the last digits decide")

@@ -1,0 +1,392 @@
+"""Powers and logarithms have the bits of the exact results, rounded once, wherever they
+are computed. No compiled module asks C's mathematics library for a result that it may
+round in its own way."""
+
+import ast
+import math
+import random
+import shutil
+import struct
+import subprocess
+from decimal import Context, Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import fastopt
+from fastopt import elementary, portable, rules
+from fastopt.backends import cython_cpu
+from fastopt.rule import log, power, sqrt
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = not isinstance(power, type(elementary.power))
+BETAS = (0.5, 0.8, 0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99999)
+# Of all powers of these betas, and of 0.9995 and 0.999999, up to t = 4,000,000, these
+# come closest to the middle of two floats: to 3, 7 and 15 parts in 100 million.
+HARD = ((0.99999, 1148178), (0.99999, 2197470), (0.999999, 1321154))
+FUNCTIONS = [pytest.param(elementary, id="python")]
+if BUILT:
+    FUNCTIONS.append(pytest.param(portable, id="compiled"))
+
+# An independent library of decimal numbers, with more digits than decide the result.
+DECIMALS = Context(prec=80, Emin=-(10**17), Emax=10**17, traps=[])
+
+
+def exact_power(x: float, y: float) -> float:
+    """The oracle. Python rounds fractions and decimals once."""
+    if y == int(y) and abs(y) <= 64:
+        exact = Fraction(x) ** int(y)
+    else:
+        exact = DECIMALS.power(Decimal(x), Decimal(y))
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
+
+
+def bits(x: float) -> bytes:
+    return struct.pack("d", math.nan if x != x else x)
+
+
+def check(functions, x: float, y: float, exact: float | None = None) -> None:
+    exact = exact_power(x, y) if exact is None else exact
+    got = functions.power(x, y)
+    assert bits(got) == bits(exact), f"{x!r}**{y!r} is {exact!r}, got {got!r}"
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_a_beta_to_the_power_of_a_step(functions):
+    rng = random.Random(0)
+    for beta in BETAS:
+        steps = [*range(1, 9), *(int(10 ** rng.uniform(1, 6)) for _ in range(40))]
+        for t in steps:
+            check(functions, beta, t)
+    for beta, t in HARD:
+        check(functions, beta, t)
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_any_power(functions):
+    rng = random.Random(1)
+    for _ in range(400):
+        near = 1 + rng.uniform(-1, 1) * 2.0 ** -rng.randint(1, 52)
+        check(functions, rng.uniform(0, 10), rng.uniform(-300, 300))
+        check(functions, near, rng.uniform(-1, 1) * 2.0 ** rng.randint(0, 53))
+        check(
+            functions, math.ldexp(rng.random(), rng.randint(-1070, 1024)), rng.random()
+        )
+        check(functions, float(rng.randint(1, 10**6)), rng.choice([-0.8, 0.25, 0.75]))
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_what_lies_half_way_between_floats_goes_to_the_even_one(functions):
+    rng = random.Random(2)
+    middles = 0
+    for _ in range(300):  # squares and cubes of 54 digits, which end in 1
+        for digits, n in ((27, 2), (18, 3), (14, 4), (11, 5)):
+            x = rng.randrange(2 ** (digits - 1) + 1, 2**digits, 2)
+            middles += (x**n).bit_length() == 54
+            scale = rng.randint(-200, 200)
+            check(functions, math.ldexp(x, scale), n)
+            check(functions, -math.ldexp(x, scale), n)
+    assert middles > 200
+    for _ in range(100):  # roots are exact, and their cubes lie half-way
+        root = rng.randrange(2**17 + 1, 2**18, 2)
+        check(functions, float(root * root), 1.5, float(root**3))
+        check(functions, float(root * root), 0.5, float(root))
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_numbers_below_the_smallest_normal_one_are_rounded_once(functions):
+    for k in range(1020, 1080):  # 2**-1075 lies half-way between 0 and the least
+        check(functions, 0.5, k, math.ldexp(1.0, -k))
+        check(functions, 3 * 2.0**-540, 2, float(Fraction(9, 2**1080)))
+    rng = random.Random(3)
+    for beta in (0.9, 0.5000001, 0.99, 0.3):
+        end = 744 / -math.log(beta)
+        for _ in range(60):
+            check(functions, beta, int(end * rng.uniform(0.94, 1.01)))
+    for _ in range(200):  # squares of 27 digits, of which the last are cut off
+        x = rng.randrange(2**26 + 1, 2**27, 2)
+        check(functions, math.ldexp(x, rng.randint(-565, -535)), 2)
+    for _ in range(20):
+        check(functions, math.ldexp(1 + rng.random(), rng.randint(-1074, -1022)), 1.01)
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_special_cases_are_those_of_ieee_754(functions):
+    inf, nan, tiny = math.inf, math.nan, 5e-324
+    for x in (0.0, -0.0, 1.0, -1.0, inf, -inf, nan, 2.5, -2.5, tiny):
+        check(functions, x, 0.0, 1.0)
+        check(functions, x, -0.0, 1.0)
+        check(functions, 1.0, x, 1.0)
+        if x != 1:
+            check(functions, nan, x or 1, nan)
+    for y, odd in ((3.0, True), (2.0, False), (0.5, False), (2.0**53 + 2, False)):
+        sign = -1.0 if odd else 1.0
+        check(functions, 0.0, y, 0.0)
+        check(functions, -0.0, y, sign * 0.0)
+        check(functions, 0.0, -y, inf)
+        check(functions, -0.0, -y, sign * inf)
+        check(functions, inf, y, inf)
+        check(functions, -inf, y, sign * inf)
+        check(functions, -inf, -y, sign * 0.0)
+        check(functions, -1.0, y, nan if y == 0.5 else sign)
+    for x, up, down in (
+        (0.5, 0.0, inf),
+        (2.0, inf, 0.0),
+        (-0.5, 0.0, inf),
+        (-1.0, 1, 1),
+    ):
+        check(functions, x, inf, float(up))
+        check(functions, x, -inf, float(down))
+    check(functions, -2.0, 0.5, nan)
+    check(functions, -2.0, 2.0**53 - 1, -inf)
+    check(functions, -0.5, 2.0**52 + 1, -0.0)
+    check(functions, 2.0, 1023, 2.0**1023)
+    check(functions, 2.0, 1024, inf)
+    check(
+        functions,
+        math.nextafter(2.0, 0),
+        1024,
+        exact_power(math.nextafter(2.0, 0), 1024),
+    )
+    for y in (1e300, -1e300, tiny, -tiny, 2.0**62, -(2.0**62)):
+        check(functions, 1.0, y, 1.0)
+        for x in (math.nextafter(1.0, 0), math.nextafter(1.0, 2)):
+            check(functions, x, y, 1.0 if abs(y) < 1 else None if abs(y) < 1e300 else
+                  (math.inf if (x > 1) == (y > 0) else 0.0))  # fmt: skip
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_logarithms(functions):
+    rng = random.Random(4)
+    for _ in range(600):
+        near = 1 + rng.uniform(-1, 1) * 2.0 ** -rng.randint(1, 52)
+        far = math.ldexp(1 + rng.random(), rng.randint(-1074, 1023))
+        for x in (near, far, rng.uniform(0, 10)):
+            exact = float(DECIMALS.ln(Decimal(x)))
+            assert bits(functions.log(x)) == bits(exact), x
+    nan, inf = math.nan, math.inf
+    specials = (0.0, -inf), (-0.0, -inf), (1.0, 0.0), (inf, inf), (-1.0, nan)
+    for x, result in (*specials, (-inf, nan), (nan, nan)):
+        assert bits(functions.log(x)) == bits(result), x
+
+
+@pytest.mark.skipif(not BUILT, reason="fastopt was built without a C compiler")
+def test_python_and_c_agree():
+    rng = random.Random(5)
+    for k in range(6000):
+        x, y = struct.unpack("2d", rng.randbytes(16))
+        if k % 3:
+            x, y = abs(x) % 4, rng.choice([y % 60, rng.randint(1, 10**5)])
+        for a, b in ((x, y), (abs(x), y)):
+            assert bits(power(a, b)) == bits(elementary.power(a, b)), (a, b)
+        assert bits(log(x)) == bits(elementary.log(x)), x
+
+
+@pytest.mark.skipif(not BUILT, reason="fastopt was built without a C compiler")
+def test_scalars_have_the_same_bits_in_python_and_c():
+    rng, rules_with_powers = random.Random(6), 0
+    for rule in {rule for public in cython_cpu.PUBLIC for rule in public.all}:
+        compute = portable.portable(rule.scalars)
+        rules_with_powers += compute is not rule.scalars
+        for t in (1, 2, 3, 10, 999, 10**5, *(rng.randint(4, 5000) for _ in range(20))):
+            values = {
+                name: rng.uniform(0.9, 1) * default
+                if type(default) is float
+                else default
+                for name, default in rule.hyperparameters.items()
+            }
+            values |= {name: 50.0 for name in values if name.endswith("warmup")}
+            numbers = t, *rule.first_carry(values), *values.values()
+            results = list(map(bits, compute(*numbers)))
+            assert results == list(map(bits, cython_cpu.scalars(rule)(*numbers))), rule
+    assert rules_with_powers >= 25
+
+
+# The functions of a user ------------------------------------------------------------
+
+
+def scalars(t, lr=0.1, beta=0.9):
+    return lr * (1 + lr * (t - 1)) ** 0.75, 0.96 ** (t * lr), 1 - beta**t, 2**t
+
+
+def statements(t, lr=0.1, beta=0.9):
+    x = 1 + lr * (t - 1)
+    x **= 0.75
+    return lr * x, (lambda y: 0.96**y)(t * lr), 1 - beta**t, 2**t
+
+
+def helper(x, y):
+    return x**y
+
+
+def with_helper(t, lr=0.1, beta=0.9):
+    x = helper(1 + lr * (t - 1), 0.75)
+    return lr * x, helper(0.96, t * lr), 1 - pow(beta, t), helper(2, t)
+
+
+def closure():
+    power_of = helper
+
+    def inner(t, lr=0.1, beta=0.9):
+        x = power_of(1 + lr * (t - 1), 0.75)
+        return lr * x, 0.96 ** (t * lr), 1 - beta**t, 2**t
+
+    return inner
+
+
+def without_source():
+    names = {}
+    text = "\n".join(Path(__file__).read_text(encoding="utf-8").splitlines())
+    (tree,) = (
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "scalars"
+    )
+    exec(compile(ast.Module([tree], []), "<no file>", "exec"), names)
+    return names["scalars"]
+
+
+# fmt: off
+several = [lambda t: (t,), lambda t, lr=0.1, beta=0.9: (lr * (1 + lr * (t - 1)) ** 0.75, 0.96 ** (t * lr), 1 - beta**t, 2**t), lambda t: (t**0.5,)]  # noqa: E501
+# fmt: on
+
+USERS = {
+    "function": scalars,
+    "statements": statements,
+    "lambda": several[1],
+    "helper function": with_helper,
+    "closure": closure(),
+    "without source": without_source(),
+}
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """The powers that were computed by our function."""
+    taken = []
+
+    def raised(x, y):
+        taken.append((float(x), float(y)))
+        return portable.raised_slowly(x, y)
+
+    monkeypatch.setattr(portable, "raised", raised)
+    return taken
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_the_powers_of_a_users_function_are_ours(name, record):
+    compute = portable.portable.__wrapped__(USERS[name])  # which is not remembered
+    lr, beta, t = 0.3, 0.95, 77
+    results = compute(t, lr, beta)
+    x, y = 1 + lr * (t - 1), t * lr
+    wanted = lr * power(x, 0.75), power(0.96, y), 1 - power(beta, t), 2**t
+    assert results == wanted
+    assert [type(result) for result in results] == [float, float, float, int]
+    assert {(x, 0.75), (0.96, y), (beta, 77.0), (2.0, 77.0)} == set(record)
+
+
+def test_a_function_whose_file_has_changed_is_not_taken_from_it(tmp_path, monkeypatch):
+    file = tmp_path / "changed.py"
+    file.write_text("def scalars(t, beta=0.9):\n    return (1 - beta**t,)\n")
+    names = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    file.write_text("def scalars(t, beta=0.9):\n    return (2 - beta**t,)\n")
+    assert portable.rewritten(names["scalars"]) is None
+    assert portable.portable(names["scalars"])(3, 0.5) == (0.875,)
+
+
+def test_functions_without_powers_are_called_as_they_are():
+    for rule in (rules.sgd, rules.lion, rules.rmsprop):
+        assert portable.portable(rule.scalars) is rule.scalars
+
+
+def test_numbers_of_a_function_without_source_are_numbers():
+    def tried(t, lr=0.5, flag=True):
+        if not isinstance(t, int) or not isinstance(lr, float):
+            raise TypeError("not a number of Python's")
+        x = max(lr, 0.25) ** 2 + abs(-lr) + t // 2 + t % 2 + (-lr) + 7 // lr
+        return x, sqrt(lr) ** 3, f"{t} {lr}" == "5 0.5", flag, (1.0, 2.0)[t & 1], t**-1
+
+    compute = portable.tracked(tried)
+    root = math.sqrt(0.5)
+    assert compute(5) == (0.25 + 2 + 1 + 14, power(root, 3), True, True, 2.0, 0.2)
+    assert compute.__name__ == "tried"
+
+
+@pytest.mark.parametrize("how", [portable.rewritten, portable.tracked])
+def test_errors_are_those_of_python(how):
+    def tried(t, x=1.0, y=1.0):
+        return (x**y,)
+
+    for x, y, error in (
+        (0.0, -1.0, ZeroDivisionError),
+        (1e300, 2.0, OverflowError),
+        (10.0, 400, OverflowError),
+    ):
+        with pytest.raises(error) as ours:
+            how(tried)(1, x, y)
+        with pytest.raises(error) as pythons:
+            tried(1, x, y)
+        assert str(ours.value) == str(pythons.value)
+    assert how(tried)(1, -8.0, 1 / 3) == tried(1, -8.0, 1 / 3)  # a complex number
+    assert how(tried)(1, math.inf, 2.0) == (math.inf,)
+    assert how(tried)(1, 2, 3) == (8,)
+    assert how(tried)(1, 2, -3) == (0.125,)
+
+
+def test_a_users_rule_steps_with_our_powers(monkeypatch):
+    """A wrong power changes the step, so no other power was used."""
+    import numpy as np
+
+    def scalars(t, lr=0.1, beta=0.9):
+        return (lr * (1 - beta**t),)
+
+    def update(p, g, lr):
+        return (p - lr * g,)
+
+    def step():
+        w = np.ones(3)
+        fastopt.Rule(update, scalars, name="mine")(w, backend="numpy").step(np.ones(3))
+        return w.tolist()
+
+    assert step() == [1 - 0.1 * (1 - 0.9)] * 3
+    portable.portable.cache_clear()
+    monkeypatch.setattr(portable, "raised", lambda x, y: 0.0)
+    assert step() == [0.9] * 3
+    portable.portable.cache_clear()
+
+
+# The compiled modules ---------------------------------------------------------------
+
+# The functions of C's mathematics library but for those whose results are exact or
+# correctly rounded everywhere: sqrt, fabs, fmod, floor, ceil, trunc, rint, ldexp.
+INEXACT = """
+acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp10 exp2 expm1 hypot
+j0 j1 lgamma log log10 log1p log2 pow sin sincos sinh tan tanh tgamma y0 y1
+""".split()
+
+
+def test_compiled_modules_import_nothing_that_is_rounded_in_several_ways():
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm")
+    modules = sorted((ROOT / "fastopt").glob("_*.so")) or sorted(
+        Path(fastopt.__file__).parent.glob("_*.so")
+    )
+    if not modules:
+        pytest.skip("fastopt was built without a C compiler")
+    for module in modules:
+        symbols = subprocess.run(
+            ["nm", "-D", "--undefined-only", module],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        names = {line.split()[-1].partition("@")[0] for line in symbols.splitlines()}
+        assert "PyModuleDef_Init" in names, module  # so these are the names
+        for kind in ("", "f", "l"):
+            found = names & {f"{name}{kind}" for name in INEXACT}
+            assert not found, f"{module.name} imports {found}"
