@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from fastopt.memory.order import GROUP
 from fastopt.memory.segments import Array
 from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, limits
-from fastopt.runtime import threads
+from fastopt.runtime.threads import available, forked
 
 
 def get_include() -> str:
@@ -125,9 +127,21 @@ def entry(name: str, rule: Rule, off: frozenset[str]) -> Entry:
     )
 
 
-@functools.cache
+_making: Any = threading.RLock()
+if hasattr(os, "register_at_fork"):  # in a child, nobody would release it
+    os.register_at_fork(after_in_child=lambda: _making._at_fork_reinit())
+
+
 def table() -> Any:
     """Return the capsule with the table. RuntimeError says how to get kernels."""
+    # It is made once in a process, because rules are compared by their addresses in it;
+    # ``functools.cache`` alone lets two threads make what neither has found.
+    with _making:
+        return _table()
+
+
+@functools.cache
+def _table() -> Any:
     from fastopt import backends
 
     backends.load("cython")
@@ -137,8 +151,8 @@ def table() -> Any:
         cython_cpu.kernels(),
         list(entries()),
         FORMATS,
-        threads.available(),
-        threads.forked[0],
+        available(),
+        forked[0],
         cython_cpu.last_cache(),
     )
 
