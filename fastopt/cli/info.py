@@ -6,6 +6,8 @@ import os
 import pkgutil
 import platform
 import shutil
+import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator
 from importlib import metadata
@@ -31,6 +33,16 @@ def availability(backend: str) -> str:
     except Exception as error:
         reason = str(error) or type(error).__name__
     return f"missing: {reason}" if reason else "available"
+
+
+def interpreter() -> str:
+    """Describe the Python that runs this, and whether it has the GIL."""
+    text = f"{platform.python_version()} ({platform.platform()})"
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return f"{text}, with the GIL"
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        return f"{text}, free-threaded, but now with the GIL"
+    return f"{text}, free-threaded, without the GIL"
 
 
 def kernels() -> Iterator[tuple[str, str]]:
@@ -97,7 +109,7 @@ def sections() -> dict[str, dict[str, str]]:
     """Return the report: its titles, and the entries below each."""
     return {
         f"fastopt {fastopt.__version__}": {
-            "Python": f"{platform.python_version()} ({platform.platform()})",
+            "Python": interpreter(),
             "NumPy": version("numpy"),
             "Numba": version("numba"),
             "numba-cuda": version("numba-cuda"),
