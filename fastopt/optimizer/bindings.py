@@ -192,9 +192,7 @@ class Bindings:
             if groups is None:
                 vars(self)["threads"] = threads
             else:
-                vars(self).update(self._unplanned(threads=threads))
-                if "_bound" in vars(self):
-                    self._plan_steps()
+                self._use_threads(threads)
         elif name == "ema":
             if groups is not None:
                 checks.check_same_kind(name, value, self.ema)
@@ -208,6 +206,12 @@ class Bindings:
                 f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
                 f"{', '.join(groups[0]) or 'none'}"
             )
+
+    @exclusive
+    def _use_threads(self, threads: int) -> None:
+        vars(self).update(self._unplanned(threads=threads))
+        if "_bound" in vars(self):
+            self._plan_steps()
 
     def _assign(
         self, number: int, changes: Mapping[str, Any], frozen: bool | None = None

@@ -19,6 +19,7 @@ from fastopt.optimizer.storage import Storage
 from fastopt.rule import Rule, shown
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import Call, uninterrupted
+from fastopt.runtime.claims import claimed
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
 from fastopt.step import (
@@ -157,6 +158,7 @@ class Optimizer(Storage):
             self._start(values)
         return self._bound.evaluated(values)
 
+    @claimed
     def step(
         self,
         grads: Any = ACCUMULATED,

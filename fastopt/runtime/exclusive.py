@@ -9,6 +9,8 @@ come between the return of ``acquire`` and the ``try`` that would release the lo
 A fork copies the memory of a step that another thread is in the middle of, but not the
 thread. So a fork first waits until the steps of all other threads have written all or
 nothing, and holds new ones up meanwhile; then the child has whole steps, and new flags.
+
+All this relies on the GIL. On free-threaded Python, claims.py does it.
 """
 
 from __future__ import annotations
@@ -18,36 +20,38 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from fastopt.runtime import claims
+from fastopt.runtime.claims import (
+    FORKING,
+    FREE_THREADED,
+    IN_USE,
+    PATIENCE,
+    PAUSE,
+    Flag,
+    Flagged,
+    claimed,
+    living,
+)
 
 FOLDER = os.path.dirname(os.path.dirname(__file__))  # of the package
 HELD_UP: Any = "held up"  # in place of True: by a fork
-PAUSE = 1e-4  # seconds between looks
-PATIENCE = 10.0  # seconds, after which a fork that holds steps up counts as over
-
-
-class Flagged(Protocol):
-    """An object that has a busy flag."""
-
-    _busy: list[Any]
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
 V = TypeVar("V")
 F = TypeVar("F", bound=Flagged)
 
-living: weakref.WeakValueDictionary[int, Flagged] = weakref.WeakValueDictionary()
 put_aside: dict[int, list[Any]] = {}  # while a fork holds steps up: by its owner's id
 
 
 def new_flag(owner: Flagged) -> list[Any]:
     """Return a flag for an object. Forks take care of it from now on."""
     living[id(owner)] = owner
-    return [False]
+    return Flag() if FREE_THREADED else [False]
 
 
 def free_flag(owner: Flagged) -> list[Any]:
@@ -56,15 +60,12 @@ def free_flag(owner: Flagged) -> list[Any]:
     deadline = time.monotonic() + PATIENCE
     while (flag := owner._busy)[0] is HELD_UP:
         if in_hold_up(sys._getframe()):
-            raise RuntimeError("this thread is about to fork; step before or after it")
+            raise RuntimeError(FORKING)
         if time.monotonic() > deadline or id(owner) not in put_aside:
             go_on()
         time.sleep(PAUSE)
     if flag[0]:
-        raise RuntimeError(
-            "this optimizer is in a step, in another thread or in one of its "
-            "schedules, or is changed or saved there; wait for its end"
-        )
+        raise RuntimeError(IN_USE)
     return flag
 
 
@@ -72,6 +73,8 @@ def exclusive(
     method: Callable[Concatenate[F, P], R],
 ) -> Callable[Concatenate[F, P], R]:
     """Make a method that is refused while another one, or a step, is under way."""
+    if FREE_THREADED:
+        return claimed(method)
 
     @functools.wraps(method)
     def alone(self: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -167,7 +170,13 @@ def go_on(in_child: bool = False) -> None:
         put_aside.pop(identity, None)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork") and FREE_THREADED:
+    os.register_at_fork(
+        before=claims.hold_up,
+        after_in_parent=claims.after_in_parent,
+        after_in_child=claims.after_in_child,
+    )
+elif hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=hold_up,
         after_in_parent=go_on,
