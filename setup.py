@@ -150,7 +150,11 @@ def project_urls():
 setup(
     project_urls=project_urls(),
     ext_modules=cythonize(
-        list(extensions()), include_path=[str(ROOT), str(CSRC)], nthreads=PROCESSES
+        list(extensions()),
+        include_path=[str(ROOT), str(CSRC)],
+        nthreads=PROCESSES,
+        # Or else an import of them would enable the GIL again (docs/threads.md).
+        compiler_directives={"freethreading_compatible": True},
     ),
     cmdclass={"build_ext": BuildKernels},
     options={"build_ext": {"parallel": CPUS}},

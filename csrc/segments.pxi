@@ -320,8 +320,11 @@ cdef class Segments:
     cdef inline bint is_encoded(self, grad):
         """Whether a gradient may be of fewer bits than kernels compute in."""
         if type(grad) is ndarray:
-            descr = <object> (<fastopt_ndarray*> <PyObject*> grad).descr
-            return descr is not self.dtype and not self.job.double and descr.itemsize == 2
+            # Most have our dtype. A reference to it would be counted, and all threads share
+            # the dtype: without the GIL, they would wait for each other's counts.
+            if (<fastopt_ndarray*> <PyObject*> grad).descr == <PyObject*> self.dtype:
+                return False
+            return not self.job.double and grad.dtype.itemsize == 2
         return type(grad) is Encoded
 
     cdef bint accept_encoded(self, int64_t r, grad) except -1:

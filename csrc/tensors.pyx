@@ -4,6 +4,7 @@ in Python, at a sixtieth of the time: by what PyTorch keeps in memory, or else b
 DLPack's C exchange API (DLPack 1.3), and by the addresses of what Python's dicts and lists
 hold.
 """
+from cython cimport critical_section
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
@@ -59,27 +60,48 @@ cdef struct Layout:
     Py_ssize_t data, nbytes, deleter
     uint64_t of_copies
 
+cdef extern from *:
+    """
+    #if defined(__GNUC__)
+      #define fastopt_publish(place, value) \\
+        __atomic_store_n(place, value, __ATOMIC_RELEASE)
+    #else  /* MSVC does not move a store to before others */
+      #define fastopt_publish(place, value) \\
+        (*(volatile Py_ssize_t *) (place) = (value))
+    #endif
+    """
+    void publish "fastopt_publish" (Py_ssize_t* place, Py_ssize_t value) noexcept nogil
+
 cdef Layout layout
 # The dispatch keys of tensors on the CPU, and the words of their dtypes.
 cdef uint64_t cpu_keys, float32, float64
 
 
 def know(found, of_float, of_double):
-    """Take over the layout, and what tensors of float32 and float64 have there."""
+    """Take over the layout, and what tensors of float32 and float64 have there. Without
+    the GIL, other threads may look at tensors meanwhile; they take the layout for unknown
+    until all of it is there."""
     global cpu_keys, float32, float64
+    cdef Py_ssize_t inner
     (
-        layout.inner, layout.keys, layout.storage, layout.ndim, layout.sizes, layout.strides,
+        inner, layout.keys, layout.storage, layout.ndim, layout.sizes, layout.strides,
         layout.offset, layout.dtype, layout.dtype_bits, layout.data, layout.nbytes,
         layout.deleter, layout.of_copies,
     ) = found
-    cpu_keys = inner_of(of_float)[layout.keys]
-    float32 = inner_of(of_float)[layout.dtype] & layout.dtype_bits
-    float64 = inner_of(of_double)[layout.dtype] & layout.dtype_bits
+    cpu_keys = word_of(of_float, inner)[layout.keys]
+    float32 = word_of(of_float, inner)[layout.dtype] & layout.dtype_bits
+    float64 = word_of(of_double, inner)[layout.dtype] & layout.dtype_bits
+    publish(&layout.inner, inner)
+
+
+cdef inline const uint64_t* word_of(tensor, Py_ssize_t place) noexcept:
+    """The address in a word of a Python object."""
+    return <const uint64_t*> <size_t> (<const uint64_t*> <void*> tensor)[place]
 
 
 cdef inline const uint64_t* inner_of(tensor) noexcept:
     """A tensor's TensorImpl."""
-    return <const uint64_t*> <size_t> (<const uint64_t*> <void*> tensor)[layout.inner]
+    return word_of(tensor, layout.inner)
 
 
 cdef inline const uint64_t* storage_of(const uint64_t* inner) noexcept:
@@ -131,10 +153,23 @@ cdef bint holds(dict_, list objects, Py_ssize_t* place):
     """Whether a dict's values are these objects, from a place on, which moves on."""
     cdef Py_ssize_t at = 0
     cdef PyObject* value
-    while PyDict_Next(dict_, &at, NULL, &value):
-        if not follows(objects, value, place):
-            return False
-    return True
+    cdef bint same = True
+    with critical_section(dict_):
+        while same and PyDict_Next(dict_, &at, NULL, &value):
+            same = follows(objects, value, place)
+    return same
+
+
+cdef bint has(list params, list objects, Py_ssize_t* place):
+    """Whether a list has these objects, from a place on, which moves on."""
+    cdef Py_ssize_t i
+    cdef bint same = True
+    with critical_section(params):
+        for i in range(PyList_GET_SIZE(params)):
+            if not follows(objects, PyList_GET_ITEM(params, i), place):
+                same = False
+                break
+    return same
 
 
 cdef uint64_t simple_dtype(tensor) noexcept:
@@ -376,29 +411,28 @@ cdef class Tensors:
 
     cdef bint as_noted(self, list groups, state):
         """Whether the parameters and the entries of the state are the same objects."""
-        cdef Py_ssize_t i, k = 0, place = 0, at = 0
+        cdef Py_ssize_t k = 0, place = 0, at = 0
         cdef PyObject* key
         cdef PyObject* value
-        cdef list params
+        cdef bint same = True
         self.same_options = True
         for group in groups:
             self.same_options = self.same_options and holds(group, self.options, &at)
             if self.single:
                 continue
-            params = group["params"]
-            for i in range(PyList_GET_SIZE(params)):
-                if not follows(self.objects, PyList_GET_ITEM(params, i), &k):
-                    return False
+            if not has(group["params"], self.objects, &k):
+                return False
             if not follows(self.objects, <PyObject*> None, &k):
                 return False
         self.same_options = self.same_options and at == PyList_GET_SIZE(self.options)
-        while PyDict_Next(state, &place, &key, &value):
-            if not (follows(self.objects, key, &k) and follows(self.objects, value, &k)):
-                return False
-            if type(<object> value) is dict:
-                if not holds(<object> value, self.objects, &k):
-                    return False
-        return k == PyList_GET_SIZE(self.objects)
+        with critical_section(state):
+            while same and PyDict_Next(state, &place, &key, &value):
+                same = follows(self.objects, key, &k) and follows(self.objects, value, &k)
+                if same:
+                    entry = <object> value  # ours, so that it outlives its place there
+                    if type(entry) is dict:
+                        same = holds(entry, self.objects, &k)
+        return same and k == PyList_GET_SIZE(self.objects)
 
     def look(self, list groups, state):
         cdef Py_ssize_t i, count = PyList_GET_SIZE(self.params)
