@@ -1,4 +1,4 @@
-"""The tables in the README and the pages, and a page for each rule.
+"""The tables in the README and the pages, a page for each rule, and stubs of rules.
 
     python docs/make.py            write them
     python docs/make.py --check    exit 1 if they are not up to date
@@ -31,6 +31,7 @@ from typing import NamedTuple
 import formula
 import measured
 import picture
+import stubs
 from measured import table
 
 import fastopt
@@ -474,7 +475,7 @@ def wanted(root, rules):
             files[folder / f"{rule.name}.md"] = page(rule)
         except ValueError as error:
             raise ValueError(f"fastopt/rules/{rule.name}.py: {error}") from error
-    return files
+    return files | stubs.wanted(root, [rule for rule in rules if rule not in CLASSES])
 
 
 def stale(root, rules=CATALOGUE):

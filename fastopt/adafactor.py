@@ -57,8 +57,8 @@ class Adafactor(Optimizer):
     Everything that is not here is as for every :class:`Optimizer`. Where torch computes
     in the parameters' dtype, sums and averages are of float64, and rounded once.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> w = np.ones((2, 3))
     >>> opt = fastopt.Adafactor(w, lr=0.1)

@@ -25,8 +25,8 @@ What differs:
   out of range.
 - ZenFlow's ``overlap_step`` needs DeepSpeed's C++, whose functions for it are not here.
 
-Example
--------
+Examples
+--------
 >>> import fastopt.deepspeed
 >>> fastopt.deepspeed.install()                                     # doctest: +SKIP
 >>> opt = deepspeed.ops.adam.DeepSpeedCPUAdam(params, lr=1e-3)      # doctest: +SKIP
@@ -139,20 +139,6 @@ def adam_update(
     ------
     TypeError, ValueError, RuntimeError
         For anything that does not fit, before anything is written.
-
-    Example
-    -------
-    >>> import torch, fastopt.deepspeed as ops
-    >>> p, g = torch.ones(3), torch.full((3,), 0.5)
-    >>> m, v = torch.zeros(3), torch.zeros(3)
-    >>> ops.create_adam(0, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
-    0
-    >>> ops.adam_update(0, 1, 0.25, 0.9, 0.999, 1e-8, 0.0, True, p, g, m, v)
-    0
-    >>> p
-    tensor([0.7500, 0.7500, 0.7500])
-    >>> ops.destroy_adam(0)
-    0
     """
     rule = _rule("adam", optimizer_id)
     values = _of_adam(lr, beta1, beta2, eps, weight_decay)
@@ -192,8 +178,8 @@ def adam_rollback(
         For anything that does not fit. FloatingPointError where the result would not be
         finite, such as after a step with gradients that were not. Nothing is written.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt.deepspeed as ops
     >>> p, g = torch.ones(3), torch.full((3,), 0.5)
     >>> m, v = torch.zeros(3), torch.zeros(3)
@@ -353,6 +339,33 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 
 
+EXAMPLE = """
+
+    Examples
+    --------
+    >>> import torch, fastopt.deepspeed as ops
+    >>> p, g, s, s2 = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+    >>> ops.create_{kind}(0, 0.25, {numbers}, False)
+    0
+    >>> ops.{kind}_update(0, 1, 0.25, {numbers}, p, g, {state})
+    0
+    >>> p
+    tensor([0.7500, 0.7500, 0.7500])
+    >>> ops.destroy_{kind}(0)
+    0
+    """
+
+for _kind, _numbers_of, _state in (
+    ("adam", "0.9, 0.999, 1e-8, 0.0, True", "s, s2"),
+    ("adagrad", "0.0, 0.0", "s"),
+    ("lion", "0.9, 0.99, 0.0", "s"),
+):
+    for _name in (f"create_{_kind}", f"{_kind}_update", f"destroy_{_kind}"):
+        globals()[_name].__doc__ += EXAMPLE.format(
+            kind=_kind, numbers=_numbers_of, state=_state
+        )
+
+
 # In DeepSpeed's place -----------------------------------------------------------------
 
 
@@ -370,6 +383,15 @@ def install() -> None:
         If deepspeed is not installed.
     RuntimeError
         If fastopt's kernels have not been compiled; the message says how to get them.
+
+    Examples
+    --------
+    >>> import fastopt.deepspeed
+    >>> from deepspeed.ops.op_builder import CPUAdamBuilder
+    >>> fastopt.deepspeed.install()
+    >>> CPUAdamBuilder().load() is fastopt.deepspeed
+    True
+    >>> fastopt.deepspeed.uninstall()
     """
     native.table()
     op_builder = importlib.import_module("deepspeed.ops.op_builder")
@@ -387,7 +409,14 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Let DeepSpeed's optimizers that are made from now on use its own C++ again."""
+    """Let DeepSpeed's optimizers that are made from now on use its own C++ again.
+
+    Examples
+    --------
+    >>> import fastopt.deepspeed
+    >>> fastopt.deepspeed.install()
+    >>> fastopt.deepspeed.uninstall()
+    """
     while _changed:
         builder, before = _changed.popitem()
         if before is None:

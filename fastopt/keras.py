@@ -23,6 +23,7 @@ import numpy as np
 from keras.optimizers.schedules import LearningRateSchedule
 
 import fastopt
+from fastopt import docstrings
 from fastopt.rule import Rule, check_hyperparameter, shown
 from fastopt.rules import RULES
 
@@ -32,6 +33,15 @@ if keras.backend.backend() != "torch":
         f"allows, and this is {keras.backend.backend()!r}; set KERAS_BACKEND=torch "
         f"before keras is imported"
     )
+
+__all__ = ["Optimizer"]
+if TYPE_CHECKING:
+    from fastopt import _keras as _rules
+    from fastopt._keras import *  # noqa: F403
+
+    __all__ += _rules.__all__
+else:
+    __all__ += [rule.name for rule in RULES]
 
 
 def check_rate(value: Any) -> None:
@@ -88,6 +98,16 @@ class Optimizer(keras.optimizers.Optimizer):
 
     Beside the iterations and the learning rate, ``variables`` has no state: that is
     fastopt's, and saved and loaded with the model's.
+
+    Examples
+    --------
+    >>> import keras, numpy as np, fastopt, fastopt.keras
+    >>> class Mine(fastopt.keras.Optimizer):
+    ...     rule = fastopt.Rule(fastopt.gd.update, fastopt.gd.scalars, name="mine")
+    >>> model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(Mine(learning_rate=0.1), loss="mse")
+    >>> model.train_on_batch(np.ones((8, 3)), np.ones((8, 1))) > 0
+    True
     """
 
     rule: ClassVar[Rule]
@@ -144,6 +164,7 @@ class Optimizer(keras.optimizers.Optimizer):
         return 0.0 if self.weight_decay is None else self.weight_decay
 
     def build(self, variables: Sequence[Any]) -> None:
+        """Make the state for these variables, once."""
         if self.built:
             return
         self._tensors = [variable.value.detach() for variable in variables]
@@ -267,6 +288,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Make an optimizer from what :meth:`get_config` has returned."""
         excluded = config.get("exclude_from_weight_decay", {})
         rest = {k: v for k, v in config.items() if k != "exclude_from_weight_decay"}
         optimizer = super().from_config(rest, custom_objects)
@@ -322,12 +344,38 @@ class Optimizer(keras.optimizers.Optimizer):
         super().load_own_variables({key: store[key] for key in theirs})
 
 
-if TYPE_CHECKING:
+EXAMPLE = """\
+Examples
+--------
+>>> import keras, numpy as np, fastopt.keras
+>>> layers = keras.layers.Input((3,)), keras.layers.Dense(1)
+>>> model = keras.Sequential(layers)
+>>> model.compile(fastopt.keras.{name}(), loss="mse")
+>>> model.train_on_batch(np.ones((8, 3)), np.ones((8, 1))) > 0
+True
+"""
 
-    def __getattr__(name: str) -> type[Optimizer]: ...
+
+def about(rule: Rule) -> str:
+    """Return the docstring of the class of a rule."""
+    first = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+    parts = [
+        docstrings.words(rule),
+        "\n".join(
+            [
+                "Parameters",
+                "----------",
+                *docstrings.hyperparameters(rule, **first),
+                "**options",
+                "    What every :class:`Optimizer` here has.",
+            ]
+        ),
+        EXAMPLE.format(name=rule.name),
+    ]
+    return "\n\n".join(parts)
 
 
 for _rule in RULES:
-    _made = type(_rule.name, (Optimizer,), {"rule": _rule, "__doc__": _rule.__doc__})
+    _made = type(_rule.name, (Optimizer,), {"rule": _rule, "__doc__": about(_rule)})
     _made.__module__ = __name__
     globals()[_rule.name] = keras.saving.register_keras_serializable("fastopt")(_made)

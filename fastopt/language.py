@@ -40,7 +40,14 @@ class Function(Protocol):
 
 
 def sqrt(x: Any) -> Any:
-    """The square root, correctly rounded."""
+    """The square root, correctly rounded.
+
+    Examples
+    --------
+    >>> from fastopt.rule import sqrt
+    >>> sqrt(2.25)
+    1.5
+    """
     if type(x) is float:
         return math.sqrt(x)
     if type(x) in (Real, Whole):
@@ -49,37 +56,95 @@ def sqrt(x: Any) -> Any:
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
-    """``a`` where the condition holds, else ``b``."""
+    """``a`` where the condition holds, else ``b``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import where
+    >>> x = np.array([-1.0, 2.0])
+    >>> where(x > 0, x, -x)
+    array([1., 2.])
+    """
     return np.where(condition, a, b)
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """The larger of two; NaN if either is NaN."""
+    """The larger of two; NaN if either is NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import maximum
+    >>> maximum(np.array([1.0, 5.0]), 3.0)
+    array([3., 5.])
+    """
     return np.where((a > b) | (a != a), a, b)
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """The smaller of two; NaN if either is NaN."""
+    """The smaller of two; NaN if either is NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import minimum
+    >>> minimum(np.array([1.0, 5.0]), 3.0)
+    array([1., 3.])
+    """
     return np.where((a < b) | (a != a), a, b)
 
 
 def copysign(a: Any, b: Any) -> Any:
-    """The magnitude of ``a`` with the sign of ``b``."""
+    """The magnitude of ``a`` with the sign of ``b``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import copysign
+    >>> copysign(2.0, np.array([-3.0, 0.0]))
+    array([-2.,  2.])
+    """
     return np.copysign(a, b)
 
 
 def sign(x: Any) -> Any:
-    """-1, 0 or 1 with the sign of ``x``; zeros and NaN are returned as they came."""
+    """-1, 0 or 1 with the sign of ``x``; zeros and NaN are returned as they came.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import sign
+    >>> sign(np.array([-3.0, 0.0, 2.0]))
+    array([-1.,  0.,  1.])
+    """
     return np.where((x > 0) | (x < 0), np.copysign(np.ones_like(x), x), x)
 
 
 def wide(x: Any) -> Any:
-    """``x`` in float64, for sums whose terms would overflow; in ``measure`` only."""
+    """``x`` in float64, for sums whose terms would overflow; in ``measure`` only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import wide
+    >>> g = np.float32(1e30)
+    >>> bool(wide(g) * wide(g) < np.inf)
+    True
+    """
     return np.asarray(x, np.float64)
 
 
 def is_double(x: Any) -> Any:
-    """Whether ``x`` is of float64, which is known before anything is computed."""
+    """Whether ``x`` is of float64, which is known before anything is computed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import is_double
+    >>> is_double(np.float32(1))
+    False
+    """
     return np.asarray(x).dtype == np.float64
 
 
@@ -106,7 +171,16 @@ class Constant:
 
 def word(float32: int, float64: int | None = None) -> Constant:
     """A word that does not depend on an element, to be named outside of functions. One
-    number serves both dtypes, or each has its own."""
+    number serves both dtypes, or each has its own.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import bits, real, word
+    >>> LAST = word(1)
+    >>> bool(real(bits(np.float32(1)) + LAST) == np.nextafter(np.float32(1), 2))
+    True
+    """
     return Constant(float32, float32 if float64 is None else float64)
 
 
@@ -128,6 +202,14 @@ class Word:
     They are unsigned because C lets only unsigned integers wrap around, and because
     every instruction set can shift vectors of them: AVX2 has no >> for signed integers
     of 64 bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import bits, real
+    >>> w = bits(np.float32(6.0))
+    >>> float(real((w >> 16) << 16))  # the number as bfloat16 has it
+    6.0
     """
 
     __array_ufunc__ = None  # then arrays leave operators to this class
@@ -192,7 +274,15 @@ WORDS = {np.dtype(np.float32): np.uint32, np.dtype(np.float64): np.uint64}
 
 
 def bits(x: Any) -> Any:
-    """The bits of a number, as a word. Those of a NaN differ between machines."""
+    """The bits of a number, as a word. Those of a NaN differ between machines.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import bits, real
+    >>> float(real(bits(np.float64(0.5))))
+    0.5
+    """
     x = np.asarray(x)
     if x.dtype not in WORDS:
         raise TypeError(f"bits takes numbers of float32 or float64, got {x!r}")
@@ -200,7 +290,15 @@ def bits(x: Any) -> Any:
 
 
 def real(w: Any) -> Any:
-    """The number that has these bits."""
+    """The number that has these bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import bits, real
+    >>> real(bits(np.float32([1.0, -2.0])))
+    array([ 1., -2.], dtype=float32)
+    """
     if not isinstance(w, Word):
         raise TypeError(f"real takes a word that was computed from bits, got {w!r}")
     return w.array.view(f"f{w.array.itemsize}")
@@ -229,7 +327,15 @@ def newton(y: Any, x: Any) -> Any:
 
 def cbrt(x: Any) -> Any:
     """Return the cube root. It is off by a few units in the last place, but all its
-    operations are correctly rounded, so that its bits are the same everywhere."""
+    operations are correctly rounded, so that its bits are the same everywhere.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastopt.rule import cbrt
+    >>> cbrt(np.array([8.0, 27.0])).round(6)
+    array([2., 3.])
+    """
     size = abs(x)
     w = bits(size)
     w = (w >> 2) + (w >> 4)  # no processor divides vectors of integers

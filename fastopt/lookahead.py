@@ -59,8 +59,8 @@ class Lookahead:
     after both. It leaves the parameters of frozen groups alone, but moves those that
     got no gradient.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> w = np.array([1.0])
     >>> opt = fastopt.Lookahead(fastopt.gd(w, lr=0.5), k=2, alpha=0.5)

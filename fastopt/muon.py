@@ -151,8 +151,8 @@ class Muon(Optimizer):
     any of these hyperparameters, ``use_muon`` only from the beginning on. Bits are the
     same on all CPU backends, with the same BLAS and as many threads of it.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> params = {"w": np.eye(3), "b": np.zeros(3)}
     >>> opt = fastopt.Muon(params, lr=0.1, weight_decay=0, adamw_lr=0.01)

@@ -2,6 +2,9 @@
 
 The functions are those of the compiled backend, for the instruction set that it takes;
 ``include/fastopt.h`` declares them. Steps have the bits of ``Optimizer.step``.
+
+>>> import fastopt
+>>> flags = f"-I{fastopt.native.get_include()}"
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, limits
 from fastopt.runtime.threads import available, forked
+
+__all__ = ["get_include", "hyperparameters"]
 
 
 def get_include() -> str:

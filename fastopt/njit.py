@@ -3,6 +3,18 @@
 Numba links the functions by name, when it compiles and when it loads what it cached, so
 a caller may have ``cache=True``. The name of the rule is looked up at each call: in a
 cached caller, nothing holds that another fastopt could have changed.
+
+>>> import numba, numpy as np, fastopt
+>>> from fastopt.njit import start, step
+>>> @numba.njit
+... def train(w, m, v, hyperparameters):
+...     start("adamw", w, (m, v), hyperparameters)
+...     for t in range(1, 4):
+...         step("adamw", t, w, 2 * w, (m, v), hyperparameters)
+>>> w, m, v = np.array([1.0, -2.0]), np.empty(2), np.empty(2)
+>>> train(w, m, v, fastopt.native.hyperparameters(fastopt.adamw, lr=0.5))
+>>> w.round(3)
+array([-0.34 , -0.516])
 """
 
 # What Numba compiles takes what it infers, of which its stubs know nothing.
@@ -89,6 +101,17 @@ def step(
         When it is compiled: for arrays or a number of them that do not fit the rule.
     ValueError
         For sizes and hyperparameters that do not. Nothing has been written.
+
+    Examples
+    --------
+    >>> import numba, numpy as np, fastopt, fastopt.njit
+    >>> @numba.njit
+    ... def descend(w, g, hyperparameters):
+    ...     fastopt.njit.step("gd", 1, w, g, (), hyperparameters)
+    >>> w = np.ones(2)
+    >>> descend(w, np.ones(2), fastopt.native.hyperparameters(fastopt.gd, lr=0.5))
+    >>> w
+    array([0.5, 0.5])
     """
     raise TypeError(
         "fastopt.njit.step is for code that Numba compiles; elsewhere call the rule "
@@ -99,7 +122,19 @@ def step(
 def start(
     rule: str, p: Any, state: tuple[Any, ...], hyperparameters: Any, carry: Any = None
 ) -> None:
-    """Give state and carry their first values; arguments as for :func:`step`."""
+    """Give state and carry their first values; arguments as for :func:`step`.
+
+    Examples
+    --------
+    >>> import numba, numpy as np, fastopt, fastopt.njit
+    >>> @numba.njit
+    ... def begin(w, m, hyperparameters):
+    ...     fastopt.njit.start("lion", w, (m,), hyperparameters)
+    >>> m = np.full(2, np.nan)
+    >>> begin(np.ones(2), m, fastopt.native.hyperparameters(fastopt.lion))
+    >>> m
+    array([0., 0.])
+    """
     raise TypeError("fastopt.njit.start is for code that Numba compiles")
 
 

@@ -4,6 +4,18 @@ An optimizer here is a pair of pure functions. ``update`` says what a step does 
 parameter, in scalar arithmetic; ``scalars`` turns the hyperparameters into the few
 constants that ``update`` needs, once per step, on the host, in float64. Every backend
 compiles the same ``update``; nothing else in the package knows a formula.
+
+>>> import numpy as np
+>>> from fastopt.rule import Rule, sign
+>>> def scalars(t, lr=1e-3):
+...     return (lr,)
+>>> def update(p, g, lr):
+...     return (p - lr * sign(g),)
+>>> sign_sgd = Rule(update, scalars, name="sign_sgd")
+>>> w = np.zeros(2)
+>>> sign_sgd(w, lr=0.5, backend="numpy").step(np.array([3.0, -2.0]))
+>>> w
+array([-0.5,  0.5])
 """
 
 from __future__ import annotations
@@ -21,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastopt import composed
+from fastopt import composed, docstrings
 from fastopt.language import Function, constants, reached
 from fastopt.language import Word as Word
 from fastopt.language import bits as bits
@@ -43,6 +55,23 @@ from fastopt.trial import tried
 
 if TYPE_CHECKING:
     from fastopt.optimizer.optimizer import Optimizer
+
+__all__ = [
+    "Rule",
+    "Word",
+    "bits",
+    "cbrt",
+    "copysign",
+    "is_double",
+    "maximum",
+    "minimum",
+    "real",
+    "sign",
+    "sqrt",
+    "where",
+    "wide",
+    "word",
+]
 
 Hyperparameter: TypeAlias = float | int | bool
 
@@ -163,8 +192,8 @@ class Rule:
     TypeError, ValueError
         For functions that do not fit this contract.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> def scalars(t, lr=0.1, momentum=0.9):
     ...     return lr, momentum
@@ -220,10 +249,6 @@ class Rule:
             if name == "update" and module != "__main__":
                 name = module
             object.__setattr__(self, "name", name)
-        for module in (self.update.__module__ or "", self.scalars.__module__ or ""):
-            if module.rpartition(".")[2] == self.name:
-                doc = getattr(sys.modules.get(module), "__doc__", None)
-                object.__setattr__(self, "__doc__", doc)
         self._check_scalars()
         self._check_starts()
         for element in (self.update, self.measure, self.evaluate):
@@ -267,8 +292,8 @@ class Rule:
         scalars, settle, more
             As for :class:`Rule`. Its ``update`` and ``measure`` are made of the others.
 
-        Example
-        -------
+        Examples
+        --------
         >>> import numpy as np, fastopt
         >>> def scalars(t, lr=0.5, momentum=0.9):
         ...     return momentum, lr
@@ -499,3 +524,7 @@ class Rule:
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
         return f"<rule {self.name}({given})>"
+
+
+# What help(fastopt.adamw) shows is about that rule.
+Rule.__doc__ = docstrings.Described(Rule.__doc__, docstrings.of_rule)  # type: ignore[assignment]

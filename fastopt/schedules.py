@@ -32,6 +32,26 @@ from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.refusals import is_function, items, named
 from fastopt.rule import check_hyperparameter
 
+__all__ = [
+    "Schedule",
+    "constant",
+    "cosine",
+    "cosine_restarts",
+    "cyclic",
+    "exponential",
+    "inverse_power",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "multistep",
+    "onecycle",
+    "polynomial",
+    "product",
+    "step",
+    "warmup_cosine",
+    "wsd",
+]
+
 # Types of fields, which say what is allowed.
 Function = Callable[[Any], Any]
 Positive = float
@@ -56,6 +76,18 @@ class Schedule:
 
     A subclass has its arguments as fields and its formula in ``at``. Numbers must be
     finite; counts of steps must be integers.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> from fastopt.schedules import Schedule
+    >>> @dataclass(frozen=True)
+    ... class halving(Schedule):
+    ...     lr: float
+    ...     def at(self, t):
+    ...         return self.lr / 2**t
+    >>> halving(1.0)(3)
+    0.125
     """
 
     def __post_init__(self) -> None:
@@ -114,7 +146,11 @@ def _left(x: float) -> float:
 
 @dataclass(frozen=True)
 class constant(Schedule):
-    """Always ``lr``, for instance as a part of :class:`join` or :class:`product`."""
+    """Always ``lr``, for instance as a part of :class:`join` or :class:`product`.
+
+    >>> constant(0.5)(np.arange(3))
+    array([0.5, 0.5, 0.5])
+    """
 
     lr: float
 

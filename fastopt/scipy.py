@@ -24,11 +24,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.optimize import OptimizeResult, OptimizeWarning, approx_fprime
 
+from fastopt import docstrings
 from fastopt.memory.formats import DTYPES
 from fastopt.memory.segments import Array
 from fastopt.optimizer.refusals import check_rule
 from fastopt.rule import Rule, shown
 from fastopt.rules import RULES
+
+__all__ = ["Method"]
+if TYPE_CHECKING:
+    from fastopt import _scipy as _rules
+    from fastopt._scipy import *  # noqa: F403
+
+    __all__ += _rules.__all__
+else:
+    __all__ += [rule.name for rule in RULES]
 
 
 class Ending(NamedTuple):
@@ -180,6 +190,14 @@ class Method:
     TypeError, ValueError
         If something does not fit. Unknown options are no error but, as with scipy's own
         methods, an OptimizeWarning.
+
+    Examples
+    --------
+    >>> from scipy.optimize import minimize, rosen, rosen_der
+    >>> import fastopt, fastopt.scipy
+    >>> method, options = fastopt.scipy.Method(fastopt.lion), {"maxiter": 5}
+    >>> minimize(rosen, [-1.0, 2.0], jac=rosen_der, method=method, options=options).nit
+    5
     """
 
     rule: Rule
@@ -352,9 +370,30 @@ def teller(
     return tell
 
 
-if TYPE_CHECKING:
+def about(method: Method) -> str:
+    """Return the docstring of a method of fastopt's."""
+    rule, options = method.rule, docstrings.hyperparameters(method.rule)
+    parts = [
+        docstrings.words(rule),
+        "A :class:`Method` of ``scipy.optimize.minimize``, which describes its other "
+        "options.",
+        "\n".join(["Parameters", "----------", *options]),
+    ]
+    if method.rule in RULES:
+        parts.append(EXAMPLE.format(name=rule.name))
+    return "\n\n".join(parts)
 
-    def __getattr__(name: str) -> Method: ...
 
+EXAMPLE = """\
+Examples
+--------
+>>> from scipy.optimize import minimize, rosen, rosen_der
+>>> import fastopt.scipy
+>>> method, options = fastopt.scipy.{name}, {{"lr": 1e-3, "maxiter": 5}}
+>>> minimize(rosen, [-1.0, 2.0], jac=rosen_der, method=method, options=options).nit
+5
+"""
+
+Method.__doc__ = docstrings.Described(Method.__doc__, about)  # type: ignore[assignment]
 
 globals().update({rule.name: Method(rule) for rule in RULES})

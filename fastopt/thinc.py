@@ -32,10 +32,22 @@ from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked
 from fastopt.step import Key, Program, Request, execute
 
+__all__ = ["Adam", "FastoptOps"]
+
 
 @registry.ops("fastopt")
 class FastoptOps(NumpyOps):
-    """thinc's ``NumpyOps`` with an Adam of ours."""
+    """thinc's ``NumpyOps`` with an Adam of ours.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt.thinc
+    >>> ops = fastopt.thinc.FastoptOps()
+    >>> w, g, m, v = np.ones((4, 2), np.float32)
+    >>> _ = ops.adam(w, g, m, v, 0.9, 0.999, 1e-8, 0.5)
+    >>> w, g
+    (array([0.5, 0.5], dtype=float32), array([0., 0.], dtype=float32))
+    """
 
     name = "fastopt"
 
@@ -110,7 +122,17 @@ OPS = FastoptOps()
 
 @registry.optimizers("fastopt.Adam.v1")
 class Adam(Optimizer):
-    """thinc's optimizer, with our operations where its are NumPy's."""
+    """thinc's optimizer, with our operations where its are NumPy's.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt.thinc
+    >>> optimizer = fastopt.thinc.Adam(0.5)
+    >>> w, g = np.ones(2, np.float32), np.ones(2, np.float32)
+    >>> w, g = optimizer(("layer", "w"), w, g)
+    >>> w.round(3)
+    array([0.5, 0.5], dtype=float32)
+    """
 
     __slots__ = ()
 

@@ -1,4 +1,13 @@
-"""A loop that minimizes, and callbacks that end it early or reduce its steps."""
+"""A loop that minimizes, and callbacks that end it early or reduce its steps.
+
+>>> import numpy as np, fastopt
+>>> def loss(w):
+...     return w @ w, 2 * w
+>>> calls = [fastopt.EarlyStopping(patience=5)]
+>>> run = fastopt.minimize(loss, np.ones(3), fastopt.adam, 500, lr=0.1, callbacks=calls)
+>>> run.loss < 1e-3
+True
+"""
 
 from __future__ import annotations
 
@@ -13,12 +22,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastopt import backends
-from fastopt.memory.arrays import as_array, on_device, read_only, to_host
-from fastopt.memory.flat import FlatBuffer, expanded, flatten
 from fastopt.memory.segments import Array
-from fastopt.memory.trees import leaves, rebuild
-from fastopt.optimizer.checks import check_choice, check_count, check_layout
+from fastopt.memory.trees import leaves
+from fastopt.optimizer.checks import check_choice, check_count
+from fastopt.optimizer.copying import copied, write
 from fastopt.optimizer.refusals import (
     RETURNS,
     check_arrays,
@@ -30,9 +37,9 @@ from fastopt.optimizer.refusals import (
     named,
     no_optimizer,
 )
-from fastopt.optimizer.state import filling
 from fastopt.rule import check_hyperparameter
-from fastopt.runtime.atomic import uninterrupted
+
+__all__ = ["EarlyStopping", "ReduceLROnPlateau", "Result", "Run", "minimize"]
 
 
 def is_number(value: Any) -> bool:
@@ -132,8 +139,8 @@ class ReduceLROnPlateau(Watch):
     A metric that is NaN or infinite is no improvement. The learning rates must be
     numbers, not schedules. They are saved with the optimizer's state, not here.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> opt = fastopt.sgd(np.ones(3), lr=1.0)
     >>> plateau = fastopt.ReduceLROnPlateau(patience=1)
@@ -247,8 +254,8 @@ class EarlyStopping(Watch):
     A metric that is NaN or infinite is no improvement. For other criteria, which suit
     noisy metrics, see Prechelt 1998, "Early stopping, but when?".
 
-    Example
-    -------
+    Examples
+    --------
     >>> import fastopt
     >>> stop = fastopt.EarlyStopping(patience=2)
     >>> [stop.step(loss) for loss in (3.0, 2.0, 2.5, 2.1)]
@@ -302,50 +309,6 @@ class EarlyStopping(Watch):
         return saved
 
 
-def copied(tree: Any, name: str = "params") -> Any:
-    """Return a copy of a tree of arrays in host memory. Flat buffers stay flat."""
-    copies = (
-        flatten(x.views) if isinstance(x, FlatBuffer) else to_host(x, name + path)
-        for path, x in leaves(tree)
-    )
-    return rebuild(tree, copies)
-
-
-def write(tree: Any, values: Any) -> None:
-    """Write :func:`copied` values into arrays of the same names."""
-    check_arrays("params", tree)
-    arrays, values = arrays_of(tree), arrays_of(values)
-    shapes = [{k: np.shape(a) for k, a in each.items()} for each in (arrays, values)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"params have the shapes {shapes[0]}, the best {shapes[1]}")
-    places = {k: writeable(f"params{k}", array) for k, array in arrays.items()}
-    for name, place in places.items():
-        if not np.can_cast(values[name].dtype, place.dtype, "same_kind"):
-            raise TypeError(
-                f"params{name} has dtype {place.dtype}, the best {values[name].dtype}"
-            )
-    uninterrupted(*[filling(place, values[name]) for name, place in places.items()])
-
-
-def writeable(name: str, leaf: Any) -> Any:
-    """Return a writeable array that shares the memory of ``leaf``."""
-    tensor = leaf.detach() if hasattr(leaf, "detach") else leaf  # torch's parameters
-    if on_device(tensor):
-        array = backends.load("cuda").as_array(name, tensor)
-        check_layout(name, array)
-    else:
-        # NumPy may treat a tensor that it gets by DLPack as read-only.
-        array = as_array(name, tensor if tensor is leaf else tensor.numpy())
-    if read_only(tensor) or read_only(array):
-        raise ValueError(f"{name} is read-only; pass an array that can be written to")
-    return array
-
-
-def arrays_of(tree: Any) -> dict[str, Any]:
-    """Return the arrays of a tree, or of a flat buffer, by their paths."""
-    return dict(leaves(expanded(tree)))
-
-
 @dataclass
 class Run:
     """The argument of the callbacks of :func:`minimize`, after each evaluation.
@@ -361,6 +324,17 @@ class Run:
     losses, lrs
         The losses so far, and the learning rates of the first group at these, before
         the callbacks.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> def show(run):
+    ...     print(run.steps, run.loss, run.total)
+    >>> def loss(w):
+    ...     return w @ w, 2 * w
+    >>> _ = fastopt.minimize(loss, np.ones(3), fastopt.gd, 1, lr=0.5, callbacks=[show])
+    0 3.0 1
+    1 0.0 1
     """
 
     opt: Any
@@ -391,6 +365,15 @@ class Result:
         Why the run ended, in words.
     opt
         The optimizer. It holds the last parameters, which need not be the best.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> result = fastopt.minimize(
+    ...     lambda w: (w @ w, 2 * w), np.ones(2), fastopt.gd, 1, lr=0.5
+    ... )
+    >>> result.params, result.losses, result.reason
+    (array([0., 0.]), array([2., 0.]), 'all 1 steps are done')
     """
 
     params: Any
@@ -457,8 +440,8 @@ def minimize(
     evaluated elsewhere than it is trained (``schedule_free_*``), the result has
     ``eval_params()`` at the end, and another call computes their loss.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> def parabola(x):
     ...     return float((x - 3) @ (x - 3)), 2 * (x - 3)

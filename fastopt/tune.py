@@ -1,5 +1,13 @@
 """Choose the learning rate by a range test, the batch size by the noise of gradients,
-and hyperparameters for another batch size."""
+and hyperparameters for another batch size.
+
+>>> import numpy as np, fastopt
+>>> w, h = np.ones(20), np.geomspace(0.01, 1, 20)
+>>> test = fastopt.lr_range_test(
+...     lambda w: (0.5 * h @ w**2, h * w), fastopt.gd(w), lo=1e-4, hi=100
+... )
+>>> opt = fastopt.gd(w, lr=test.suggestion())
+"""
 
 from __future__ import annotations
 
@@ -16,6 +24,7 @@ from fastopt.lookahead import Lookahead
 from fastopt.memory.arrays import to_host
 from fastopt.memory.segments import Array
 from fastopt.optimizer.checks import check_choice, check_count, check_positive
+from fastopt.optimizer.copying import arrays_of
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.refusals import (
     RETURNS,
@@ -27,7 +36,14 @@ from fastopt.optimizer.refusals import (
 )
 from fastopt.optimizer.state import fill
 from fastopt.rule import check_hyperparameter
-from fastopt.training import arrays_of, check_at_least_zero, evaluated, is_number
+from fastopt.training import check_at_least_zero, evaluated, is_number
+
+__all__ = [
+    "GradientNoiseScale",
+    "LRRangeTest",
+    "lr_range_test",
+    "scale_hyperparameters",
+]
 
 # The learning rate ------------------------------------------------------------------
 
@@ -50,6 +66,14 @@ class LRRangeTest:
         The loss before the first step.
     diverged
         Whether the test ended because the loss diverged.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> opt = fastopt.gd(np.ones(3))
+    >>> test = fastopt.lr_range_test(lambda w: (w @ w, 2 * w), opt, lo=1e-3, hi=100)
+    >>> test.diverged, bool(test.suggestion() < 1)
+    (True, True)
     """
 
     lrs: Array
@@ -196,8 +220,8 @@ def lr_range_test(
     rate themselves (``prodigy``, ``dog``) do not need this test. With ``Muon``, it
     tests the rate of the matrices.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> h, x = np.geomspace(0.01, 1, 20), np.ones(20)
     >>> result = fastopt.lr_range_test(
@@ -336,8 +360,8 @@ class GradientNoiseScale:
     TypeError, ValueError
         For invalid arguments, such as NaN. They are not counted.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> rng, scale = np.random.default_rng(0), fastopt.GradientNoiseScale(10, beta=1)
     >>> for _ in range(50):         # 8 batches of 10: C = 1 (of 100 elements), G = 0.5
@@ -406,10 +430,12 @@ class GradientNoiseScale:
 
     @property
     def noise(self) -> float:
+        """The estimate of tr(C)."""
         return float(self._sums[0]) / self._weight if self._count else math.nan
 
     @property
     def signal(self) -> float:
+        """The estimate of |G|^2."""
         return float(self._sums[1]) / self._weight if self._count else math.nan
 
     def _covariance(self) -> Array:
@@ -421,16 +447,19 @@ class GradientNoiseScale:
 
     @property
     def resolved(self) -> bool:
+        """Whether the signal stands out of the noise."""
         if self._count < 10:
             return False
         return self.signal > 8 * math.sqrt(max(self._covariance()[1, 1], 0.0))
 
     @property
     def value(self) -> float:
+        """The batch size, or NaN."""
         return self.noise / self.signal if self.resolved else math.nan
 
     @property
     def error(self) -> float:
+        """The standard error of ``value``, or NaN."""
         if not self.resolved:
             return math.nan
         # The ratio's, to first order.
@@ -496,8 +525,8 @@ def scale_hyperparameters(
     dog). Both rules hold while the noise is large: up to the noise scale
     (:class:`GradientNoiseScale`), beyond which larger batches gain little.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import fastopt
     >>> fastopt.scale_hyperparameters({"lr": 0.1, "momentum": 0.9}, 4, "linear")
     {'lr': 0.4, 'momentum': 0.9}

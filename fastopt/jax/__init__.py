@@ -1,9 +1,13 @@
 """Steps inside ``jax.jit``, on the CPU: one custom call, in place where donated.
 
-    opt = fastopt.jax.adamw(lr=1e-3)
-    state = opt.init(params)
-    step = jax.jit(opt.step, donate_argnums=(0, 2))
-    params, state = step(params, grads, state)
+>>> import jax, jax.numpy as jnp, fastopt.jax
+>>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, -2.0])}
+>>> opt = fastopt.jax.adamw(lr=0.5)
+>>> state = opt.init(params)
+>>> step = jax.jit(opt.step, donate_argnums=(0, 2))
+>>> params, state = step(params, grads, state)
+>>> params["w"].tolist()
+[-0.5, 0.5]
 
 A function for each rule, by its name; ``optimizer`` takes the rule itself. The bits are
 those of ``fastopt.adamw(params).step(grads)``. ``as_optax()`` makes what optax
@@ -13,15 +17,15 @@ composes. See docs/jax.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastopt import native
+from fastopt import docstrings, native
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.jax import calls, shards
 from fastopt.jax import schedules as jax_schedules
@@ -52,12 +56,36 @@ from fastopt.runtime.threads import available
 from fastopt.schedules import Schedule
 
 __all__ = ["Optimizer", "State", "exact", "optimizer"]
+if TYPE_CHECKING:
+    from fastopt.jax import _rules
+    from fastopt.jax._rules import *  # noqa: F403
+
+    __all__ += _rules.__all__
+else:
+    __all__ += [rule.name for rule in RULES]
 
 calls.register()
 
 
 class State(NamedTuple):
-    """What an optimizer remembers: a pytree."""
+    """What an optimizer remembers: a pytree.
+
+    Attributes
+    ----------
+    count
+        How many steps are completed, of int32.
+    carry
+        Numbers that the rule remembers, as words; None if it has none.
+    buffers
+        The state by its name, in the structure of the parameters.
+
+    Examples
+    --------
+    >>> import fastopt.jax, jax.numpy as jnp
+    >>> state = fastopt.jax.lion().init({"w": jnp.ones(2)})
+    >>> int(state.count), state.carry, list(state.buffers)
+    (0, None, ['m'])
+    """
 
     count: Any  # completed steps, int32
     # Numbers of the rule's: float64 in words, a row for each set of them. None: it has
@@ -108,8 +136,8 @@ def optimizer(
     RuntimeError
         If the kernels are not installed.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import fastopt, fastopt.jax, jax.numpy as jnp
     >>> opt = fastopt.jax.sgd(lr=0.5)
     >>> params = {"w": jnp.array([1.0, -2.0])}
@@ -200,16 +228,53 @@ def scales(rule: Rule, values: Mapping[str, Any]) -> bool:
     return bool(np.allclose(whole, half, rtol=1e-9, atol=1e-12))
 
 
-def __getattr__(name: str) -> Any:
-    for rule in RULES:
-        if rule.name == name:
-            return functools.partial(optimizer, rule)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+EXAMPLE = """\
+Examples
+--------
+>>> import fastopt.jax, jax.numpy as jnp
+>>> opt = fastopt.jax.{name}(lr=0.5)
+>>> params = {{"w": jnp.array([1.0, -2.0])}}
+>>> params, state = opt.step(params, {{"w": 2 * params["w"]}}, opt.init(params))
+>>> int(state.count)
+1
+"""
+
+
+def of_rule(rule: Rule) -> Callable[..., Optimizer]:
+    """Return the function of a rule: :func:`optimizer` with that rule."""
+
+    def function(**options: Any) -> Optimizer:
+        return optimizer(rule, **options)
+
+    options = docstrings.hyperparameters(rule)
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = "\n\n".join(
+        [
+            docstrings.words(rule),
+            "An :class:`Optimizer` for use inside ``jax.jit``; see :func:`optimizer`.",
+            "\n".join(["Parameters", "----------", *options]),
+            EXAMPLE.format(name=rule.name),
+        ]
+    )
+    return function
+
+
+globals().update({rule.name: of_rule(rule) for rule in RULES})
 
 
 @dataclass(frozen=True, eq=False)
 class Optimizer:
-    """A rule under hyperparameters; made by :func:`optimizer`. Its methods are pure."""
+    """A rule under hyperparameters; made by :func:`optimizer`. Its methods are pure.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, fastopt.jax
+    >>> opt = fastopt.jax.adamw(lr=0.5, weight_decay=0.0)
+    >>> params = jnp.zeros(2)
+    >>> params, state = jax.jit(opt.step)(params, jnp.ones(2), opt.init(params))
+    >>> params.tolist()
+    [-0.5, -0.5]
+    """
 
     rule: Rule
     variant: Rule  # what the options that are on make of it

@@ -19,6 +19,25 @@ class FlatBuffer:
 
     ``flat["w"]`` is a view into it, as is everything in ``flat.views``, which has the
     structure of what was flattened. ``flat.data`` is the whole as one 1-D array.
+
+    Attributes
+    ----------
+    data
+        All elements, one array after the other, in the order of ``views``.
+    views
+        The arrays, which share the memory of ``data``.
+    shapes
+        For each array its path, such as ``"['w']"``, and its shape.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> flat = fastopt.flatten({"w": np.ones(2), "b": np.zeros(1)})
+    >>> grads = flat.zeros_like()
+    >>> grads["w"][:] = 1.0
+    >>> fastopt.gd(flat, lr=0.5).step(grads)
+    >>> flat.data
+    array([0.5, 0.5, 0. ])
     """
 
     trained = False  # whether it was given to an optimizer as parameters
@@ -74,11 +93,25 @@ class FlatBuffer:
 def flatten(tree: Any) -> FlatBuffer:
     """Copy the arrays of a dict or list, nested too, into one :class:`FlatBuffer`.
 
-    A step over one buffer is the fastest there is. All arrays must have one dtype:
-    float32, float64, float16 or the bfloat16 of ml_dtypes.
+    A step over one buffer is the fastest there is.
 
-    Example
+    Parameters
+    ----------
+    tree
+        NumPy arrays of one dtype: float32, float64, float16 or the bfloat16 of
+        ml_dtypes. They are copied.
+
+    Returns
     -------
+    FlatBuffer
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything but arrays of one such dtype, and if there is no array.
+
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> flat = fastopt.flatten({"w": np.ones((2, 3)), "b": np.zeros(3)})
     >>> flat["w"].shape, flat.data.shape

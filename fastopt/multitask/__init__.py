@@ -103,8 +103,8 @@ def gram(
     TypeError, ValueError
         If the gradients of the tasks do not fit each other.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> fastopt.gram([np.array([1.0, 2.0]), np.array([-1.0, 1.0])])
     array([[5., 1.],

@@ -46,8 +46,8 @@ def mean(gram: Any, preference: Any = None) -> Weights:
         For a matrix that cannot be a Gram matrix. Arguments, result and errors are the
         same for all methods.
 
-    Example
-    -------
+    Examples
+    --------
     >>> from fastopt import multitask
     >>> multitask.mean([[1.0, 0.0], [0.0, 1.0]])
     array([0.5, 0.5])
@@ -189,8 +189,8 @@ class GradVac:
         The average cosines, tasks x tasks; None before the first call. To resume a run,
         restore them and the state of ``rng``.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np
     >>> from fastopt import multitask
     >>> weights = multitask.GradVac(np.random.default_rng(0), beta=0.5)

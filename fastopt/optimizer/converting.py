@@ -46,8 +46,8 @@ def convert_state(state_dict: Mapping[str, Any], formats: Any) -> dict[str, Any]
     TypeError, ValueError
         If ``state_dict`` is not an optimizer's, or if a format does not exist.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> w = np.ones(8192, np.float32)
     >>> opt = fastopt.adamw(w, formats="8bit")

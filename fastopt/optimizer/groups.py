@@ -38,6 +38,16 @@ class Group(MutableMapping[str, Any]):
     """Like a dict with the rule's hyperparameters as its fixed keys.
 
     A value may be a schedule: a callable of the number of completed steps.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> groups = [{"params": np.ones(3)}, {"params": np.ones(2), "lr": 0.5}]
+    >>> opt = fastopt.sgd(groups, lr=0.1)
+    >>> opt.groups[1]["lr"], opt.groups[1]["momentum"]
+    (0.5, 0.0)
+    >>> opt.groups[0]["lr"] = 0.2
+    >>> opt.groups[1].frozen = True
     """
 
     def __init__(

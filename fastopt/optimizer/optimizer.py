@@ -117,8 +117,8 @@ class Optimizer(Storage):
     RuntimeError
         If the backend is not available; the message says how to get it.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import numpy as np, fastopt
     >>> w = np.array([1.0, -2.0])
     >>> opt = fastopt.sgd(w, lr=0.5)

@@ -24,6 +24,13 @@ class Usage(NamedTuple):
     buffers
         For each buffer its name, the dtypes of its arrays, and its bytes. "param" are
         the parameters themselves.
+
+    Examples
+    --------
+    >>> import numpy as np, fastopt
+    >>> usage = fastopt.adamw(np.ones(1000, np.float32)).memory()
+    >>> usage.elements, usage.total, usage.per_parameter
+    (1000, 12000, 12.0)
     """
 
     elements: int
@@ -70,8 +77,8 @@ class Storage(Bindings):
 
         Gradients are not counted, because they are the caller's.
 
-        Example
-        -------
+        Examples
+        --------
         >>> import numpy as np, fastopt
         >>> opt = fastopt.adamw(np.ones(8192, np.float32), formats="8bit")
         >>> opt.memory()
@@ -185,8 +192,8 @@ class Storage(Bindings):
         before. Meanwhile other threads are refused to step. A hyperparameter that is a
         schedule is left out, as from :meth:`state_dict`.
 
-        Example
-        -------
+        Examples
+        --------
         >>> import os, tempfile, numpy as np, fastopt
         >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
         >>> w = np.ones(3)

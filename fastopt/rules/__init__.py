@@ -109,3 +109,5 @@ RULES: tuple[_Rule, ...] = (
 
 # Each has a class that applies it: fastopt.Adafactor, fastopt.Muon, fastopt.Lookahead.
 CLASS_RULES: tuple[_Rule, ...] = (_adafactor, _muon, _lookahead)
+
+__all__ = ["RULES", *(rule.name for rule in RULES)]

@@ -34,8 +34,8 @@ def uninterrupted(*calls: Call) -> None:
     Exception
         What a call raises; those after it are then not made. Check everything first.
 
-    Example
-    -------
+    Examples
+    --------
     >>> from functools import partial
     >>> progress = {"steps": 0}
     >>> uninterrupted(partial(progress.update, steps=1), partial(progress.update, t=1))

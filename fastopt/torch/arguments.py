@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastopt import docstrings
 from fastopt.optimizer import checks
 from fastopt.rule import Rule
 
@@ -103,18 +104,22 @@ ABOUT = {
     "lr": "Learning rate, a number or a tensor.",
     "betas": "Decay rates of the averages.",
     "eps": "Added to the denominator.",
-    "weight_decay": "Factor of the weight decay.",
-    "momentum": "Momentum factor.",
-    "dampening": "Of the gradient in the momentum.",
-    "nesterov": "Whether the momentum is Nesterov's.",
     "amsgrad": "Whether the largest average of squares so far is used.",
-    "centered": "Whether squares are of the gradient less its mean.",
     "maximize": "Whether to step along the gradients, not against them.",
     "decoupled_weight_decay": "Whether weight decay is as in AdamW.",
     "foreach": "Taken for torch's sake; without effect on fastopt's steps.",
     "fused": "True: GradScaler leaves unscaling to ``step``, as with torch's.",
     "capturable": "True: steps are torch's own.",
     "differentiable": "True: steps are torch's own, and autograd goes through them.",
+    "etas": "Factors of a step after a change of sign, and after the same sign.",
+    "step_sizes": "Least and largest step.",
+    "beta2_decay": "Power of the step's number that is the weight of new squares.",
+    "Adafactor.eps": "Least mean of the averages of rows, and least norm of an array.",
+    "Adafactor.lr": "The most that a relative step may be.",
+    "d": "Root mean square of an update beyond which it is scaled down.",
+    "ns_coefficients": "Coefficients of the polynomial of the iteration.",
+    "ns_steps": "Iterations that make the momentum orthogonal.",
+    "adjust_lr_fn": '"original" or "match_rms_adamw": how lr follows the shape.',
     "clip_norm": "Limit of the norm of all gradients, in every step.",
     "clip_value": "Limit of the magnitude of each of their elements.",
     "nonfinite": 'What to do about infinities and NaN: "propagate", "skip", "raise".',
@@ -128,13 +133,11 @@ ABOUT = {
     "shard_group": "True, or a group: each process has some of the parameters.",
     "threads": "The most to use; by default as many as torch.",
     "backend": '"cython", "numba" or "numpy"; by default the fastest.',
-    "max_lr": "The largest lr of the run; by default the first lr of the group.",
-    "always_adapt": "Whether parameters without weight decay are adapted, too.",
 }
 
 EXAMPLE = """\
-Example
--------
+Examples
+--------
 >>> import torch, fastopt.torch
 >>> w = torch.nn.Parameter(torch.ones(3, 2))
 >>> opt = fastopt.torch.{name}([w])
@@ -146,13 +149,14 @@ Example
 def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> str:
     """Return a class's docstring: that of the rule, and the arguments. ``own``: torch
     has no class of this rule."""
-    about = [(rule.__doc__ or name).strip()]
+    about = [docstrings.words(rule)]
     if own:
+        base = f"A ``torch.optim.Optimizer`` that applies ``{rule.name}``."
         pairs = [n for n in rule.hyperparameters if n in PAIRS]
         if pairs:
-            words = " and ".join(f"``{n}``" for n in pairs)
-            tuples = " and ".join(dict.fromkeys(f"``{PAIRS[n][0]}``" for n in pairs))
-            about.append(f"{words} are in {tuples} here.")
+            tuples = docstrings.listed(dict.fromkeys(PAIRS[n][0] for n in pairs))
+            base += f" {docstrings.listed(pairs)} are in {tuples} here."
+        about.append(docstrings.filled(base))
     else:
         about.append(
             f"As ``torch.optim.{name}``, with its arguments, its state and its words; "
@@ -160,17 +164,38 @@ def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> 
         )
     if note:
         about.append(inspect.cleandoc(note))
-    lines = []
+    lines = ["Parameters", "----------"]
     for argument in inspect.signature(kind).parameters.values():
-        default = argument.default
         lines.append(argument.name)
-        if default is not argument.empty:
-            lines[-1] += f" : default {default!r}"
-        several = isinstance(default, tuple) and argument.name != "betas"
-        if argument.name in ABOUT and not several:
-            lines.append(f"    {ABOUT[argument.name]}")
-    arguments = "\n".join(["Parameters", "----------", *lines])
-    return "\n\n".join([*about, arguments, EXAMPLE.format(name=name)])
+        if argument.default is not argument.empty:
+            lines[-1] += f" : {kind_of(argument)}, default {argument.default!r}"
+        meaning = (
+            ABOUT.get(f"{name}.{argument.name}")
+            or docstrings.ABOUT.get(f"{rule.name}.{argument.name}")
+            or ABOUT.get(argument.name)
+            or docstrings.ABOUT.get(argument.name)
+        )
+        if meaning:
+            lines.append(f"    {meaning}")
+    return "\n\n".join([*about, "\n".join(lines), EXAMPLE.format(name=name)])
+
+
+def kind_of(argument: inspect.Parameter) -> str:
+    """What an argument with a default must be, in words."""
+    noted = argument.annotation
+    if noted is argument.empty:
+        if isinstance(argument.default, tuple):
+            return "tuple of floats"
+        return "float" if argument.default is None else type(argument.default).__name__
+    text = noted.__name__ if isinstance(noted, type) else str(noted)
+    for old, new in (
+        (" | None", ""),
+        ("torch.", ""),
+        (" | ", " or "),
+        ("Any", "object"),
+    ):
+        text = text.replace(old, new)
+    return text
 
 
 def called(name: str) -> str:

@@ -40,8 +40,8 @@ def from_bitsandbytes(
     ValueError
         If the state has another number of parameters or buffers.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt.torch
     >>> w = torch.nn.Parameter(torch.ones(4))
     >>> opt = fastopt.torch.AdamW([w])

@@ -49,7 +49,7 @@ class SGD(Stepping, torch.optim.SGD):
 
 
 class Adam(Stepping, torch.optim.Adam):
-    _default_rule = rules.adam
+    _default_rule: Rule = rules.adam
     _names = Names(MOMENTS)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -224,8 +224,8 @@ class OfRule(Stepping):
 def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
     """A ``torch.optim.Optimizer`` that applies a rule: one of fastopt's or your own.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt, fastopt.torch
     >>> Lion = fastopt.torch.optimizer(fastopt.lion)
     >>> w = torch.nn.Parameter(torch.ones(3))

@@ -20,7 +20,20 @@ flattened_any = [False]  # whether this process has flattened parameters
 
 
 class Flat(NamedTuple):
-    """All parameters of one dtype and device as one tensor, and all their gradients."""
+    """All parameters of one dtype and device as one tensor, and all their gradients.
+
+    Attributes
+    ----------
+    data, grad
+        Tensors of one dimension, which the parameters and gradients are views of.
+
+    Examples
+    --------
+    >>> import torch, fastopt.torch
+    >>> (flat,) = fastopt.torch.flatten_(torch.nn.Linear(3, 2))
+    >>> flat.data.numel(), flat.grad.numel()
+    (8, 8)
+    """
 
     data: Tensor
     grad: Tensor
@@ -62,8 +75,8 @@ def flatten_(model: torch.nn.Module | Iterable[Tensor]) -> list[Flat]:
     ``torch.save`` of one layer writes all of it: call :func:`unflatten_` before. A
     ``torch.save`` of the whole ``state_dict()`` writes the buffer once.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt.torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     >>> (flat,) = fastopt.torch.flatten_(model)
@@ -105,8 +118,8 @@ def unflatten_(model: torch.nn.Module | Iterable[Tensor]) -> None:
         buffer, and gradients in one of ``flatten_``, are copied out of it; all others
         are left alone.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt.torch
     >>> model = torch.nn.Linear(3, 2)
     >>> _ = fastopt.torch.flatten_(model)

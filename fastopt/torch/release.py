@@ -14,12 +14,24 @@ from fastopt.torch.step import Stepping
 
 
 class Released:
-    """What takes the hooks off again."""
+    """What takes the hooks off again.
+
+    Examples
+    --------
+    >>> import torch, fastopt.torch
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> handle = fastopt.torch.release_gradients_(fastopt.torch.SGD([w], lr=0.5))
+    >>> handle.remove()
+    >>> w.sum().backward()  # no step
+    >>> w.grad
+    tensor([1., 1.])
+    """
 
     def __init__(self, handles: list[Any]):
         self._handles = handles
 
     def remove(self) -> None:
+        """Take them off: gradients stay, and ``step()`` uses them."""
         for handle in self._handles:
             handle.remove()
 
@@ -45,8 +57,8 @@ def release_gradients_(optimizer: Stepping) -> Released:
         For an optimizer whose steps need all gradients at once: ``clip_norm``,
         ``nonfinite="skip"``, rules with norms over all parameters (``Prodigy``).
 
-    Example
-    -------
+    Examples
+    --------
     >>> import torch, fastopt.torch
     >>> model = torch.nn.Linear(2, 1)
     >>> opt = fastopt.torch.AdamW(model.parameters(), lr=0.1)

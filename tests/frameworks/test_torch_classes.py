@@ -165,11 +165,14 @@ def test_docstrings_name_every_argument(name):
     lines = rest.splitlines()
     for argument in inspect.signature(kind).parameters.values():
         given = argument.default
-        default = "" if given is argument.empty else f" : default {given!r}"
-        assert argument.name + default in lines
+        start, end = f"{argument.name} : ", f", default {given!r}"
+        if given is argument.empty:
+            start = end = argument.name
+        (line,) = [i for i, x in enumerate(lines) if x.startswith(start)]
+        assert lines[line].endswith(end) and lines[line + 1].startswith("    ")
     if name in ft._OF_TORCH:
         assert f"torch.optim.{name}" in rest
-    example = rest[rest.index("Example\n-------\n") :]
+    example = rest[rest.index("Examples\n--------\n") :]
     if name != "Muon":
         for line in example.splitlines():
             if line.startswith(">>> "):

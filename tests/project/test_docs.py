@@ -579,6 +579,10 @@ def repository(tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
+    for stub in ROOT.glob("fastopt/**/*.pyi"):
+        copy = tmp_path / stub.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stub, copy)
     return tmp_path
 
 
