@@ -9,13 +9,13 @@ A page has a table where two comments ask for it, such as
     <!-- /speed -->
 
 and TABLES lists those that there are. Tables of measurements are made from the file
-that the comment names (measured.py), and so is the picture in the README (picture.py).
-All else is made from the rules: names, defaults
-and state from the rule, formulas from its code (formula.py), and words from the
-module's docstring, whose first sentence is the summary and whose first paragraph names
-the paper: authors and year, as "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al.
-2023", and after it, where there is one, "arXiv:1412.6980". Further paragraphs say what
-differs from other people's code.
+that the comment names (measured.py), and so is the README's picture (picture.py). All
+else is made from the rules: names, defaults and state from the rule, formulas from its
+code (formula.py), stubs from its signature (stubs.py), and words from the module's
+docstring, whose first sentence is the summary and whose first paragraph names the
+paper: authors and year, as "Kingma & Ba 2015", or "Zeiler 2012" or "Chen et al. 2023",
+and after it, where there is one, "arXiv:1412.6980". Further paragraphs say what differs
+from other people's code.
 """
 
 import argparse
