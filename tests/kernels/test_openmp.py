@@ -15,6 +15,7 @@ import pytest
 
 import fastopt
 from fastopt.backends import cython_cpu
+from fastopt.cli import info
 from fastopt.runtime import openmp
 
 PACKAGE = Path(fastopt.__file__).parent
@@ -251,6 +252,7 @@ def test_a_torch_without_a_spec_is_no_torch(loader, monkeypatch):
 def test_the_runtime_is_told_by_the_module_that_calls_it():
     path = openmp.runtime_of(importlib.import_module("fastopt._driver"))
     assert str(Path(path).resolve()) in fastopt.runtime.threads.openmp_runtimes()
+    assert dict(info.kernels())["OpenMP"] == path
     assert (
         openmp.runtime_of(importlib.import_module("fastopt._kernels_baseline")) is None
     )
