@@ -1,6 +1,6 @@
 # cython: language_level=3
 """What a step needs of its process, compiled: arithmetic modes (arithmetic.h), the CPUs that
-OpenMP uses, and powers (elementary.h).
+OpenMP uses, and powers, logarithms and cosines (elementary.h).
 
 NumPy and Python's floats obey the thread's modes, too. The wrapper for them is compiled, so
 no interrupt comes between the change of the modes and the call, or between its end and
@@ -54,6 +54,8 @@ cdef extern from "arithmetic.h":
 cdef extern from "elementary.h":
     double fastopt_power(double x, double y) noexcept nogil
     double fastopt_log(double x) noexcept nogil
+    double fastopt_cospi(double x) noexcept nogil
+    int FASTOPT_HAS_COSPI
 
 
 def power(double x, double y):
@@ -73,6 +75,21 @@ def log(double x):
     0.6931471805599453
     """
     return fastopt_log(x)
+
+
+def cospi(double x):
+    """Return the cosine of pi times ``x``, correctly rounded, as fastopt.elementary.cospi
+    does.
+
+    >>> cospi(1.0)
+    -1.0
+    """
+    return fastopt_cospi(x)
+
+
+def quick_cospi(general):
+    """Return ``cospi`` where the compiler could compile it, else what is given."""
+    return cospi if FASTOPT_HAS_COSPI else general
 
 
 def quick_powers(general):

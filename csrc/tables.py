@@ -2,6 +2,7 @@
 
 import runpy
 from fractions import Fraction
+from math import factorial
 from pathlib import Path
 
 ELEMENTARY = Path(__file__).resolve().parent.parent / "fastopt" / "elementary.py"
@@ -34,9 +35,12 @@ def tables():
     for k in range(1, 7):
         d.append((d[-1] * ln2 >> DIGITS) // k)
     fixed = functions["ln2"](320) >> 32
+    series = [[2**127 // factorial(2 * k + j) for k in range(16)] for j in range(2)]
     return {
         "limbs": ", ".join(f"{fixed >> 32 * k & 2**32 - 1:#010x}" for k in range(10)),
         "middle": MIDDLE,
+        "quarter": words(functions["pi"](126)),
+        "series": [list(map(words, of)) for of in series],
         "logarithms": logarithms,
         "powers": [words(power) for power in powers],
         "c0": words(c[0] >> DIGITS - 127),

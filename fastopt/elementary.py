@@ -1,5 +1,5 @@
-"""Powers and logarithms that are correctly rounded, so that their bits are the same on
-every machine. Those of C's mathematics library differ between libraries.
+"""Powers, logarithms and cosines that are correctly rounded, so that their bits are the
+same on every machine. Those of C's mathematics library differ between libraries.
 
 The functions here compute with whole numbers alone, first with 180 binary digits. If
 these do not decide how a result is rounded, 320 do. ``csrc/elementary.h.in`` has the
@@ -56,6 +56,30 @@ def exp(x: int, digits: int) -> int:
     return total >> 16
 
 
+@functools.cache
+def pi(digits: int) -> int:
+    """Return pi, times ``2**digits``: Machin's 16 arctan(1/5) - 4 arctan(1/239)."""
+    total = 0
+    for factor, n in ((16, 5), (-4, 239)):
+        term, k = (factor << digits + 16) // n, 1
+        while abs(term) > 1:
+            total += term // k
+            term, k = -(term // (n * n)), k + 2
+    return total >> 16
+
+
+def sine(x: int, digits: int, first: int) -> int:
+    """Return the sine or, if ``first`` is 0, the cosine of ``x / 2**digits``, which is
+    in [0, 1], times ``2**digits``."""
+    square, total, k = x * x >> digits, 0, first
+    term = x if first else 1 << digits
+    while term:
+        total, k = total + term, k + 2
+        term = -(term * square >> digits) // (k * (k - 1))
+        term += term == -1  # it was rounded down
+    return total
+
+
 def rounded(value: int, k: int, digits: int) -> float | None:
     """Return ``value / 2**digits``, which is in [1, 2], times ``2**k``, rounded to the
     nearest float. Return None if more digits are needed to do so."""
@@ -71,6 +95,12 @@ def rounded(value: int, k: int, digits: int) -> float | None:
         return math.ldexp(whole, k - digits + drop)
     except OverflowError:
         return math.inf
+
+
+def nearest(value: int, digits: int) -> float | None:
+    """Return ``value / 2**digits``, above 0 and perhaps small, rounded likewise."""
+    k = value.bit_length() - 1 - digits
+    return rounded(value << max(-k, 0) >> max(k, 0), k, digits)
 
 
 def special_power(x: float, y: float) -> float | None:
@@ -131,10 +161,37 @@ def log(x: float) -> float:
     x = float(x)
     if not 0 < x < math.inf:
         return x if x > 0 else -math.inf if x == 0 else math.nan
+    if x == 1:
+        return 0.0
     for digits in DIGITS:
         exact = ln(x, digits)
-        k = abs(exact).bit_length() - 1 - digits
-        result = rounded(abs(exact) << max(-k, 0) >> max(k, 0), k, digits)
-        if result is not None or exact == 0:
-            return math.copysign(result or 0.0, exact)
+        result = nearest(abs(exact), digits)
+        if result is not None:
+            return math.copysign(result, exact)
+    raise AssertionError("the last digits decide")
+
+
+def cospi(x: float) -> float:
+    """Return the cosine of pi times ``x``, correctly rounded: 0 half-way between whole
+    numbers, and NaN of what is not finite.
+
+    >>> cospi(0.5), cospi(1.0)
+    (0.0, -1.0)
+    """
+    x = abs(float(x))
+    if not x < math.inf:
+        return math.nan
+    x = math.fmod(x, 2.0)
+    x = 2 - x if x > 1 else x  # these differences are exact
+    sign = 1.0
+    if x > 0.5:
+        x, sign = 1 - x, -1.0
+    if x == 0.5:
+        return 0.0
+    first = int(x > 0.25)  # then its cosine is the sine of what is left
+    n, d = (0.5 - x if first else x).as_integer_ratio()
+    for digits in DIGITS:
+        result = nearest(sine(pi(digits) * n // d, digits, first), digits)
+        if result is not None:
+            return sign * result
     raise AssertionError("the last digits decide")

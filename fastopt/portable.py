@@ -26,11 +26,14 @@ from typing import Any
 from fastopt import elementary
 
 RAISED = "_fastopt_raised"  # what copies call ``raised``
+JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
 power: Callable[[float, float], float]
 """``x**y``, correctly rounded; see :func:`fastopt.elementary.power`."""
 log: Callable[[float], float]
 """The natural logarithm, correctly rounded; see :func:`fastopt.elementary.log`."""
+cospi: Callable[[float], float]
+"""The cosine of pi times ``x``, likewise; see :func:`fastopt.elementary.cospi`."""
 raised: Callable[[Any, Any], Any]
 """``x**y``, as Python computes it, but for the last bits of floats."""
 
@@ -49,9 +52,11 @@ def raised_slowly(x: Any, y: Any) -> Any:
 try:
     _compiled = importlib.import_module("fastopt._process")
     power, log = _compiled.power, _compiled.log
+    cospi = _compiled.quick_cospi(elementary.cospi)
     raised = _compiled.quick_powers(raised_slowly)
 except ImportError:  # no C compiler
-    power, log, raised = elementary.power, elementary.log, raised_slowly
+    power, log, cospi = elementary.power, elementary.log, elementary.cospi
+    raised = raised_slowly
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,15 +166,21 @@ def same(a: types.CodeType, b: types.CodeType) -> bool:
 
 
 def meaning(code: types.CodeType) -> Iterator[object]:
-    """What a code does, but for what depends on the code around it: how a function is
-    called that was imported, and where the instructions lie."""
+    """What a code does, but for what depends on the code around it: where it lies, and
+    how a function is called that was imported."""
     yield code.co_varnames
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
         if isinstance(value, types.CodeType):
             yield from meaning(value)
-        elif not any(part in name for part in ("CALL", "NULL", "ATTR", "METHOD")):
-            yield name, None if "JUMP" in name else repr(value)
+        elif instruction.opcode in JUMPS:
+            yield name
+        elif "ATTR" in name or "METHOD" in name:
+            yield value
+        elif isinstance(value, str):  # perhaps the full name of a function in it
+            yield name, value.rpartition(".<locals>.")[2]
+        elif not any(part in name for part in ("CALL", "NULL")):
+            yield name, repr(value)
     yield code.co_names
 
 

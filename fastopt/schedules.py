@@ -30,6 +30,7 @@ import numpy as np
 from fastopt.memory.segments import Array
 from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.refusals import is_function, items, named
+from fastopt.portable import cospi, power
 from fastopt.rule import check_hyperparameter
 
 __all__ = [
@@ -138,7 +139,7 @@ def _mix(start: float, end: float, x: float) -> float:
 
 def _left(x: float) -> float:
     """Return how much half a cosine has left: from 1 at 0 to 0 at 1."""
-    return 0.5 * (1 + math.cos(math.pi * x))
+    return 0.5 * (1 + cospi(x))
 
 
 # Falling by powers ------------------------------------------------------------------
@@ -190,15 +191,12 @@ class multistep(Schedule):
     gamma: float = 0.1
 
     def at(self, t: float) -> float:
-        return self.lr * self.gamma ** bisect_right(self.milestones, t)
+        return self.lr * power(self.gamma, bisect_right(self.milestones, t))
 
 
 def _grown(value: float, gamma: float, times: float) -> float:
     """``value * gamma**times``, infinite where that is too large for a float."""
-    try:
-        return value * float(gamma**times)
-    except OverflowError:
-        return math.copysign(math.inf, value) if value else 0.0
+    return value * power(gamma, times) if value else 0.0
 
 
 @dataclass(frozen=True)
@@ -241,9 +239,7 @@ class inverse_power(Schedule):
     p: Positive = 0.5
 
     def at(self, t: float) -> float:
-        # sqrt is rounded correctly, a power need not be.
-        power = math.sqrt(t) if self.p == 0.5 else float(t) ** self.p
-        return self.lr / (1 + self.c * power)
+        return self.lr / (1 + self.c * power(t, self.p))
 
 
 @dataclass(frozen=True)
@@ -293,7 +289,7 @@ class polynomial(Schedule):
 
     def at(self, t: float) -> float:
         x = min(max(t - self.begin, 0) / self.steps, 1.0)
-        return _mix(self.end, self.lr, (1 - x) ** self.power)
+        return _mix(self.end, self.lr, power(1 - x, self.power))
 
 
 @dataclass(frozen=True)
@@ -336,7 +332,7 @@ class cosine(Schedule):
     def at(self, t: float) -> float:
         if t >= self.steps:
             return self.end
-        return _mix(self.end, self.lr, _left(t / self.steps) ** self.power)
+        return _mix(self.end, self.lr, power(_left(t / self.steps), self.power))
 
 
 @dataclass(frozen=True)
@@ -370,7 +366,7 @@ class warmup_cosine(Schedule):
         if t >= self.steps:
             return self.end
         x = (t - self.warmup) / (self.steps - self.warmup)
-        return _mix(self.end, self.lr, _left(x) ** self.power)
+        return _mix(self.end, self.lr, power(_left(x), self.power))
 
 
 @dataclass(frozen=True)
@@ -471,7 +467,7 @@ class cyclic(Schedule):
         cycle, at = divmod(t, up + down)
         height = at / up if at <= up else (up + down - at) / down
         if self.mode == "triangular2":
-            height *= 0.5**cycle
+            height *= power(0.5, cycle)
         elif self.mode == "exp_range":
             height = _grown(height, self.gamma, t)
         return _mix(self.lr, self.max_lr, height)

@@ -35,6 +35,7 @@ from fastopt.optimizer.refusals import (
     no_optimizer,
 )
 from fastopt.optimizer.state import fill
+from fastopt.portable import power
 from fastopt.rule import check_hyperparameter
 from fastopt.training import check_at_least_zero, evaluated, is_number
 
@@ -563,7 +564,7 @@ def scale_hyperparameters(
     for name in {"lr", "max_lr"} & scaled.keys():  # adamc has both
         scaled[name] = number(name) * (ratio if rule == "linear" else root)
     if scaled.get("ema") is not None:
-        scaled["ema"] = number("ema") ** ratio
+        scaled["ema"] = power(number("ema"), ratio)
     if rule == "linear":
         return scaled
     if "eps" in scaled:

@@ -1,6 +1,6 @@
-"""Powers and logarithms have the bits of the exact results, rounded once, wherever they
-are computed. No compiled module asks C's mathematics library for a result that it may
-round in its own way."""
+"""Powers, logarithms and cosines have the bits of the exact results, rounded once,
+wherever they are computed. No compiled module asks C's mathematics library for a result
+that it may round in its own way."""
 
 import ast
 import math
@@ -8,7 +8,7 @@ import random
 import shutil
 import struct
 import subprocess
-from decimal import Context, Decimal
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 import fastopt
 from fastopt import elementary, portable, rules
 from fastopt.backends import cython_cpu
+from fastopt.portable import cospi
 from fastopt.rule import log, power, sqrt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,42 @@ def test_logarithms(functions):
         assert bits(functions.log(x)) == bits(result), x
 
 
+PI = Decimal(
+    "3.14159265358979323846264338327950288419716939937510582097494459230781641"
+)
+
+
+def exact_cospi(x: float) -> Decimal:
+    """The oracle: the series of the cosine of the distance to an even number."""
+    distance = abs(Fraction(x) - 2 * round(Fraction(x) / 2))
+    if distance.denominator == 2:
+        return Decimal(0)
+    angle = PI * distance.numerator / distance.denominator
+    term = total = Decimal(1)
+    for k in range(1, 80, 2):
+        term = DECIMALS.multiply(-term, angle * angle / (k * (k + 1)))
+        total = DECIMALS.add(total, term)
+    return total
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
+def test_cosines(functions):
+    rng = random.Random(7)
+    with localcontext(DECIMALS):
+        for _ in range(150):
+            near = 0.5 + rng.uniform(-1, 1) * 2.0 ** -rng.randint(2, 53)
+            parts = rng.randint(1, 1000) / 1001
+            small = rng.random() * 2.0 ** -rng.randint(1, 60)
+            for x in (near, parts, small, rng.uniform(-9, 9)):
+                got, exact = functions.cospi(x), float(exact_cospi(x))
+                assert bits(got) == bits(exact), f"{x!r}: {exact!r}, got {got!r}"
+    for whole in (0.0, -0.0, 4.0, 2.0**53, 1e300, 5e-324):
+        assert functions.cospi(whole) == 1 == -functions.cospi(2.0**52 + 1)
+        assert bits(functions.cospi(-3.5)) == bits(0.0)
+    for x in (math.inf, -math.inf, math.nan):
+        assert math.isnan(functions.cospi(x))
+
+
 @pytest.mark.skipif(not BUILT, reason="fastopt was built without a C compiler")
 def test_python_and_c_agree():
     rng = random.Random(5)
@@ -184,6 +221,7 @@ def test_python_and_c_agree():
         for a, b in ((x, y), (abs(x), y)):
             assert bits(power(a, b)) == bits(elementary.power(a, b)), (a, b)
         assert bits(log(x)) == bits(elementary.log(x)), x
+        assert bits(cospi(x)) == bits(elementary.cospi(x)), x
 
 
 @pytest.mark.skipif(not BUILT, reason="fastopt was built without a C compiler")

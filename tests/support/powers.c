@@ -1,6 +1,6 @@
-/* Computes powers and logarithms of a sample of numbers with fastopt's own functions, prints a
- * hash of their bits, and in how many cases those of the C library differ. .ci/powers builds it
- * for several C libraries, compilers and processors. */
+/* Computes powers, logarithms and cosines of a sample of numbers with fastopt's own functions,
+ * prints hashes of their bits, and in how many cases those of the C library differ. .ci/powers
+ * builds it for several C libraries, compilers and processors. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,31 +48,31 @@ static void sample(uint64_t i, double *x, double *y) {
   }
 }
 
+static uint64_t with(uint64_t hash, double result) {
+  hash = (hash ^ fastopt_bits(result)) * UINT64_C(0x100000001B3);
+  return hash ^ hash >> 29;
+}
+
 int main(int count, char **arguments) {
   const uint64_t size = count > 1 ? strtoull(arguments[1], 0, 10) : 100000;
-  const int show = count > 2;
-  uint64_t hash = UINT64_C(0xCBF29CE484222325), powers = 0, often = 0, logarithms = 0;
+  uint64_t hash = UINT64_C(0xCBF29CE484222325), cosines = hash, powers = 0, often = 0, logarithms = 0;
   for (uint64_t i = 0; i < size; i++) {
     double x, y;
     sample(i, &x, &y);
     const double results[] = {fastopt_power(x, y), fastopt_log(x)};
-    for (int k = 0; k < 2; k++) {
-      hash = (hash ^ fastopt_bits(results[k])) * UINT64_C(0x100000001B3);
-      hash ^= hash >> 29;
-    }
+    hash = with(with(hash, results[0]), results[1]);
+    cosines = with(cosines, fastopt_cospi(random_number(-20, 2, 1)));
     volatile double a = x, b = y; /* so that no compiler computes these */
     const int differs = fastopt_bits(pow(a, b)) != fastopt_bits(results[0]);
     powers += differs, often += differs && i % 4 == 0;
     logarithms += fastopt_bits(log(a)) != fastopt_bits(results[1]);
-    if (show)
-      printf("%016llx %016llx %016llx %016llx\n", (unsigned long long)fastopt_bits(x),
-             (unsigned long long)fastopt_bits(y), (unsigned long long)fastopt_bits(results[0]),
-             (unsigned long long)fastopt_bits(results[1]));
   }
-  if (!show)
-    printf("%016llx of %llu; of the C library differ %llu powers, %llu of them beta**t, and %llu "
-           "logarithms\n",
-           (unsigned long long)hash, (unsigned long long)size, (unsigned long long)powers,
-           (unsigned long long)often, (unsigned long long)logarithms);
+  printf("%016llx", (unsigned long long)hash);
+  if (FASTOPT_HAS_COSPI)
+    printf(" %016llx", (unsigned long long)cosines);
+  printf("\n%llu of %llu powers differ from the C library's, %llu of them beta**t, and %llu "
+         "logarithms\n",
+         (unsigned long long)powers, (unsigned long long)size, (unsigned long long)often,
+         (unsigned long long)logarithms);
   return 0;
 }
