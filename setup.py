@@ -3,16 +3,19 @@
 Everything else about the package stands in pyproject.toml.
 """
 
+import gzip
 import multiprocessing
 import os
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # an isolated build has no such entry
@@ -91,6 +94,8 @@ class BuildKernels(build_ext):
     a C compiler the install goes on: `fastopt info` says what is missing."""
 
     def build_extensions(self):
+        if not MSVC:
+            self.forget_python_folder()
         if self.compiles_with(OPENMP):
             for extension in self.extensions:
                 extension.extra_compile_args += OPENMP
@@ -107,6 +112,18 @@ class BuildKernels(build_ext):
             super().build_extension(extension)
         except Exception as error:
             print(f"fastopt: no {extension.name}: {error}", file=sys.stderr)
+
+    def forget_python_folder(self):
+        """Python's own flags for the linker may name the folder that it was built for.
+        The extensions need nothing from it, and it differs from machine to machine.
+        Folders that LDFLAGS or LDSHARED name stay."""
+        kept = [os.environ.get(name, "") for name in ("LDFLAGS", "LDSHARED")]
+        kept = " ".join(kept).split()
+        self.compiler.linker_so = [
+            word
+            for word in self.compiler.linker_so
+            if word in kept or not word.startswith(("-Wl,-rpath", "-Wl,-R"))
+        ]
 
     def compiles_with(self, flags):
         with TemporaryDirectory() as folder:
@@ -126,6 +143,36 @@ class BuildKernels(build_ext):
                 print(f"fastopt: building without OpenMP: {error}", file=sys.stderr)
                 return False
         return True
+
+
+class SourceArchive(sdist):
+    """Writes the same bytes from the same sources, wherever and by whom they are
+    packed, if SOURCE_DATE_EPOCH is set: it is the time of every file then. (For wheels,
+    setuptools sees to that.)"""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **others):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(
+                base_name, format, root_dir=root_dir, base_dir=base_dir, **others
+            )
+
+        def without_owner(entry):
+            entry.mtime = int(epoch)
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        path, folder = f"{base_name}.tar.gz", Path(root_dir or ".", base_dir)
+        self.mkpath(os.path.dirname(path))
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            archive.add(folder, base_dir, filter=without_owner)
+        return path
 
 
 CPUS = os.cpu_count() or 1
@@ -156,6 +203,6 @@ setup(
         # Or else an import of them would enable the GIL again (docs/threads.md).
         compiler_directives={"freethreading_compatible": True},
     ),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "sdist": SourceArchive},
     options={"build_ext": {"parallel": CPUS}},
 )

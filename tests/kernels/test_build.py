@@ -1,10 +1,12 @@
 """Building from source: with a compiler, without, and with one that lacks OpenMP."""
 
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -204,6 +206,34 @@ def test_a_wheel_has_the_package_and_the_addresses_of_its_sources(
     # Without the variable there are no addresses.
     setup(sources, "egg_info", "--egg-base", tmp_path, FASTOPT_REPOSITORY="")
     assert "Project-URL" not in (tmp_path / "fastopt.egg-info/PKG-INFO").read_text()
+
+
+@pytest.mark.slow
+def test_source_archives_have_the_same_bytes(sources, tmp_path):
+    """Of the same sources in two folders, with other dates and modes of the files.
+    Wheels take two whole builds: .ci/reproducible."""
+
+    def packed(folder):
+        subprocess.run(
+            [sys.executable, "setup.py", "sdist", "--dist-dir", "archives"],
+            cwd=folder,
+            env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
+            check=True,
+            capture_output=True,
+        )
+        (archive,) = (folder / "archives").iterdir()
+        return archive.read_bytes()
+
+    first = packed(sources)
+    shutil.rmtree(sources / "archives")
+    copy = shutil.copytree(sources, tmp_path / "another folder")
+    for path in copy.rglob("*"):
+        path.chmod(0o775 if path.is_dir() else 0o600)
+        os.utime(path, (2 * 10**9,) * 2)  # after Cython's own, or all is built anew
+    with tarfile.open(fileobj=io.BytesIO(first)) as opened:
+        assert {entry.mtime for entry in opened} == {1700000000}
+        assert any(entry.name.endswith("csrc/driver.pyx") for entry in opened)
+    assert packed(copy) == first
 
 
 RULE = """
