@@ -288,7 +288,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Make an optimizer from what :meth:`get_config` has returned."""
+        """Make an optimizer from what ``get_config()`` has returned."""
         excluded = config.get("exclude_from_weight_decay", {})
         rest = {k: v for k, v in config.items() if k != "exclude_from_weight_decay"}
         optimizer = super().from_config(rest, custom_objects)

@@ -170,9 +170,26 @@ def __getattr__(name: str) -> Any:
 
 
 def hyperparameters(rule: Rule, **changes: Any) -> Array:
-    """Return a rule's hyperparameters in the order in which native code takes them, as
-    float64: the defaults, with ``changes``, which are checked.
+    """Return a rule's hyperparameters in the order in which native code takes them.
 
+    Parameters
+    ----------
+    rule
+        Such as ``fastopt.adamw``.
+    **changes
+        Values that are not the defaults.
+
+    Returns
+    -------
+    array of float64
+
+    Raises
+    ------
+    TypeError, ValueError
+        For hyperparameters that the rule has not, or values out of their range.
+
+    Examples
+    --------
     >>> import fastopt
     >>> fastopt.native.hyperparameters(fastopt.adamw, lr=0.5).tolist()
     [0.5, 0.9, 0.999, 1e-08, 0.01]

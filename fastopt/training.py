@@ -425,6 +425,10 @@ def minimize(
     **hyperparameters
         Arguments for the rule: ``lr=0.1, ema=0.999, backend="numba"``.
 
+    Returns
+    -------
+    Result
+
     Raises
     ------
     TypeError, ValueError

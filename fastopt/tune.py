@@ -346,7 +346,7 @@ class GradientNoiseScale:
     Attributes
     ----------
     noise, signal
-        Unbiased estimates of tr(C) and of |G|^2; NaN before the first update.
+        Unbiased estimates of ``tr(C)`` and of ``|G|^2``; NaN before the first update.
     value, error
         Their ratio, and its standard error; NaN while the signal is not resolved.
     resolved
@@ -431,12 +431,12 @@ class GradientNoiseScale:
 
     @property
     def noise(self) -> float:
-        """The estimate of tr(C)."""
+        """The estimate of ``tr(C)``."""
         return float(self._sums[0]) / self._weight if self._count else math.nan
 
     @property
     def signal(self) -> float:
-        """The estimate of |G|^2."""
+        """The estimate of ``|G|^2``."""
         return float(self._sums[1]) / self._weight if self._count else math.nan
 
     def _covariance(self) -> Array:

@@ -127,7 +127,12 @@ def optimizer(
     **hyperparameters
         Of the rule. Each may be a schedule, one of fastopt's or another function of the
         number of completed steps, which inside ``jit`` is traced; or itself traced, as
-        ``optax.inject_hyperparams`` has them. ``lr=None`` is for :meth:`as_optax`.
+        ``optax.inject_hyperparams`` has them. ``lr=None`` is for
+        :meth:`Optimizer.as_optax`.
+
+    Returns
+    -------
+    Optimizer
 
     Raises
     ------

@@ -310,6 +310,8 @@ def imtl_g(gram: Any) -> Weights:
         Also if no weights with the sum 1 give such a direction, which only happens for
         dependent tasks.
 
+    Examples
+    --------
     >>> from fastopt import multitask
     >>> multitask.imtl_g([[1.0, 0.0], [0.0, 4.0]]).round(4)
     array([0.6667, 0.3333])

@@ -17,7 +17,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastopt.runtime.openmp import extension
 
@@ -51,9 +51,10 @@ def standard_by_libc(function: F) -> F:
     return standardized  # type: ignore[return-value]
 
 
-standard: Callable[[F], F]
-"""The function, run in standard arithmetic."""
-try:
-    standard = extension("_process").standard
-except ImportError:  # no C compiler, or no OpenMP
-    standard = standard_by_libc
+if TYPE_CHECKING:
+    from fastopt._process import standard
+else:
+    try:
+        standard = extension("_process").standard
+    except ImportError:  # no C compiler, or no OpenMP
+        standard = standard_by_libc

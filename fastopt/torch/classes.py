@@ -224,6 +224,23 @@ class OfRule(Stepping):
 def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
     """A ``torch.optim.Optimizer`` that applies a rule: one of fastopt's or your own.
 
+    Parameters
+    ----------
+    rule
+        Such as ``fastopt.lion``.
+    name
+        Of the class; by default the rule's, spelled as in its docstring.
+
+    Returns
+    -------
+    A class. It takes the parameters, the rule's hyperparameters, ``maximize``, and
+    what every class of ``fastopt.torch`` takes, such as ``clip_norm``.
+
+    Raises
+    ------
+    TypeError
+        For anything but a rule.
+
     Examples
     --------
     >>> import torch, fastopt, fastopt.torch

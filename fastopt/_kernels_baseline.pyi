@@ -1,0 +1,4 @@
+from typing import Any
+
+ISA: str
+TABLE: Any  # a capsule

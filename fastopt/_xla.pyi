@@ -1,0 +1,3 @@
+from typing import Any
+
+def targets() -> dict[str, Any]: ...
