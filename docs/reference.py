@@ -100,7 +100,9 @@ def directive(name: str, value: Any, owners: dict[int, str]) -> str:
         return f".. auto{'function' if callable(value) else 'data'}:: {name}"
     members = public.members(value)
     new = [m for m in members if owners.setdefault(id(members[m]), name) == name]
-    lines = [f".. autoclass:: {name}", f"   :members: {', '.join(new)}" if new else ""]
+    lines = [f".. autoclass:: {name}"]
+    if new:  # those that have the docstring of what they override are shown without
+        lines += [f"   :members: {', '.join(new)}", "   :undoc-members:"]
     others = {owners[id(method)] for method in members.values()} - {name}
     for other in sorted(others):
         lines.append(f"\n   It has the methods of :py:class:`{other}`.")
