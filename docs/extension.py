@@ -95,7 +95,7 @@ def converted(text: str, page: str, folder: str) -> str:
             return f"](/examples.md#{slug(posixpath.basename(target))})"
         if target.startswith("docs/"):
             return f"](/{target.removeprefix('docs/')}{anchor})"
-        return f"]({'../' * (page.count('/') + 1)}{target}{anchor})"
+        return f"](path:{'../' * (page.count('/') + 1)}{target})"
 
     def prose(part: str) -> str:
         return LINK.sub(link, FORMULA.sub(r"{math}\1", part))
