@@ -1,10 +1,9 @@
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Self
 
 OPENMP: bool
 CYTHON: str  # its version

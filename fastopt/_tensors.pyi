@@ -1,9 +1,8 @@
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from typing_extensions import Self
 
 def know(found: tuple[int, ...], of_float: Tensor, of_double: Tensor) -> None: ...
 def drop_gradients(groups: list[dict[str, Any]]) -> None: ...

@@ -14,34 +14,30 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_it_is_short():
-    """But for the tables that are made from measurements and rules."""
-    written = re.sub(r"<!-- (\w+): made by .*?<!-- /\1 -->", "", README, flags=re.S)
-    assert len(written.splitlines()) <= 145
+    assert len(README.splitlines()) <= 150
 
 
-def rule_of(block):
-    """The name of the rule whose whole file a block shows, or None."""
-    name = re.search(r"^(\w+) = Rule\(", block, re.M)
-    return name[1] if name and block.startswith('"""') else None
+def test_its_links_lead_somewhere():
+    """On GitHub, where the site's builder does not look."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    assert len(links) >= 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_examples_run():
-    """One after the other; what needs torch only where it is installed."""
+    """One after the other; that of torch only where torch is installed."""
     names = {}
-    exec("import numpy as np, fastopt", names)
     for block in BLOCKS:
-        if rule_of(block) is None and (util.find_spec("torch") or "torch" not in block):
-            names.pop("opt", None)
+        if util.find_spec("torch") or "torch" not in block:
             exec(compile(block, "README.md", "exec"), names)
-            assert "opt" not in names or names["opt"].steps > 0
-    assert len(BLOCKS) >= 3
-
-
-def test_a_rule_that_is_shown_is_its_file():
-    for block in BLOCKS:
-        if name := rule_of(block):
-            path = ROOT / "fastopt" / "rules" / f"{name}.py"
-            assert path.read_text("utf-8") == block
+            opt = names.pop("opt")
+            steps = (
+                opt.steps
+                if hasattr(opt, "steps")
+                else opt.state_dict()["state"][0]["step"]
+            )
+            assert steps == 1
+    assert len(BLOCKS) == 3
 
 
 def test_ci_runs_the_command():
