@@ -535,7 +535,6 @@ cdef void enter_segments(Job* job, const Call* call) noexcept nogil:
 
 
 cdef int step_call(Call* call) noexcept nogil:
-    global native_contention
     cdef const Native* native = call.native
     cdef Job job
     cdef int64_t r, words, streams = 0
@@ -563,7 +562,7 @@ cdef int step_call(Call* call) noexcept nogil:
     job.width = 1 + max(job.scalar_count, job.measured)
     job.stride = job.width + MOST_NUMBERS
     job.run, job.context = call.request.run, call.request.context
-    job.contention = native_contention
+    copy_shared(&native_contention, &job.contention)
     job.threads = call.request.threads if call.request.threads else default_threads
     if not job.run and fastopt_process() != process:
         job.threads = 1  # after a fork, OpenMP's threads are in the parent
@@ -590,8 +589,7 @@ cdef int step_call(Call* call) noexcept nogil:
     for r in range(job.sets):
         job.factors[r], job.steps[r] = call.grad_scale, call.t
     code = do_job(&job, call, settled)
-    # Of two steps at once, one is forgotten.
-    native_contention = job.contention
+    share(&native_contention, &job.contention)
     clear(&job)
     free(job.table)
     return code

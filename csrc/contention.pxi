@@ -3,6 +3,19 @@
 # that waits for such a CPU takes milliseconds instead of microseconds (docs/threads.md). So
 # after several turns that took far too long, one thread does the next ones.
 
+cdef extern from *:
+    """
+    #if defined(__GNUC__)
+    #define fastopt_load(shared, own) __atomic_load(shared, own, __ATOMIC_RELAXED)
+    #define fastopt_store(shared, own) __atomic_store(shared, own, __ATOMIC_RELAXED)
+    #else  /* loads and stores of aligned words are atomic on what it compiles for */
+    #define fastopt_load(shared, own) ((void) (*(own) = *(shared)))
+    #define fastopt_store(shared, own) ((void) (*(shared) = *(own)))
+    #endif
+    """
+    void fastopt_load(void* shared, void* own) noexcept nogil
+    void fastopt_store(void* shared, void* own) noexcept nogil
+
 cdef enum:
     STRIKES = 6  # slow turns before one thread is tried; a fast turn cancels a slow one
     LEAST_PATIENCE = 64  # turns by one thread the first time; each time twice as many
@@ -49,3 +62,22 @@ cdef inline bint is_alone(Contention* known) noexcept nogil:
     cdef bint alone = known.alone > 0
     known.alone -= alone
     return alone
+
+
+# Steps at the same time may share what is known. Each works on a copy. Of two, one may be
+# forgotten, or the fields may be of both, which does no harm: they only count.
+
+cdef inline void copy_shared(Contention* shared, Contention* own) noexcept nogil:
+    fastopt_load(&shared.patience, &own.patience)
+    fastopt_load(&shared.strikes, &own.strikes)
+    fastopt_load(&shared.alone, &own.alone)
+    fastopt_load(&shared.trusted, &own.trusted)
+    fastopt_load(&shared.slow_seconds, &own.slow_seconds)
+
+
+cdef inline void share(Contention* shared, Contention* own) noexcept nogil:
+    fastopt_store(&shared.patience, &own.patience)
+    fastopt_store(&shared.strikes, &own.strikes)
+    fastopt_store(&shared.alone, &own.alone)
+    fastopt_store(&shared.trusted, &own.trusted)
+    fastopt_store(&shared.slow_seconds, &own.slow_seconds)
