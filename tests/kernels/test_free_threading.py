@@ -13,13 +13,13 @@ import time
 
 import numpy as np
 import pytest
+from at_once import at_once, repeated
 
 import fastopt
 from fastopt import backends
 from fastopt.runtime import claims
 
 IS_BUILT_SO = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-SECONDS = 0.5  # that threads get at each other
 MANY = 8
 REFUSED = "this optimizer is in a step, in another thread or in one of its schedules"
 
@@ -35,27 +35,6 @@ def available(name):
 BACKENDS = [name for name in ("cython", "numba", "numpy") if available(name)]
 
 
-def at_once(*actions):
-    """Call each in a thread of its own, all at once. Raise their first error."""
-    begin, errors = threading.Barrier(len(actions)), []
-
-    def run(action):
-        begin.wait()
-        try:
-            action()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a thread hangs"
-    if errors:
-        raise errors[0]
-
-
 @pytest.fixture(autouse=True)
 def frequent_switches():
     """With the GIL, threads take turns of 5 ms by default, longer than many steps."""
@@ -63,18 +42,6 @@ def frequent_switches():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-
-
-def repeated(action):
-    """Return a function that calls an action until time is up, at least 20 times."""
-
-    def run():
-        end, count = time.monotonic() + SECONDS, 0
-        while time.monotonic() < end or count < 20:
-            action()
-            count += 1
-
-    return run
 
 
 # The GIL ------------------------------------------------------------------------------
@@ -244,7 +211,9 @@ def test_steps_of_one_optimizer_are_whole_or_refused(kind, backend):
 
         def once():
             nonlocal done
-            done += attempted(lambda: opt.step(grad))
+            success = attempted(lambda: opt.step(grad))
+            done += success
+            return success
 
         repeated(once)()
         counts.append(done)
@@ -256,10 +225,10 @@ def test_steps_of_one_optimizer_are_whole_or_refused(kind, backend):
             attempted(lambda: setattr(opt, "lr", 0.01))
 
     def save():
-        attempted(lambda: saved.append(numbers_of(opt)))
+        return attempted(lambda: saved.append(numbers_of(opt)))
 
     at_once(*[step] * 4, repeated(change), repeated(save))
-    assert opt.steps == sum(counts) > 0 and saved
+    assert opt.steps == sum(counts)
 
     # As many steps one after the other, and what was saved is of one of them.
     alone, other = made(kind, backend)
@@ -366,8 +335,10 @@ def test_claims_are_exclusive(monkeypatch):
     owner, done = Owner(), []
 
     def once():
-        if attempted(lambda: enter(owner)):
+        success = attempted(lambda: enter(owner))
+        if success:
             done.append(1)
+        return success
 
     at_once(*[repeated(once)] * 4)
     assert owner.most == 1 and owner.inside == 0
