@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from installed import needs_numba
 
 import fastopt
 from fastopt.backends import cython_cpu
@@ -412,6 +413,7 @@ assert len(done) == 2
 """
 
 
+@needs_numba
 @pytest.mark.parametrize(
     ("size", "environment"),
     [

@@ -29,7 +29,7 @@ def run(code):
         [sys.executable, "-c", BLOCKED + code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
