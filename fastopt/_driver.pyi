@@ -8,6 +8,8 @@ import numpy.typing as npt
 OPENMP: bool
 CYTHON: str  # its version
 FLOATS: tuple[np.dtype[np.float32], np.dtype[np.float64]]
+UNLIMITED: tuple[float, ...]  # the limits of a step that has none
+UNKNOWN: Any
 WITHOUT_SETTLE: frozenset[str]
 WITH_SETTLE: frozenset[str]
 

@@ -90,7 +90,7 @@ def test_the_examples_run(module):
         for member, text in examples(value):
             name = f"{full}{member}"
             names = {} if full != module else dict(vars(value))
-            if full.startswith("fastopt.schedules."):
+            if module in ("fastopt.schedules", "fastopt.rule"):  # as doctest does
                 names = dict(vars(imported(module)))
             test = parser.get_doctest(text or "", names, name, None, 0)
             output = io.StringIO()
