@@ -24,9 +24,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import formula
 import measured
@@ -38,7 +36,6 @@ import fastopt
 from fastopt import backends
 from fastopt.bench import loop
 from fastopt.muon import adjustment, orthogonalize
-from fastopt.rule import Rule
 from fastopt.rules import CLASS_RULES
 from fastopt.rules.lookahead import lookahead
 from fastopt.rules.muon import direction, muon
@@ -150,68 +147,33 @@ def span(numbers):
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def catalogue(rules, folder):
-    """The table of all rules, for a page from which ``folder`` leads to theirs."""
-    names = ", ".join(f"`{name}`" for name in backends.MODULES)
-    rows = [
-        (
-            f"[`{called(rule)}`]({folder}{rule.name}.md)",
-            cited(rule),
-            size(rule),
-            "all",
-            others(rule),
-        )
-        for rule in rules
-    ]
-    head = ("rule", "paper", "bytes ", "backends", "options beside `lr`")
-    return (
-        f"{table(head, rows)}\n\n"
-        f"Bytes: optimizer state per float32 parameter. All backends: {names}."
-    )
-
-
 def others(rule):
     """The options of a rule but ``lr``."""
     return ", ".join(name for name in rule.hyperparameters if name != "lr")
 
 
-class Place(NamedTuple):
-    """Where a page has a table, between two comments."""
-
-    root: Path
-    page: Path
-    source: Path | None  # what the first comment says that the table is made from
-    rules: Sequence[Rule]
-    text: str  # of the whole page
-
-
-# Each is made where a page has a comment of its name, and nowhere else.
+# Each stands where a page has a comment of its name, and nowhere else. It is made from
+# the file that the comment names, and may keep something of the table as it was.
 TABLES = {
-    "rules": lambda place: catalogue(place.rules, folder_of_rules(place)),
-    "speed": lambda place: measured.speed(place.source),
-    "loop": lambda place: measured.torch_loops(place.source),
-    "loops": lambda place: measured.loops(place.source),
-    "training": lambda place: measured.training(place.source),
-    "steps": lambda place: measured.steps(place.source),
-    "results": lambda place: measured.results(place.source, place.text),
+    "speed": lambda source, old: measured.speed(source),
+    "loop": lambda source, old: measured.torch_loops(source),
+    "loops": lambda source, old: measured.loops(source),
+    "training": lambda source, old: measured.training(source),
+    "steps": lambda source, old: measured.steps(source),
+    "results": measured.results,
 }
-BEFORE = r"<!-- (?P<name>\w+): made by docs/make\.py(?: from (?P<source>\S+))? -->\n"
-TABLE = re.compile(rf"(?P<before>{BEFORE}).*?(?P<after><!-- /(?P=name) -->)", re.S)
+BEFORE = r"<!-- (?P<name>\w+): made by docs/make\.py from (?P<source>\S+) -->\n"
+TABLE = re.compile(
+    rf"(?P<before>{BEFORE})(?P<old>.*?)(?P<after><!-- /(?P=name) -->)", re.S
+)
 
 
-def folder_of_rules(place):
-    """The link from a page to the folder of the rules' pages."""
-    folder = place.root / "docs" / "rules"
-    return f"{folder.relative_to(place.page.parent).as_posix()}/"
-
-
-def filled(root, page, text, rules):
+def filled(root, page, text):
     """The text of a page, with new tables in their places."""
 
     def new(match):
-        source = root / match["source"] if match["source"] else None
-        place = Place(root, page, source, rules, text)
-        return f"{match['before']}{TABLES[match['name']](place)}\n{match['after']}"
+        made = TABLES[match["name"]](root / match["source"], match["old"])
+        return f"{match['before']}{made}\n{match['after']}"
 
     for match in re.finditer(BEFORE, text):
         if match["name"] not in TABLES:
@@ -464,7 +426,7 @@ def wanted(root, rules):
     folder = root / "docs" / "rules"
     files = dict.fromkeys(folder.glob("*.md"))
     for path in written(root):
-        files[path] = filled(root, path, path.read_text("utf-8"), rules)
+        files[path] = filled(root, path, path.read_text("utf-8"))
     files[folder / "README.md"] = index(rules)
     path = root / "docs" / "parity.md"
     files[path] = parity(files[path], rules)

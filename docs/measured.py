@@ -86,10 +86,10 @@ def steps(source):
     return table(head, lines)
 
 
-def results(folder, page):
+def results(folder, old):
     """Return a row for each file of results: when and where it was measured. The commit
-    is written by hand, and kept from the page: only git knows it."""
-    commits = dict(re.findall(r"^\| `(\S+\.json)` \|.*\| (\S+) \|$", page, re.M))
+    is written by hand, and kept from the old table: only git knows it."""
+    commits = dict(re.findall(r"^\| `(\S+\.json)` \|.*\| (\S+) \|$", old, re.M))
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
         record = json.loads(path.read_text("utf-8"))
