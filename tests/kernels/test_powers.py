@@ -12,13 +12,14 @@ from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastopt
 from fastopt import elementary, portable, rules
 from fastopt.backends import cython_cpu
 from fastopt.portable import cospi
-from fastopt.rule import log, power, sqrt
+from fastopt.rule import Rule, log, power, sqrt, wide
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = not isinstance(power, type(elementary.power))
@@ -264,7 +265,12 @@ def helper(x, y):
 
 def with_helper(t, lr=0.1, beta=0.9):
     x = helper(1 + lr * (t - 1), 0.75)
-    return lr * x, helper(0.96, t * lr), 1 - pow(beta, t), helper(2, t)
+    return lr * x, helper(0.96, t * lr), 1 - helper(beta, t), helper(2, t)
+
+
+def with_pow(t, lr=0.1, beta=0.9):
+    x = pow(1 + lr * (t - 1), 0.75)
+    return lr * x, pow(0.96, t * lr), 1 - pow(beta, t), pow(2, t)
 
 
 def closure():
@@ -272,7 +278,7 @@ def closure():
 
     def inner(t, lr=0.1, beta=0.9):
         x = power_of(1 + lr * (t - 1), 0.75)
-        return lr * x, 0.96 ** (t * lr), 1 - beta**t, 2**t
+        return lr * x, power_of(0.96, t * lr), 1 - power_of(beta, t), power_of(2, t)
 
     return inner
 
@@ -298,6 +304,7 @@ USERS = {
     "statements": statements,
     "lambda": several[1],
     "helper function": with_helper,
+    "pow": with_pow,
     "closure": closure(),
     "without source": without_source(),
 }
@@ -377,26 +384,49 @@ def test_errors_are_those_of_python(how):
     assert how(tried)(1, 2, -3) == (0.125,)
 
 
-def test_a_users_rule_steps_with_our_powers(monkeypatch):
-    """A wrong power changes the step, so no other power was used."""
-    import numpy as np
+def scale(t, lr=0.1, beta=0.9):
+    return (lr * (1 - beta**t),)
 
-    def scalars(t, lr=0.1, beta=0.9):
-        return (lr * (1 - beta**t),)
 
-    def update(p, g, lr):
-        return (p - lr * g,)
+def descend(p, g, lr):
+    return (p - lr * g,)
 
-    def step():
-        w = np.ones(3)
-        fastopt.Rule(update, scalars, name="mine")(w, backend="numpy").step(np.ones(3))
-        return w.tolist()
 
-    assert step() == [1 - 0.1 * (1 - 0.9)] * 3
+def squares(p, g):
+    return (wide(g) * wide(g),)
+
+
+def normalized(t, n, total, lr):
+    return (lr * total**-0.5,)
+
+
+def mean(p, lr):
+    return lr * p
+
+
+def one_step(rule):
+    """The parameters after a step from 1, and those for evaluation."""
+    w = np.ones(4)
+    opt = rule(w, backend="numpy")
+    opt.step(np.ones(4))
+    return w[0], opt.eval_params()[0] if rule.evaluate else None
+
+
+def test_the_steps_of_a_users_rule_take_our_powers(monkeypatch):
+    """With a wrong power the step is wrong, so no other power was taken."""
+    plain = Rule(descend, scale, evaluate=mean, name="plain")
+    norms = Rule(descend, lambda t, lr=0.1: (lr,), measure=squares, settle=normalized)
+    size = 0.1 * (1 - 0.9)
+    assert one_step(plain) == (1 - size, size * (1 - size))
+    assert one_step(norms) == (1 - 0.1 * 0.5, None)
     portable.portable.cache_clear()
-    monkeypatch.setattr(portable, "raised", lambda x, y: 0.0)
-    assert step() == [0.9] * 3
-    portable.portable.cache_clear()
+    monkeypatch.setattr(portable, "raised", lambda x, y: 7.0)
+    try:
+        size = 0.1 * (1 - 7)
+        assert one_step(plain) == (1 - size, size * (1 - size))
+        assert one_step(norms) == (1 - 0.1 * 7, None)
+    finally:
+        portable.portable.cache_clear()
 
 
 # The compiled modules ---------------------------------------------------------------
