@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 from cases import same_bits
+from installed import needs_numba
 
 import fastopt
 
@@ -214,6 +215,7 @@ def test_learning_rates_that_keras_cannot_call(rate):
     assert all(map(same_bits, trained(optimizer), want))
 
 
+@needs_numba
 def test_a_rule_of_your_own():
     def update(p, g, lr):
         return (p - lr * g,)

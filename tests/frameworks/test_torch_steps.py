@@ -14,6 +14,7 @@ import weakref
 import numpy as np
 import pytest
 from cases import CASES, IDS
+from installed import needs_numba
 
 import fastopt
 
@@ -148,6 +149,7 @@ def test_values_of_our_own_are_checked(options, message):
         ft.Lion([Parameter(torch.ones(2))], **options)
 
 
+@needs_numba
 def test_a_rule_of_ones_own():
     def scalars(t, lr=0.1, momentum=0.9):
         return lr, momentum

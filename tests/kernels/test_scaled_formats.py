@@ -4,7 +4,7 @@ steps make of them. That the backends have the same bits is in test_formats.py."
 import numpy as np
 import pytest
 from cases import bfloat16, same_bits
-from installed import BACKENDS
+from installed import BACKENDS, needs_numba
 
 import fastopt
 from fastopt.memory import formats
@@ -426,6 +426,7 @@ def velocity(p, g, v, lr, mu):
     return p - lr * v, v
 
 
+@needs_numba
 def test_8bit_is_refused_for_other_rules():
     """ "v" of a user's rule may be negative, which v8 cannot be."""
     rule = fastopt.Rule(

@@ -467,6 +467,7 @@ def test_a_users_rule_of_the_same_name_does_not_get_our_kernel():
     assert np.all(param == 0)
 
 
+@needs_numba
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_users_constants_take_the_dtype_on_every_backend(dtype):
     """Not only what scalars returns: numbers that a rule or helper finds by name."""

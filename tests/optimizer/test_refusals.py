@@ -182,6 +182,7 @@ def test_gradients_that_overlap_the_state(backend):
     assert opt.steps == 0
 
 
+@needs_numba
 def test_number_too_large_for_the_dtype():
     with pytest.raises(ValueError, match="lr is 1e\\+39, too large for float32"):
         fastopt.gd(np.ones(3, np.float32), lr=1e39)
@@ -434,6 +435,7 @@ def scalars(t, lr=0.1):
     return (lr,)
 
 
+@needs_numba
 def test_rules():
     with pytest.raises(ValueError, match="contains the number 2, which"):
         fastopt.Rule(lambda p, g, lr: (p - 2 * lr * g,), scalars)
@@ -533,6 +535,7 @@ def test_errors_inside_a_schedule_are_its_own():
     assert opt.groups[0].at(1)[0] == 0.05
 
 
+@needs_numba
 def test_no_hyperparameters_at_all():
     rule = fastopt.Rule(lambda p, g, lr: (p - lr * g,), lambda t: (0.1,), name="mine")
     with pytest.raises(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from installed import needs_numba
 
 import fastopt
 
@@ -69,6 +70,7 @@ def test_rules_that_learn(run, tmp_path):
     assert done["digits", "adam"]["settings"] == {"lr": 1e-3}
 
 
+@needs_numba
 @pytest.mark.parametrize("update", [ascend, descend])
 def test_only_what_learns_passes(run, update):
     rule = fastopt.Rule(update, scalars, name="mine")
