@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cases import alike, bfloat16, same_bits
 from checkpoints import LARGE, RUNS, Run, adamw, as_list, draw, flat, nested
+from installed import needs_numba
 from test_golden import RUNS as OF_GOLDEN
 from test_golden import SAVED, TOTAL, decoded
 
@@ -147,6 +148,7 @@ def test_numbers_that_are_carried(path):
     assert same_bits(*carried) and not np.isfinite(carried[0]).all()
 
 
+@needs_numba
 def test_backends_read_each_others_files(path):
     runs = [
         Run(lambda params, b=b: fastopt.adamw(params, backend=b, formats="8bit"))
