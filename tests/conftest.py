@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items):
     """Without Numba, tests that are parametrized with its backend skip."""
     for item in items:
         chosen = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if not NUMBA and any(value in ("numba", "alone") for value in map(str, chosen)):
+        if not NUMBA and any(
+            value == "alone" or value.endswith("numba") for value in map(str, chosen)
+        ):
             item.add_marker(needs_numba)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from campaign import Campaign
+from installed import needs_numba
 
 from fastopt.backends import cython_cpu
 
@@ -55,6 +56,7 @@ def test_guard_pages_around_compiled_steps(campaign):
         steps_in(campaign, "cython", FASTOPT_ISA=isa)
 
 
+@needs_numba
 def test_guard_pages_around_numba_steps(campaign):
     steps_in(campaign, "numba")
 
