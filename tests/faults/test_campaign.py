@@ -43,7 +43,7 @@ def test_the_table_at_the_end(tmp_path, form, good, processes):
     """Also where several processes (pytest-xdist) have done the tests."""
     if processes > 1 and importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")
-    for name in ("conftest.py", "support/campaign.py"):
+    for name in ("conftest.py", "support/campaign.py", "support/installed.py"):
         shutil.copy(TESTS_FOLDER / name, tmp_path)
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = faults: long ones\n")
