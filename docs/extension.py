@@ -21,7 +21,7 @@ from typing import Any
 import gallery
 import reference
 from docutils import nodes
-from make import CATALOGUE, CLASSES, called
+from make import CATALOGUE, CLASSES, called, grouped
 from math_core import LatexError, LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -65,7 +65,8 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     if page in RULES:
         text = rule_page(app, RULES[page], text)
     elif page == "rules/README":
-        text += toctree([rule.name for rule in CATALOGUE])
+        for rules in grouped(CATALOGUE).values():
+            text += toctree([rule.name for rule in rules])
     elif page in PATHS:
         text = text.replace("<!-- paths -->\n", grid(PATHS[page]))
     elif page == "examples":
@@ -119,7 +120,7 @@ def rule_page(app: Sphinx, rule: reference.Rule, text: str) -> str:
         f"```{{figure}} /_build/gallery/{name}.svg\n"
         f":alt: The path of {called(rule)} through a curved valley to its minimum\n"
         f":figclass: path\n\n"
-        f"{app.env.pictures[name]} [What this is](/gallery.md)\n```\n\n"
+        f"{app.env.pictures[name]} [About this picture](/gallery.md)\n```\n\n"
     )
     text = text.replace("## Options\n", figure + "## Options\n", 1)
     if rule in CLASSES:

@@ -42,6 +42,22 @@ from fastopt.rules.muon import direction, muon
 
 CLASSES = {rule: rule.name.capitalize() for rule in CLASS_RULES}
 CATALOGUE = (*fastopt.RULES, *CLASSES)
+# The headings of the page of all rules. A rule that is not here stands under OTHERS.
+GROUPS = {
+    "Gradient descent and momentum": "gd dynamic_gd sgd sgdw asgd",
+    "Signs of gradients": "signum tiger lion cautious_lion rprop",
+    "Adagrad and RMSprop": "adagrad adadelta rmsprop ftrl madgrad",
+    "Adam": "adam adamw amsgrad amsgradw adamax nadam nadamw radam radamw",
+    "Variants of Adam": "adabelief adamc adan ademamix adopt cautious_adamw "
+    "cautious_decay_adamw laprop mars qhadam yogi",
+    "Schedule-free": "schedule_free_sgd schedule_free_adamw schedule_free_radam",
+    "Norms of arrays": "lars lamb novograd stable_adamw",
+    "Rules that find the learning rate": "dog dadapt_adam prodigy",
+    "Second derivatives": "sophia_g",
+    "Matrices": "muon adafactor",
+    "Around another optimizer": "lookahead",
+}
+OTHERS = "More"
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = re.compile(r"(?<= --- \|)\n((?:\|.*\n)*)")  # of a table of Markdown
 
@@ -191,25 +207,41 @@ def written(root):
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
+def grouped(rules):
+    """The rules under each heading."""
+    heads = {name: head for head, names in GROUPS.items() for name in names.split()}
+    groups = {head: [] for head in (*GROUPS, OTHERS)}
+    for rule in rules:
+        groups[heads.get(rule.name, OTHERS)].append(rule)
+    return {head: those for head, those in groups.items() if those}
+
+
 def index(rules):
     """The page of all rules."""
-    rows = [
-        (
-            f"[`{called(rule)}`]({rule.name}.md)",
-            summary(rule),
-            cited(rule),
-            size(rule),
-            others(rule),
-        )
-        for rule in rules
-    ]
     names = ", ".join(f"`{name}`" for name in backends.MODULES)
+    parts = [
+        "# Rules",
+        "Each rule is a function that makes an optimizer: `fastopt.adamw(params, "
+        "lr=1e-3)`. Its page has the formula, the options, the state and the code. "
+        "[Training strategy](../strategy.md) says which one to choose, and the "
+        "[gallery](../gallery.md) shows how they move.",
+        '"Bytes" is the optimizer state in bytes for each float32 parameter, so 8 is '
+        f"twice the memory of the parameters. Every rule runs on the backends {names}.",
+    ]
     head = ("rule", "what it is", "paper", "bytes ", "options beside `lr`")
-    return (
-        f"# Rules\n\n{table(head, rows)}\n\n"
-        f"Bytes: optimizer state per float32 parameter. Every rule runs on the "
-        f"backends {names}.\n"
-    )
+    for title, those in grouped(rules).items():
+        rows = [
+            (
+                f"[`{called(rule)}`]({rule.name}.md)",
+                summary(rule),
+                cited(rule),
+                size(rule),
+                others(rule),
+            )
+            for rule in those
+        ]
+        parts += [f"## {title}", table(head, rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def parity(text, rules):

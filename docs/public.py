@@ -36,6 +36,17 @@ RESULTS = {
     "fastopt.torch.release.Released": "fastopt.torch.release_gradients_",
 }
 
+# The names that stand first on the page of their module.
+FIRST = {"fastopt": ("Optimizer", "Rule", "FlatBuffer", "flatten")}
+
+# Classes with methods for fastopt's own use, and the methods that are for users.
+MEMBERS = {
+    "fastopt.rule.Rule": ("in_passes", "hyperparameters"),
+    "fastopt.language.Word": (),
+    "fastopt.optimizer.groups.Group": ("frozen", "schedules", "update"),
+    "fastopt.optimizer.storage.Usage": ("total", "per_parameter"),
+}
+
 # What modules need beside fastopt's own dependencies, and the examples of some names.
 NEEDS = {
     "fastopt.torch": ["torch"],
@@ -52,7 +63,8 @@ NEEDS = {
 
 def names(module):
     """The public names of a module, which is imported, in the order of the docs."""
-    return list(importlib.import_module(module).__all__)
+    everything = importlib.import_module(module).__all__
+    return list(dict.fromkeys((*FIRST.get(module, ()), *everything)))
 
 
 def objects(module):
@@ -81,7 +93,7 @@ def results(module):
 def members(kind):
     """The public methods and properties of a class, which fastopt defines, by name."""
     found = {}
-    for name in dir(kind):
+    for name in MEMBERS.get(f"{kind.__module__}.{kind.__qualname__}", dir(kind)):
         value = inspect.getattr_static(kind, name)
         unwrapped = getattr(value, "__func__", getattr(value, "fget", value))
         unwrapped = getattr(unwrapped, "method", unwrapped)

@@ -118,8 +118,8 @@ def signature(rule: Rule) -> str:
     options = ", ".join(f"{name}={value}" for name, value in defaults(rule).items())
     return (
         f"```{{py:function}} fastopt.{called(rule)}(params, *, {options}, **more)\n\n"
-        f"Return an optimizer of `params`. Its class, {{py:class}}`fastopt.Optimizer`, "
-        f"has all arguments.\n```\n"
+        f"Return an optimizer of `params`. See {{py:class}}`fastopt.Optimizer` for the "
+        f"other arguments.\n```\n"
     )
 
 

@@ -16,7 +16,7 @@ ABOUT = {
     "momentum": "Momentum factor.",
     "dampening": "Dampening of the gradient in the momentum.",
     "nesterov": "Whether the momentum is Nesterov's.",
-    "weight_decay": "Factor of the weight decay.",
+    "weight_decay": "How strongly a step pulls parameters towards 0; 0 is off.",
     "eps": "Added to the denominator.",
     "beta": "Decay rate of the average of gradients.",
     "beta1": "Decay rate of the average of gradients.",
@@ -74,7 +74,7 @@ ABOUT = {
 
 PARAMS = """\
 params
-    As for :class:`~fastopt.Optimizer`, whose other options follow by name."""
+    As for ``fastopt.Optimizer``, whose other options follow by name."""
 WIDTH = 80
 
 

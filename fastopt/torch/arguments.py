@@ -107,7 +107,7 @@ ABOUT = {
     "amsgrad": "Whether the largest average of squares so far is used.",
     "maximize": "Whether to step along the gradients, not against them.",
     "decoupled_weight_decay": "Whether weight decay is as in AdamW.",
-    "foreach": "Taken for torch's sake; without effect on fastopt's steps.",
+    "foreach": "Accepted for compatibility; has no effect on fastopt's steps.",
     "fused": "True: GradScaler leaves unscaling to ``step``, as with torch's.",
     "capturable": "True: steps are torch's own.",
     "differentiable": "True: steps are torch's own, and autograd goes through them.",
@@ -159,8 +159,8 @@ def docstring(kind: Any, rule: Rule, name: str, note: str | None, own: bool) -> 
         about.append(docstrings.filled(base))
     else:
         about.append(
-            f"As ``torch.optim.{name}``, with its arguments, its state and its words; "
-            f"the\nsteps are fastopt's."
+            f"Like ``torch.optim.{name}``: it has the same arguments and the same "
+            f"state.\nfastopt computes the steps."
         )
     if note:
         about.append(inspect.cleandoc(note))

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastopt
+
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 import gallery  # noqa: E402
+import make  # noqa: E402
+import public  # noqa: E402
 from make import CATALOGUE  # noqa: E402
 
 sys.path.remove(str(ROOT / "docs"))
@@ -75,6 +79,22 @@ def test_a_rule_that_leaves_the_picture_is_named(monkeypatch):
     monkeypatch.setattr(gallery, "LEARNING_RATES", [1e6])
     with pytest.raises(ValueError, match="sgd leaves the picture with all learning"):
         gallery.best(RULES["sgd"])
+
+
+def test_each_rule_stands_once_under_a_heading():
+    listed = " ".join(make.GROUPS.values()).split()
+    assert len(listed) == len(set(listed)) and set(listed) <= set(RULES)
+    groups = make.grouped(CATALOGUE)
+    assert [rule.name for rule in groups["Schedule-free"]] == [
+        f"schedule_free_{name}" for name in ("sgd", "adamw", "radam")
+    ]
+    new = fastopt.Rule(fastopt.gd.update, fastopt.gd.scalars, name="new")
+    assert make.grouped([new]) == {make.OTHERS: [new]}
+
+
+def test_the_reference_lists_what_users_need_of_a_rule():
+    assert set(public.members(fastopt.Rule)) == {"in_passes", "hyperparameters"}
+    assert public.names("fastopt")[:2] == ["Optimizer", "Rule"]
 
 
 def test_links_and_formulas(monkeypatch):
