@@ -1,6 +1,6 @@
 """RAdam: Adam, rectified while its second moment is uncertain; before that, momentum.
-Liu et al. 2020, arXiv:1908.03265. As torch: eps is not corrected for bias, weight decay
-is added to the gradient.
+Liu et al. 2020, arXiv:1908.03265. As torch: eps is added to the root before the bias
+correction, weight decay is added to the gradient.
 """
 
 from fastopt.rule import Rule, sqrt, where
