@@ -23,7 +23,12 @@ def table(head, rows):
 def speed(source):
     """Return the times of steps of AdamW, from a file of ``fastopt bench``."""
     measured = report.read(source).measured
-    return report.markdown([m for m in measured if title(m.case) == "adamw"])
+    rows = report.markdown([m for m in measured if title(m.case) == "adamw"])
+    machine = json.loads(source.read_text("utf-8"))["machine"]
+    return (
+        f"{rows}\n\nMeasured on {machine['date']} with {machine['threads']} threads. "
+        f"CPU: {machine['cpu']}, {machine['isa']}."
+    )
 
 
 def loops(source):
