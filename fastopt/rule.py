@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import reprlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -51,6 +49,14 @@ from fastopt.language import word as word
 from fastopt.portable import log as log
 from fastopt.portable import power as power
 from fastopt.runtime.exclusive import computed_once
+from fastopt.signatures import (
+    check_named,
+    check_no_loop,
+    check_scalars,
+    check_settle,
+    state_names,
+)
+from fastopt.signatures import limits as limits
 from fastopt.trial import tried
 
 if TYPE_CHECKING:
@@ -76,26 +82,6 @@ __all__ = [
 ]
 
 Hyperparameter: TypeAlias = float | int | bool
-
-
-# By name, or by how one ends, as adamw_lr does.
-_AT_LEAST_ZERO = re.compile(r"(.*_)?(lr|eps|weight_decay|momentum)")
-_BELOW_ONE = re.compile(r"(.*_)?beta\d*")
-# What an optimizer's own attributes and arguments are called.
-_RESERVED = {"params", "backend", "threads", "rule", "groups", "state", "steps", "step"}
-_RESERVED |= {"state_dict", "load_state_dict", "add_group", "accumulate", "estimate"}
-_RESERVED |= {"accumulated", "ema", "ema_params", "eval_params", "frozen", "grad_norm"}
-_RESERVED |= {"skipped", "weight_decay_mask", "formats", "copy_to", "seed", "memory"}
-_RESERVED |= {"save", "load"}
-
-
-@cache
-def limits(key: str) -> tuple[float, float]:
-    """The least that one of this name may be, and what it must be below."""
-    if _BELOW_ONE.fullmatch(key):
-        return 0.0, 1.0
-    return (0.0 if _AT_LEAST_ZERO.fullmatch(key) else -math.inf), math.inf
-
 
 # How messages show what came, which may be large, deep or refer to itself.
 _shown = reprlib.Repr()
@@ -244,26 +230,20 @@ class Rule:
                     f"{what} must be a plain Python function, "
                     f"got {getattr(self, what)!r}"
                 )
-        object.__setattr__(self, "state", tuple(self.state))
+        object.__setattr__(self, "state", state_names(self.state))
         if not self.name:
             name = self.update.__name__
             module = (self.update.__module__ or "__main__").rpartition(".")[2]
             if name == "update" and module != "__main__":
                 name = module
             object.__setattr__(self, "name", name)
-        self._check_scalars()
+        check_scalars(self.name, self.scalars, self.carry)
         self._check_starts()
         for element in (self.update, self.measure, self.evaluate):
             if element is not None:
                 self._check_element(element)
-        if (
-            self.settle is not None
-            and self.settle.__code__.co_flags & inspect.CO_VARARGS
-        ):
-            raise TypeError(
-                f"settle of {self.name!r} must name its arguments one by one: those "
-                f"results of scalars that it does not name go on to update"
-            )
+        if self.settle is not None:
+            check_settle(self.name, self.settle)
         if self.estimate is not None:
             self._check_estimate(*self.estimate)
 
@@ -316,7 +296,7 @@ class Rule:
         >>> w
         array([-0.25, -0.25, -0.25, -0.25])
         """
-        states = len(more.get("state", ()))
+        states = len(state_names(more.get("state", ())))
         update, whole = composed.functions(direction, measure, apply, states)
         more = {"measure": whole, "settle": settle, "apply": apply, **more}
         return cls(update, scalars, **more)
@@ -331,37 +311,6 @@ class Rule:
                 f"{', '.join(rule.hyperparameters)}"
             )
 
-    def _check_scalars(self) -> None:
-        parameters = list(inspect.signature(self.scalars).parameters.values())[1:]
-        carry = [parameter.name for parameter in parameters[: len(self.carry)]]
-        if carry != list(self.carry):
-            raise TypeError(
-                f"scalars of {self.name!r} must take the carry after t, "
-                f"{', '.join(self.carry)}, but takes {', '.join(carry)}"
-            )
-        for parameter in parameters[len(self.carry) :]:
-            name = parameter.name
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise TypeError(
-                    f"scalars of {self.name!r} must name its hyperparameters one by "
-                    f"one, but takes *{name}"
-                )
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                raise TypeError(
-                    f"scalars of {self.name!r} must take its hyperparameters by "
-                    f"position, but takes {name} by name only; remove the *"
-                )
-            if parameter.default is parameter.empty:
-                raise TypeError(
-                    f"scalars of {self.name!r} must give every hyperparameter a "
-                    f"default; {name} has none"
-                )
-            if name in _RESERVED or name.startswith("_"):
-                raise TypeError(
-                    f"a hyperparameter of {self.name!r} may not be named {name!r}, "
-                    f"which means something else to an optimizer"
-                )
-
     def _check_starts(self) -> None:
         for name in self.starts:
             if name not in self.state:
@@ -374,6 +323,7 @@ class Rule:
 
     def _check_element(self, element: Function) -> None:
         """Check an element function's signature and literals."""
+        check_named(self.name, element)
         code = element.__code__
         taken = (1 if element is self.evaluate else 2) + len(self.state)
         if code.co_argcount < taken:
@@ -383,6 +333,7 @@ class Rule:
                 f"is at least {taken} arguments here; it takes {code.co_argcount}"
             )
         for function in reached(element, []):
+            check_no_loop(self.name, function)
             for constant in constants(function):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(

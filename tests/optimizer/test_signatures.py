@@ -1,0 +1,169 @@
+"""How the functions of a rule are written: which arguments they take, and no loops."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import fastopt
+
+
+def scalars(t, lr=0.5):
+    return (lr,)
+
+
+def update(p, g, lr):
+    return (p - lr * g,)
+
+
+def measure(p, g, lr):
+    return (g * g,)
+
+
+def settle(t, n, total, lr):
+    return (lr,)
+
+
+def only_lr(lr=0.5):
+    return (lr,)
+
+
+def lr_without_default(lr):
+    return (lr,)
+
+
+def two_defaults(beta1=0.9, lr=0.5):
+    return (lr,)
+
+
+def nothing():
+    return (0.5,)
+
+
+def all_by_name(*, lr=0.5):
+    return (lr,)
+
+
+def t_with_default(t=1, lr=0.5):
+    return (lr,)
+
+
+def several(*values):
+    return values
+
+
+def by_any_name(**values):
+    return (0.5,)
+
+
+SCALARS = {
+    only_lr: r"first and without a default, but takes lr=0.5 first, .* scalars\(t, lr=",
+    two_defaults: "without a default, but takes beta1=0.9 first",
+    t_with_default: "without a default, but takes t=1 first",
+    lr_without_default: r"but takes lr first, .* write scalars\(t, lr=...\)",
+    nothing: "must take t, the number of the step, first, but takes no argument",
+    all_by_name: r"by position, but takes lr by name only; remove the \*",
+    several: r"one by one, t, .* first, but takes \*values",
+    by_any_name: r"one by one, t, .* first, but takes \*values",
+}
+
+
+@pytest.mark.parametrize("function", SCALARS, ids=lambda f: f.__name__)
+def test_scalars_take_t_first(function):
+    with pytest.raises(TypeError, match=f"^scalars of 'mine' .*{SCALARS[function]}"):
+        fastopt.Rule(update, function, name="mine")
+
+
+def test_what_is_carried_has_no_default_and_is_taken_by_position():
+    with pytest.raises(TypeError, match="without defaults, but k has the default"):
+        fastopt.Rule(update, lambda t, k=1.0, lr=0.5: (lr, k), carry={"k": 1.0})
+    with pytest.raises(TypeError, match="carry by position, but takes k by name only"):
+        fastopt.Rule(update, lambda t, *, k: (k, k), carry={"k": 1.0})
+
+
+SETTLES = {
+    "t has a default": (lambda t=1, n=0, total=0, lr=0: (lr,), "takes t=1 first"),
+    "lr has a default": (lambda t, n, total, lr=0.1: (lr,), "lr has the default 0.1"),
+    "by name": (lambda t, n, total, *, lr: (lr,), "takes lr by name only"),
+    "all by name": (lambda *, t, n: (1.0,), "first and by position, but takes t by"),
+    "no argument": (lambda: (1.0,), "takes no argument"),
+    "several": (lambda t, *sums: sums, "must name its arguments one by one"),
+}
+
+
+@pytest.mark.parametrize("case", SETTLES)
+def test_settle(case):
+    function, message = SETTLES[case]
+    with pytest.raises(TypeError, match=f"^settle of 'mine' .*{message}"):
+        fastopt.Rule(update, scalars, measure=measure, settle=function, name="mine")
+
+
+def test_functions_of_elements():
+    with pytest.raises(TypeError, match=r"must name its arguments .* takes \*rest"):
+        fastopt.Rule(lambda p, g, *rest: (p,), scalars)
+    with pytest.raises(TypeError, match="takes lr by name only"):
+        fastopt.Rule(lambda p, g, *, lr: (p,), scalars)
+
+
+def test_positional_only_arguments_are_as_good():
+    rule = fastopt.Rule(
+        lambda p, g, lr, /: (p - lr * g,), lambda t, /, lr=0.5: (lr,), name="mine"
+    )
+    w = np.ones(2)
+    rule(w, backend="numpy").step(np.ones(2))
+    assert w.tolist() == [0.5, 0.5]
+
+
+def test_state_is_a_tuple_of_names():
+    def with_m(p, g, m, lr):
+        return p - lr * m, m
+
+    wanted = r"got the string 'momentum'; write state=\('momentum',\)"
+    with pytest.raises(TypeError, match=wanted):
+        fastopt.Rule(with_m, scalars, state="momentum")
+    with pytest.raises(TypeError, match=wanted):
+        fastopt.Rule.in_passes(
+            with_m, lambda p, u: (u,), update, scalars, settle, state="momentum"
+        )
+    for wrong in (None, 1, (1,), {"m"}):
+        with pytest.raises(TypeError, match="a tuple with the name of each buffer"):
+            fastopt.Rule(with_m, scalars, state=wrong)
+    with pytest.raises(ValueError, match="must name each buffer once"):
+        fastopt.Rule(with_m, scalars, state=("m", "m"))
+    assert fastopt.Rule(with_m, scalars, state=["m"]).state == ("m",)
+
+
+def for_loop(p, g, lr):
+    for x in (lr, g):
+        p = p - x
+    return (p,)
+
+
+def while_loop(p, g, lr):
+    while lr < lr:
+        p = p - lr * g
+    return (p,)
+
+
+def helper(x):
+    y = x
+    for z in (x, x):
+        y = y + z
+    return y
+
+
+def calling(p, g, lr):
+    return (p - lr * helper(g),)
+
+
+@pytest.mark.parametrize(
+    ("function", "culprit", "line"),
+    [(for_loop, for_loop, 1), (while_loop, while_loop, None), (calling, helper, 2)],
+    ids=["for", "while", "helper"],
+)
+def test_loops_are_refused_with_their_line(function, culprit, line):
+    _, first = inspect.getsourcelines(culprit)
+    at = r"\d+" if line is None else str(first + line)
+    message = f"{culprit.__name__} of 'mine' has a loop, in line {at} of .*test_signat"
+    with pytest.raises(ValueError, match=message):
+        fastopt.Rule(function, scalars, name="mine")
