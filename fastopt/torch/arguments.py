@@ -12,7 +12,8 @@ import torch
 
 from fastopt import docstrings
 from fastopt.optimizer import checks
-from fastopt.rule import Rule
+from fastopt.rule import Rule, shown
+from fastopt.step import OPTIONS
 
 PAIRS = {  # hyperparameters that torch has in a tuple
     **{f"beta{i}": ("betas", i - 1) for i in (1, 2, 3)},
@@ -38,6 +39,36 @@ class Arguments:
         first = next(cls for cls in owner.__mro__ if "__init__" in vars(cls))
         ours = vars(first).get("__signature__") is self
         return self.of(owner) if ours else None
+
+
+# Those of them that an optimizer keeps in another form than it was given.
+CONVERTED = {"copy_to", "shard_group"}
+
+
+def refuse_options(group: Mapping[str, Any], opt: Any) -> None:
+    """Refuse a group of parameters that sets what only an optimizer, or a step, can.
+
+    Wrappers such as ``ZeroRedundancyOptimizer`` put all options of the optimizer into
+    its groups, so a group may have what the optimizer has.
+    """
+    for name in (*EXTRAS, "zero_grads"):
+        if name not in group or name in opt.defaults:
+            continue
+        value, own = group[name], getattr(opt, name, None)
+        same = value is own or (
+            (own is not None and value is not None)
+            if name in CONVERTED
+            else isinstance(value, (int, float, str, dict)) and value == own
+        )
+        if not same:
+            of = "the optimizer, or of step," if name in OPTIONS else "the optimizer,"
+            instead = f"give it to the optimizer: {type(opt).__name__}(..., {name}=...)"
+            if name == "zero_grads":
+                of, instead = "step,", "give it to step: step(zero_grads=True)"
+            raise TypeError(
+                f"{name} is an option of {of} not of a group of parameters, but a "
+                f"group has {name}={shown(value)}; {instead}"
+            )
 
 
 def refuse_schedules(named: Mapping[str, Any]) -> None:

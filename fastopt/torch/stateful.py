@@ -20,7 +20,13 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked, launched_with_one, own_number
 from fastopt.torch import dtensors, loading
-from fastopt.torch.arguments import EXTRAS, number, readers, refuse_schedules
+from fastopt.torch.arguments import (
+    EXTRAS,
+    number,
+    readers,
+    refuse_options,
+    refuse_schedules,
+)
 from fastopt.torch.flat import flattened_any, in_flat_buffer
 from fastopt.torch.formats import REMAINDER, WORDS, decoded, fit, names_of
 from fastopt.torch.gradients import Gradients, Sums, is_left, of_shards, of_tasks
@@ -248,6 +254,7 @@ class Stateful(Storage):
             refuse_group_in(param_group)
             # Others' keys may be anything: Megatron's groups contain a class.
             ours = self.defaults
+            refuse_options(param_group, self)
             refuse_schedules({k: v for k, v in param_group.items() if k in ours})
         with self._turns.lock:
             super().add_param_group(param_group)
