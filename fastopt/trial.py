@@ -62,8 +62,10 @@ def check_elements(
     given = len(results) - len(rule.carry)
     if given < rule.scalar_count or (given > rule.scalar_count and not surplus):
         carried = f" and {len(rule.carry)} to carry" if rule.carry else ""
+        count = len(results) - handed
+        values = "value" if count == 1 else "values"
         raise TypeError(
-            f"{last} of {rule.name!r} returns {len(results) - handed} values, but its "
+            f"{last} of {rule.name!r} returns {count} {values}, but its "
             f"update takes {rule.scalar_count - handed} after (p, g, *state"
             f"{', *what settle does not take' if handed else ''}){carried}"
         )

@@ -10,6 +10,13 @@ import numpy as np
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 
+OF_TORCH = "fastopt.torch.AdamW(model.parameters())"
+
+
+def of_jax(leaf: Any) -> bool:
+    """Whether this is an array of JAX's, which nobody can write to."""
+    return type(leaf).__module__.partition(".")[0] in ("jax", "jaxlib")
+
 
 def on_device(leaf: Any) -> bool:
     """Whether an array lives on a GPU (or is numba's simulation of one)."""
@@ -45,6 +52,12 @@ def as_array(name: str, value: Any) -> Array:
                 if "bfloat16" not in str(value.dtype)
                 else ("; use fastopt.torch, or pass an array of ml_dtypes' bfloat16")
             )
+            if of_jax(value):  # while jax.jit traces, say
+                advice = "; use fastopt.jax, whose steps are functions for jax.jit"
+            if getattr(value, "requires_grad", False):
+                advice = f"; pass {name}.detach()"
+                if name.startswith("params"):
+                    advice += f", or {OF_TORCH}, which takes such tensors"
             raise TypeError(
                 f"{name} does not share its memory: {error}{advice}"
             ) from error
@@ -59,6 +72,10 @@ def as_array(name: str, value: Any) -> Array:
     if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
         return np.asarray(value)
     advice = "; pass a list of arrays" if isinstance(value, Iterator) else ""
+    of_module = getattr(value, "__qualname__", "").startswith("Module.")
+    bases = [base.__module__ for base in type(value).__mro__]
+    if of_module or any(base.startswith("torch.nn") for base in bases):
+        advice = f"; for a model of torch, use {OF_TORCH}"
     raise TypeError(
         f"{name} must be an array (NumPy's, or one that speaks DLPack, "
         f"__array_interface__ or __cuda_array_interface__), "

@@ -65,6 +65,15 @@ class FlatBuffer:
     def __getitem__(self, key: Any) -> Any:
         return self.views[key]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        now = self.views[key]
+        if value is not now:  # which it is after flat[key] += 1
+            into = "[:]" if getattr(now, "ndim", 0) else "[...]"
+            raise TypeError(
+                f"the arrays of a FlatBuffer cannot be replaced; write into them: "
+                f"flat[{key!r}]{into} = values"
+            )
+
     def __contains__(self, key: Any) -> bool:
         return key in self.views
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fastopt.memory.arrays import as_array, read_only, span
+from fastopt.memory.arrays import as_array, of_jax, read_only, span
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.formats import (
     COMPUTED,
@@ -132,6 +132,11 @@ def check_params(
             )
         check_layout(name, array, updated=True)
         if read_only(original) or read_only(array):
+            if of_jax(original):
+                raise ValueError(
+                    f"{name} is read-only, as all arrays of JAX are; use fastopt.jax, "
+                    f"whose steps return new arrays, or pass a copy, np.array({name})"
+                )
             raise ValueError(
                 f"{name} is read-only, but parameters are updated in place; pass a "
                 f"writeable NumPy array of the same memory (a tensor's .numpy()), or a "

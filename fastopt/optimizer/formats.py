@@ -180,8 +180,8 @@ class Formats:
             raise ValueError(
                 f"{what}='8bit' is for fastopt's own rules, whose averages it knows; "
                 f"for {self.rule}, name a format for each buffer: 'v8' for averages of "
-                f"squares, 'm8' for other averages, such as "
-                f"{ {buffer: 'm8' for buffer in self.buffers} }"
+                f"squares, which are never negative, 'm8' for other averages, such as "
+                f"{ {name: EIGHT_BITS.get(name, 'm8') for name in self.buffers} }"
             )
         if name == "8bit":
             given = {k: kind for k, kind in EIGHT_BITS.items() if k in self.buffers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from fastopt.backends.numpy_ref import combined
 from fastopt.memory.arrays import to_host
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
+from fastopt.memory.trees import leaves
 from fastopt.optimizer import checks
 from fastopt.optimizer.parameters import Parameters
 from fastopt.step import Runner
@@ -111,6 +112,15 @@ def fit(
             f"{name} is a FlatBuffer of another layout than {of}; make it with the "
             f"parameters' zeros_like()"
         )
-    array = checks.as_gradient(params.module, name, grad, params.arrays[i])
+    try:
+        array = checks.as_gradient(params.module, name, grad, params.arrays[i])
+    except TypeError as error:
+        flats = any(isinstance(tree, FlatBuffer) for _, tree in leaves(params.trees))
+        if flats and isinstance(grad, (Mapping, list, tuple)):
+            raise TypeError(
+                f"{name} must be a FlatBuffer, like {of}, got {type(grad).__name__}; "
+                f"make one with grads = flat.zeros_like(), and write into its arrays"
+            ) from error
+        raise
     checks.check_grad(name, array, of, params.arrays[i], spans)
     return array

@@ -187,7 +187,7 @@ def no_tuple(p, u):
             r"returns_three .* must return \(u, m\), a tuple of 2, got 3",
         ),
         (0, takes_lr, "direction of .* must take the 1 results .* but takes 2"),
-        (4, settles_one, "settle of .* returns 1 values, but its update takes 2 after"),
+        (4, settles_one, "settle of .* returns 1 value, but its update takes 2 after"),
         (
             4,
             settles_all,
