@@ -8,6 +8,10 @@
 1
 """
 
+from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING
+
+from fastopt import advice as _advice
 from fastopt import multitask, rules, schedules
 from fastopt.adafactor import Adafactor
 from fastopt.lookahead import Lookahead
@@ -45,3 +49,14 @@ __all__ = [
 __all__ += rules.__all__
 
 __version__ = "0.1.0"
+
+if not TYPE_CHECKING:  # a type checker would believe that there is every name
+
+    def __getattr__(name):
+        """Say which name may be meant."""
+        names, other, also = __all__, "; fastopt.RULES has all rules", ""
+        if name[:1].isupper():  # as torch's classes are
+            also = " The classes for tensors of torch are in fastopt.torch."
+        if name.isidentifier() and name[0] != "_" and _find_spec(f"fastopt.{name}"):
+            names, other = [], f"; write import fastopt.{name}"
+        raise _advice.no_attribute("fastopt", name, names, other, also)

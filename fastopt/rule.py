@@ -27,11 +27,11 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias
 
 import numpy as np
 
-from fastopt import composed, docstrings
+from fastopt import advice, composed, docstrings
 from fastopt.language import Function, constants, reached
 from fastopt.language import Word as Word
 from fastopt.language import bits as bits
@@ -385,6 +385,7 @@ class Rule:
                 raise TypeError(
                     f"{where}{self.name} has no hyperparameter {name!r}; it has "
                     f"{', '.join(self.hyperparameters) or 'none'}"
+                    f"{advice.hint(name, self.hyperparameters)}"
                 )
 
     def checked(
@@ -466,12 +467,20 @@ class Rule:
     def __call__(
         self,
         params: Any,
+        *unnamed: NoReturn,
         **options: Any,
     ) -> Optimizer:
         """Return an :class:`~fastopt.Optimizer` that applies this rule to ``params``.
 
         The options are those of :class:`~fastopt.Optimizer`.
         """
+        if unnamed:
+            key = next(iter(self.hyperparameters), "backend")
+            raise TypeError(
+                f"{self.name} takes hyperparameters and options by name, as in "
+                f"{self.name}(params, {key}=...), but got {shown(unnamed[0])} after "
+                f"params"
+            )
         return self.optimizer(self, params, **options)
 
     def __repr__(self) -> str:

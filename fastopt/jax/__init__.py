@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastopt import docstrings, native
+from fastopt import advice, docstrings, native
 from fastopt.backends.numpy_ref import evaluate
 from fastopt.jax import calls, shards
 from fastopt.jax import schedules as jax_schedules
@@ -49,7 +49,7 @@ from fastopt.optimizer import checks
 from fastopt.optimizer.groups import check_schedule
 from fastopt.optimizer.refusals import check_rule
 from fastopt.portable import portable
-from fastopt.rule import Rule, check_hyperparameter
+from fastopt.rule import Rule, check_hyperparameter, shown
 from fastopt.rules import RULES
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.threads import available
@@ -63,6 +63,10 @@ if TYPE_CHECKING:
     __all__ += _rules.__all__
 else:
     __all__ += [rule.name for rule in RULES]
+
+    def __getattr__(name):
+        raise advice.no_attribute(__name__, name, __all__)
+
 
 calls.register()
 
@@ -248,7 +252,13 @@ Examples
 def of_rule(rule: Rule) -> Callable[..., Optimizer]:
     """Return the function of a rule: :func:`optimizer` with that rule."""
 
-    def function(**options: Any) -> Optimizer:
+    def function(*unnamed: Any, **options: Any) -> Optimizer:
+        if unnamed:
+            raise TypeError(
+                f"fastopt.jax.{rule.name} takes only options, by name, but got "
+                f"{shown(unnamed[0])}; give the parameters to init: opt = "
+                f"fastopt.jax.{rule.name}(...); state = opt.init(params)"
+            )
         return optimizer(rule, **options)
 
     options = docstrings.hyperparameters(rule)
@@ -523,10 +533,7 @@ class Optimizer:
         static, traced = {}, {}
         for key, value in {**self.hyperparameters, **changes}.items():
             if key not in defaults:
-                raise TypeError(
-                    f"{self.rule.name} has no hyperparameter {key!r}; it has "
-                    f"{', '.join(self.rule.hyperparameters) or 'none'}"
-                )
+                self.rule.check_names([key])
             if key in changes and key in selecting(self.rule):
                 raise TypeError(
                     f"{key} selects what is compiled; give it to the optimizer"

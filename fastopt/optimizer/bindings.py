@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
-from fastopt import backends
+from fastopt import advice, backends
 from fastopt.memory.arrays import on_device
 from fastopt.memory.segments import Array
 from fastopt.memory.trees import leaves
@@ -16,7 +16,7 @@ from fastopt.optimizer.accumulation import Pending
 from fastopt.optimizer.formats import Formats, first_element
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
-from fastopt.optimizer.refusals import check_reduce, check_rule
+from fastopt.optimizer.refusals import check_reduce, check_rule, where_option
 from fastopt.optimizer.state import Bound, fill
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
@@ -202,9 +202,12 @@ class Bindings:
         elif name in groups[0]:
             self._change([{name: value} for _ in groups])
         else:
+            more = where_option(self.rule, name)
+            if not more and not hasattr(type(self), name):
+                more = advice.hint(name, groups[0])
             raise AttributeError(
                 f"{self.rule.name} has no hyperparameter {name!r} to change; it has "
-                f"{', '.join(groups[0]) or 'none'}"
+                f"{', '.join(groups[0]) or 'none'}{more}"
             )
 
     @exclusive

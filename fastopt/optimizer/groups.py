@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fastopt.rule import Hyperparameter, Rule, check_hyperparameter, limits
+from fastopt.advice import hint
+from fastopt.optimizer.refusals import check_names, where_option
+from fastopt.rule import Hyperparameter, Rule, check_hyperparameter, limits, shown
 from fastopt.runtime.atomic import Call
 from fastopt.trial import check_numbers
 
@@ -69,6 +71,17 @@ class Group(MutableMapping[str, Any]):
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
         self._following: list[str] = []  # hyperparameters, what others are
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        new = name == "number" and name not in vars(self)
+        if name.startswith("_") or new or name in ("frozen", "schedules"):
+            super().__setattr__(name, value)
+            return
+        rule, here = self._rule, f"opt.groups[{self.number}]"
+        more = where_option(rule, name) or hint(name, rule.hyperparameters)
+        if name in rule.hyperparameters:
+            more = f', but an item; write {here}["{name}"] = {shown(value)}'
+        raise AttributeError(f"{here} has no attribute {name!r}{more}")
+
     @property
     def frozen(self) -> bool:
         """Whether steps leave this group alone, as if its gradients were None."""
@@ -101,18 +114,14 @@ class Group(MutableMapping[str, Any]):
     def begin(self, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Return the first values: those given, and the defaults that follow them."""
         self._following = [n for n in self._rule.follows if given.get(n) is None]
+        self._check_names(given, making=True)
         for key, value in given.items():  # complete may call it
             check_schedule(self._name(key), value)
         return self.checked(self._rule.complete(given), steps)
 
     def checked(self, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Return our values with these changes, if valid after ``steps`` steps."""
-        if "frozen" in changes:
-            raise TypeError(
-                "frozen is no hyperparameter but an attribute of a group; set "
-                f"opt.groups[{self.number}].frozen"
-            )
-        self._rule.check_names(changes, f"{self._prefix}: " if self._prefix else "")
+        self._check_names(changes)
         for key, value in changes.items():
             check_schedule(self._name(key), value)
         values = {**self._values, **changes}
@@ -125,6 +134,15 @@ class Group(MutableMapping[str, Any]):
         results = self._rule.scalars(steps + 1, *carry, *now.values())
         check_numbers(self._rule, "scalars", results, self._dtype)
         return {k: v if callable(v) else now[k] for k, v in values.items()}
+
+    def _check_names(self, names: Iterable[str], making: bool = False) -> None:
+        if "frozen" in names:
+            raise TypeError(
+                "frozen is no hyperparameter but an attribute of a group; set "
+                f"opt.groups[{self.number}].frozen"
+            )
+        prefix = f"{self._prefix}: " if self._prefix else ""
+        check_names(self._rule, names, prefix, making)
 
     def committing(
         self,

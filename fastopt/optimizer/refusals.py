@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+from fastopt import advice
 from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.trees import leaves
 from fastopt.optimizer.checks import check_count
 from fastopt.rule import Rule, shown
+from fastopt.step import OPTIONS
 
+# Arguments of an optimizer's step, and of the optimizer itself.
+OF_STEP = (*OPTIONS, "grad_scale", "weights")
+OF_OPTIMIZER = (
+    *("backend", "threads", "ema", "weight_decay_mask", "formats", "copy_to"),
+    *("seed", "reduce"),
+)
 RETURNS = "value_and_grad(params) -> (loss, grads)"
 
 
@@ -67,6 +75,39 @@ def check_rule(name: str, value: Any) -> None:
             f"{name} must be a rule, got {named(value)}; pass one of fastopt.RULES, "
             f"such as fastopt.adamw, or a fastopt.Rule of your own"
         )
+
+
+def where_option(rule: Rule, name: str) -> str:
+    """Say where a name belongs that is an option, and not a hyperparameter; "" if it is
+    none."""
+    if name in OF_STEP:
+        return f"; {name} is an argument of step: opt.step(grads, {name}=...)"
+    if name in OF_OPTIMIZER:
+        return (
+            f"; {name} is for all groups together, and is given when the optimizer is "
+            f"made: {rule.name}(params, {name}=...)"
+        )
+    return ""
+
+
+def check_names(
+    rule: Rule, names: Iterable[str], where: str = "", making: bool = False
+) -> None:
+    """Check that a rule has these hyperparameters. ``making``: an optimizer is being
+    made, which takes options as well."""
+    for name in names:
+        if name not in rule.hyperparameters:
+            more = where_option(rule, name)
+            if not more and making:
+                options = ", ".join(OF_OPTIMIZER)
+                more = advice.hint(name, [*rule.hyperparameters, *OF_OPTIMIZER])
+                more = f", and the options of an optimizer, {options}{more}"
+            elif not more:
+                more = advice.hint(name, rule.hyperparameters)
+            raise TypeError(
+                f"{where}{rule.name} has no hyperparameter {name!r}; it has "
+                f"{', '.join(rule.hyperparameters) or 'none'}{more}"
+            )
 
 
 def check_maker(opt: Any) -> None:

@@ -426,6 +426,13 @@ def check_buffers(saved: Mapping[str, Any], opt: Bindings) -> None:
     check_sequence('state["carry"]', carry)
     for i, row in enumerate(carry):
         check_sequence(f'state["carry"][{i}]', row)
+    if len(carry) != rows and all(len(row) == numbers for row in carry):
+        raise ValueError(
+            f'state["carry"] has {len(carry)} rows, one for each group and, with a '
+            f"weight_decay_mask, one more for what that spares in a group, but this "
+            f"optimizer has {rows}; make it with the groups and the weight_decay_mask "
+            f"that it was saved with"
+        )
     if len(carry) != rows or any(len(row) != numbers for row in carry):
         raise ValueError(
             f'state["carry"] must have {rows} rows of {numbers} numbers, '

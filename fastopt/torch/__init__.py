@@ -13,6 +13,7 @@ as the rule is, such as ``Lion``, ``LAMB``, ``ScheduleFreeAdamW``.
 
 import torch.optim as _theirs
 
+from fastopt.advice import no_attribute as _no_attribute
 from fastopt.rules import RULES as _RULES
 from fastopt.torch import classes as _classes
 from fastopt.torch.bitsandbytes import from_bitsandbytes as from_bitsandbytes
@@ -48,7 +49,8 @@ __all__ += ["unflatten_"]
 def __getattr__(name: str) -> type[_classes.OfRule]:
     """The class of a rule that torch has not, made when it is first asked for."""
     if name not in _OTHERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        more = "; fastopt.torch.__all__ lists what there is"
+        raise _no_attribute(__name__, name, __all__, more)
     kind = globals()[name] = optimizer(_OTHERS[name], name)
     return kind
 

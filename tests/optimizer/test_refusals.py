@@ -539,7 +539,8 @@ def test_errors_inside_a_schedule_are_its_own():
 def test_no_hyperparameters_at_all():
     rule = fastopt.Rule(lambda p, g, lr: (p - lr * g,), lambda t: (0.1,), name="mine")
     with pytest.raises(
-        TypeError, match="^mine has no hyperparameter 'lr'; it has none$"
+        TypeError,
+        match="^mine has no hyperparameter 'lr'; it has none, and the",
     ):
         rule(np.ones(3), lr=0.1)
     groups = [{"params": np.ones(3)}, {"params": np.ones(2), "foo": 1}]

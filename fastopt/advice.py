@@ -1,0 +1,71 @@
+"""What to say of a name that is none: which ones are probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# What other libraries and papers call hyperparameters.
+ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "step_size", "eta", "alpha"), ("lr",)),
+    "betas": ("beta1", "beta2", "beta3"),
+    "beta": ("beta1", "momentum"),
+    "b1": ("beta1",),
+    "b2": ("beta2",),
+    "b3": ("beta3",),
+    **dict.fromkeys(("decay", "wd", "l2", "weight_decay_rate"), ("weight_decay",)),
+    "epsilon": ("eps",),
+    "mu": ("momentum",),
+    "rho": ("alpha",),
+}
+
+
+def meant(name: str, names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that one which is not among them probably stands for.
+
+    Examples
+    --------
+    >>> meant("betas", ["lr", "beta1", "beta2"])
+    ['beta1', 'beta2']
+    >>> meant("AdamW", ["adam", "adamw"])
+    ['adamw']
+    """
+    known = list(names)
+    same = [one for one in known if one.casefold() == name.casefold()]
+    same = same or [one for one in ELSEWHERE.get(name, ()) if one in known]
+    if same:
+        return same
+    folded = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=2, cutoff=0.7)
+    return [folded[one] for one in near]
+
+
+def hint(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message that asks whether others of these names are meant."""
+    found = meant(name, names)
+    if not found:
+        return ""
+    whole = name in ELSEWHERE and name.endswith("s")  # a tuple of all of them
+    joint = " and " if whole else " or "
+    return f"; did you mean {joint.join(prefix + one for one in found)}?"
+
+
+def no_attribute(
+    module: str,
+    name: str,
+    names: Iterable[str],
+    otherwise: str = "",
+    also: str = "",
+) -> AttributeError:
+    """Return the error for a name that a module has not. It has ``names``.
+    ``otherwise`` ends the message if none of these is like it, ``also`` if one is."""
+    known, more = list(names), otherwise
+    plain = name.removesuffix("8bit").removesuffix("_").removeprefix("Paged")
+    found = meant(plain, known)
+    if name.startswith("_"):  # which programs look for, and not people
+        more = ""
+    elif found and name.endswith("8bit"):
+        more = f'; {module}.{found[0]}(..., formats="8bit") has its state in 8 bits'
+    elif found:
+        more = hint(plain, known, f"{module}.") + also
+    return AttributeError(f"module {module!r} has no attribute {name!r}{more}")

@@ -1,0 +1,218 @@
+"""What messages advise those to do who mistook a name or a thing for another."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt import advice
+from fastopt.optimizer import refusals
+
+
+def weights():
+    return np.ones(3, np.float32)
+
+
+def refused(error, call):
+    with pytest.raises(error) as raised:
+        call()
+    return str(raised.value)
+
+
+def test_the_lists_of_options_are_complete():
+    def by_name(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+    assert [*refusals.OF_OPTIMIZER] == by_name(fastopt.Optimizer.__init__)
+    assert {*by_name(fastopt.Optimizer.step)} <= {*refusals.OF_STEP}
+
+
+@pytest.mark.parametrize("name", refusals.OF_STEP)
+def test_arguments_of_step(name):
+    where = f"; {name} is an argument of step: opt.step(grads, {name}=...)"
+    assert where in refused(TypeError, lambda: fastopt.adamw(weights(), **{name: 1.0}))
+    opt = fastopt.adamw(weights())
+    assert where in refused(AttributeError, lambda: setattr(opt, name, 1.0))
+    assert where in refused(AttributeError, lambda: setattr(opt.groups[0], name, 1.0))
+    assert where in refused(TypeError, lambda: opt.groups[0].update({name: 1.0}))
+    groups = [{"params": weights(), name: 1.0}]
+    assert where in refused(TypeError, lambda: fastopt.adamw(groups))
+
+
+@pytest.mark.parametrize("name", refusals.OF_OPTIMIZER)
+def test_options_of_the_optimizer(name):
+    where = f"; {name} is for all groups together, and is given when the optimizer is"
+    groups = [{"params": weights(), name: None}]
+    assert where in refused(TypeError, lambda: fastopt.adamw(groups))
+    opt = fastopt.adamw(weights())
+    assert where in refused(AttributeError, lambda: setattr(opt.groups[0], name, 1.0))
+    if name not in ("ema", "threads"):
+        assert where in refused(AttributeError, lambda: setattr(opt, name, 1.0))
+
+
+MEANT = {
+    "learning_rate": "lr",
+    "Lr": "lr",
+    "betas": "beta1 and beta2",
+    "b1": "beta1",
+    "b2": "beta2",
+    "decay": "weight_decay",
+    "epsilon": "eps",
+    "weigth_decay": "weight_decay or weight_decay_mask",
+    "format": "formats",
+    "thread": "threads",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_names_that_are_like_others(name):
+    message = refused(TypeError, lambda: fastopt.adamw(weights(), **{name: 0.1}))
+    assert message.startswith(f"adamw has no hyperparameter {name!r}; it has lr, beta1")
+    assert ", weight_decay, and the options of an optimizer, backend, thr" in message
+    assert message.endswith(f"; did you mean {MEANT[name]}?")
+
+
+def test_names_that_are_like_none():
+    message = refused(TypeError, lambda: fastopt.adamw(weights(), xyz=0.1))
+    assert message.endswith("copy_to, seed, reduce")
+    opt = fastopt.lion(weights())
+    message = refused(AttributeError, lambda: setattr(opt, "learning_rate", 0.1))
+    assert message.endswith("beta2, weight_decay; did you mean lr?")
+    assert advice.meant("betas", ["lr", "momentum"]) == []
+
+
+def test_hyperparameters_have_names():
+    wanted = r"^adamw takes .* by name, as in adamw\(params, lr=...\), but got 0.001"
+    with pytest.raises(TypeError, match=wanted):
+        fastopt.adamw(weights(), 1e-3)
+
+
+def test_groups_have_items():
+    opt = fastopt.adamw([{"params": weights()}, {"params": weights()}])
+    message = refused(
+        AttributeError, lambda: setattr(opt.groups[1], "weight_decay", 0.5)
+    )
+    assert message.endswith('an item; write opt.groups[1]["weight_decay"] = 0.5')
+    for name in ("nothing", "number", "update"):
+        refused(AttributeError, lambda name=name: setattr(opt.groups[1], name, 1))
+    assert "weight_decay" not in vars(opt.groups[1])
+    opt.groups[1].frozen = True
+    opt.groups[1]["weight_decay"] = 0.5
+    assert opt.groups[1].frozen and opt.groups[1]["weight_decay"] == 0.5
+
+
+def test_a_state_with_a_mask_needs_a_mask():
+    def made(**options):
+        return fastopt.adamw({"w": np.ones((2, 2)), "b": np.ones(2)}, **options)
+
+    masked = made(weight_decay_mask=lambda path, array: array.ndim > 1)
+    for one, other in ((masked, made()), (made(), masked)):
+        message = refused(
+            ValueError,
+            lambda: other.load_state_dict(one.state_dict()),  # noqa: B023
+        )
+        assert "make it with the groups and the weight_decay_mask that" in message
+
+
+def test_flat_buffers():
+    flat = fastopt.flatten({"w": np.ones(3), "x": np.ones(())})
+    opt = fastopt.sgd(flat, lr=0.5)
+    for wrong in ({"w": np.ones(3), "x": np.ones(())}, [np.ones(3)]):
+        message = refused(TypeError, lambda wrong=wrong: opt.step(wrong))
+        assert "grads must be a FlatBuffer, like params" in message
+        assert "flat.zeros_like()" in message
+    message = refused(TypeError, lambda: flat.__setitem__("w", np.zeros(3)))
+    assert message.endswith("flat['w'][:] = values")
+    message = refused(TypeError, lambda: flat.__setitem__("x", 0.0))
+    assert message.endswith("flat['x'][...] = values")
+    flat["w"] += 1  # which changes the array, and assigns it to where it was
+    assert flat.data.tolist() == [2, 2, 2, 1]
+
+
+def test_names_of_the_package():
+    def said(name):
+        return refused(AttributeError, lambda: getattr(fastopt, name))
+
+    assert "did you mean fastopt.adamw? The classes for tensors" in said("AdamW")
+    assert said("lbfgs").endswith("no attribute 'lbfgs'; fastopt.RULES has all rules")
+    assert said("adamw8bit").endswith(
+        '; fastopt.adamw(..., formats="8bit") has its state in 8 bits'
+    )
+    assert said("__wrapped__") == "module 'fastopt' has no attribute '__wrapped__'"
+    assert "no attribute 'a.b'" in said("a.b")
+    assert not hasattr(fastopt, "nothing_like_it")
+
+
+def test_an_example_of_formats_of_ones_own_rule():
+    rule = fastopt.Rule(
+        lambda p, g, m, v, lr: (p, m, v),
+        lambda t, lr=0.1: (lr,),
+        state=("m", "v"),
+        name="mine",
+    )
+    params = np.ones(5000, np.float32)
+    message = refused(ValueError, lambda: rule(params, formats="8bit"))
+    assert message.endswith("such as {'m': 'm8', 'v': 'v8'}")
+    rule(params, formats={"m": "m8", "v": "v8"})
+
+
+def test_counts_of_one():
+    rule = fastopt.Rule(lambda p, g, lr, mu: (p,), lambda t, lr=0.1: (lr,), name="mine")
+    assert "returns 1 value, but" in refused(TypeError, lambda: rule(np.ones(3)))
+
+
+def test_submodules_are_to_be_imported(monkeypatch):
+    import fastopt.scipy  # noqa: F401  which may be there from another test
+
+    monkeypatch.delattr(fastopt, "scipy")
+    message = refused(AttributeError, lambda: fastopt.scipy)
+    assert message.endswith("; write import fastopt.scipy")
+
+
+def test_tensors_and_models_of_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import fastopt.torch
+
+    model = torch.nn.Linear(2, 2)
+    use = "fastopt.torch.AdamW(model.parameters())"
+    things = [
+        model,
+        model.parameters(),
+        model.named_parameters(),
+        [*model.parameters()],
+    ]
+    for thing in things:
+        assert use in refused(TypeError, lambda thing=thing: fastopt.adamw(thing))
+    message = refused(TypeError, lambda: fastopt.adamw([*model.parameters()]))
+    assert "pass params[0].detach(), or" in message and use in message
+    opt = fastopt.adamw(weights())
+    message = refused(TypeError, lambda: opt.step(torch.ones(3, requires_grad=True)))
+    assert message.endswith("; pass grads.detach()")
+    name, said = "Lamb", r"; did you mean fastopt.torch.LAMB\?$"
+    with pytest.raises(AttributeError, match=said):
+        getattr(fastopt.torch, name)
+    for name in ("AdamW8bit", "PagedAdamW8bit"):
+        with pytest.raises(AttributeError, match=r'h\.AdamW\(..., formats="8bit"\)'):
+            getattr(fastopt.torch, name)
+    with pytest.raises(AttributeError, match="'LBFGS'; fastopt.torch.__all__ lists"):
+        fastopt.torch.LBFGS  # noqa: B018
+
+
+def test_arrays_of_jax():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    import fastopt.jax
+
+    w = jax.numpy.ones(3)
+    message = refused(ValueError, lambda: fastopt.adamw({"w": w}))
+    assert "params['w'] is read-only" in message and "use fastopt.jax" in message
+    fastopt.adamw({"w": np.array(w)}).step({"w": w})  # as a gradient it is fine
+    message = refused(TypeError, lambda: jax.jit(fastopt.adamw)(w))
+    assert message.endswith("; use fastopt.jax, whose steps are functions for jax.jit")
+    message = refused(TypeError, lambda: fastopt.jax.adamw(w, lr=0.1))
+    assert "opt = fastopt.jax.adamw(...); state = opt.init(params)" in message
+    message = refused(TypeError, lambda: fastopt.jax.adamw(learning_rate=0.1))
+    assert message.endswith("did you mean lr?")
+    message = refused(AttributeError, lambda: fastopt.jax.AdamW)
+    assert message.endswith("did you mean fastopt.jax.adamw?")
