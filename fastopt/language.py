@@ -18,8 +18,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastopt.portable import Real, Whole
-
 
 class Function(Protocol):
     """A plain Python function: backends compile its code."""
@@ -48,11 +46,7 @@ def sqrt(x: Any) -> Any:
     >>> sqrt(2.25)
     1.5
     """
-    if type(x) is float:
-        return math.sqrt(x)
-    if type(x) in (Real, Whole):
-        return Real(math.sqrt(x))
-    return np.sqrt(x)
+    return math.sqrt(x) if type(x) is float else np.sqrt(x)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
