@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -235,7 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.set_defaults(run=run_bench)
 
     chosen = vars(parser.parse_args(arguments))
-    chosen.pop("run")(**chosen)
+    try:
+        chosen.pop("run")(**chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `fastopt info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from installed import NUMBA
 from rich.console import Console
 
 import fastopt
@@ -113,7 +114,7 @@ PEERS = {
 def test_they_do_the_same_update(package):
     if not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")
-    names = PEERS[package]
+    names = [name for name in PEERS[package] if NUMBA or "numba" not in name]
     some = cases.cases([rule.name for rule in fastopt.RULES], [], [(2, 5)])
     # A hand-written update takes what it knows.
     some += [] if package == "numpy" else OTHERS

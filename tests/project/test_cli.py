@@ -1,5 +1,6 @@
 """The command line: what it says, what it refuses, and that the demo is honest."""
 
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,16 @@ def test_info_names_every_backend_and_needs_no_rich():
         assert re.search(rf"\b{name} (available|missing: \w)", out)
     for title in ("NumPy", "compiled kernels", "threads", "OpenMP", "kernel cache"):
         assert title in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+def test_info_into_a_pipe_that_ends():
+    command = [sys.executable, "-m", "fastopt", "info"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_info_without_compiled_kernels():
