@@ -31,6 +31,8 @@ def meant(name: str, names: Iterable[str]) -> list[str]:
     ['adamw']
     """
     known = list(names)
+    if not isinstance(name, str):  # a key of a damaged state
+        return []
     same = [one for one in known if one.casefold() == name.casefold()]
     same = same or [one for one in ELSEWHERE.get(name, ()) if one in known]
     if same:

@@ -130,7 +130,7 @@ def test_classes_learn_too(convergence):
 def test_the_loss_is_taken_where_the_rule_says(convergence):
     """At what it would use, such as an average, not at where gradients are taken."""
 
-    def vanished(p, *constants):
+    def vanished(p, lr):
         return p - p
 
     task = convergence.digits()
