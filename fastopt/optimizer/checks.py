@@ -275,7 +275,10 @@ def collect(
                 )
                 + " (None leaves a parameter alone)"
             )
-        children = [(key, child, grads[key]) for key, child in tree.items()]
+        try:
+            children = [(key, child, grads[key]) for key, child in tree.items()]
+        except KeyError as error:
+            raise changed(name + path) from error
     elif isinstance(tree, list):
         if grads is None:
             grads = [None] * len(tree)
@@ -296,7 +299,10 @@ def collect(
                     f"{name}{path} has the fields {', '.join(fields)}, but "
                     f"{like}{path} has {', '.join(tree.names)}; pass them in that order"
                 )
-        children = list(zip(range(len(tree)), tree, grads, strict=True))
+        try:
+            children = list(zip(range(len(tree)), tree, grads, strict=True))
+        except ValueError as error:
+            raise changed(name + path) from error
     else:
         same_layout = type(grads) is FlatBuffer and grads.shapes == tree
         gathered.append(grads.data if same_layout else grads)
@@ -306,6 +312,11 @@ def collect(
             gathered.append(grad)
         else:
             collect(child, grad, f"{path}[{key!r}]", gathered, name, like)
+
+
+def changed(name: str) -> ValueError:
+    """Return the error for a tree that another thread changes while it is read."""
+    return ValueError(f"{name} was changed while it was read; step again")
 
 
 def split_tasks(name: str, tasks: Any) -> list[Any]:

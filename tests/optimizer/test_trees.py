@@ -329,3 +329,36 @@ def test_scalars_that_do_not_fit(backend):
     with pytest.raises(TypeError, match="grads must be an array"):
         fastopt.gd(np.ones(1), backend=backend).step(np.float64(1))
     assert w == 1
+
+
+class Changing(dict):
+    """Loses a key between the look at its keys and the look at its values."""
+
+    def __getitem__(self, key):
+        self.pop("b", None)
+        return super().__getitem__(key)
+
+
+class Growing(list):
+    """Has one entry more each time it is iterated over."""
+
+    def __iter__(self):
+        self.append(None)
+        return super().__iter__()
+
+
+def leaves_of(params):
+    return params.values() if isinstance(params, dict) else params
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_gradients_that_change_while_they_are_read(kind):
+    params = {"a": np.ones(2), "b": np.ones(3)}
+    grads = Changing({k: p.copy() for k, p in params.items()})
+    if kind == "list":
+        params, grads = [*params.values()], Growing(p.copy() for p in params.values())
+        del grads[2:]
+    opt = fastopt.gd(params, backend="numpy")
+    with pytest.raises(ValueError, match="grads was changed while it was read"):
+        opt.step(grads)
+    assert opt.steps == 0 and all((p == 1).all() for p in leaves_of(params))
