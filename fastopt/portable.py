@@ -1,15 +1,16 @@
-"""Calls a rule's ``scalars`` with powers that have the same bits on every machine.
+"""Powers in a rule's functions that have the same bits on every machine.
 
-``beta2**t`` on Python's floats is C's ``pow``, which need not be rounded correctly, and
-C libraries differ in the last place. So :func:`portable` makes a copy of a function
-from its source, with calls in place of ``**``. Functions that it calls are copied, too,
-when they are called. The text of a rule stays as it is.
+Python computes ``beta2**t`` with the C library's ``pow``, which is not always rounded
+correctly, so that libraries differ in the last place. :func:`portable` therefore makes
+a copy of a function from its source, in which calls replace ``**``. Functions that it
+calls are copied, too, when they are called. The user's code is not changed.
 
 A copy is made only if the source, compiled again, gives the very code of the function.
 If the source is not at hand or has changed, a warning says so.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import builtins
@@ -17,6 +18,7 @@ import dis
 import functools
 import linecache
 import math
+import operator
 import types
 import warnings
 import weakref
@@ -56,16 +58,16 @@ except ImportError:  # no C compiler, or no OpenMP
     power, log, cospi = elementary.power, elementary.log, elementary.cospi
     raised = raised_slowly
 
-# Copies, by the identity of what they are copies of: None where it needs none. They are
-# forgotten together with it.
+# The copies of functions and codes by the id() of the original, or None if no copy is
+# needed. An entry is removed when the original is freed.
 _functions: dict[int, tuple[Any, types.CodeType, Callable[..., Any] | None]] = {}
 _codes: dict[int, tuple[Any, types.CodeType | None]] = {}
 
 
 def portable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with the results of this one, ``scalars`` or ``settle`` of a
-    rule, but whose powers have the same bits on every machine. What is no function of
-    Python is returned as it is."""
+    """Return a copy of a function, such as a rule's ``scalars``, whose powers have the
+    same bits on every machine. A function without powers, and what is not a Python
+    function, is returned as it is."""
     known = _functions.get(id(function))
     if known and known[0]() is function and known[1] is function.__code__:
         return known[2] or function
@@ -84,8 +86,7 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
         copy.__kwdefaults__ = function.__kwdefaults__
         functools.update_wrapper(copy, function)
         del copy.__dict__["__wrapped__"]  # it would keep the function alive
-    known = watched(function, _functions), function.__code__, copy
-    _functions[id(function)] = known
+    _functions[id(function)] = watched(function, _functions), function.__code__, copy
     return copy or function
 
 
@@ -108,9 +109,9 @@ def copied(function: types.FunctionType) -> types.CodeType | None:
                 RuntimeWarning,
                 stacklevel=3,
             )
-    copy = None if copy == code else copy  # it has nothing to replace
+    copy = None if copy == code else copy  # nothing was replaced
     remember(code, copy)
-    for part in codes_in(copy) if copy else ():  # it is finished
+    for part in codes_in(copy) if copy else ():  # they need no further copy
         remember(part, None)
     return copy
 
@@ -120,7 +121,8 @@ def remember(code: types.CodeType, copy: types.CodeType | None) -> None:
 
 
 def watched(value: Any, table: dict[int, Any]) -> Any:
-    """Return a weak reference whose end removes the entry of a table."""
+    """Return a weak reference to a key of a table. It removes the entry when the key
+    is freed."""
     key = id(value)
     return weakref.ref(value, lambda _: table.pop(key, None))
 
@@ -142,30 +144,40 @@ def rewritten(function: types.FunctionType) -> types.CodeType | None:
     Return None if the file does not have this very code."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
-    with warnings.catch_warnings():  # those of the file, and of calls of strings
+    with warnings.catch_warnings():  # about the file, and about calls of strings
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse("".join(lines))
             codes = [*codes_in(compiled(tree, code))]
-            # Codes are equal if also all lines and columns are.
+            # Equal code objects also have equal lines and columns, so that functions
+            # on one line are not confused.
             place = codes.index(code)
             changed = ast.fix_missing_locations(Powers(function).visit(tree))
             return filled([*codes_in(compiled(changed, code))][place])
-        except (SyntaxError, ValueError):  # the latter also says that it is not there
+        except (SyntaxError, ValueError):  # ValueError: index() did not find it
             return None
 
 
 def compiled(tree: ast.Module, code: types.CodeType) -> types.CodeType:
-    result: types.CodeType = compile(tree, code.co_filename, "exec", dont_inherit=True)
+    """Compile a file, with the imports from ``__future__`` that a function of it was
+    compiled with: in a notebook, another cell may have them."""
+    flags = code.co_flags & FUTURE
+    result: types.CodeType = compile(
+        tree, code.co_filename, "exec", flags, dont_inherit=True
+    )
     return result
 
 
-# Constants that stand for functions until the code is compiled.
+FUTURE = functools.reduce(
+    operator.or_,
+    (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names),
+)
+# Placeholders in the tree. Compiled code has the functions as constants in their place.
 RAISED, PORTABLE = "\0fastopt.raised", "\0fastopt.portable"
 
 
 def filled(code: types.CodeType) -> types.CodeType:
-    """Put the functions in the places of their names."""
+    """Replace the placeholders by the functions."""
     functions = {RAISED: raised, PORTABLE: portable}
 
     def constant(value: Any) -> Any:
@@ -177,7 +189,7 @@ def filled(code: types.CodeType) -> types.CodeType:
 
 
 class Powers(ast.NodeTransformer):
-    """Replaces powers by calls, and lets copies of functions be called."""
+    """Replaces powers by calls of ``raised``, and functions by portable copies."""
 
     def __init__(self, function: types.FunctionType) -> None:
         self.names = {**vars(builtins), **function.__globals__}
@@ -206,7 +218,7 @@ class Powers(ast.NodeTransformer):
         return node
 
     def found(self, node: ast.expr) -> Any:
-        """What is called, or None if this is only known when it is called."""
+        """Return what an expression refers to, or None if only a call can tell."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -217,7 +229,7 @@ class Powers(ast.NodeTransformer):
 
 
 def exact(function: types.FunctionType) -> bool:
-    """Whether a function is a word of rules, which needs no copy."""
+    """Return whether a function is a primitive of rules, which needs no copy."""
     return function.__module__ in ("fastopt.language", elementary.__name__)
 
 

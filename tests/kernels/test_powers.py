@@ -2,6 +2,8 @@
 wherever they are computed. No compiled module asks C's mathematics library for a result
 that it may round in its own way."""
 
+import __future__
+
 import ast
 import gc
 import math
@@ -388,6 +390,16 @@ def test_a_function_whose_file_has_changed_is_not_taken_from_it(tmp_path, text):
     file.write_text(text)
     with pytest.warns(RuntimeWarning, match="not at hand or has changed"):
         assert portable.portable(names["scalars"]) is names["scalars"]
+
+
+def test_a_function_of_a_notebook(record, tmp_path):
+    """Its cell is compiled with what other cells have imported from __future__."""
+    file = tmp_path / "cell.py"
+    file.write_text("def scalars(t, beta=0.9):\n    return (1 - beta**t,)\n")
+    names, flags = {}, __future__.annotations.compiler_flag
+    exec(compile(file.read_text(), str(file), "exec", flags), names)
+    assert portable.portable(names["scalars"])(3, 0.5) == (0.875,)
+    assert record == [(0.5, 3.0)]
 
 
 # fmt: off
