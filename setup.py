@@ -34,7 +34,7 @@ SOURCES = [
 ]
 
 MSVC = sys.platform == "win32"
-# Of what is built for: it may be another machine than this one.
+# Whether the target is x86. In a cross build, the target is not this machine.
 X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 # The flags are part of the promise of identical bits: every operation rounds once, as
 # written. Not -ffast-math: it reorders, and sets flush-to-zero for the whole process.
@@ -102,7 +102,9 @@ class BuildKernels(build_ext):
                 # The plain runtime under its plain name, so that torch, Numba and we
                 # share one; a bundled copy would be a second pool of threads.
                 extension.extra_link_args += [] if MSVC else OPENMP
-                if sys.platform == "linux":  # only those that call it need it
+                if (
+                    sys.platform == "linux"
+                ):  # so that only modules that call OpenMP need it
                     extension.extra_link_args += ["-Wl,--as-needed"]
         super().build_extensions()
 
@@ -200,7 +202,7 @@ setup(
         list(extensions()),
         include_path=[str(ROOT), str(CSRC)],
         nthreads=PROCESSES,
-        # Or else an import of them would enable the GIL again (docs/threads.md).
+        # Without this, importing an extension enables the GIL (docs/threads.md).
         compiler_directives={"freethreading_compatible": True},
     ),
     cmdclass={"build_ext": BuildKernels, "sdist": SourceArchive},

@@ -68,23 +68,23 @@ class Path2D(NamedTuple):
 
 
 def height(x: Any, y: Any) -> Any:
-    """Return the function."""
+    """Return the height of the valley at a point."""
     return (1 - x) ** 2 / 2 + STEEP * (y - x * x) ** 2
 
 
 def slope(x: float, y: float) -> tuple[float, float]:
-    """Return its gradient."""
+    """Return the gradient of ``height``."""
     off = y - x * x
     return x - 1 - 4 * STEEP * x * off, 2 * STEEP * off
 
 
 def curvature(x: float, y: float) -> tuple[float, float]:
-    """Return its second derivatives but for the curvature of the valley."""
+    """Return the second derivatives of ``height``, without the term of the bend."""
     return 1 + 8 * STEEP * x * x, 2 * STEEP
 
 
 def walk(rule: fastopt.Rule, options: dict[str, float]) -> Path2D:
-    """Take the steps."""
+    """Step from START and return the path."""
     w = np.array(START)
     if rule.name == "muon":
         w = w.reshape(2, 1)
@@ -103,14 +103,14 @@ def walk(rule: fastopt.Rule, options: dict[str, float]) -> Path2D:
 
 
 def optimizer(rule: fastopt.Rule) -> Callable[..., Any]:
-    """Return what makes one of an array and options."""
+    """Return a function that makes the rule's optimizer from an array and options."""
     if rule.name == "lookahead":
         return lambda w, **options: fastopt.Lookahead(fastopt.adamw(w, **options))
     return getattr(fastopt, called(rule))
 
 
 def calm(path: Path2D) -> bool:
-    """Whether it stays in the picture and takes no step across all of it."""
+    """Return whether a path stays in the picture, with no step above LONGEST."""
     x, y = path.trained.T
     inside = (x > LEFT) & (x < RIGHT) & (y > BOTTOM) & (y < TOP)
     lengths = np.hypot(np.diff(x), np.diff(y))
@@ -134,7 +134,7 @@ def best(rule: fastopt.Rule) -> Path2D:
 
 
 def picture(path: Path2D, file: Path) -> None:
-    """Draw a path, on nothing, so that the page's colour is behind it."""
+    """Draw a path on a transparent background."""
     figure = Figure(figsize=(4, 4 * (TOP - BOTTOM) / (RIGHT - LEFT)))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -151,7 +151,7 @@ def picture(path: Path2D, file: Path) -> None:
 
 
 def caption(rule: fastopt.Rule, path: Path2D) -> str:
-    """Say in Markdown what one sees."""
+    """Return the caption of a picture, in Markdown."""
     options = ", ".join(f"{name}={number(v)}" for name, v in path.options.items())
     parts = [f"{STEPS} steps with `{options}`."]
     if path.evaluated is not None:

@@ -14,6 +14,7 @@ from fastopt import docstrings
 
 TORCH_VERSION = "2.13"
 HEAD = "# Made by docs/make.py from the rules.\n\n"
+# Declared with the rules, and imported by the other stubs.
 NUMBER = """\
 # A number, or a schedule: a function of the number of completed steps.
 _Number: TypeAlias = SupportsFloat | Callable[[Any], Any]
@@ -63,6 +64,12 @@ def described(rule):
     return textwrap.indent("\n".join(lines), "    ")
 
 
+def begun(module, rules, imports=""):
+    """The beginning of the stubs of what a module makes of each rule."""
+    imports += f"from {module} import Optimizer\nfrom fastopt.rules import _Number\n"
+    return [HEAD + imports, exported(rule.name for rule in rules)]
+
+
 # What each file has ------------------------------------------------------------------
 
 
@@ -106,13 +113,7 @@ def of_rules(rules):
 
 def of_jax(rules):
     """fastopt/jax/_rules.pyi: a function for each rule."""
-    parts = [
-        HEAD + "from collections.abc import Callable\n"
-        "from typing import Any, SupportsFloat, TypeAlias\n\n"
-        "from fastopt.jax import Optimizer\n",
-        exported(rule.name for rule in rules),
-        NUMBER,
-    ]
+    parts = begun("fastopt.jax", rules)
     for rule in sorted(rules, key=lambda rule: rule.name):
         arguments = [
             a.replace("_Number =", "_Number | None =") if a.startswith("lr:") else a
@@ -128,13 +129,7 @@ def of_jax(rules):
 
 def of_keras(rules):
     """fastopt/_keras.pyi: a class for each rule."""
-    parts = [
-        HEAD + "from collections.abc import Callable\n"
-        "from typing import Any, SupportsFloat, TypeAlias\n\n"
-        "from fastopt.keras import Optimizer\n",
-        exported(rule.name for rule in rules),
-        NUMBER,
-    ]
+    parts = begun("fastopt.keras", rules, "from typing import Any\n\n")
     for rule in sorted(rules, key=lambda rule: rule.name):
         own = list(keywords(rule, "_Number", ("lr", "weight_decay")))
         first = ["learning_rate: Any = None", "weight_decay: float | None = None"]

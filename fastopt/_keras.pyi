@@ -1,9 +1,9 @@
 # Made by docs/make.py from the rules.
 
-from collections.abc import Callable
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any
 
 from fastopt.keras import Optimizer
+from fastopt.rules import _Number
 
 __all__: list[str] = [
     "adabelief",
@@ -53,9 +53,6 @@ __all__: list[str] = [
     "tiger",
     "yogi",
 ]
-
-# A number, or a schedule: a function of the number of completed steps.
-_Number: TypeAlias = SupportsFloat | Callable[[Any], Any]
 
 class adabelief(Optimizer):
     """AdaBelief: Adam by the gradients' distance from their mean."""

@@ -1,11 +1,11 @@
-"""What to say of a name that is none: which ones are probably meant."""
+"""Suggestions for a name that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# What other libraries and papers call hyperparameters.
+# Names of hyperparameters in other libraries and papers, and ours for them.
 ELSEWHERE = {
     **dict.fromkeys(("learning_rate", "step_size", "eta", "alpha"), ("lr",)),
     "betas": ("beta1", "beta2", "beta3"),
@@ -21,7 +21,7 @@ ELSEWHERE = {
 
 
 def meant(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that one which is not among them probably stands for.
+    """Return the ``names`` that a wrong name probably stands for.
 
     Examples
     --------
@@ -43,11 +43,12 @@ def meant(name: str, names: Iterable[str]) -> list[str]:
 
 
 def hint(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message that asks whether others of these names are meant."""
+    """Return the end of an error message: the question whether one of ``names`` was
+    meant. It is empty if none is similar."""
     found = meant(name, names)
     if not found:
         return ""
-    whole = name in ELSEWHERE and name.endswith("s")  # a tuple of all of them
+    whole = name in ELSEWHERE and name.endswith("s")  # such as betas, which are several
     joint = " and " if whole else " or "
     return f"; did you mean {joint.join(prefix + one for one in found)}?"
 
@@ -59,12 +60,23 @@ def no_attribute(
     otherwise: str = "",
     also: str = "",
 ) -> AttributeError:
-    """Return the error for a name that a module has not. It has ``names``.
-    ``otherwise`` ends the message if none of these is like it, ``also`` if one is."""
+    """Return the error for a name that does not exist in a module.
+
+    Parameters
+    ----------
+    module, name
+        The module, and the name that does not exist.
+    names
+        The names that do.
+    otherwise
+        The end of the message if none of them is similar.
+    also
+        A sentence that follows the suggestion of a similar one.
+    """
     known, more = list(names), otherwise
     plain = name.removesuffix("8bit").removesuffix("_").removeprefix("Paged")
     found = meant(plain, known)
-    if name.startswith("_"):  # which programs look for, and not people
+    if name.startswith("_"):  # programs look for such names, such as __path__
         more = ""
     elif found and name.endswith("8bit"):
         more = f'; {module}.{found[0]}(..., formats="8bit") has its state in 8 bits'

@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-# What hyperparameters of these names are. A rule's own meaning stands under its name
-# and that of the hyperparameter.
+# What each hyperparameter means. "adamc.max_lr" is that of adamc alone. It is preferred
+# to a meaning without the name of a rule.
 ABOUT = {
     "lr": "Learning rate.",
     "momentum": "Momentum factor.",
@@ -79,8 +79,11 @@ WIDTH = 80
 
 
 class Described:
-    """A docstring: of the class itself, and another one of each instance, which is
-    made when it is asked for, because reading source takes time."""
+    """A ``__doc__`` that differs between a class and its instances.
+
+    The docstring of an instance is made at each access, because reading source files
+    takes too long for an import.
+    """
 
     def __init__(self, own: str | None, about: Callable[[Any], str]):
         self.own, self.about = own, about
@@ -113,7 +116,7 @@ def filled(text: str) -> str:
 
 
 def words(rule: Any) -> str:
-    """What the file of a rule says: a sentence, and the rest after it."""
+    """Return the docstring of a rule's file, with its first sentence as a paragraph."""
     text = inspect.cleandoc(getattr(module(rule), "__doc__", None) or "")
     if not text:
         return f"{rule.name}."
@@ -123,13 +126,13 @@ def words(rule: Any) -> str:
 
 
 def meaning(rule: Any, name: str) -> str:
-    """What a hyperparameter is, or nothing."""
+    """Return what a hyperparameter means, or ""."""
     return ABOUT.get(f"{rule.name}.{name}", ABOUT.get(name, ""))
 
 
 def hyperparameters(rule: Any, **called: str) -> Iterator[str]:
-    """The hyperparameters, as in a section of parameters; ``called`` has those that
-    have another name there, which come first."""
+    """Yield the lines of a "Parameters" section. ``called`` gives other names to
+    hyperparameters, such as ``lr="learning_rate"``; these come first."""
     for name in dict.fromkeys((*called, *rule.hyperparameters)):
         if name not in rule.hyperparameters:
             continue
@@ -144,8 +147,9 @@ def hyperparameters(rule: Any, **called: str) -> Iterator[str]:
 
 
 def functions(rule: Any) -> list[Any]:
-    """The functions that a rule consists of, in the order in which a step calls them.
-    A rule in passes was given others than its update and its measure."""
+    """Return the functions of a rule in the order in which a step calls them. For a
+    rule in passes, these are the functions that the user wrote, not those that were
+    composed of them."""
     passes = [rule.measure, rule.settle, rule.update]
     if rule.apply is not None:
         given = rule.update.__globals__
@@ -156,16 +160,16 @@ def functions(rule: Any) -> list[Any]:
 
 
 def code(rule: Any) -> str:
-    """The source of a rule's functions; nothing where there is no source."""
+    """Return the source of a rule's functions, or "" if it is not available."""
     try:
         texts = [inspect.getsource(function) for function in functions(rule)]
-    except (OSError, TypeError):  # of code that was typed in, or compiled
+    except (OSError, TypeError):  # typed in, or compiled
         return ""
     return "\n\n".join(textwrap.dedent(text).rstrip() for text in texts)
 
 
 def state(rule: Any) -> str:
-    """What a rule keeps from step to step."""
+    """Describe the state of a rule and its size."""
     kept = [(on, variant.state) for on, variant in rule.variants.items()]
     kept = [((), rule.state), *kept] if rule.state else kept
     parts = []
@@ -190,7 +194,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def example(rule: Any) -> str:
-    """Steps with a rule of fastopt's."""
+    """Return an example with a rule of fastopt's."""
     lines = [
         ">>> import numpy as np, fastopt",
         ">>> w = np.array([1.0, -2.0])",

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastopt.language import Function
 
-# By name, or by how one ends, as adamw_lr does.
+# These match a name, or its end, as in adamw_lr.
 _AT_LEAST_ZERO = re.compile(r"(.*_)?(lr|eps|weight_decay|momentum)")
 _BELOW_ONE = re.compile(r"(.*_)?beta\d*")
 # What an optimizer's own attributes and arguments are called.
@@ -25,7 +25,8 @@ _RESERVED |= {"save", "load"}
 
 @cache
 def limits(key: str) -> tuple[float, float]:
-    """The least that one of this name may be, and what it must be below."""
+    """Return the least value of a hyperparameter of this name, and its upper bound,
+    which is not allowed itself."""
     if _BELOW_ONE.fullmatch(key):
         return 0.0, 1.0
     return (0.0 if _AT_LEAST_ZERO.fullmatch(key) else -math.inf), math.inf
@@ -68,11 +69,7 @@ def check_scalars(name: str, scalars: Function, carry: Mapping[str, Any]) -> Non
             f"{', '.join(carried)}"
         )
     for parameter in parameters[: len(carry)]:
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            raise TypeError(
-                f"{of} must take the carry by position, but takes {parameter.name} by "
-                f"name only; remove the *"
-            )
+        _check_kind(of, "the carry", parameter)
         if parameter.default is not parameter.empty:
             raise TypeError(
                 f"{of} must take the carry without defaults, but {parameter.name} has "
@@ -80,15 +77,7 @@ def check_scalars(name: str, scalars: Function, carry: Mapping[str, Any]) -> Non
             )
     for parameter in parameters[len(carry) :]:
         key = parameter.name
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(
-                f"{of} must name its hyperparameters one by one, but takes *{key}"
-            )
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            raise TypeError(
-                f"{of} must take its hyperparameters by position, but takes {key} by "
-                f"name only; remove the *"
-            )
+        _check_kind(of, "its hyperparameters", parameter)
         if parameter.default is parameter.empty:
             raise TypeError(
                 f"{of} must give every hyperparameter a default; {key} has none"
@@ -112,11 +101,7 @@ def check_settle(name: str, settle: Function) -> None:
             )
     _check_first(of, parameters, "settle(t, n, total, lr)")
     for parameter in parameters[1:]:
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            raise TypeError(
-                f"{of} must take its arguments by position, but takes "
-                f"{parameter.name} by name only; remove the *"
-            )
+        _check_kind(of, "its arguments", parameter)
         if parameter.default is not parameter.empty:
             raise TypeError(
                 f"{of} must take its arguments without defaults, because it always "
@@ -153,6 +138,19 @@ def _check_first(
         )
 
 
+def _check_kind(of: str, what: str, parameter: inspect.Parameter) -> None:
+    """Check that an argument is one alone, and given by position."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise TypeError(
+            f"{of} must name {what} one by one, but takes *{parameter.name}"
+        )
+    if parameter.kind is parameter.KEYWORD_ONLY:
+        raise TypeError(
+            f"{of} must take {what} by position, but takes {parameter.name} by name "
+            f"only; remove the *"
+        )
+
+
 def _parameters(function: Function) -> Sequence[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
@@ -160,16 +158,7 @@ def _parameters(function: Function) -> Sequence[inspect.Parameter]:
 def check_named(name: str, element: Function) -> None:
     """Check that a function of elements takes arguments by position, one by one."""
     for parameter in _parameters(element):
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(
-                f"{element.__name__} of {name!r} must name its arguments one by one, "
-                f"but takes *{parameter.name}"
-            )
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            raise TypeError(
-                f"{element.__name__} of {name!r} must take its arguments by position, "
-                f"but takes {parameter.name} by name only; remove the *"
-            )
+        _check_kind(f"{element.__name__} of {name!r}", "its arguments", parameter)
 
 
 def check_no_loop(name: str, function: Function) -> None:

@@ -1,9 +1,7 @@
 # Made by docs/make.py from the rules.
 
-from collections.abc import Callable
-from typing import Any, SupportsFloat, TypeAlias
-
 from fastopt.jax import Optimizer
+from fastopt.rules import _Number
 
 __all__: list[str] = [
     "adabelief",
@@ -53,9 +51,6 @@ __all__: list[str] = [
     "tiger",
     "yogi",
 ]
-
-# A number, or a schedule: a function of the number of completed steps.
-_Number: TypeAlias = SupportsFloat | Callable[[Any], Any]
 
 def adabelief(
     *,

@@ -14,7 +14,7 @@ OF_TORCH = "fastopt.torch.AdamW(model.parameters())"
 
 
 def of_jax(leaf: Any) -> bool:
-    """Whether this is an array of JAX's, which nobody can write to."""
+    """Return whether this is a JAX array. These are read-only."""
     return type(leaf).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
@@ -52,7 +52,7 @@ def as_array(name: str, value: Any) -> Array:
                 if "bfloat16" not in str(value.dtype)
                 else ("; use fastopt.torch, or pass an array of ml_dtypes' bfloat16")
             )
-            if of_jax(value):  # while jax.jit traces, say
+            if of_jax(value):  # such as a tracer, inside jax.jit
                 advice = "; use fastopt.jax, whose steps are functions for jax.jit"
             if getattr(value, "requires_grad", False):
                 advice = f"; pass {name}.detach()"

@@ -1,4 +1,4 @@
-"""One thing at a time without the GIL: on free-threaded Python, threads run at once.
+"""Busy flags on free-threaded Python, where threads run at the same time.
 
 With the GIL, no other thread runs between a look at a busy flag and the line that sets
 it (exclusive.py). Without it, two threads could both find the flag free. So a flag has
@@ -74,7 +74,8 @@ def claimed(
         flag: Any = self._busy
         holders: dict[int, Claim] = flag.holders
         claim = [threading.get_ident()]
-        # Given up twice, as a tracer may interrupt us at the first of these lines.
+        # The claim is released twice, because a tracer may raise at the first of these
+        # lines.
         try:
             try:
                 while (holder := holders.setdefault(0, claim)) is not claim:
