@@ -215,7 +215,8 @@ class Muon(Optimizer):
             check_group(f"groups[{len(self.groups)}]", group["params"], group)
         super().add_group(group)
 
-    def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
+    @staticmethod
+    def _off(array: Array, decays: bool) -> tuple[str, ...]:
         decay = () if decays else ("weight_decay", "adamw_weight_decay")
         return decay if array.ndim == 2 else (*decay, "use_muon")
 

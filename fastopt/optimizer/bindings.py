@@ -323,7 +323,8 @@ class Bindings:
             check_results(rule, steps + 1, constants, dtype, surplus=surplus)
         return sets
 
-    def _off(self, array: Array, decays: bool) -> tuple[str, ...]:
+    @staticmethod  # a method would hold this object in a cycle of references
+    def _off(array: Array, decays: bool) -> tuple[str, ...]:
         """Return the hyperparameters that are 0 for an array, whatever its group's."""
         return () if decays else ("weight_decay",)
 

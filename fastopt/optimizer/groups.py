@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -65,7 +66,9 @@ class Group(MutableMapping[str, Any]):
         self._dtype, self._most = dtype, float(np.finfo(dtype).max)
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
-        self._assign = assign  # the optimizer's: an assignment may need new state
+        # The optimizer's, because an assignment may need new state. A strong reference
+        # would be a cycle, and keep the arrays until the garbage collector runs.
+        self._assigning = weakref.WeakMethod(assign)
         self._frozen = self._flag(frozen)
         self._scheduled: tuple[str, ...] = ()
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
@@ -82,6 +85,14 @@ class Group(MutableMapping[str, Any]):
             more = f', but an item; write {here}["{name}"] = {shown(value)}'
         raise AttributeError(f"{here} has no attribute {name!r}{more}")
 
+    def _assign(self, changes: Mapping[str, Any], frozen: bool | None = None) -> None:
+        if (assign := self._assigning()) is None:
+            raise ReferenceError(
+                "the optimizer of this group no longer exists; keep a reference to the "
+                "optimizer as long as its groups are changed"
+            )
+        assign(self.number, changes, frozen)
+
     @property
     def frozen(self) -> bool:
         """Whether steps leave this group alone, as if its gradients were None."""
@@ -89,7 +100,7 @@ class Group(MutableMapping[str, Any]):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        self._assign(self.number, {}, self._flag(value))
+        self._assign({}, self._flag(value))
 
     def _flag(self, value: Any) -> bool:
         if not isinstance(value, (bool, np.bool_)):
@@ -162,7 +173,7 @@ class Group(MutableMapping[str, Any]):
 
     def update(self, *args: Any, **changes: Any) -> None:
         """Change several at once: all or, with an error, none."""
-        self._assign(self.number, dict(*args, **changes))
+        self._assign(dict(*args, **changes))
 
     def _checked(
         self, values: Mapping[str, Any], steps: int, keys: Iterable[str]
@@ -196,7 +207,7 @@ class Group(MutableMapping[str, Any]):
         return self._values[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._assign(self.number, {key: value})
+        self._assign({key: value})
 
     def __delitem__(self, key: str) -> None:
         raise TypeError(f"{self._name(key)} can be changed but not removed")

@@ -4,7 +4,6 @@ The reference is the NumPy backend; the CUDA kernels are held to it in test_cuda
 """
 
 import functools
-import gc
 
 import numpy as np
 import pytest
@@ -141,9 +140,6 @@ def test_same_bits_of_batches(name, beside, dtype, monkeypatch):
     start = [nonzero(rng, int(np.prod(n)), dtype).reshape(n) for n in shapes]
 
     def run(backend, threads):
-        # Optimizers are in cycles, and a process with many objects, as after the tests
-        # of frameworks, rarely collects them: their arrays took 22 GB.
-        gc.collect()
         params = [p.copy() for p in start]
         opt = BATCHES[name](params, backend=backend, threads=threads, ema=0.9)
         for step in range(2):
