@@ -71,6 +71,10 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     known = _functions.get(id(function))
     if known and known[0]() is function and known[1] is function.__code__:
         return known[2] or function
+    if function is pow:
+        return powers
+    if isinstance(function, types.MethodType):
+        return types.MethodType(portable(function.__func__), function.__self__)
     if not isinstance(function, types.FunctionType):
         return function
     code = copied(function)
@@ -90,6 +94,11 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy or function
 
 
+def powers(base: Any, exp: Any, mod: Any = None) -> Any:
+    """Do what ``pow`` does, with fastopt's powers."""
+    return raised(base, exp) if mod is None else pow(base, exp, mod)
+
+
 def copied(function: types.FunctionType) -> types.CodeType | None:
     """Return a function's code with calls in place of ``**``, or None if it has
     nothing to replace."""
@@ -98,10 +107,15 @@ def copied(function: types.FunctionType) -> types.CodeType | None:
     if known and known[0]() is code:
         return known[1]
     copy = None
-    raises = any(has_powers(one) for one in codes_in(code))
-    if raises or any("CALL" in i.opname for i in dis.get_instructions(code)):
+    codes = [*codes_in(code)]
+    # Python computes powers of constants when it compiles, so a float may be one.
+    if (
+        any(map(has_powers, codes))
+        or any("CALL" in i.opname for one in codes for i in dis.get_instructions(one))
+        or any(isinstance(value, float) for one in codes for value in one.co_consts)
+    ):
         copy = rewritten(function)
-        if copy is None and raises:
+        if copy is None and takes_powers(function, set()):
             warnings.warn(
                 f"the source of {function.__qualname__} is not at hand or has changed "
                 f"since, so the C library computes its powers (**), whose last bits "
@@ -129,6 +143,27 @@ def watched(value: Any, table: dict[int, Any]) -> Any:
 
 def has_powers(code: types.CodeType) -> bool:
     return any(i.argrepr in ("**", "**=") for i in dis.get_instructions(code))
+
+
+def takes_powers(function: Any, seen: set[int]) -> bool:
+    """Return whether a function has powers, or names a function that does."""
+    if function is pow:
+        return True
+    function = getattr(function, "__func__", function)  # of a method
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return False
+    seen.add(id(function))
+    if exact(function):
+        return False
+    cells = (cell for cell in function.__closure__ or () if cell != types.CellType())
+    reached = [cell.cell_contents for cell in cells]
+    names = {**vars(builtins), **function.__globals__}
+    for code in codes_in(function.__code__):
+        if has_powers(code):
+            return True
+        loads = (i for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+        reached += [names.get(i.argval) for i in loads]
+    return any(takes_powers(value, seen) for value in reached)
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -193,6 +228,9 @@ class Powers(ast.NodeTransformer):
 
     def __init__(self, function: types.FunctionType) -> None:
         self.names = {**vars(builtins), **function.__globals__}
+        for code in codes_in(function.__code__):  # what its own names mean may change
+            for name in code.co_varnames + code.co_cellvars + code.co_freevars:
+                self.names.pop(name, None)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -211,9 +249,8 @@ class Powers(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         value = self.found(node.func)
-        if value is pow and len(node.args) == 2 and not node.keywords:
-            return call(RAISED, node, *node.args)
-        if value is None or isinstance(value, types.FunctionType) and not exact(value):
+        unknown = value is None or value is pow
+        if unknown or isinstance(value, types.FunctionType) and not exact(value):
             node.func = call(PORTABLE, node.func, node.func)
         return node
 

@@ -1,0 +1,110 @@
+"""Powers in the functions that a user's function calls, whatever they are called."""
+
+import pytest
+
+from fastopt import portable
+from fastopt.rule import power, sqrt
+
+
+def helper(x, y):
+    return x**y
+
+
+class Methods:
+    def method(self, x, y):
+        return x**y
+
+
+def with_bound_methods(t, lr=0.1, beta=0.9):
+    x = Methods().method(1 + lr * (t - 1), 0.75)
+    power_of = Methods().method
+    y = power_of(0.96, t * lr)
+    return lr * x, y, 1 - pow(base=beta, exp=t), pow(*(2, t))
+
+
+def own_names():
+    """Names of Python's functions that mean others here."""
+
+    def max(x, y):
+        return x**y
+
+    def inner(t, lr=0.1, beta=0.9, abs=helper):
+        pow = helper
+        x = max(1 + lr * (t - 1), 0.75)
+        return lr * x, abs(0.96, t * lr), 1 - pow(beta, t), pow(2, t)
+
+    return inner
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """The powers that were computed by our function."""
+    taken = []
+
+    def raised(x, y):
+        taken.append((float(x), float(y)))
+        return portable.raised_slowly(x, y)
+
+    monkeypatch.setattr(portable, "raised", raised)
+    forget()
+    yield taken
+    forget()
+
+
+def forget():
+    """Copies hold the function that computed powers when they were made."""
+    portable._functions.clear()
+    portable._codes.clear()
+
+
+@pytest.mark.parametrize("function", [with_bound_methods, own_names()])
+def test_the_powers_of_what_is_called_are_ours(function, record):
+    lr, beta, t = 0.3, 0.95, 77
+    x, y = 1 + lr * (t - 1), t * lr
+    wanted = lr * power(x, 0.75), power(0.96, y), 1 - power(beta, t), 2**t
+    assert portable.portable(function)(t, lr, beta) == wanted
+    assert {(x, 0.75), (0.96, y), (beta, 77.0), (2.0, 77.0)} == set(record)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["pow(0.9, t)", "power_of(0.9, t)", "(lambda x: power_of(x, t))(0.9)", "twice(t)"],
+)
+def test_without_its_source_a_function_warns_of_what_it_calls(call):
+    names = {"power_of": helper}
+    exec(f"def twice(t): return power_of(2, t)\ndef scalars(t): return {call}", names)
+    with pytest.warns(RuntimeWarning, match="the source of scalars is not at hand"):
+        assert portable.portable(names["scalars"]) is names["scalars"]
+
+
+@pytest.mark.parametrize("call", ["max(t, 2)", "power_of(t, 2)", "sqrt(t)"])
+def test_without_its_source_a_function_without_powers_is_silent(call):
+    names = {"power_of": power, "sqrt": sqrt}
+    exec(f"def scalars(t): return {call}", names)
+    assert portable.portable(names["scalars"]) is names["scalars"]
+
+
+def test_a_name_that_is_not_pythons_pow_keeps_its_meaning(record):
+    def pow(x, y):
+        return x - y
+
+    def local(t):
+        from operator import add as pow
+
+        return pow(t, 3)
+
+    functions = (lambda t: pow(t, 3)), local, (lambda t, pow=max: pow(t, 3))
+    results = [portable.portable(function)(2) for function in functions]
+    assert (results, record) == ([-1, 5, 3], [])
+
+
+def test_powers_of_constants(record):
+    def constants(t):
+        return t * 0.99**503
+
+    assert portable.portable(constants)(1) == power(0.99, 503)
+    assert record == [(0.99, 503.0)]
+
+
+def test_pow_with_three_numbers():
+    assert portable.portable(lambda t: pow(t, 3, 5))(2) == 3
