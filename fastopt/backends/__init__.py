@@ -37,7 +37,7 @@ def find(name: str) -> tuple[ModuleType | None, str | None]:
 
 def load(name: str) -> ModuleType:
     """Return a backend's module. An error says how to install it."""
-    if name not in MODULES:
+    if name not in list(MODULES):  # a list, because name may be unhashable
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, MODULES))}, got {name!r}"
         )

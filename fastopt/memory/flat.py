@@ -66,6 +66,9 @@ class FlatBuffer:
         return self.views[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(self.views, np.ndarray):  # a single array was flattened
+            self.views[key] = value
+            return
         now = self.views[key]
         if value is not now:  # which it is after flat[key] += 1
             into = "[:]" if getattr(now, "ndim", 0) else "[...]"

@@ -87,6 +87,26 @@ def refuse_schedules(named: Mapping[str, Any]) -> None:
                 )
 
 
+def check_pairs(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that a group has as many numbers in ``betas`` and the like as a rule."""
+    for name in dict.fromkeys(name for name, _ in PAIRS.values()):
+        wanted = defaults.get(name)
+        if not isinstance(wanted, tuple):
+            continue
+        value = group[name]
+        array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1
+        several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if not (array or several):
+            raise TypeError(
+                f"{name} must be a tuple of {len(wanted)} numbers, got {shown(value)}"
+            )
+        if len(value) != len(wanted):
+            raise ValueError(
+                f"{name} must be a tuple of {len(wanted)} numbers, got "
+                f"{len(value)}: {shown(value)}"
+            )
+
+
 def number(value: Any) -> Any:
     """A hyperparameter, which may be a tensor."""
     if type(value) is float:

@@ -93,3 +93,25 @@ def test_keys_of_nobody_and_of_loaded_states_are_kept():
         assert other.param_groups[0]["lr_mult"] == 0.5
         assert other.param_groups[0]["name"] == "body"
         other.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "betas", "error", "message"),
+    [
+        ("Lion", 0.9, TypeError, "betas must be a tuple of 2 numbers, got 0.9"),
+        ("Lion", None, TypeError, "betas must be a tuple of 2 numbers, got None"),
+        ("Lion", "ab", TypeError, "betas must be a tuple of 2 numbers, got 'ab'"),
+        ("Lion", (0.9, 0.9, 0.9), ValueError, "betas must be .* 2 numbers, got 3: "),
+        ("Adan", (0.9, 0.9), ValueError, "betas must be .* 3 numbers, got 2: "),
+    ],
+)
+def test_tuples_have_as_many_numbers_as_the_rule(kind, betas, error, message):
+    cls = getattr(ft, kind)
+    with pytest.raises(error, match=message):
+        cls([param()], betas=betas)
+    opt = cls([param()])
+    with pytest.raises(error, match=message):
+        opt.add_param_group({"params": [param()], "betas": betas})
+    assert len(opt.param_groups) == 1
+    for numbers in ([0.5, 0.6, 0.7], torch.tensor([0.5, 0.6, 0.7])):
+        cls([param()], betas=numbers[: 3 if kind == "Adan" else 2])

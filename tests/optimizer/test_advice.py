@@ -129,6 +129,11 @@ def test_flat_buffers():
     assert message.endswith("flat['x'][...] = values")
     flat["w"] += 1  # which changes the array, and assigns it to where it was
     assert flat.data.tolist() == [2, 2, 2, 1]
+    array = fastopt.flatten(np.ones(3))
+    array[:] += 1
+    array[0] = 5
+    array[[1, 2]] *= 2
+    assert array.data.tolist() == [5, 4, 4]
 
 
 def test_names_of_the_package():

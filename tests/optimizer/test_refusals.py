@@ -366,6 +366,8 @@ def test_threads():
 
 
 def test_backends():
+    with pytest.raises(ValueError, match=r"backend must be one of .*got \['numpy'\]"):
+        fastopt.sgd(np.ones(2), backend=["numpy"])
     with pytest.raises(ValueError, match="backend must be one of 'numpy', .*'opencl'"):
         fastopt.gd(np.ones(3), backend="opencl")
 
