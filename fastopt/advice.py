@@ -15,6 +15,9 @@ ELSEWHERE = {
     "b3": ("beta3",),
     **dict.fromkeys(("decay", "wd", "l2", "weight_decay_rate"), ("weight_decay",)),
     "epsilon": ("eps",),
+    "eps": ("eps1", "eps2"),
+    "etas": ("eta_minus", "eta_plus"),
+    "step_sizes": ("step_min", "step_max"),
     "mu": ("momentum",),
     "rho": ("alpha",),
 }

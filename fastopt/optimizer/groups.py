@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -74,16 +74,26 @@ class Group(MutableMapping[str, Any]):
         self._values: Mapping[str, Any] = dict(rule.hyperparameters)
         self._following: list[str] = []  # hyperparameters, what others are
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        new = name == "number" and name not in vars(self)
-        if name.startswith("_") or new or name in ("frozen", "schedules"):
-            super().__setattr__(name, value)
-            return
-        rule, here = self._rule, f"opt.groups[{self.number}]"
+    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+
+        def __setattr__(self, name, value):
+            new = name == "number" and name not in vars(self)
+            if name.startswith("_") or new or name in ("frozen", "schedules"):
+                super().__setattr__(name, value)
+                return
+            raise self._no_attribute(name, f" = {shown(value)}")
+
+        def __getattr__(self, name):
+            if name.startswith("_"):  # programs look for such names
+                raise AttributeError(f"'Group' object has no attribute {name!r}")
+            raise self._no_attribute(name)
+
+    def _no_attribute(self, name: str, assigned: str = "") -> AttributeError:
+        rule, here = self._rule, f"opt.groups[{vars(self).get('number', '...')}]"
         more = where_option(rule, name) or hint(name, rule.hyperparameters)
         if name in rule.hyperparameters:
-            more = f', but an item; write {here}["{name}"] = {shown(value)}'
-        raise AttributeError(f"{here} has no attribute {name!r}{more}")
+            more = f', but an item; write {here}["{name}"]{assigned}'
+        return AttributeError(f"{here} has no attribute {name!r}{more}")
 
     def _assign(self, changes: Mapping[str, Any], frozen: bool | None = None) -> None:
         if (assign := self._assigning()) is None:

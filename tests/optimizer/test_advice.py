@@ -136,6 +136,32 @@ def test_flat_buffers():
     assert array.data.tolist() == [5, 4, 4]
 
 
+def test_tuples_of_torch():
+    def said(make, **options):
+        return refused(TypeError, lambda: make(np.ones((2, 2)), **options))
+
+    end = said(fastopt.rprop, etas=(0.5, 1.2))
+    assert end.endswith("did you mean eta_minus and eta_plus?")
+    end = said(fastopt.rprop, step_sizes=(0.1, 1.0))
+    assert end.endswith("did you mean step_min and step_max?")
+    end = said(fastopt.Adafactor, eps=(None, 1e-3))
+    assert end.endswith("did you mean eps1 and eps2?")
+
+
+def test_attributes_of_a_group():
+    group = fastopt.sgd(np.ones(3)).groups[0]
+    assert refused(AttributeError, lambda: group.lr) == (
+        "opt.groups[0] has no attribute 'lr', but an item; write opt.groups[0][\"lr\"]"
+    )
+    message = refused(AttributeError, lambda: setattr(group, "lr", 2))
+    assert message.endswith('write opt.groups[0]["lr"] = 2')
+    assert "did you mean momentum?" in refused(AttributeError, lambda: group.momentm)
+    assert "argument of step" in refused(AttributeError, lambda: group.clip_norm)
+    assert not hasattr(group, "_repr_html_")
+    new = type(group).__new__(type(group))
+    assert "no attribute '_rule'" in refused(AttributeError, lambda: new.lr)
+
+
 def test_names_of_the_package():
     def said(name):
         return refused(AttributeError, lambda: getattr(fastopt, name))
