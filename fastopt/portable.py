@@ -60,7 +60,7 @@ except ImportError:  # no C compiler, or no OpenMP
 
 # The copies of functions and codes by the id() of the original, or None if no copy is
 # needed. An entry is removed when the original is freed.
-_functions: dict[int, tuple[Any, types.CodeType, Callable[..., Any] | None]] = {}
+_functions: dict[int, tuple[Any, types.CodeType, types.FunctionType | None]] = {}
 _codes: dict[int, tuple[Any, types.CodeType | None]] = {}
 
 
@@ -70,7 +70,7 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     function, is returned as it is."""
     known = _functions.get(id(function))
     if known and known[0]() is function and known[1] is function.__code__:
-        return known[2] or function
+        return updated(known[2], function) or function
     if function is pow:
         return powers
     if isinstance(function, types.MethodType):
@@ -78,25 +78,44 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, types.FunctionType):
         return function
     code = copied(function)
-    copy = None
+    changed = None
     if code is not None:
-        copy = types.FunctionType(
+        changed = types.FunctionType(
             code,
             function.__globals__,
             function.__name__,
             function.__defaults__,
             function.__closure__,
         )
+        changed.__kwdefaults__ = function.__kwdefaults__
+        functools.update_wrapper(changed, function)
+        del changed.__dict__["__wrapped__"]  # it would keep the function alive
+    _functions[id(function)] = watched(function, _functions), function.__code__, changed
+    return changed or function
+
+
+def updated(
+    copy: types.FunctionType | None, function: Any
+) -> Callable[..., Any] | None:
+    """Give a copy the defaults that a function has now."""
+    if copy and copy.__defaults__ is not function.__defaults__:
+        copy.__defaults__ = function.__defaults__
+    if copy and copy.__kwdefaults__ is not function.__kwdefaults__:
         copy.__kwdefaults__ = function.__kwdefaults__
-        functools.update_wrapper(copy, function)
-        del copy.__dict__["__wrapped__"]  # it would keep the function alive
-    _functions[id(function)] = watched(function, _functions), function.__code__, copy
-    return copy or function
+    return copy
 
 
 def powers(base: Any, exp: Any, mod: Any = None) -> Any:
     """Do what ``pow`` does, with fastopt's powers."""
     return raised(base, exp) if mod is None else pow(base, exp, mod)
+
+
+def raised_in_place(x: Any, y: Any) -> Any:
+    """Do what ``x **= y`` does: an array is changed itself."""
+    if isinstance(x, (int, float)):
+        return raised(x, y)
+    x **= y
+    return x
 
 
 def copied(function: types.FunctionType) -> types.CodeType | None:
@@ -209,11 +228,12 @@ FUTURE = functools.reduce(
 )
 # Placeholders in the tree. Compiled code has the functions as constants in their place.
 RAISED, PORTABLE = "\0fastopt.raised", "\0fastopt.portable"
+IN_PLACE = "\0fastopt.raised_in_place"
 
 
 def filled(code: types.CodeType) -> types.CodeType:
     """Replace the placeholders by the functions."""
-    functions = {RAISED: raised, PORTABLE: portable}
+    functions = {RAISED: raised, PORTABLE: portable, IN_PLACE: raised_in_place}
 
     def constant(value: Any) -> Any:
         if isinstance(value, types.CodeType):
@@ -243,7 +263,7 @@ class Powers(ast.NodeTransformer):
         if not isinstance(node.op, ast.Pow) or not isinstance(node.target, ast.Name):
             return node
         before = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
-        value = call(RAISED, node, before, node.value)
+        value = call(IN_PLACE, node, before, node.value)
         return ast.copy_location(ast.Assign([node.target], value), node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:

@@ -116,6 +116,13 @@ class RMSprop(Stepping, torch.optim.RMSprop):
 class Adagrad(Stepping, torch.optim.Adagrad):
     _default_rule = rules.adagrad
 
+    def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
+        values = super()._values(group, rule)
+        # Torch takes that of the optimizer, whatever a group says.
+        i = list(rule.hyperparameters).index("initial_accumulator_value")
+        values[i] = self.defaults["initial_accumulator_value"]
+        return values
+
     def share_memory(self) -> None:
         super().share_memory()
         self._renew()  # state has moved

@@ -115,3 +115,18 @@ def test_tuples_have_as_many_numbers_as_the_rule(kind, betas, error, message):
     assert len(opt.param_groups) == 1
     for numbers in ([0.5, 0.6, 0.7], torch.tensor([0.5, 0.6, 0.7])):
         cls([param()], betas=numbers[: 3 if kind == "Adan" else 2])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_adagrads_sum_starts_at_the_optimizers_number(late):
+    sums = []
+    for module in (torch.optim, ft):
+        first, second = param(), param()
+        group = {"params": [second], "initial_accumulator_value": 0.3}
+        opt = module.Adagrad([first] if late else [{"params": [first]}, group], lr=0.1)
+        if late:
+            opt.add_param_group(group)
+        second.grad = torch.full_like(second, 0.5)
+        opt.step()
+        sums.append(opt.state[second]["sum"].tolist())
+    assert sums == [[0.25] * 3] * 2

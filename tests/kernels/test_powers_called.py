@@ -1,5 +1,6 @@
 """Powers in the functions that a user's function calls, whatever they are called."""
 
+import numpy as np
 import pytest
 
 from fastopt import portable
@@ -104,6 +105,24 @@ def test_powers_of_constants(record):
 
     assert portable.portable(constants)(1) == power(0.99, 503)
     assert record == [(0.99, 503.0)]
+
+
+def test_defaults_may_change_later():
+    def cubes(x, y=2.0, *, z=1.0):
+        return x**y * z
+
+    assert portable.portable(cubes)(3.0) == 9
+    cubes.__defaults__, cubes.__kwdefaults__ = (3.0,), {"z": 2.0}
+    assert portable.portable(cubes)(3.0) == cubes(3.0) == 54
+
+
+def test_an_array_is_raised_in_place():
+    def squares(t):
+        x = y = np.full(2, t)
+        x **= 2
+        return y.tolist()
+
+    assert portable.portable(squares)(3.0) == squares(3.0) == [9, 9]
 
 
 def test_pow_with_three_numbers():
