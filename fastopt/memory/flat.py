@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastopt.memory.arena import STAGGER, zeroed
 from fastopt.memory.formats import DTYPES, WANTED_DTYPES, format_of
-from fastopt.memory.trees import leaves, rebuild
+from fastopt.memory.trees import branches, leaves, rebuild
 
 
 class FlatBuffer:
@@ -53,12 +53,18 @@ class FlatBuffer:
             for part, (_, shape) in zip(parts, self.shapes, strict=True)
         ]
         self.views = rebuild(tree, iter(shaped))
+        # What nested dicts and lists hold, which cannot refuse assignments themselves.
+        self.nested = tuple(nested(self.views))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data" and self.trained and value is not self.data:
             raise AttributeError(
                 "an optimizer updates the array of this FlatBuffer, so it cannot be "
                 "replaced; write into it: flat.data[:] = values"
+            )
+        if name == "views" and name in vars(self):
+            raise AttributeError(
+                "the arrays of a FlatBuffer cannot be replaced; write into them"
             )
         super().__setattr__(name, value)
 
@@ -100,6 +106,30 @@ class FlatBuffer:
             f"<FlatBuffer of {len(self.shapes)} arrays, "
             f"{self.data.size} elements, {self.data.dtype}>"
         )
+
+
+def nested(tree: Any, top: bool = True) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield what the dicts and lists below the top hold: the dict or list, and the key
+    and the value of each item."""
+    for key, child in branches(tree, 0) or ():
+        if not top and not isinstance(tree, tuple):
+            yield tree, key, child
+        yield from nested(child, False)
+
+
+def check_nested(flat: FlatBuffer, name: str) -> None:
+    """Check that no array in a nested dict or list was replaced by another one, which
+    a step would ignore."""
+    for tree, key, child in flat.nested:
+        if isinstance(tree, Mapping):
+            now = tree.get(key)
+        else:
+            now = tree[key] if key < len(tree) else None
+        if now is not child:
+            raise TypeError(
+                f"{name} is a FlatBuffer, but its array [{key!r}] was replaced or "
+                f"removed; put the old one back, and write into it: [...] = values"
+            )
 
 
 def flatten(tree: Any) -> FlatBuffer:

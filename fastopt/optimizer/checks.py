@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastopt.memory.arrays import as_array, of_jax, read_only, span
-from fastopt.memory.flat import FlatBuffer
+from fastopt.memory.flat import FlatBuffer, check_nested
 from fastopt.memory.formats import (
     COMPUTED,
     DTYPES,
@@ -305,6 +305,8 @@ def collect(
             raise changed(name + path) from error
     else:
         same_layout = type(grads) is FlatBuffer and grads.shapes == tree
+        if same_layout:
+            check_nested(grads, name + path)
         gathered.append(grads.data if same_layout else grads)
         return
     for key, child, grad in children:

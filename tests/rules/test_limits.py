@@ -156,9 +156,6 @@ def test_arrays_can_be_resized_when_the_optimizer_is_gone():
     opt = fastopt.gd(own)
     opt.step(np.ones(8))
     del opt
-    import gc
-
-    gc.collect()
     own.resize(4, refcheck=False)
     assert own.shape == (4,)
 
@@ -179,6 +176,32 @@ def test_the_array_of_a_flat_buffer_stays():
     grads.data = np.full(5, 3.0)
     opt.step(grads)
     assert np.all(flat.data == 0) and np.all(flat["w"] == 0)
+
+
+@pytest.mark.parametrize("around", [lambda flat: flat, lambda flat: {"x": flat}])
+def test_replaced_arrays_of_a_nested_flat_buffer_are_refused(around):
+    """A step would take the buffer, and ignore the new array."""
+    tree = {"layer": {"w": np.ones(2)}, "more": [np.ones(1), {"b": np.ones(3)}]}
+    flat = fastopt.flatten(tree)
+    opt = fastopt.gd(around(flat), lr=0.5)
+    grads = flat.zeros_like()
+    grads["layer"]["w"] += 1
+    grads["more"][1]["b"][:] = 1
+    opt.step(around(grads))
+    places = [(grads["layer"], "w"), (grads["more"], 0), (grads["more"], 1)]
+    for place, key in [*places, (grads["more"][1], "b")]:
+        old, place[key] = place[key], np.full(2, 5.0)
+        with pytest.raises(TypeError, match="replaced or removed; put the old one"):
+            opt.step(around(grads))
+        place[key] = old
+    gone = grads["more"].pop()
+    with pytest.raises(TypeError, match="replaced or removed"):
+        opt.step(around(grads))
+    grads["more"].append(gone)
+    with pytest.raises(AttributeError, match="cannot be replaced"):
+        grads.views = {}
+    opt.step(around(grads))
+    assert opt.steps == 2 and np.all(flat.data == [0, 0, 1, 0, 0, 0])
 
 
 def test_adding_a_group_costs_what_is_in_it():
