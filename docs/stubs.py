@@ -154,6 +154,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypedDict, Unpack
 
+from fastopt.step import Nonfinite
 from fastopt.torch.averaging import Averaging
 from fastopt.torch.bitsandbytes import from_bitsandbytes
 from fastopt.torch.classes import OfRule, optimizer

@@ -25,6 +25,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from fastopt import elementary
 from fastopt.runtime import openmp
 
@@ -38,9 +40,15 @@ raised: Callable[[Any, Any], Any]
 """``x**y``, as Python computes it, but for the last bits of floats."""
 
 
+NUMPY, FLOATS = {np.float64, np.int64}, {np.float64, float}
+
+
 def raised_slowly(x: Any, y: Any) -> Any:
     """Do what ``raised`` does for all numbers, with the errors of Python."""
     kinds = type(x), type(y)
+    if NUMPY & {*kinds} and FLOATS & {*kinds} and {*kinds} <= NUMPY | {int, float}:
+        result = power(float(x), float(y))
+        return np.float64(result) if math.isfinite(result) else x**y
     if kinds == (int, int) and y >= 0 or not {*kinds} <= {int, float}:
         return x**y
     result = power(x, y)

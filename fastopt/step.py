@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
@@ -40,12 +40,13 @@ Sums: TypeAlias = tuple[int, tuple[float, ...] | None]
 
 LIMIT = "limit"  # a number above 0, or None for no limit
 FLAG = "flag"  # True or False
+Nonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 # For each option of ``step``, the kind of its values, or a tuple of the words that it
 # may be. ``optimizer.checks`` checks them.
 OPTIONS: dict[str, Any] = {
     "clip_norm": LIMIT,
     "clip_value": LIMIT,
-    "nonfinite": ("propagate", "skip", "raise"),
+    "nonfinite": get_args(Nonfinite),
     "zero_grads": FLAG,
 }
 
@@ -56,7 +57,7 @@ class Options(TypedDict, total=False):
 
     clip_norm: float | None
     clip_value: float | None
-    nonfinite: str
+    nonfinite: Nonfinite
     zero_grads: bool
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypedDict, Unpack
 
+from fastopt.step import Nonfinite
 from fastopt.torch.averaging import Averaging
 from fastopt.torch.bitsandbytes import from_bitsandbytes
 from fastopt.torch.classes import OfRule, optimizer
@@ -74,7 +75,7 @@ __all__: list[str] = [
 class _Options(TypedDict, total=False):
     clip_norm: float | None
     clip_value: float | None
-    nonfinite: str
+    nonfinite: Nonfinite
     ema: float | None
     weight_decay_mask: Callable[[str, Tensor], bool] | None
     state_dtype: torch.dtype | None

@@ -21,7 +21,7 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.collector import paused
-from fastopt.step import OPTIONS, PLAIN, Options, Request, examine
+from fastopt.step import OPTIONS, PLAIN, Nonfinite, Options, Request, examine
 from fastopt.torch import dtensors, sharding
 from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
 from fastopt.torch.hooks import hooked_step
@@ -107,7 +107,7 @@ class Stepping(Stateful):
         *arguments: Any,
         clip_norm: float | None = None,
         clip_value: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         ema: float | None = None,
         weight_decay_mask: Callable[[str, Tensor], bool] | None = None,
         state_dtype: torch.dtype | None = None,

@@ -127,3 +127,17 @@ def test_an_array_is_raised_in_place():
 
 def test_pow_with_three_numbers():
     assert portable.portable(lambda t: pow(t, 3, 5))(2) == 3
+
+
+def test_powers_of_numpys_float64_are_the_same():
+    def scalars(t, lr=0.1, beta=0.99):
+        return (np.float64(beta) ** t, beta ** np.int64(t), beta ** np.float64(t))
+
+    function = portable.portable(scalars)
+    for t in (1, 3, 503):
+        first, second, third = function(t)
+        assert type(first) is type(second) is type(third) is np.float64
+        assert first == second == third == power(0.99, t)
+    with np.errstate(divide="ignore"):
+        assert portable.portable(lambda x: x**-1)(np.float64(0)) == np.inf
+    assert portable.portable(lambda x: x ** np.int64(2))(3) == 9

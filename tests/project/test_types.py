@@ -31,6 +31,7 @@ opt = adamw(w, lr=1e-3, beta1=0.8, threads=2)
 reveal_type(opt)  # type: Optimizer
 opt.step(w, clip_norm=1.0)
 opt.step(w, clip_nrom=1.0)  # error: clip_nrom
+opt.step(w, nonfinite="skipp")  # error: nonfinite
 opt.lr = schedules.cosine(0.1, 100)
 fastopt.lion(w, lr=schedules.cosine(0.1, 100), formats="8bit", ema=0.99)
 fastopt.adamw(w, lr=lambda t: 0.1 / (t + 1))
@@ -80,6 +81,7 @@ fastopt.torch.ScheduleFreeAdamW(model.parameters()).eval()
 fastopt.torch.Lion(model.parameters(), beta1=0.9)  # error: beta1
 fastopt.torch.Lyon(model.parameters())  # error: Lyon
 fastopt.torch.AdamW(model.parameters(), clip_nrom=1.0)  # error: clip_nrom
+fastopt.torch.AdamW(model.parameters(), nonfinite="skipp")  # error: nonfinite
 buffers = fastopt.torch.flatten_(model)
 reveal_type(buffers)  # type: list[
 Mine = fastopt.torch.optimizer(fastopt.lion)
