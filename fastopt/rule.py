@@ -83,8 +83,18 @@ __all__ = [
 
 Hyperparameter: TypeAlias = float | int | bool
 
-# How messages show what came, which may be large, deep or refer to itself.
-_shown = reprlib.Repr()
+
+class Shown(reprlib.Repr):
+    """How messages show what came, which may be large, deep or refer to itself."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write an integer of more than 4300 digits.
+        if abs(x) < 10**100:
+            return super().repr_int(x, level)
+        return f"an integer of {x.bit_length()} bits"
+
+
+_shown = Shown()
 _shown.maxstring = _shown.maxother = 200
 shown = _shown.repr
 

@@ -7,7 +7,7 @@ import importlib
 import warnings
 from types import ModuleType
 
-from fastopt.rule import Rule
+from fastopt.rule import Rule, shown
 
 MODULES = {
     "numpy": "fastopt.backends.numpy_ref",
@@ -39,7 +39,7 @@ def load(name: str) -> ModuleType:
     """Return a backend's module. An error says how to install it."""
     if name not in list(MODULES):  # a list, because name may be unhashable
         raise ValueError(
-            f"backend must be one of {', '.join(map(repr, MODULES))}, got {name!r}"
+            f"backend must be one of {', '.join(map(repr, MODULES))}, got {shown(name)}"
         )
     module, reason = find(name)
     if module is None or reason:

@@ -362,10 +362,10 @@ def check_weights(
 
 def check_threads(threads: Any) -> int:
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
-        raise TypeError(f"threads must be an integer or None, got {threads!r}")
+        raise TypeError(f"threads must be an integer or None, got {shown(threads)}")
     # No machine has more, and OpenMP ends a process whose threads it cannot start.
     if not 1 <= threads <= MOST:
-        raise ValueError(f"threads must be from 1 to {MOST}, got {threads}")
+        raise ValueError(f"threads must be from 1 to {MOST}, got {shown(threads)}")
     return int(threads)
 
 
@@ -402,6 +402,8 @@ def check_count(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {shown(value)}")
     return int(value)
 
 

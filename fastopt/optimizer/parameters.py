@@ -17,6 +17,7 @@ from fastopt.memory.trees import leaves, rebuild
 from fastopt.optimizer import checks
 from fastopt.optimizer.formats import Chosen, Formats
 from fastopt.optimizer.watching import Watch
+from fastopt.rule import shown
 
 # What saved state is matched by: an array's path, after its group's number, and shape.
 Part: TypeAlias = tuple[str, tuple[int, ...]]
@@ -255,15 +256,19 @@ class Parameters:
         else:
             flags = dict(leaves(mask))
             if flags.keys() != set(paths):
+                wanted = f"with the leaves {', '.join(paths)}"
+                if list(paths) == [""]:
+                    wanted = "a single True or False"
                 raise ValueError(
-                    f"weight_decay_mask must have the structure of params, with the "
-                    f"leaves {', '.join(paths)}; it has {', '.join(flags) or 'none'}"
+                    f"weight_decay_mask must have the structure of params, {wanted}; "
+                    f"it has {', '.join(flags) or 'none'}"
                 )
             told = [flags[path] for path in paths]
         for name, flag in zip(names, told, strict=True):
             if not isinstance(flag, (bool, np.bool_)):
                 raise TypeError(
-                    f"weight_decay_mask must say True or False for {name}, got {flag!r}"
+                    f"weight_decay_mask must say True or False for {name}, got "
+                    f"{shown(flag)}"
                 )
         return list(map(bool, told))
 

@@ -167,3 +167,22 @@ def test_loops_are_refused_with_their_line(function, culprit, line):
     message = f"{culprit.__name__} of 'mine' has a loop, in line {at} of .*test_signat"
     with pytest.raises(ValueError, match=message):
         fastopt.Rule(function, scalars, name="mine")
+
+
+HUGE = 10**5000  # Python refuses to write so many digits
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fastopt.adamw(np.ones(3), lr=HUGE),
+        lambda: fastopt.adamw(np.ones(3), threads=HUGE),
+        lambda: fastopt.adamw(np.ones(3), backend=HUGE),
+        lambda: fastopt.adamw(np.ones(3), weight_decay_mask=HUGE),
+        lambda: fastopt.schedules.onecycle(1.0, steps=HUGE),
+        lambda: fastopt.schedules.inverse_sqrt(1.0, warmup=HUGE),
+    ],
+)
+def test_huge_integers_are_refused_in_words(call):
+    with pytest.raises((TypeError, ValueError), match="got an integer of 16610 bits"):
+        call()
