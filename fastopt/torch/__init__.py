@@ -49,6 +49,11 @@ __all__ += ["unflatten_"]
 def __getattr__(name: str) -> type[_classes.OfRule]:
     """The class of a rule that torch has not, made when it is first asked for."""
     if name not in _OTHERS:
+        theirs = getattr(_theirs, name, _theirs.Optimizer)
+        if theirs is not _theirs.Optimizer and isinstance(theirs, type):
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}; use torch.optim.{name}"
+            )
         more = "; fastopt.torch.__all__ lists what there is"
         raise _no_attribute(__name__, name, __all__, more)
     kind = globals()[name] = optimizer(_OTHERS[name], name)

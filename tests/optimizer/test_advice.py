@@ -227,8 +227,11 @@ def test_tensors_and_models_of_torch():
     for name in ("AdamW8bit", "PagedAdamW8bit"):
         with pytest.raises(AttributeError, match=r'h\.AdamW\(..., formats="8bit"\)'):
             getattr(fastopt.torch, name)
-    with pytest.raises(AttributeError, match="'LBFGS'; fastopt.torch.__all__ lists"):
-        fastopt.torch.LBFGS  # noqa: B018
+    for name in ("LBFGS", "SparseAdam"):
+        with pytest.raises(AttributeError, match=f"'{name}'; use torch.optim.{name}$"):
+            getattr(fastopt.torch, name)
+    with pytest.raises(AttributeError, match="'Xyzzy'; fastopt.torch.__all__ lists"):
+        fastopt.torch.Xyzzy  # noqa: B018
 
 
 def test_arrays_of_jax():
