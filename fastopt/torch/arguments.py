@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastopt import docstrings
+from fastopt import advice, docstrings
 from fastopt.optimizer import checks
 from fastopt.rule import Rule, shown
 from fastopt.step import OPTIONS
@@ -87,24 +86,39 @@ def refuse_schedules(named: Mapping[str, Any]) -> None:
                 )
 
 
-def check_pairs(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that a group has as many numbers in ``betas`` and the like as a rule."""
-    for name in dict.fromkeys(name for name, _ in PAIRS.values()):
-        wanted = defaults.get(name)
-        if not isinstance(wanted, tuple):
+def refuse_names(kind: str, named: Iterable[str], taken: Iterable[str]) -> None:
+    """Refuse arguments that a class does not take. ``taken`` are those that it does, in
+    addition to those that all classes take."""
+    own = [name for name in taken if name not in EXTRAS]
+    for name in named:
+        if name in own or name in EXTRAS:
             continue
-        value = group[name]
-        array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1
-        several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-        if not (array or several):
-            raise TypeError(
-                f"{name} must be a tuple of {len(wanted)} numbers, got {shown(value)}"
-            )
-        if len(value) != len(wanted):
-            raise ValueError(
-                f"{name} must be a tuple of {len(wanted)} numbers, got "
-                f"{len(value)}: {shown(value)}"
-            )
+        more = advice.hint(name, [*own, *EXTRAS])
+        if name in ("zero_grads", "grads", "weights"):
+            more = f"; {name} is an argument of step: opt.step({name}=...)"
+        raise TypeError(
+            f"{kind}() got an unexpected keyword argument {name!r}; it takes "
+            f"{', '.join(own)}, and the options of all classes, "
+            f"{', '.join(EXTRAS)}{more}"
+        )
+
+
+def refuse_params(params: Any, name: str = "params") -> None:
+    """Refuse what is no collection of parameters, with advice."""
+    if isinstance(params, torch.Tensor):  # torch refuses it itself, or takes it
+        return
+    if isinstance(params, Mapping) and "params" in params:
+        raise TypeError(
+            f"{name} is a group of parameters, but must be a list of groups: write "
+            f"[{{...}}]"
+        )
+    try:
+        iter(params)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an iterable of parameters, such as model.parameters(), "
+            f"got {type(params).__name__}"
+        ) from None
 
 
 def number(value: Any) -> Any:
@@ -253,14 +267,3 @@ def called(name: str) -> str:
     """Return what messages call a hyperparameter of a rule."""
     pair, i = PAIRS.get(name, (None, 0))
     return name if pair is None else f"{pair}[{i}]"
-
-
-@functools.cache
-def readers(rule: Rule) -> list[Callable[[Mapping[str, Any]], Any]]:
-    """Return functions that read each hyperparameter of a rule from a group."""
-
-    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        pair, i = PAIRS.get(name, (None, 0))
-        return (lambda g: g[name]) if pair is None else (lambda g: g[pair][i])
-
-    return [reader(name) for name in rule.hyperparameters]

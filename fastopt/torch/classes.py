@@ -21,9 +21,9 @@ from fastopt.torch.arguments import (
     PAIRS,
     Arguments,
     called,
-    check_pairs,
     docstring,
     number,
+    refuse_names,
     refuse_schedules,
 )
 from fastopt.torch.averaging import Averaging
@@ -198,10 +198,14 @@ class OfRule(Stepping):
     rule: Rule
     _variants: Mapping[frozenset[str], Rule]
     _arguments: inspect.Signature
-    _tuples: Mapping[str, Any]  # the defaults of those that are several numbers
 
     def __init__(self, *arguments: Any, **options: Any):
-        bound = self._arguments.bind(*arguments, **options)
+        name, taken = type(self).__name__, list(self._arguments.parameters)[1:]
+        refuse_names(name, options, taken)
+        try:
+            bound = self._arguments.bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(f"{name}(): {error}") from None
         bound.apply_defaults()
         extras = {name: bound.arguments.pop(name) for name in EXTRAS}
         super().__init__(bound.arguments.pop("params"), bound.arguments, **extras)
@@ -220,7 +224,6 @@ class OfRule(Stepping):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = {**self.defaults, **param_group}
         refuse_schedules({name: checked[name] for name in self.defaults})
-        check_pairs(checked, self._tuples)
         follows = [n for n in self.rule.follows if checked[n] is None]
         first = self.rule.complete(checked)
         for name in follows:
@@ -286,7 +289,6 @@ def optimizer(rule: Rule, name: str | None = None) -> type[OfRule]:
             "_default_rule": rule,
             "_variants": {frozenset(names): rule.variant(set(names)) for names in on},
             "_arguments": inspect.Signature(parameters),
-            "_tuples": {n: d for n, d in options.items() if isinstance(d, tuple)},
             # As a namedtuple's: where it is, so that it can be pickled.
             "__module__": sys._getframe(1).f_globals.get("__name__", __name__),
         },

@@ -22,9 +22,8 @@ from fastopt.runtime.threads import available, forked, launched_with_one, own_nu
 from fastopt.torch import dtensors, loading
 from fastopt.torch.arguments import (
     EXTRAS,
-    number,
-    readers,
     refuse_options,
+    refuse_params,
     refuse_schedules,
 )
 from fastopt.torch.flat import flattened_any, in_flat_buffer
@@ -37,6 +36,7 @@ from fastopt.torch.ranks import refuse_group_in
 from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Turns
+from fastopt.torch.values import values_of
 
 NEVER: Any = object()  # no attribute is this
 KEPT = (
@@ -88,7 +88,7 @@ class Stateful(Storage):
 
     def _values(self, group: Mapping[str, Any], rule: Rule) -> list[Any]:
         """Return the group's hyperparameters in the order of the rule's."""
-        return [number(read(group)) for read in readers(rule)]
+        return values_of(group, rule, self.param_groups, self._own is not None)
 
     def _inward(self, state: dict[str, Any]) -> None:
         """Change a saved state of a parameter to the form of ``state``."""
@@ -252,6 +252,12 @@ class Stateful(Storage):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             refuse_group_in(param_group)
+            if "params" not in param_group:
+                raise TypeError(
+                    f'a group of parameters must have "params", but this one has '
+                    f"{', '.join(map(repr, param_group)) or 'nothing'}"
+                )
+            refuse_params(param_group["params"], '"params" of a group')
             # Others' keys may be anything: Megatron's groups contain a class.
             ours = self.defaults
             refuse_options(param_group, self)

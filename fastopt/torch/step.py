@@ -17,13 +17,20 @@ from torch.optim import Optimizer
 
 from fastopt.optimizer import checks
 from fastopt.optimizer.formats import first_element
-from fastopt.rule import Rule
+from fastopt.rule import Rule, shown
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.collector import paused
 from fastopt.step import OPTIONS, PLAIN, Nonfinite, Options, Request, examine
 from fastopt.torch import dtensors, sharding
-from fastopt.torch.arguments import EXTRAS, Arguments, refuse_schedules, spared
+from fastopt.torch.arguments import (
+    EXTRAS,
+    Arguments,
+    refuse_names,
+    refuse_params,
+    refuse_schedules,
+    spared,
+)
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
 from fastopt.torch.part import Part, estimate
@@ -32,6 +39,7 @@ from fastopt.torch.ranks import check_group, ranks_of
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Overtaken
+from fastopt.torch.values import check_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,6 +128,10 @@ class Stepping(Stateful):
         backend: str | None = None,
         **options: Any,
     ):
+        kind: Any = type(self)
+        taken = defaults_of(kind)
+        refuse_names(kind.__name__, options, taken)
+        refuse_params(params)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.nonfinite = nonfinite
         for name in AS_MADE:
@@ -143,9 +155,9 @@ class Stepping(Stateful):
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
         self._renew()
-        kind: Any = type(self)
-        names = argument_names(kind)
-        refuse_schedules({**dict(zip(names, arguments, strict=False)), **options})
+        named = {**dict(zip(taken, arguments, strict=False)), **options}
+        refuse_schedules(named)
+        check_arguments(taken, named)
         super().__init__(params, *arguments, **options)
         rules = self._rules
         spared(self.weight_decay_mask, self.param_groups, rules)  # its errors come now
@@ -203,6 +215,12 @@ class Stepping(Stateful):
         for name, value in options.items():  # before the closure computes anything
             checks.check_option(name, value)
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure must be a function that returns the loss, got "
+                    f"{shown(closure)}; gradients are passed by name: "
+                    f"step(grads=...)"
+                )
             self._check_mode()
             with torch.enable_grad():
                 loss = closure()
@@ -491,11 +509,12 @@ def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:
 
 
 @cache  # a signature takes ten times as long as torch to make an optimizer
-def argument_names(kind: type[Stepping]) -> list[str]:
-    """Return the names of what the constructor of the next class takes after
-    ``params``."""
+def defaults_of(kind: type[Stepping]) -> dict[str, Any]:
+    """Return what the constructor of the next class takes after ``params``, with the
+    defaults."""
     init: Any = super(Stepping, kind).__init__
-    return [*inspect.signature(init).parameters][2:]
+    taken = [*inspect.signature(init).parameters.values()][2:]
+    return {of.name: of.default for of in taken}
 
 
 def extras() -> list[inspect.Parameter]:

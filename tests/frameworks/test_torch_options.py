@@ -98,11 +98,11 @@ def test_keys_of_nobody_and_of_loaded_states_are_kept():
 @pytest.mark.parametrize(
     ("kind", "betas", "error", "message"),
     [
-        ("Lion", 0.9, TypeError, "betas must be a tuple of 2 numbers, got 0.9"),
-        ("Lion", None, TypeError, "betas must be a tuple of 2 numbers, got None"),
-        ("Lion", "ab", TypeError, "betas must be a tuple of 2 numbers, got 'ab'"),
-        ("Lion", (0.9, 0.9, 0.9), ValueError, "betas must be .* 2 numbers, got 3: "),
-        ("Adan", (0.9, 0.9), ValueError, "betas must be .* 3 numbers, got 2: "),
+        ("Lion", 0.9, TypeError, "betas.* must be a tuple of 2 numbers, got 0.9"),
+        ("Lion", None, TypeError, "betas.* must be a tuple of 2 numbers, got None"),
+        ("Lion", "ab", TypeError, "betas.* must be a tuple of 2 numbers, got 'ab'"),
+        ("Lion", (0.9, 0.9, 0.9), ValueError, "betas.* must have 2 numbers, got 3: "),
+        ("Adan", (0.9, 0.9), ValueError, "betas.* must have 3 numbers, got 2: "),
     ],
 )
 def test_tuples_have_as_many_numbers_as_the_rule(kind, betas, error, message):
