@@ -50,6 +50,11 @@ def refuse_options(group: Mapping[str, Any], opt: Any) -> None:
     Wrappers such as ``ZeroRedundancyOptimizer`` put all options of the optimizer into
     its groups, so a group may have what the optimizer has.
     """
+    if group.get("frozen") is True and "frozen" not in opt.defaults:
+        raise TypeError(
+            "a group of fastopt.torch cannot be frozen, as one of fastopt's core can; "
+            "call requires_grad_(False) of its parameters, and set their .grad to None"
+        )
     for name in (*EXTRAS, "zero_grads"):
         if name not in group or name in opt.defaults:
             continue

@@ -117,6 +117,13 @@ def test_tuples_have_as_many_numbers_as_the_rule(kind, betas, error, message):
         cls([param()], betas=numbers[: 3 if kind == "Adan" else 2])
 
 
+def test_frozen_groups_of_the_core_are_refused():
+    opt = ft.AdamW([{"params": [param()], "frozen": False}])
+    with pytest.raises(TypeError, match="cannot be frozen.*requires_grad_"):
+        opt.add_param_group({"params": [param()], "frozen": True})
+    assert len(opt.param_groups) == 1
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_adagrads_sum_starts_at_the_optimizers_number(late):
     sums = []
