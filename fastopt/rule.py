@@ -50,11 +50,14 @@ from fastopt.portable import log as log
 from fastopt.portable import power as power
 from fastopt.runtime.exclusive import computed_once
 from fastopt.signatures import (
+    check_calls,
     check_named,
     check_no_loop,
+    check_no_statement,
     check_scalars,
     check_settle,
     state_names,
+    uses_words,
 )
 from fastopt.signatures import limits as limits
 from fastopt.trial import tried
@@ -344,6 +347,7 @@ class Rule:
             )
         for function in reached(element, []):
             check_no_loop(self.name, function)
+            check_no_statement(self.name, function)
             for constant in constants(function):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(
@@ -352,12 +356,14 @@ class Rule:
                     )
                 if isinstance(constant, (int, float, complex)):
                     named = f", or name it outside: NAME = word({constant!r}) is a word"
+                    words = isinstance(constant, int) and uses_words(function)
                     raise ValueError(
                         f"{function.__name__} of {self.name!r} contains the number "
                         f"{constant!r}, which some backends would compute in float64; "
-                        f"let scalars supply it"
-                        f"{named if isinstance(constant, int) else ''}"
+                        f"return it from scalars, and take it as an argument of "
+                        f"{element.__name__}{named if words else ''}"
                     )
+            check_calls(self.name, function)
 
     @property
     def by_segment(self) -> bool:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import operator
 import platform
+import re
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core import types as nt
+from numba.core.errors import TypingError
 
 MACHINE = platform.machine().lower()
 WORD, HALF, BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
@@ -146,3 +148,14 @@ def _call(builder: Any, name: str, *arguments: Any, result: Any = NOTHING) -> An
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, arguments)
+
+
+def check_native(text: str) -> None:
+    """Check that compiled code calls nothing of Python's. Steps run without the GIL; an
+    error while such a call holds it leaves it held, and all threads wait for it. The C
+    function that Numba makes itself takes it once, to print an error."""
+    if len(re.findall(r"call [^\n]*@\"?\w*gil_ensure", text, re.I)) > 1:
+        raise TypingError(
+            "it calls functions of Python, such as print, in the compiled code, or in "
+            "a helper that Numba compiles; leave them out"
+        )

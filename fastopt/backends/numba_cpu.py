@@ -378,6 +378,8 @@ def compile_kernel(function: Callable[..., None], *taken: Any, **flags: Any) -> 
     """Compile a function that takes these types and returns nothing."""
     native = numba.cfunc(nt.void(*taken), **FLAGS, **flags)(function)
     text = native.inspect_llvm()
+    if not flags:  # our parallel region calls Numba's threads
+        llvm_ir.check_native(text)
     imports = re.findall(r'^declare .*@"?([^\s"(]+)"?\(', text, re.M)
     imports += re.findall(r'^@"?([^\s"]+)"? = external ', text, re.M)
     return Kernel(

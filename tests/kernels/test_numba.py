@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import installed_numba  # noqa: F401
+import numba
 import numpy as np
 import pytest
 from cases import DTYPES, same_bits
@@ -197,10 +198,30 @@ def test_float64_in_a_float32_rule():
 
 def test_what_numba_cannot_compile():
     def update(p, g, lr):
-        return (p - lr * g.nonsense,)
+        return (p - lr * where(g),)
 
     with pytest.raises(TypeError, match="Numba cannot compile update of 'test_numba'"):
         run(numba_cpu.bind, Rule(update, lambda t: (1.0,)), [np.ones(3)], [], [])
+
+
+@pytest.mark.parametrize("what", ["update", "measure"])
+def test_compiled_helpers_that_call_python(what):
+    """An error in such a call would leave the GIL held, and the step would hang."""
+
+    @numba.njit
+    def printing(x):
+        print(x)
+        return x
+
+    def function(p, g, lr):
+        return (p - lr * printing(g),)
+
+    more = {"settle": lambda t, n, total, lr: (lr,)} if what == "measure" else {}
+    plain = {"update": lambda p, g, lr: (p - lr * g,), "scalars": lambda t: (1.0,)}
+    rule = Rule(**plain | more | {what: function}, name="mine")
+    message = f"cannot compile {what} of 'mine' .* calls functions of Python, such as"
+    with pytest.raises(TypeError, match=message):
+        run(numba_cpu.bind, rule, [np.ones(3)], [], [])
 
 
 def test_too_few_scalars():

@@ -1,11 +1,14 @@
-"""How the functions of a rule are written: which arguments they take, and no loops."""
+"""How the functions of a rule are written: which arguments they take, and no loops,
+statements or functions of NumPy."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
 
 import fastopt
+from fastopt.rule import where
 
 
 def scalars(t, lr=0.5):
@@ -186,3 +189,89 @@ HUGE = 10**5000  # Python refuses to write so many digits
 def test_huge_integers_are_refused_in_words(call):
     with pytest.raises((TypeError, ValueError), match="got an integer of 16610 bits"):
         call()
+
+
+def printing(p, g, lr):
+    """Show a parameter."""
+    print(p)
+    return (p - lr * g,)
+
+
+def printing_in_between(p, g, lr):
+    new = p - lr * g
+    print(f"{new}", new) if lr else print(p)
+    return (new,)
+
+
+def computing(p, g, lr):
+    p * g
+    return (p - lr * g,)
+
+
+def helped(p, g, lr):
+    return printing(p, g, lr)
+
+
+def with_a_docstring(p, g, lr):
+    """Swap twice, compare, and choose."""
+    a, b = p, g
+    b, a = a, b
+    p, g = b, a
+    both = (p < g) & (g < lr)
+    return (where(both, p, p - lr * abs(g)),)
+
+
+STATEMENTS = {
+    printing: "printing",
+    printing_in_between: "printing_in_between",
+    computing: "computing",
+    helped: "printing",
+}
+
+
+@pytest.mark.parametrize("function", STATEMENTS)
+@pytest.mark.parametrize("what", ["update", "measure", "evaluate"])
+def test_expressions_whose_values_are_dropped(function, what):
+    """Compiled, a call of ``print`` failed while it held the GIL, and hung."""
+    more = {what: function}
+    if what == "measure":
+        more["settle"] = settle
+    if what == "evaluate":
+        more["evaluate"] = lambda p, lr: function(p, p, lr)
+    name = STATEMENTS[function]
+    line = rf"in line \d+ of .*{__name__.rpartition('.')[2]}.py"
+    message = f"{name} of 'mine' has an expression .*, {line}, .* call {name} by hand"
+    with pytest.raises(ValueError, match=message):
+        fastopt.Rule(**{"update": update, "scalars": scalars, "name": "mine"} | more)
+
+
+def test_a_docstring_is_no_such_expression():
+    rule, w = fastopt.Rule(with_a_docstring, scalars), np.ones(2)
+    rule(w, backend="numpy").step(np.array([3.0, -2.0]))
+    assert w.tolist() == [-0.5, 0.0]
+
+
+FOREIGN = {
+    "np.linalg.norm": (lambda p, g, lr: (p / np.linalg.norm(g),), "let measure= sum"),
+    "np.float32": (lambda p, g, lr: (p - np.float32(lr),), r"bits, real\)$"),
+    "math.sqrt": (lambda p, g, lr: (math.sqrt(p),), "write fastopt.rule.sqrt$"),
+    "np.abs": (lambda p, g, lr: (np.abs(p),), r"write abs\(x\)$"),
+    "max": (lambda p, g, lr: (max(p, g),), "write fastopt.rule.maximum$"),
+    ".mean": (lambda p, g, lr: (p - g.mean(),), "let measure= sum"),
+    ".sum": (lambda p, g, lr: (p / (g * g).sum(),), "let measure= sum"),
+}
+
+
+@pytest.mark.parametrize("named", FOREIGN)
+def test_functions_that_are_no_primitives(named):
+    function, advice = FOREIGN[named]
+    message = (
+        f"of 'mine' (calls|reads) {named}, in line .*, but may use only .*{advice}"
+    )
+    for more in (
+        {"update": function},
+        {"update": lambda p, g, lr: function(p, g, lr)},
+        {"update": update, "measure": function, "settle": settle},
+    ):
+        with pytest.raises(TypeError, match=message):
+            fastopt.Rule(scalars=scalars, name="mine", **more)
