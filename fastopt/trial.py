@@ -14,6 +14,26 @@ if TYPE_CHECKING:
     from fastopt.rule import Rule
 
 
+def note_scalars(rule: Rule, error: ArithmeticError) -> None:
+    """Add to an error that ``scalars`` has raised what it was called with."""
+    code, trace = rule.scalars.__code__, error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        name, file, line = code.co_name, code.co_filename, code.co_firstlineno
+        here = frame.f_code  # perhaps a portable copy
+        if (here.co_name, here.co_filename, here.co_firstlineno) == (name, file, line):
+            names = here.co_varnames[: here.co_argcount]
+            values = [
+                f"{n}={frame.f_locals[n]!r}" for n in names if n in frame.f_locals
+            ]
+            error.add_note(
+                f"This is from scalars of the rule {rule.name!r}, called for step t "
+                f"with {', '.join(values)}."
+            )
+            return
+        trace = trace.tb_next
+
+
 def check_results(
     rule: Rule, t: int, results: tuple[float, ...], dtype: np.dtype[Any], surplus: bool
 ) -> None:

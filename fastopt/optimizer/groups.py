@@ -14,7 +14,7 @@ from fastopt.advice import hint
 from fastopt.optimizer.refusals import check_names, where_option
 from fastopt.rule import Hyperparameter, Rule, check_hyperparameter, limits, shown
 from fastopt.runtime.atomic import Call
-from fastopt.trial import check_numbers
+from fastopt.trial import check_numbers, note_scalars
 
 Values: TypeAlias = tuple[Any, ...]  # of hyperparameters, as scalars takes them
 
@@ -152,7 +152,11 @@ class Group(MutableMapping[str, Any]):
                 values[key] = now[key] = max(now[key], now[self._rule.follows[key]])
         # A rule's own conditions, such as nesterov's, stand in its scalars.
         carry = self._rule.first_carry(now)
-        results = self._rule.scalars(steps + 1, *carry, *now.values())
+        try:
+            results = self._rule.scalars(steps + 1, *carry, *now.values())
+        except ArithmeticError as error:
+            note_scalars(self._rule, error)
+            raise
         check_numbers(self._rule, "scalars", results, self._dtype)
         return {k: v if callable(v) else now[k] for k, v in values.items()}
 

@@ -33,6 +33,7 @@ from fastopt.step import (
     plain,
     together,
 )
+from fastopt.trial import note_scalars
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -275,8 +276,10 @@ class Optimizer(Storage):
                     self._step_in_full(gradients, values, grad_scale, request)
             finally:
                 busy[0] = False
-        except BaseException:  # perhaps an interrupt at the first of these lines
+        except BaseException as error:  # perhaps an interrupt at the first lines
             busy[0] = False
+            if isinstance(error, ArithmeticError):
+                note_scalars(self.rule, error)
             raise
 
     def _look_for_accumulated(self, grads: Any) -> Pending | None:

@@ -323,6 +323,15 @@ def dtype_of(kind: str) -> np.dtype[Any]:
     return FORMATS["bf16"].dtype if kind == "BF16" else np.dtype(DTYPES[kind])
 
 
+# How other files begin that people keep states in.
+OTHERS = {
+    b"PK": "a zip file, as torch.save and np.savez write",
+    b"\x80": "a pickle, as pickle.dump writes",
+    b"\x93NUMPY": "an array that np.save wrote",
+    b"\x89HDF": "an HDF5 file",
+}
+
+
 def opened(path: Any) -> BinaryIO:
     """Open a file to read it. Raise OSError if it is not a regular file, which may have
     no end, or nothing to read yet."""
@@ -344,6 +353,12 @@ def checked_contents(file: BinaryIO) -> Content:
     head = file.read(8)
     length = int.from_bytes(head, "little")
     if size < 8 or not 2 <= length <= min(size - 8, LONGEST):
+        for begin, what in OTHERS.items():
+            if head.startswith(begin):
+                raise ValueError(
+                    f"it is not a safetensors file, but {what}; load reads what "
+                    f"save of an optimizer of fastopt has written"
+                )
         raise ValueError(
             f"it is not a safetensors file, or it was cut off: its header would have "
             f"{length} bytes, but the file has {size}"

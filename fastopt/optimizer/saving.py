@@ -12,6 +12,7 @@ import numpy as np
 
 from fastopt.memory.arrays import to_host
 from fastopt.memory.factored import kept_shape
+from fastopt.memory.formats import DTYPES
 from fastopt.memory.segments import Array
 from fastopt.optimizer.accumulation import new_pending
 from fastopt.optimizer.checks import check_decay, check_same_kind
@@ -97,10 +98,17 @@ def by_name(saved: Mapping[str, Any], opt: Bindings) -> Arrange:
         return lambda what, items: in_shape_of(arrays, here, items)
     ours, theirs = ([name for part in p for name, _ in part] for p in (here, there))
     if sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
+        shapes_here, shapes_there = (
+            [s for p in o for _, s in p] for o in (here, there)
+        )
+        alike = shapes_here == shapes_there
+        advice = (
+            ". If they are the same in this order, give them those names or, to "
+            'load_state_dict, pass the state with state["params"] = None'
+        )
         raise ValueError(
             f"the state is of the parameters {listed(theirs)}, but this optimizer has "
-            f"{listed(ours)} (each after the number of its group). If they are the "
-            f'same in this order, set state["params"] = None before you load it'
+            f"{listed(ours)} (each after the number of its group){advice * alike}"
         )
 
     shapes = dict(one for part in here for one in part)
@@ -426,12 +434,15 @@ def check_buffers(saved: Mapping[str, Any], opt: Bindings) -> None:
     check_sequence('state["carry"]', carry)
     for i, row in enumerate(carry):
         check_sequence(f'state["carry"][{i}]', row)
-    if len(carry) != rows and all(len(row) == numbers for row in carry):
+    of_groups = opt._bound.sets is not opt._bound.params.set_of
+    if len(carry) != rows and of_groups and all(len(row) == numbers for row in carry):
+        there = "without a" if len(carry) == len(opt.groups) else "with a"
+        there = "with another" if there == "with a" and opt._params.masked else there
         raise ValueError(
-            f'state["carry"] has {len(carry)} rows, one for each group and, with a '
-            f"weight_decay_mask, one more for what that spares in a group, but this "
-            f"optimizer has {rows}; make it with the groups and the weight_decay_mask "
-            f"that it was saved with"
+            f'state["carry"] has {len(carry)} rows, but this optimizer has {rows}: one '
+            f"for each group and, with a weight_decay_mask, one more for what that "
+            f"spares in a group. The state was saved {there} weight_decay_mask; make "
+            f"the optimizer as it was then"
         )
     if len(carry) != rows or any(len(row) != numbers for row in carry):
         raise ValueError(
@@ -468,6 +479,13 @@ def check_arrays(
         if array is None and optional:
             continue
         if not isinstance(array, np.ndarray) or array.dtype != kind:
+            if {getattr(array, "dtype", None), kind} == {*DTYPES}:
+                raise TypeError(
+                    f"{name}[{i}] has dtype {array.dtype}, because it was saved for "
+                    f"parameters that are computed in {array.dtype}, but {of} is "
+                    f"computed in {kind}; load it for parameters of the dtype that "
+                    f"they had then"
+                )
             raise TypeError(
                 f"{name}[{i}] must be a NumPy array of {kind}, which this optimizer "
                 f"keeps, got {getattr(array, 'dtype', type(array).__name__)}; make it "

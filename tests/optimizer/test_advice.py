@@ -1,6 +1,7 @@
 """What messages advise those to do who mistook a name or a thing for another."""
 
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -104,16 +105,58 @@ def test_groups_have_items():
 
 
 def test_a_state_with_a_mask_needs_a_mask():
-    def made(**options):
-        return fastopt.adamw({"w": np.ones((2, 2)), "b": np.ones(2)}, **options)
+    def made(mask=None):
+        groups = [{"params": [np.ones((2, 2)), np.ones(2)]} for _ in range(2)]
+        return fastopt.adamw(groups, weight_decay_mask=mask)
 
-    masked = made(weight_decay_mask=lambda path, array: array.ndim > 1)
-    for one, other in ((masked, made()), (made(), masked)):
-        message = refused(
-            ValueError,
-            lambda: other.load_state_dict(one.state_dict()),  # noqa: B023
+    both = made(lambda path, array: array.ndim > 1)
+    one = made(lambda path, array: path != "[0][1]")
+    for saved, opt, said in (
+        (both, made(), "has 4 rows, but this optimizer has 2: .* saved with a weight_"),
+        (made(), both, "has 2 rows, but this optimizer has 4: .* saved without a we"),
+        (one, both, "has 3 rows, but this optimizer has 4: .* saved with another we"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            opt.load_state_dict(saved.state_dict())
+
+
+def test_states_of_other_parameters(tmp_path):
+    def made(dtype=np.float32, **shapes):
+        return fastopt.adamw({n: np.ones(s, dtype) for n, s in shapes.items()})
+
+    path, saved = tmp_path / "saved.safetensors", made(a=3, b=2)
+    saved.save(path)
+    for load in (
+        lambda opt: opt.load(path),
+        lambda opt: opt.load_state_dict(saved.state_dict()),
+    ):
+        said = refused(ValueError, lambda: load(made(a=3, c=2)))  # noqa: B023
+        assert said.endswith(
+            "If they are the same in this order, give them those names or, to "
+            'load_state_dict, pass the state with state["params"] = None'
         )
-        assert "make it with the groups and the weight_decay_mask that" in message
+        for others in ({"a": 3}, {"a": 3, "c": 4}, {"b": 3, "c": 2, "d": 1}):
+            said = refused(ValueError, lambda: load(made(**others)))  # noqa: B023
+            assert said.endswith("(each after the number of its group)")
+        said = refused(TypeError, lambda: load(made(float, a=3, b=2)))  # noqa: B023
+        assert "saved for parameters that are computed in float32, but" in said
+        assert "['a'] is computed in float64" in said and "formats" not in said
+
+
+FILES = {
+    "a zip file, as torch.save": lambda file: np.savez(file, a=np.ones(3)),
+    "a pickle": lambda file: pickle.dump({"a": 1}, file),
+    "an array that np.save wrote": lambda file: np.save(file, np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_files_of_other_kinds(what, tmp_path):
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        FILES[what](file)
+    said = refused(ValueError, lambda: fastopt.adamw(weights()).load(path))
+    assert f"it is not a safetensors file, but {what}" in said
 
 
 def test_flat_buffers():

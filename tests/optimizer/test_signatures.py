@@ -275,3 +275,40 @@ def test_functions_that_are_no_primitives(named):
     ):
         with pytest.raises(TypeError, match=message):
             fastopt.Rule(scalars=scalars, name="mine", **more)
+
+
+def late(t, lr=0.5):
+    return (lr / (t - 2),)
+
+
+def early(t, lr=0.5):
+    return (math.exp(lr * 2000),)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("lr", [0.25, lambda steps: 0.25])
+def test_errors_in_scalars_say_what_it_was_called_with(backend, lr):
+    rule = fastopt.Rule(update, late, name="mine")
+    opt = rule(np.ones(3), lr=lr, backend=backend)
+    opt.step(np.ones(3))
+    with pytest.raises(ZeroDivisionError, match="division by zero") as raised:
+        opt.step(np.ones(3))
+    (note,) = raised.value.__notes__
+    assert note == (
+        "This is from scalars of the rule 'mine', called for step t with t=2, lr=0.25."
+    )
+    opt.state_dict()  # it is not busy
+    with pytest.raises(OverflowError) as overflow:
+        fastopt.Rule(update, early, name="mine")(np.ones(3), backend=backend)
+    assert overflow.value.__notes__[0].endswith("t=1, lr=0.5.")
+
+
+def test_arguments_of_a_rule_that_do_not_exist():
+    message = (
+        r"Rule has no argument 'states'; it has update, .*; did you mean state or st"
+    )
+    with pytest.raises(TypeError, match=message):
+        fastopt.Rule(update, scalars, states=("m",))
+    with pytest.raises(TypeError, match="did you mean starts"):
+        fastopt.Rule(update, scalars, start={"m": 0.5})
+    assert next(iter(inspect.signature(fastopt.Rule).parameters)) == "update"
