@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 # Names of hyperparameters in other libraries and papers, and ours for them.
 ELSEWHERE = {
@@ -24,6 +27,20 @@ ELSEWHERE = {
     "step_sizes": ("step_min", "step_max"),
     "mu": ("momentum",),
     "rho": ("alpha",),
+    # Of schedules
+    **dict.fromkeys(
+        ("total_steps", "num_training_steps", "decay_steps", "T_max"), ("steps",)
+    ),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), ("warmup",)),
+    **dict.fromkeys(("eta_min", "min_lr", "end_value"), ("end",)),
+    **dict.fromkeys(("max_lr", "peak_value", "peak_lr"), ("lr",)),
+    "init_value": ("start", "lr"),
+    **dict.fromkeys(("cosine_annealing", "CosineAnnealing"), ("cosine",)),
+    **dict.fromkeys(("cosine_decay", "cosine_decay_schedule"), ("cosine",)),
+    "CosineAnnealingWarmRestarts": ("cosine_restarts",),
+    "warmup_cosine_decay_schedule": ("warmup_cosine",),
+    "Sequential": ("join",),
+    "ChainedScheduler": ("product",),
 }
 
 
@@ -82,6 +99,7 @@ def no_attribute(
     """
     known, more = list(names), otherwise
     plain = name.removesuffix("8bit").removesuffix("_").removeprefix("Paged")
+    plain = plain.removesuffix("LR")  # as of torch's schedules
     found = meant(plain, known)
     if name.startswith("_"):  # programs look for such names, such as __path__
         more = ""
@@ -90,3 +108,34 @@ def no_attribute(
     elif found:
         more = hint(plain, known, f"{module}.") + also
     return AttributeError(f"module {module!r} has no attribute {name!r}{more}")
+
+
+def missing(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]:
+    """Return the ``__getattr__`` of a module that has these names."""
+
+    def getattribute(name: str) -> NoReturn:
+        raise no_attribute(module, name, names)
+
+    return getattribute
+
+
+def suggest_arguments(*kinds: Any) -> None:
+    """Make classes suggest a name for an argument that their ``__init__`` lacks."""
+    for kind in kinds:
+        kind.__init__ = _suggesting(kind.__init__)
+
+
+def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
+    names = [*inspect.signature(init).parameters][1:]
+
+    @functools.wraps(init)
+    def checked(self: Any, *arguments: Any, **named: Any) -> None:
+        for name in named:
+            if name not in names:
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}; it has "
+                    f"{', '.join(names)}{hint(name, names)}"
+                )
+        init(self, *arguments, **named)
+
+    return checked

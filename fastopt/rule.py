@@ -20,14 +20,13 @@ array([-0.5,  0.5])
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import reprlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias
 
 import numpy as np
@@ -505,23 +504,6 @@ class Rule:
         return f"<rule {self.name}({given})>"
 
 
-def _named(init: Callable[..., None]) -> Callable[..., None]:
-    """Check the names of a rule's arguments, which may be those of another library."""
-
-    @functools.wraps(init)
-    def checked(self: Rule, *functions: Any, **options: Any) -> None:
-        names = [field.name for field in fields(Rule)]
-        for name in options:
-            if name not in names:
-                raise TypeError(
-                    f"Rule has no argument {name!r}; it has {', '.join(names)}"
-                    f"{advice.hint(name, names)}"
-                )
-        init(self, *functions, **options)
-
-    return checked
-
-
-Rule.__init__ = _named(Rule.__init__)  # type: ignore[method-assign]
+advice.suggest_arguments(Rule)
 # What help(fastopt.adamw) shows is about that rule.
 Rule.__doc__ = docstrings.Described(Rule.__doc__, docstrings.of_rule)  # type: ignore[assignment]

@@ -23,10 +23,11 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from fastopt import advice
 from fastopt.memory.segments import Array
 from fastopt.optimizer.checks import check_choice, check_count, check_positive
 from fastopt.optimizer.refusals import is_function, items, named
@@ -585,8 +586,14 @@ def _callables(name: str, values: Any) -> tuple[Function, ...]:
     for i, part in enumerate(parts):
         if not is_function(part):
             number = isinstance(part, (int, float))
-            advice = f"; for a number there is constant({part!r})" if number else ""
+            more = f"; for a number there is constant({part!r})" if number else ""
             raise TypeError(
-                f"{name}[{i}] must be a callable of the step, got {named(part)}{advice}"
+                f"{name}[{i}] must be a callable of the step, got {named(part)}{more}"
             )
     return parts
+
+
+advice.suggest_arguments(*Schedule.__subclasses__())
+
+if not TYPE_CHECKING:  # a type checker would believe that there is every name
+    __getattr__ = advice.missing(__name__, __all__)

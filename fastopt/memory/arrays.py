@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MappingView, Set
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,13 @@ def as_array(name: str, value: Any) -> Array:
         return array
     if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
         return np.asarray(value)
-    advice = "; pass a list of arrays" if isinstance(value, Iterator) else ""
+    advice = ""
+    if isinstance(value, (Iterator, MappingView, Set)):
+        advice = "; pass a list of arrays"
+    elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
+        advice = f"; pass np.asarray({name}), of the dtype of the parameter"
+        if name.startswith("params"):
+            advice = "; make an array of numbers first, which is updated in place"
     of_module = getattr(value, "__qualname__", "").startswith("Module.")
     bases = [base.__module__ for base in type(value).__mro__]
     if of_module or any(base.startswith("torch.nn") for base in bases):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MappingView, Set
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ def flatten(tree: Any) -> FlatBuffer:
         raise ValueError("nothing to flatten: pass at least one array")
     for path, leaf in arrays:
         if not isinstance(leaf, np.ndarray):
-            walked = isinstance(leaf, Iterator)
+            walked = isinstance(leaf, (Iterator, MappingView, Set))
             advice = "pass a list of arrays" if walked else "convert it with np.asarray"
             raise TypeError(
                 f"arrays{path} must be a NumPy array, got {type(leaf).__name__}; "

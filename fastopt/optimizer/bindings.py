@@ -16,7 +16,12 @@ from fastopt.optimizer.accumulation import Pending
 from fastopt.optimizer.formats import Formats, first_element
 from fastopt.optimizer.groups import Group, Values
 from fastopt.optimizer.parameters import Parameters
-from fastopt.optimizer.refusals import check_reduce, check_rule, where_option
+from fastopt.optimizer.refusals import (
+    check_reduce,
+    check_rule,
+    no_attribute,
+    where_option,
+)
 from fastopt.optimizer.state import Bound, fill
 from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
@@ -177,7 +182,7 @@ class Bindings:
         if name == "_bound" and groups:  # some were added
             return self._bind_added()
         if not groups or name not in groups[0]:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            raise no_attribute(self, name, self.groups[0] if groups else ())
         values = [group[name] for group in groups]
         if any(value != values[0] for value in values):
             raise AttributeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -247,6 +248,7 @@ class Parameters:
         if mask is None:
             return [True] * len(names)
         if callable(mask):
+            check_mask(mask)
             told = list(map(mask, paths, self.arrays[first:]))
         elif first:
             raise ValueError(
@@ -296,6 +298,23 @@ class Parameters:
         values = (next(of_leaves) if tree is None else tree for tree in trees)
         whole = rebuild(self.trees, values)
         return whole if self.grouped else whole[0], arrays
+
+
+def check_mask(mask: Callable[..., Any]) -> None:
+    """Check that a mask can be called with a path and an array. The check reads its
+    signature only, so that errors inside the mask are raised unchanged."""
+    try:
+        signature = inspect.signature(mask)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise TypeError(
+            f"weight_decay_mask must be a tree of bools, or a function of two "
+            f"arguments, as lambda path, array: array.ndim > 1, but {mask!r} cannot be "
+            f"called with a path and an array"
+        ) from error
 
 
 def owners(*leaves: Any) -> list[Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MappingView
 from typing import Any, NoReturn
 
 from fastopt import advice
@@ -90,6 +90,32 @@ def where_option(rule: Rule, name: str) -> str:
     return ""
 
 
+# Attributes that optimizers of other libraries have.
+ATTRIBUTES = {
+    "zero_grad": (
+        "gradients are arguments of step, so there are none to forget; "
+        "step(grads, zero_grads=True) sets those arrays to zero when it has read them"
+    ),
+    "param_groups": "opt.groups has the hyperparameters of each group",
+    "defaults": "opt.groups has the hyperparameters of each group",
+    "update": "opt.step(grads) updates the parameters in place",
+    "apply_gradients": "opt.step(grads) updates the parameters in place",
+    "params": "an optimizer updates in place the arrays that it was made with",
+    "parameters": "an optimizer updates in place the arrays that it was made with",
+}
+
+
+def no_attribute(opt: Any, name: str, hyperparameters: Iterable[str]) -> AttributeError:
+    """Return the error for an attribute that an optimizer does not have."""
+    more = ""
+    if name in ATTRIBUTES:
+        more = f"; {ATTRIBUTES[name]}"
+    elif not name.startswith("_"):  # programs look for such names
+        public = [known for known in dir(type(opt)) if not known.startswith("_")]
+        more = advice.hint(name, [*hyperparameters, *public], "opt.")
+    return AttributeError(f"{type(opt).__name__} has no attribute {name!r}{more}")
+
+
 def check_names(
     rule: Rule, names: Iterable[str], where: str = "", making: bool = False
 ) -> None:
@@ -154,7 +180,8 @@ def check_arrays(name: str, tree: Any) -> None:
     for path, leaf in leaves(tree):
         if not is_array(leaf):
             # People pass generators such as model.parameters().
-            advice = f"; pass list({name})" if isinstance(leaf, Iterator) else ""
+            several = isinstance(leaf, (Iterator, MappingView))
+            advice = f"; pass list({name})" if several else ""
             raise TypeError(
                 f"{name}{path} must be an array, or a list or dict of arrays, got "
                 f"{named(leaf)}{advice}"

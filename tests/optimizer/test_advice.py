@@ -293,3 +293,98 @@ def test_arrays_of_jax():
     assert message.endswith("did you mean lr?")
     message = refused(AttributeError, lambda: fastopt.jax.AdamW)
     assert message.endswith("did you mean fastopt.jax.adamw?")
+
+
+ATTRIBUTES = {
+    "zero_grad": r"; gradients are arguments of step.* step\(grads, zero_grads=True\)",
+    "param_groups": "; opt.groups has the hyperparameters",
+    "defaults": "; opt.groups has the hyperparameters",
+    "betas": r"; did you mean opt.beta1 and opt.beta2\?",
+    "weight_decays": r"; did you mean opt.weight_decay\?",
+    "state_dicts": "; did you mean opt.state_dict or",
+    "update": r"; opt.step\(grads\) updates the parameters in place",
+    "params": "; an optimizer updates in place the arrays that it was made with",
+    "__array_interfaces__": "$",
+    "colour": "$",
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_other_optimizers(name):
+    opt = fastopt.adamw(weights())
+    with pytest.raises(AttributeError, match=f"attribute '{name}'{ATTRIBUTES[name]}"):
+        getattr(opt, name)
+
+
+def test_views_of_dicts_are_no_lists():
+    layers = {"w": weights(), "b": weights()}
+    for view in (layers.values(), layers.keys(), layers.items(), {1, 2}):
+        with pytest.raises(TypeError, match="; pass a list of arrays$"):
+            fastopt.adamw(view)
+        with pytest.raises(TypeError, match="; pass a list of arrays$"):
+            fastopt.flatten(view)
+    opt = fastopt.adamw([*layers.values()])
+    with pytest.raises(TypeError, match=r"grads must be a list .*, got dict_values$"):
+        opt.step(layers.values())
+
+
+def test_lists_of_numbers_are_no_arrays():
+    opt = fastopt.adamw(weights())
+    for grads in ([1.0, 2.0, 3.0], (1.0, 2.0, 3.0), 1.0):
+        with pytest.raises(TypeError, match=r"pass np.asarray\(grads\), of the dtype"):
+            opt.step(grads)
+    opt = fastopt.adamw({"w": weights()})
+    with pytest.raises(TypeError, match=r"pass np.asarray\(grads\['w'\]\), of the"):
+        opt.step({"w": [1.0, 2.0, 3.0]})
+    for params in ([1.0, 2.0], 1.0, np.float32(1)):
+        with pytest.raises(TypeError, match="make an array of numbers first"):
+            fastopt.adamw(params)
+
+
+def test_masks_take_a_path_and_an_array():
+    message = r"weight_decay_mask must be .* cannot be called with a path and an array"
+    for mask in (lambda path: True, lambda *, path, array: True, lambda a, b, c: True):
+        with pytest.raises(TypeError, match=message):
+            fastopt.adamw(weights(), weight_decay_mask=mask)
+
+    def failing(path, array):
+        raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="^of its own$"):
+        fastopt.adamw(weights(), weight_decay_mask=failing)
+    fastopt.adamw([weights()], weight_decay_mask=lambda *both: True)
+
+
+SCHEDULES = {
+    "cosine_annealing": "cosine",
+    "CosineAnnealingLR": "cosine",
+    "StepLR": "step",
+    "OneCycleLR": "onecycle",
+    "SequentialLR": "join",
+    "warmup_cosin": "warmup_cosine",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_other_libraries(name):
+    schedules = fastopt.schedules
+    with pytest.raises(AttributeError) as raised:
+        getattr(schedules, name)
+    end = f"; did you mean fastopt.schedules.{SCHEDULES[name]}"
+    assert end in str(raised.value) and not hasattr(schedules, "__path__")
+
+
+def test_arguments_of_schedules():
+    schedules = fastopt.schedules
+    for make, said in (
+        (lambda: schedules.warmup_cosine(0.1, total_steps=3), "did you mean steps"),
+        (lambda: schedules.cosine(0.1, T_max=3), "did you mean steps"),
+        (lambda: schedules.wsd(0.1, 9, warmup_steps=2), "did you mean warmup"),
+        (lambda: schedules.step(0.1, colour=3), "step has no argument 'colour'; it"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            make()
+    signature = inspect.signature(schedules.cosine)
+    assert [*signature.parameters] == ["lr", "steps", "end", "power"]
+    one = schedules.cosine(lr=0.1, steps=3)
+    assert pickle.loads(pickle.dumps(one)) == one == schedules.cosine(0.1, 3)
