@@ -151,11 +151,17 @@ def _call(builder: Any, name: str, *arguments: Any, result: Any = NOTHING) -> An
 
 
 def check_native(text: str) -> None:
-    """Check that compiled code calls nothing of Python's. Steps run without the GIL; an
-    error while such a call holds it leaves it held, and all threads wait for it. The C
-    function that Numba makes itself takes it once, to print an error."""
+    """Check that compiled code calls nothing of Python's, and raises nothing. Steps run
+    without the GIL; an error while such a call holds it leaves it held, and all threads
+    wait for it. The C function that Numba makes itself takes it once, to print an error
+    that it cannot raise."""
     if len(re.findall(r"call [^\n]*@\"?\w*gil_ensure", text, re.I)) > 1:
         raise TypingError(
             "it calls functions of Python, such as print, in the compiled code, or in "
             "a helper that Numba compiles; leave them out"
+        )
+    if "@.const.pickle" in text:  # what is raised is stored so
+        raise TypingError(
+            "it may raise an exception, in the compiled code or in a helper that Numba "
+            "compiles, which would be printed but not end the step; leave it out"
         )

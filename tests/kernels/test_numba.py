@@ -204,22 +204,48 @@ def test_what_numba_cannot_compile():
         run(numba_cpu.bind, Rule(update, lambda t: (1.0,)), [np.ones(3)], [], [])
 
 
-@pytest.mark.parametrize("what", ["update", "measure"])
-def test_compiled_helpers_that_call_python(what):
-    """An error in such a call would leave the GIL held, and the step would hang."""
+@numba.njit
+def printing(x):
+    print(x)
+    return x
 
-    @numba.njit
-    def printing(x):
-        print(x)
-        return x
+
+@numba.njit
+def raising(x):
+    if x > 0.5:
+        raise ValueError("it is too large")
+    return x
+
+
+@numba.njit
+def raising_a_number(x):
+    if x > 0.5:
+        raise ValueError(x)
+    return x
+
+
+HELPERS = {
+    printing: "calls functions of Python, such as print",
+    raising: "may raise an exception",
+    raising_a_number: "may raise an exception",
+}
+
+
+@pytest.mark.parametrize("helper", HELPERS)
+@pytest.mark.parametrize("what", ["update", "measure"])
+def test_compiled_helpers_that_cannot_be_in_a_step(what, helper):
+    """An error in a call of Python would leave the GIL held, and the step would hang.
+    An exception would only be printed."""
 
     def function(p, g, lr):
-        return (p - lr * printing(g),)
+        return (p - lr * helper(g),)
 
     more = {"settle": lambda t, n, total, lr: (lr,)} if what == "measure" else {}
     plain = {"update": lambda p, g, lr: (p - lr * g,), "scalars": lambda t: (1.0,)}
     rule = Rule(**plain | more | {what: function}, name="mine")
-    message = f"cannot compile {what} of 'mine' .* calls functions of Python, such as"
+    message = f"cannot compile {what} of 'mine' for .*: it {HELPERS[helper]}"
+    if what == "measure":  # which is tried on an array to know the number of terms
+        vars(rule)["terms"] = 1
     with pytest.raises(TypeError, match=message):
         run(numba_cpu.bind, rule, [np.ones(3)], [], [])
 
