@@ -50,16 +50,19 @@ from fastopt.portable import log as log
 from fastopt.portable import power as power
 from fastopt.runtime.exclusive import computed_once
 from fastopt.signatures import (
-    check_calls,
     check_named,
-    check_no_loop,
-    check_no_statement,
     check_scalars,
     check_settle,
     state_names,
-    uses_words,
 )
 from fastopt.signatures import limits as limits
+from fastopt.statements import (
+    body_of,
+    check_calls,
+    check_no_loop,
+    check_no_statement,
+    uses_words,
+)
 from fastopt.trial import tried
 
 if TYPE_CHECKING:
@@ -346,8 +349,9 @@ class Rule:
                 f"is at least {taken} arguments here; it takes {code.co_argcount}"
             )
         for function in reached(element, []):
-            check_no_loop(self.name, function)
-            check_no_statement(self.name, function)
+            body = body_of(function)
+            check_no_loop(self.name, function, body)
+            check_no_statement(self.name, function, body)
             for constant in constants(function):
                 if isinstance(constant, types.CodeType):
                     raise ValueError(
@@ -363,7 +367,7 @@ class Rule:
                         f"return it from scalars, and take it as an argument of "
                         f"{element.__name__}{named if words else ''}"
                     )
-            check_calls(self.name, function)
+            check_calls(self.name, function, body)
 
     @property
     def by_segment(self) -> bool:

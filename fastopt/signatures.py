@@ -1,19 +1,15 @@
-"""Checks how a rule's functions are written: their arguments, and what elements may
-compute."""
+"""Checks the arguments that a rule's functions take."""
 
 from __future__ import annotations
 
-import builtins
-import dis
 import inspect
 import math
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from fastopt.language import NUMPY, PRIMITIVES, Function, bits, real
+from fastopt.language import Function
 
 # These match a name, or its end, as in adamw_lr.
 _AT_LEAST_ZERO = re.compile(r"(.*_)?(lr|eps|weight_decay|momentum)")
@@ -162,107 +158,3 @@ def check_named(name: str, element: Function) -> None:
     """Check that a function of elements takes arguments by position, one by one."""
     for parameter in _parameters(element):
         _check_kind(f"{element.__name__} of {name!r}", "its arguments", parameter)
-
-
-def check_no_loop(name: str, function: Function) -> None:
-    """Check that a function has no loop, which not every backend can compile."""
-    jumps = {*dis.hasjrel, *dis.hasjabs}
-    for instruction, line in _instructions(function):
-        back = instruction.opcode in jumps and instruction.argval <= instruction.offset
-        if instruction.opname == "FOR_ITER" or back:
-            raise ValueError(
-                f"{function.__name__} of {name!r} has a loop, in {line}, but may "
-                f"contain only assignments and a return; write out what each round of "
-                f"the loop computes"
-            )
-
-
-# How the names of the instructions begin that leave a value.
-_VALUES = ("CALL", "LOAD", "BINARY", "COMPARE", "UNARY", "BUILD", "CONTAINS", "IS_OP")
-
-
-def check_no_statement(name: str, function: Function) -> None:
-    """Check that a function has no expression whose value is dropped, such as a call
-    of ``print``, which compiled kernels cannot do."""
-    before = ""
-    for instruction, line in _instructions(function):
-        if instruction.opname == "POP_TOP" and before.startswith(_VALUES):
-            raise ValueError(
-                f"{function.__name__} of {name!r} has an expression whose value is not "
-                f"used, such as a call of print, in {line}, but may contain only "
-                f"assignments and a return; to see values, call {function.__name__} "
-                f"by hand with numbers, and print what it returns"
-            )
-        before = instruction.opname
-
-
-# What people write for numbers that are of a whole array, not of one element.
-_WHOLE = {"norm", "sum", "mean", "dot", "vdot", "std", "var", "median"}
-_CALLED = {"max": "maximum", "min": "minimum", "fmax": "maximum", "fmin": "minimum"}
-
-
-def check_calls(name: str, function: Function) -> None:
-    """Check that a function names no other functions than the primitives and helper
-    functions, and no attributes of elements."""
-    code = function.__code__
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    known = {**vars(builtins), **function.__globals__}
-    known |= dict(zip(code.co_freevars, cells, strict=True))
-    named, owner = "", None  # of the module that was just loaded
-    for instruction, line in _instructions(function):
-        kind, key = instruction.opname, str(instruction.argval)
-        if kind in ("LOAD_ATTR", "LOAD_METHOD"):
-            value = getattr(owner, key, None) if named else None
-            named = f"{named}.{key}"
-        elif kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
-            value, named = known.get(key), key
-        else:
-            named, owner = "", None
-            continue
-        if _is_foreign(value) or named.startswith("."):
-            what = f"calls {named}" if value is not None else f"reads {named}"
-            raise TypeError(
-                f"{function.__name__} of {name!r} {what}, in {line}, but may use only "
-                f"arithmetic, abs, functions like itself, and the primitives of "
-                f"fastopt.rule ({', '.join(NUMPY)}){_instead(key)}"
-            )
-        owner = value
-        if not isinstance(value, types.ModuleType):
-            named = named if value is not None else ""
-
-
-def uses_words(function: Function) -> bool:
-    """Whether a function looks at the bits of numbers."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    names = map(function.__globals__.get, function.__code__.co_names)
-    return any(value is bits or value is real for value in (*names, *cells))
-
-
-def _is_foreign(value: Any) -> bool:
-    """Whether this is a function that kernels cannot call, or whose bits differ."""
-    if not callable(value) or value is abs or hasattr(value, "py_func"):  # of Numba's
-        return False
-    ours = any(value is primitive for primitive in PRIMITIVES)
-    return not ours and not isinstance(value, types.FunctionType)
-
-
-def _instead(key: str) -> str:
-    """Return the advice for a function of this name."""
-    if key in _WHOLE:
-        return (
-            "; update sees one element, so let measure= sum up what a norm needs, and "
-            "settle= make a scalar of it"
-        )
-    if key in ("abs", "absolute", "fabs"):
-        return "; write abs(x)"
-    key = _CALLED.get(key, key)
-    return f"; write fastopt.rule.{key}" if key in NUMPY else ""
-
-
-def _instructions(function: Function) -> Iterator[tuple[dis.Instruction, str]]:
-    """Yield each instruction of a function, and what messages call its line."""
-    code, line = function.__code__, function.__code__.co_firstlineno
-    lines = {offset: at for offset, at in dis.findlinestarts(code) if at is not None}
-    for instruction in dis.get_instructions(code):
-        line = lines.get(instruction.offset, line)
-        yield instruction, f"line {line} of {code.co_filename}"
