@@ -16,6 +16,7 @@ from fastopt.language import NUMPY, PRIMITIVES, Function, bits, real
 _JUMPS = {*dis.hasjrel, *dis.hasjabs}
 # How the names of the instructions begin that leave a value.
 _VALUES = ("CALL", "LOAD", "BINARY", "COMPARE", "UNARY", "BUILD", "CONTAINS", "IS_OP")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # What people write for numbers that are of a whole array, not of one element.
 _WHOLE = {"norm", "sum", "mean", "dot", "vdot", "std", "var", "median"}
 _CALLED = {"max": "maximum", "min": "minimum", "fmax": "maximum", "fmin": "minimum"}
@@ -70,18 +71,18 @@ def check_calls(name: str, function: Function, body: Body) -> None:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     own = dict(zip(code.co_freevars, cells, strict=True))
     named, value = "", None  # of what was just loaded
-    for instruction, line in body:
+    ends = [*(after.opname not in _ATTRIBUTES for after, _ in body[1:]), True]
+    for (instruction, line), is_whole in zip(body, ends, strict=True):
         kind, key = instruction.opname, str(instruction.argval)
         if kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
             known = own if key in own else function.__globals__
             named, value = key, known.get(key, vars(builtins).get(key))
-        elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
-            owned = isinstance(value, types.ModuleType)
-            value = getattr(value, key, None) if owned else None
+        elif kind in _ATTRIBUTES:
+            value = getattr(value, key, None) if named else None
             named = f"{named}.{key}"
         else:
             named, value = "", None
-        if named.startswith(".") or _is_foreign(value):
+        if named.startswith(".") or is_whole and _is_foreign(value):
             what = "reads" if value is None else "calls"
             raise TypeError(
                 f"{function.__name__} of {name!r} {what} {named}, in "

@@ -470,8 +470,9 @@ def kernel(rule: Rule, what: str, segments: Sequence[Segment]) -> Any:
     try:
         return kernel_for(build, element, dtype, streams, rule.terms, reached(element))
     except NumbaError as error:
+        words = re.sub(r"\x1b\[\d*m", "", str(error))  # coloured, with colorama
         raise TypeError(
-            f"Numba cannot compile {what} of {rule.name!r} for {dtype}: {error}"
+            f"Numba cannot compile {what} of {rule.name!r} for {dtype}: {words}"
         ) from error
 
 

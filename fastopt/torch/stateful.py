@@ -252,12 +252,8 @@ class Stateful(Storage):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             refuse_group_in(param_group)
-            if "params" not in param_group:
-                raise TypeError(
-                    f'a group of parameters must have "params", but this one has '
-                    f"{', '.join(map(repr, param_group)) or 'nothing'}"
-                )
-            refuse_params(param_group["params"], '"params" of a group')
+            if "params" in param_group:
+                refuse_params(param_group["params"], '"params" of a group')
             # Others' keys may be anything: Megatron's groups contain a class.
             ours = self.defaults
             refuse_options(param_group, self)

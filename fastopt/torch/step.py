@@ -131,7 +131,6 @@ class Stepping(Stateful):
         kind: Any = type(self)
         taken = defaults_of(kind)
         refuse_names(kind.__name__, options, taken)
-        refuse_params(params)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.nonfinite = nonfinite
         for name in AS_MADE:
@@ -157,8 +156,12 @@ class Stepping(Stateful):
         self._renew()
         named = {**dict(zip(taken, arguments, strict=False)), **options}
         refuse_schedules(named)
-        check_arguments(taken, named)
-        super().__init__(params, *arguments, **options)
+        try:
+            super().__init__(params, *arguments, **options)
+        except (TypeError, IndexError):  # as of a comparison, which names no argument
+            check_arguments(taken, named)
+            refuse_params(params)
+            raise
         rules = self._rules
         spared(self.weight_decay_mask, self.param_groups, rules)  # its errors come now
         self._check_formats(rules)
