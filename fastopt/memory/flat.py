@@ -62,7 +62,8 @@ class FlatBuffer:
                 "an optimizer updates the array of this FlatBuffer, so it cannot be "
                 "replaced; write into it: flat.data[:] = values"
             )
-        if name == "views" and name in vars(self):
+        # Reading vars(self) would make each attribute slower to read.
+        if name == "views" and hasattr(self, "views"):
             raise AttributeError(
                 "the arrays of a FlatBuffer cannot be replaced; write into them"
             )

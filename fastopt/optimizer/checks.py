@@ -236,7 +236,11 @@ def layout(tree: Any, level: int = 0) -> Any:
     lists, and at the leaves None, or the layout of a FlatBuffer."""
     children = branches(tree, level)
     if children is None:
-        return tree.shapes if isinstance(tree, FlatBuffer) else None
+        if not isinstance(tree, FlatBuffer):
+            return None
+        # A step looks at each array of a nested one, and at none of another, whose
+        # layout is the same object.
+        return tuple([*tree.shapes]) if tree.nested else tree.shapes
     layouts = {key: layout(child, level + 1) for key, child in children}
     if hasattr(tree, "_fields"):
         return Fields(layouts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastopt.memory.flat import FlatBuffer, check_nested
+from fastopt.memory.flat import FlatBuffer
 from fastopt.memory.segments import Array
 from fastopt.optimizer import checks
 from fastopt.optimizer.accumulation import Pending, new_pending
@@ -240,8 +240,6 @@ class Optimizer(Storage):
                 elif layout is None:  # a single array
                     gradients = [grads]
                 elif type(grads) is FlatBuffer and grads.shapes is layout:
-                    if grads.nested:
-                        check_nested(grads, "grads")
                     gradients = [grads.data]
                 elif grads is ACCUMULATED:
                     gradients = [grads]
