@@ -105,7 +105,7 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
 def updated(
     copy: types.FunctionType | None, function: Any
 ) -> Callable[..., Any] | None:
-    """Give a copy the defaults that a function has now."""
+    """Give the copy of a function the defaults that the function has now."""
     if copy and copy.__defaults__ is not function.__defaults__:
         copy.__defaults__ = function.__defaults__
     if copy and copy.__kwdefaults__ is not function.__kwdefaults__:
@@ -119,7 +119,7 @@ def powers(base: Any, exp: Any, mod: Any = None) -> Any:
 
 
 def raised_in_place(x: Any, y: Any) -> Any:
-    """Do what ``x **= y`` does: an array is changed itself."""
+    """Compute ``x **= y``, which changes an array in place."""
     if isinstance(x, (int, float)):
         return raised(x, y)
     x **= y

@@ -91,7 +91,7 @@ Hyperparameter: TypeAlias = float | int | bool
 
 
 class Shown(reprlib.Repr):
-    """How messages show what came, which may be large, deep or refer to itself."""
+    """Shortens values for messages. A value may be large, deep or refer to itself."""
 
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write an integer of more than 4300 digits.

@@ -14,10 +14,10 @@ import numpy as np
 from fastopt.language import NUMPY, PRIMITIVES, Function, bits, real
 
 _JUMPS = {*dis.hasjrel, *dis.hasjabs}
-# How the names of the instructions begin that leave a value.
+# The names of instructions that leave a value on the stack begin with these.
 _VALUES = ("CALL", "LOAD", "BINARY", "COMPARE", "UNARY", "BUILD", "CONTAINS", "IS_OP")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-# What people write for numbers that are of a whole array, not of one element.
+# Names of functions of a whole array, which an element cannot compute.
 _WHOLE = {"norm", "sum", "mean", "dot", "vdot", "std", "var", "median"}
 _CALLED = {"max": "maximum", "min": "minimum", "fmax": "maximum", "fmin": "minimum"}
 

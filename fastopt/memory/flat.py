@@ -53,7 +53,8 @@ class FlatBuffer:
             for part, (_, shape) in zip(parts, self.shapes, strict=True)
         ]
         self.views = rebuild(tree, iter(shaped))
-        # What nested dicts and lists hold, which cannot refuse assignments themselves.
+        # The items of nested dicts and lists. These cannot refuse an assignment, as a
+        # FlatBuffer does, so a step checks whether the items are still the same.
         self.nested = tuple(nested(self.views))
 
     def __setattr__(self, name: str, value: Any) -> None:

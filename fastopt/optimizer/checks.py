@@ -238,8 +238,8 @@ def layout(tree: Any, level: int = 0) -> Any:
     if children is None:
         if not isinstance(tree, FlatBuffer):
             return None
-        # A step looks at each array of a nested one, and at none of another, whose
-        # layout is the same object.
+        # A step recognizes gradients by their layout, if it is the same object. For a
+        # nested buffer it must check each array instead, so its layout is a copy.
         return tuple([*tree.shapes]) if tree.nested else tree.shapes
     layouts = {key: layout(child, level + 1) for key, child in children}
     if hasattr(tree, "_fields"):

@@ -66,8 +66,9 @@ class Group(MutableMapping[str, Any]):
         self._dtype, self._most = dtype, float(np.finfo(dtype).max)
         self._rule = rule
         self._prefix = prefix  # how messages name this group: 'groups[1]' or ''
-        # The optimizer's, because an assignment may need new state. A strong reference
-        # would be a cycle, and keep the arrays until the garbage collector runs.
+        # This is a method of the optimizer, because an assignment may need new state. A
+        # strong reference would form a cycle, and keep the arrays in memory until the
+        # garbage collector runs.
         self._assigning = weakref.WeakMethod(assign)
         self._frozen = self._flag(frozen)
         self._scheduled: tuple[str, ...] = ()

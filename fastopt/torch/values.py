@@ -1,4 +1,4 @@
-"""Hyperparameters as an optimizer has them in its groups: read, and refused."""
+"""Reads hyperparameters from an optimizer's groups, and refuses invalid ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastopt.torch.arguments import PAIRS, called, number, refuse_schedules
 
 BIG = 2**53  # integers below it are floats, too
 
-# Says what messages call a hyperparameter, or a tuple of some.
+# A function that returns the name of a hyperparameter, or of a tuple, in messages.
 Called = Callable[[str], str]
 
 

@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import our_powers
 import pytest
 
 import fastopt
@@ -24,6 +25,8 @@ from fastopt import elementary, portable, rules
 from fastopt.backends import cython_cpu
 from fastopt.portable import cospi
 from fastopt.rule import Rule, log, power, wide
+
+record = our_powers.record
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = not isinstance(power, type(elementary.power))
@@ -332,27 +335,6 @@ USERS = {
 }
 
 
-@pytest.fixture
-def record(monkeypatch):
-    """The powers that were computed by our function."""
-    taken = []
-
-    def raised(x, y):
-        taken.append((float(x), float(y)))
-        return portable.raised_slowly(x, y)
-
-    monkeypatch.setattr(portable, "raised", raised)
-    forget()
-    yield taken
-    forget()
-
-
-def forget():
-    """Copies hold the function that computed powers when they were made."""
-    portable._functions.clear()
-    portable._codes.clear()
-
-
 @pytest.mark.parametrize("name", USERS)
 def test_the_powers_of_a_users_function_are_ours(name, record):
     compute = portable.portable(USERS[name])
@@ -550,14 +532,14 @@ def test_the_steps_of_a_users_rule_take_our_powers(monkeypatch):
     size = 0.1 * (1 - 0.9)
     assert one_step(plain) == (1 - size, size * (1 - size))
     assert one_step(norms) == (1 - 0.1 * 0.5, None)
-    forget()
+    our_powers.forget()
     monkeypatch.setattr(portable, "raised", lambda x, y: 7.0)
     try:
         size = 0.1 * (1 - 7)
         assert one_step(plain) == (1 - size, size * (1 - size))
         assert one_step(norms) == (1 - 0.1 * 7, None)
     finally:
-        forget()
+        our_powers.forget()
 
 
 # The compiled modules ---------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Powers in the functions that a user's function calls, whatever they are called."""
 
 import numpy as np
+import our_powers
 import pytest
 
 from fastopt import portable
 from fastopt.rule import power, sqrt
+
+record = our_powers.record
 
 
 def helper(x, y):
@@ -35,27 +38,6 @@ def own_names():
         return lr * x, abs(0.96, t * lr), 1 - pow(beta, t), pow(2, t)
 
     return inner
-
-
-@pytest.fixture
-def record(monkeypatch):
-    """The powers that were computed by our function."""
-    taken = []
-
-    def raised(x, y):
-        taken.append((float(x), float(y)))
-        return portable.raised_slowly(x, y)
-
-    monkeypatch.setattr(portable, "raised", raised)
-    forget()
-    yield taken
-    forget()
-
-
-def forget():
-    """Copies hold the function that computed powers when they were made."""
-    portable._functions.clear()
-    portable._codes.clear()
 
 
 @pytest.mark.parametrize("function", [with_bound_methods, own_names()])
