@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -103,6 +103,12 @@ class Group(MutableMapping[str, Any]):
                 "optimizer as long as its groups are changed"
             )
         assign(self.number, changes, frozen)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a group belongs to its optimizer, and cannot be copied or pickled; "
+            "dict(group) has its hyperparameters"
+        )
 
     @property
     def frozen(self) -> bool:

@@ -1,6 +1,8 @@
 """Deleting an optimizer frees its memory at once, without the garbage collector."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -101,6 +103,14 @@ def test_a_group_that_outlives_its_optimizer_says_so():
         with pytest.raises(ReferenceError, match="optimizer of this group no longer"):
             change()
     assert group["lr"] == 1e-3 and not group.frozen
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_group_is_not_copied(copied):
+    opt = fastopt.adamw(array(), lr=0.5)
+    with pytest.raises(TypeError, match=r"copied or pickled; dict\(group\) has"):
+        copied(opt.groups[0])
+    assert dict(opt.groups[0])["lr"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["AdamW", "LAMB", "Muon", "Adafactor"])
