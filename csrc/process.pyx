@@ -121,6 +121,17 @@ def standard(function):
     return standardized
 
 
+def same_objects(list first, list second):
+    """Whether two lists have the same objects, not only equal ones."""
+    cdef Py_ssize_t i, size = len(first)
+    if size != len(second):
+        return False
+    for i in range(size):
+        if first[i] is not second[i]:
+            return False
+    return True
+
+
 def control():
     """Return the control word of this thread, or 0 where it is not known."""
     return fastopt_control()

@@ -231,6 +231,10 @@ class Fields(list[Any]):
         self.names = tuple(layouts)
 
 
+class Leaves(list[None]):
+    """The layout of a list of arrays, in which no child needs a look of its own."""
+
+
 def layout(tree: Any, level: int = 0) -> Any:
     """Return the shape of a tree of parameters for :func:`collect`: plain dicts and
     lists, and at the leaves None, or the layout of a FlatBuffer."""
@@ -244,7 +248,10 @@ def layout(tree: Any, level: int = 0) -> Any:
     layouts = {key: layout(child, level + 1) for key, child in children}
     if hasattr(tree, "_fields"):
         return Fields(layouts)
-    return layouts if isinstance(tree, Mapping) else list(layouts.values())
+    if isinstance(tree, Mapping):
+        return layouts
+    listed = list(layouts.values())
+    return Leaves(listed) if not any(child is not None for child in listed) else listed
 
 
 def collect(
@@ -257,7 +264,7 @@ def collect(
 ) -> None:
     """Append the leaves of ``grads`` in the order of ``tree``, a :func:`layout` that
     it must have; None stands for a whole branch of None."""
-    if type(grads) is FlatBuffer and type(tree) in (dict, list, Fields):
+    if type(grads) is FlatBuffer and type(tree) in (dict, list, Leaves, Fields):
         grads = grads.views  # of one whose arrays are taken one by one
     if type(tree) is dict:
         if grads is None:
@@ -296,6 +303,12 @@ def collect(
                 f"{name}{path} has {len(grads)} entries but {like}{path} has "
                 f"{len(tree)}; pass None for a parameter to leave alone"
             )
+        if type(tree) is Leaves:  # a loop would be most of the time
+            before = len(gathered)
+            gathered.extend(grads)
+            if len(gathered) - before != len(tree):
+                raise changed(name + path)
+            return
         if isinstance(tree, Fields):
             fields = getattr(grads, "_fields", tree.names)
             if fields != tree.names:

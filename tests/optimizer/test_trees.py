@@ -8,6 +8,7 @@ import pytest
 
 import fastopt
 from fastopt.memory.trees import leaves, rebuild
+from fastopt.runtime import identity
 
 
 class Pair(NamedTuple):
@@ -362,3 +363,38 @@ def test_gradients_that_change_while_they_are_read(kind):
     with pytest.raises(ValueError, match="grads was changed while it was read"):
         opt.step(grads)
     assert opt.steps == 0 and all((p == 1).all() for p in leaves_of(params))
+
+
+@pytest.mark.parametrize("same", [identity.same_objects, identity.same_objects_slowly])
+def test_the_same_objects(same):
+    first = [object(), 1.5, float("nan"), None]
+    assert same(first, list(first)) and same([], [])
+    assert not same(first, first[:-1]) and not same(first[:-1], first)
+    assert not same(first, [*first[:-1], 0])
+    assert not same([float("nan")], [float("nan")])  # another one
+    equal = [np.ones(2)], [np.ones(2)]
+    assert not same(*equal)
+
+
+def test_a_list_of_arrays_is_taken_as_a_whole():
+    """And refused where its length, or a gradient, is not as it should be."""
+    params = [np.ones(2), np.ones(3)]
+    opt = fastopt.sgd(params, lr=0.5)
+    opt.step([np.ones(2), None])
+    opt.step((None, np.ones(3)))
+    assert [p.tolist() for p in params] == [[0.5] * 2, [0.5] * 3]
+    for wrong, message in (
+        ([np.ones(2)], "has 1 entries but params has 2"),
+        ({"a": np.ones(2)}, "must be a list like params, got dict"),
+        ([np.ones(2), [np.ones(3)]], r"grads\[1\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            opt.step(wrong)
+    assert opt.steps == 2
+
+
+def test_a_flat_buffer_is_taken_for_a_list_of_arrays():
+    params = [np.ones(2), np.ones(3)]
+    grads = fastopt.flatten([np.full(2, 1.0), np.full(3, 2.0)])
+    fastopt.sgd(params, lr=0.5).step(grads)
+    assert [p.tolist() for p in params] == [[0.5] * 2, [0.0] * 3]
