@@ -472,11 +472,15 @@ cdef void measure_chunks(
 
 
 cdef double in_chunks(const double* sums, int64_t stride, int64_t chunks) noexcept nogil:
-    """Add up the sums of chunks, in their order."""
-    cdef double total = 0
-    cdef int64_t c
-    for c in range(chunks):
-        total += sums[c * stride]
+    """Add up the sums of chunks, in their order: first within spans."""
+    cdef double total = 0, span
+    cdef int64_t first = 0, c
+    while first < chunks:
+        span = 0
+        for c in range(first, min(chunks, first + SPAN)):
+            span += sums[c * stride]
+        total += span
+        first += SPAN
     return total
 
 

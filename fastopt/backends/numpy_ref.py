@@ -22,7 +22,7 @@ from fastopt.memory.arena import state_arena
 from fastopt.memory.arrays import as_array
 from fastopt.memory.factored import square_sums
 from fastopt.memory.formats import FORMATS, INFINITY
-from fastopt.memory.order import CHUNK, GROUP, LANES
+from fastopt.memory.order import CHUNK, GROUP, LANES, SPAN
 from fastopt.memory.segments import (
     Array,
     Encoded,
@@ -77,9 +77,17 @@ def add_up(lanes: Array) -> float:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
+    return in_spans(lanes[:, 0].tolist())
+
+
+def in_spans(chunks: Sequence[float]) -> float:
+    """Add up the sums of a segment's chunks, first within spans of them."""
     total = 0.0
-    for chunk in lanes[:, 0].tolist():
-        total += chunk
+    for first in range(0, len(chunks), SPAN):
+        span = 0.0
+        for chunk in chunks[first : first + SPAN]:
+            span += chunk
+        total += span
     return total
 
 

@@ -4,9 +4,12 @@
 """
 
 # Sums are of float64, in an order that holds on every backend: each chunk of a segment
-# by lanes, the lanes by halves, the chunks one after the other.
+# by lanes, the lanes by halves, the chunks of a span one after the other, and then the
+# spans. A span has up to SPAN chunks, so that no thread of a GPU has to add up all
+# chunks of a large array.
 CHUNK = 4096
 LANES = 32
+SPAN = 512
 
 # Sums by rows and by columns are taken tile by tile. A tile is high enough that partial
 # sums of columns are few, wide enough that those of rows are few, and small enough that

@@ -22,6 +22,7 @@ from installed import BACKENDS, NUMBA
 import fastopt
 from fastopt import backends
 from fastopt.backends import cython_cpu, numpy_ref
+from fastopt.memory.order import CHUNK, SPAN
 from fastopt.portable import portable
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097, 40_003)  # from 32 Ki elements on, threads share
@@ -66,6 +67,26 @@ def compiled_isas():
     if cython_cpu.missing():
         return []
     return cython_cpu.driver().cpu_supports()
+
+
+def summed(backend, size):
+    """The norm of gradients of which the first array has several spans of chunks."""
+    rng = np.random.default_rng(5)
+    grads = [nonzero(rng, n, np.float32) for n in (size, 9)]
+    opt = fastopt.gd([np.zeros_like(g) for g in grads], lr=0.1, backend=backend)
+    opt.step(grads, clip_norm=1.0)
+    return opt.grad_norm
+
+
+@pytest.mark.parametrize("many", [1, 2.5])
+def test_sums_over_spans_of_chunks(many, monkeypatch):
+    """An order of its own, but only where there are more chunks than fit a span."""
+    size = int(many * SPAN * CHUNK)
+    expected = summed("numpy", size)
+    for backend in BACKENDS:
+        assert summed(backend, size) == expected
+    monkeypatch.setattr(numpy_ref, "SPAN", 10 * SPAN)
+    assert (summed("numpy", size) == expected) == (many == 1)
 
 
 @pytest.fixture
