@@ -1,6 +1,6 @@
 # What Python calls: compiled scalars, and steps over fixed segments.
 
-WITHOUT_SETTLE = frozenset(["step", "scalars"])
+WITHOUT_SETTLE = frozenset(["addresses", "step", "scalars"])
 WITH_SETTLE = WITHOUT_SETTLE | {"settle"}
 
 

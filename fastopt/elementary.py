@@ -3,13 +3,15 @@ same on every machine. Those of C's mathematics library differ between libraries
 
 The functions here compute with whole numbers alone, first with 180 binary digits. If
 these do not decide how a result is rounded, 320 do. ``csrc/elementary.h.in`` has the
-same functions in C, which take less time and serve wherever they were compiled.
+same functions in C, which take less time and serve wherever they were compiled, and
+``backends/integer_powers.py`` has them for CUDA kernels.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 # With how many binary digits after the point to compute, and how many may be wrong.
 DIGITS, WRONG = (180, 320), 80
@@ -114,7 +116,7 @@ def special_power(x: float, y: float) -> float | None:
     if math.isinf(y):
         grows = (size > 1) == (y > 0)
         return 1.0 if size == 1 else math.inf if grows else 0.0
-    odd = y % 2 in (1, -1)
+    odd = abs(math.fmod(y, 2)) == 1  # y % 2 is rounded where y is below 0
     if size == 0 or math.isinf(size):
         result = math.inf if (size > 1) == (y > 0) else 0.0
         return math.copysign(result, x) if odd else result
@@ -195,3 +197,43 @@ def cospi(x: float) -> float:
         if result is not None:
             return sign * result
     raise AssertionError("the last digits decide")
+
+
+# The fast way of csrc/elementary.h.in and of backends/integer_powers.py needs these.
+TABLE_DIGITS = 400  # with which they are computed
+LOGARITHMS, POWERS = 1024, 512  # the sizes of the tables
+MIDDLE = 424  # the first place of mantissas from the root of 2 on
+
+
+class Tables(NamedTuple):
+    """The constants of the fast way. All of them are whole numbers."""
+
+    # For each 1024th of the mantissas, a factor c that brings a number near to 1, times
+    # 2**12, and the logarithm to base 2 of 1 / c, times 2**116.
+    logarithms: list[tuple[int, int]]
+    powers: list[int]  # 2**(i / 512), times 2**127
+    # Of log2(1 + r) = c[0] * r - c[1] * r**2 + ..., and of 2**r - 1 = d[1] * r + ...,
+    # times 2**400.
+    c: list[int]
+    d: list[int]
+
+
+@functools.cache
+def tables() -> Tables:
+    """Compute the constants of the fast way."""
+    digits, ln_of_2 = TABLE_DIGITS, ln2(TABLE_DIGITS)
+    logarithms = []
+    for k in range(LOGARITHMS):
+        # 2**23 / (2 * (1024 + k) + 1), rounded. It is never half-way.
+        divisor = 2 * (LOGARITHMS + k) + 1
+        factor = (2**14 * LOGARITHMS + divisor) // (2 * divisor)
+        if k in (0, LOGARITHMS - 1):  # next to 1, logarithms are exact
+            factor = 2**12 if k == 0 else 2**11
+        c = factor / (2**12 if k < MIDDLE else 2**11)
+        logarithms.append((factor, -(ln(c, digits) << 116) // ln_of_2))
+    powers = [exp(k * ln_of_2 // POWERS, digits) >> digits - 127 for k in range(POWERS)]
+    d = [1 << digits]
+    for k in range(1, 7):
+        d.append((d[-1] * ln_of_2 >> digits) // k)
+    c_of_log2 = [(1 << 2 * digits) // (ln_of_2 * k) for k in range(1, 9)]
+    return Tables(logarithms, powers, c_of_log2, d)

@@ -204,18 +204,29 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 def rewritten(function: types.FunctionType) -> types.CodeType | None:
     """Return a function's code with calls in place of ``**``, compiled from its file.
     Return None if the file does not have this very code."""
+    found = parsed(function)
+    if found is None:
+        return None
+    tree, place = found
+    code = function.__code__
+    with warnings.catch_warnings():  # about the file, and about calls of strings
+        warnings.simplefilter("ignore")
+        changed = ast.fix_missing_locations(Powers(function).visit(tree))
+        return filled([*codes_in(compiled(changed, code))][place])
+
+
+def parsed(function: types.FunctionType) -> tuple[ast.Module, int] | None:
+    """Return the syntax tree of a function's file, and which of the codes in it, as
+    ``codes_in`` lists them, is the function's. Return None if none is."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
-    with warnings.catch_warnings():  # about the file, and about calls of strings
+    with warnings.catch_warnings():  # about the file
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse("".join(lines))
-            codes = [*codes_in(compiled(tree, code))]
             # Equal code objects also have equal lines and columns, so that functions
             # on one line are not confused.
-            place = codes.index(code)
-            changed = ast.fix_missing_locations(Powers(function).visit(tree))
-            return filled([*codes_in(compiled(changed, code))][place])
+            return tree, [*codes_in(compiled(tree, code))].index(code)
         except (SyntaxError, ValueError):  # ValueError: index() did not find it
             return None
 

@@ -109,9 +109,16 @@ class Runner(Protocol):
     - "step": the update with everything that a request asks for. Otherwise ``calls``
       computes the results, and the several calls that it returns only write them.
     - "scalars": ``at(grads, hyperparameters, grad_scale, threads)`` is a plain step. It
-      checks gradients and the arrays given to ``watch`` itself. ``place`` takes
-      gradients by their addresses.
+      checks gradients and the arrays given to ``watch`` itself.
     - "settle": ``settled(rows, request, steps)`` is a step of a rule with norms.
+    - "decisions": norms, and whether a step is skipped, need not come back to the host.
+      See :func:`decided`.
+    - "again": a step with the same gradient arrays as the last one, which ``remember``
+      was told of.
+    - "addresses": ``place`` takes gradients by their addresses.
+    - "one row": one row of scalars may stand for all, if these are alike.
+    - "failure": a step may fail half-way. From then on ``check_working()`` raises
+      RuntimeError.
     """
 
     fuses: frozenset[str]
@@ -152,6 +159,10 @@ class Key(NamedTuple):
     factor: float = 1.0  # for the gradients
 
 
+class HalfDone(RuntimeError):
+    """A step has failed on a device, so only some parameters may be updated."""
+
+
 class Program:
     """A rule bound to segments by a backend.
 
@@ -185,7 +196,7 @@ class Program:
     ):
         self.rule, self.factors = rule, factors
         self.sizes = [segment.param.size for segment in segments]
-        self.count = np.zeros(1, np.int64) if count is None else count
+        self.known_count = np.zeros(1, np.int64) if count is None else count
         if carry is None:
             rows = 1 + max((segment.row for segment in segments), default=0)
             carry = np.zeros((2, rows, len(rule.carry)))
@@ -194,19 +205,36 @@ class Program:
         self.scalars = module.scalars(rule) if scalars is None else scalars
         self.draws = any(segment.draws for segment in segments)
         check_dtypes(segments)
-        self.runner: Any = module.bind(rule, segments, self.count, carry)
+        self.runner: Any = module.bind(rule, segments, self.known_count, carry)
+        # Whether steps are decided, and may be counted, on a device.
+        self.decides = "decisions" in self.runner.fuses
+
+    @property
+    def count(self) -> Array:
+        """The number of completed steps, which a GPU may be asked for."""
+        if self.decides:
+            self.runner.refresh()
+        return self.known_count
 
     @property
     def carried(self) -> Array:
         """The numbers that the completed steps have left."""
-        carried: Array = self.carry[self.count.item(0) % 2]
+        if self.decides:  # not by ``count``: each call takes 50 ns of a small step
+            self.runner.refresh()
+        carried: Array = self.carry[self.known_count.item(0) % 2]
         return carried
 
     @property
     def carried_next(self) -> Array:
-        """The numbers that the next step leaves."""
-        carried: Array = self.carry[1 - self.count.item(0) % 2]
+        """The numbers that the next step leaves, after a look at ``carried``."""
+        carried: Array = self.carry[1 - self.known_count.item(0) % 2]
         return carried
+
+    def check_working(self) -> None:
+        """Check that no step has failed half-way, so that the state is that of one
+        step."""
+        if "failure" in self.runner.fuses:
+            self.runner.check_working()
 
     def rows(self, keys: Sequence[Key]) -> list[Row]:
         """Compute the rows of scalars, one for each key: the factor for the gradients,
@@ -377,6 +405,39 @@ def execute(
     numbers = [key.t for key in keys] if program.draws else None
     calls: list[Call] = runner.calls(scalars, request, numbers)
     return calls
+
+
+@standard
+def decided(
+    program: Program,
+    keys: Callable[[], Sequence[Key]],
+    hyperparameters: Callable[[], Sequence[Sequence[Any]]],
+    factor: float,
+    request: Request,
+) -> Call | None:
+    """Prepare a step that decides on the device what its norms mean.
+
+    The norm is then not looked at by the host, as :func:`examine` does, nor are the
+    sums of a rule. ``keys`` and ``hyperparameters`` return what scalars are computed
+    from, for each row; only one of them is called. Return None if the runner leaves the
+    decisions to the host.
+    """
+    runner = program.runner
+    who = runner.decided_by(request)
+    if who == "host":
+        of_rows = keys()
+        rows = program.rows(of_rows)
+        if program.numbers:
+            program.carried_next[:] = [row[-program.numbers :] for row in rows]
+        steps = [key.t for key in of_rows]
+        call: Call = runner.decided_by_host(rows, request, steps)
+        return call
+    if who == "device":
+        values = hyperparameters()
+        factors = [factor] * len(values)
+        of_device: Call | None = runner.decided_by_device(values, factors, request)
+        return of_device
+    return None
 
 
 def advance_factors(program: Program, rows: list[Row], request: Request) -> None:

@@ -18,8 +18,8 @@ MODULES = {
 # How to get what an install without Numba lacks. (The compiled backend needs no Numba.)
 BY_NUMBA = {
     "numba": "pip install 'numba>=0.64', or pass backend='numpy', which is slow",
-    "cuda": "pip install '.[cuda13]' in fastopt's folder (or '.[cuda12]' for an older "
-    "driver)",
+    "cuda": "pip install '.[cuda13]' in fastopt's folder, or '.[cuda12]' if nvidia-smi "
+    "shows a CUDA version of 12",
 }
 
 

@@ -5,37 +5,36 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config
 
 from fastopt.backends import llvm_ir
+from fastopt.backends.cuda_device import SIMULATED as SIMULATED
+from fastopt.backends.cuda_table import VECTOR_BYTES
 from fastopt.language import NUMPY, Word
 from fastopt.memory.formats import COMPUTED, DTYPES
-from fastopt.memory.order import GROUP
+from fastopt.memory.order import GROUP, LANES
+
+if SIMULATED:
+    from fastopt.backends import cuda_simulated
 
 try:
     import numba_cuda  # noqa: F401  (without it, numba.cuda is an older thing)
     from numba import cuda as cuda
     from numba.cuda import cgutils, extending
     from numba.cuda import types as types
-    from numba.cuda.core.errors import (
-        NumbaPerformanceWarning as NumbaPerformanceWarning,
-    )
     from numba.cuda.cudadrv import nvvm as nvvm
-    from numba.cuda.cudadrv.devicearray import is_cuda_ndarray as is_cuda_ndarray
     from numba.cuda.extending import intrinsic
 except ImportError as error:
     not_installed = str(error)
-    cuda = nvvm = is_cuda_ndarray = NumbaPerformanceWarning = types = None
+    cuda = nvvm = types = None
 else:
     not_installed = ""
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
-VECTOR_BYTES = 16
 # Where a group shares a scale, each of SHARERS threads has QUAD of its elements. They
 # are of one warp.
 QUAD = VECTOR_BYTES // COMPUTED.itemsize
@@ -43,6 +42,7 @@ SHARERS = GROUP // QUAD
 WARP = 2**32 - 1  # all threads of a warp, as bits
 BUTTERFLY = 3  # the mode of a shuffle between numbers that differ in a bit
 TOPS: dict[int, Any] = {}  # by the threads of a block, in the simulator
+SUMS: dict[tuple[int, ...], float] = {}  # by warps, lanes and terms, likewise
 
 
 def inlined(function: Any) -> Any:
@@ -135,6 +135,112 @@ def accesses(width: int) -> dict[str, Any]:
     return {"load": functools.partial(simulated_load, width), "store": simulated_store}
 
 
+def pointer_to(dtype: np.dtype[Any]) -> Any:
+    """Return a function for kernels that makes a pointer of an address."""
+    if SIMULATED:
+        return lambda place: cuda_simulated.numbers_at(int(place), dtype)
+
+    def pointer(context: Any, place: Any) -> Any:
+        kind = types.CPointer(getattr(types, dtype.name))
+
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return builder.inttoptr(given[0], context.get_value_type(kind))
+
+        return kind(types.int64), generate
+
+    return intrinsic(pointer)
+
+
+def lookups() -> dict[str, Any]:
+    """Return functions for kernels that find their way. ``entry`` loads a whole number
+    from an array of them, whose address is given. ``product`` multiplies the factors of
+    an element of factored state. ``halved`` takes a number of each lane of a warp, and
+    returns their sum, which is added up by halves; in the simulator only to the last
+    lane. ``term`` says which of several sums it is."""
+
+    def entry(context: Any, place: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            unfused(context)
+            kind = ir.IntType(64)
+            pointer = builder.inttoptr(given[0], kind.as_pointer())
+            pointer = builder.gep(pointer, [given[1]])
+            pointer = builder.addrspacecast(pointer, kind.as_pointer(1))  # global
+            return builder.load(pointer, align=8)
+
+        return types.int64(types.int64, types.int64), generate
+
+    def halved(context: Any, x: Any, term: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            find = functools.partial(cgutils.get_or_insert_function, builder.module)
+            half, whole = ir.IntType(32), ir.IntType(64)
+            result = ir.LiteralStructType([half, ir.IntType(1)])
+            shuffle = find(
+                ir.FunctionType(result, [half] * 5), "llvm.nvvm.shfl.sync.i32"
+            )
+            total, distance = given[0], LANES // 2
+            while distance:
+                word = builder.bitcast(total, whole)
+                both = []
+                for shift in (0, 32):
+                    part = builder.trunc(builder.lshr(word, whole(shift)), half)
+                    asked = [half(WARP), half(BUTTERFLY), part, half(distance)]
+                    found = builder.call(shuffle, [*asked, half(LANES - 1)])
+                    part = builder.zext(builder.extract_value(found, 0), whole)
+                    both.append(builder.shl(part, whole(shift)))
+                other = builder.bitcast(builder.or_(*both), total.type)
+                total = builder.fadd(total, other)
+                distance //= 2
+            return total
+
+        return types.float64(types.float64, term), generate
+
+    def product(rows: Any, columns: Any, i: Any, shape: Any) -> Any:
+        height, width = shape
+        row, column = i // width, i % width
+        (a,) = load_one(rows, row)
+        (b,) = load_one(columns, row // height * width + column)
+        return a * b
+
+    load_one = accesses(1)["load"]
+    if SIMULATED:
+        return {
+            "entry": lambda place, i: int(
+                cuda_simulated.numbers_at(int(place), np.dtype(np.int64))[i]
+            ),
+            "halved": cuda.jit(device=True)(simulated_halves),
+            "product": product,
+        }
+    return {
+        "entry": intrinsic(entry),
+        "halved": intrinsic(halved),
+        "product": inlined(product),
+    }
+
+
+def storing_entries() -> Any:
+    """Return a function for kernels that stores a whole number in an array of them,
+    whose address is given."""
+
+    def store_entry(context: Any, place: Any, i: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            kind = ir.IntType(64)
+            pointer = builder.inttoptr(given[0], kind.as_pointer())
+            pointer = builder.gep(pointer, [given[1]])
+            pointer = builder.addrspacecast(pointer, kind.as_pointer(1))  # global
+            builder.store(given[2], pointer, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    if not SIMULATED:
+        return intrinsic(store_entry)
+
+    def simulated_entry(place: int, i: int, value: int) -> None:
+        cuda_simulated.numbers_at(int(place), np.dtype(np.int64))[i] = value
+
+    return simulated_entry
+
+
 def words() -> dict[str, Any]:
     """Return more functions for kernels. ``word_of`` makes a word of an integer, of
     which it drops what does not fit. ``greatest`` takes a word of each thread of a
@@ -215,3 +321,19 @@ def simulated_greatest(top: Word) -> Word:
 
 def simulated_count(buffer: Any) -> None:
     cuda.atomic.add(buffer, 0, 1)
+
+
+def simulated_halves(x: float, term: int) -> float:
+    """Return the sum of all lanes to the last one. It waits for the others, because the
+    simulator's threads run in any order."""
+    warp, lane = divmod(int(cuda.threadIdx.x), LANES)
+    SUMS[warp, lane, term] = x
+    if lane < LANES - 1:
+        return 0.0
+    while any((warp, k, term) not in SUMS for k in range(LANES)):
+        time.sleep(0)
+    lanes = [SUMS.pop((warp, k, term)) for k in range(LANES)]
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
+    return lanes[0]

@@ -4,39 +4,13 @@ stored."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from fastopt.backends.cuda_table import Factored, Formats, dtypes_of
 from fastopt.language import Word
 from fastopt.memory.formats import COMPUTED, INFINITY, Format
 from fastopt.memory.order import GROUP
 from fastopt.rule import bits, where, word
-
-# The formats of a kernel's streams: of the gradient, of the parameter, of each state
-# buffer and of the average, if there is one. None is of those that are not encoded.
-Formats: TypeAlias = tuple[Format | None, ...]
-
-COUNT = np.dtype(np.uint64)  # of the groups that were not finite
-
-
-def dtypes_of(format: Format | None, dtype: np.dtype[Any]) -> list[np.dtype[Any]]:
-    """Return the dtypes of a stream's parts. ``dtype`` is that of streams that are not
-    encoded."""
-    if format is None:
-        return [dtype]
-    second = [format.second[1]] if format.second else []
-    return [format.stored, *second, *([COUNT] if format.scale else [])]
-
-
-def is_grouped(formats: Formats) -> bool:
-    """Whether groups share scales, so that their threads must wait for each other."""
-    return any(format is not None and format.scale is not None for format in formats)
-
-
-def draws(formats: Formats) -> bool:
-    """Whether a stream that a kernel writes is rounded stochastically."""
-    return any(format is not None and format.stochastic for format in formats[1:])
 
 
 class Stream(NamedTuple):
@@ -44,9 +18,10 @@ class Stream(NamedTuple):
 
     name: str  # what the names of its variables begin with
     parts: tuple[str, ...]  # the pointers
-    format: Format | None
+    format: Format | None = None
     # For what is drawn: 0 for the parameter; the state buffers count from 2.
     column: int = 0
+    is_factored: bool = False
 
     def number(self, lane: int) -> str:
         return f"{self.name}_{lane}"
@@ -58,7 +33,14 @@ class Stream(NamedTuple):
     def loading(
         self, lanes: Iterable[int], at: str = "i", load: str = "load"
     ) -> list[str]:
-        """Return the lines that load lanes from an element on."""
+        """Return the lines that load lanes from an element on. What is factored is
+        multiplied."""
+        if self.is_factored:
+            factors = ", ".join(self.parts)
+            return [
+                f"{self.number(k)} = product({factors}, {at} + {k}, shape)"
+                for k in lanes
+            ]
         kinds = [""]
         if self.format is not None:
             kinds = ["_word", "_rest"] if self.format.remainder else ["_word"]
@@ -126,12 +108,16 @@ def streams_of(formats: Formats) -> list[Stream]:
     for k, format in enumerate(formats):
         count = len(dtypes_of(format, COMPUTED))
         if k == 0:
-            parts = tuple(f"grad[{j}]" for j in range(count))
-            streams.append(Stream("g", parts, format))
-            continue
-        parts = tuple(f"buffers[{end + j}]" for j in range(count))
-        streams.append(Stream(f"b{k - 1}", parts, format, 0 if k == 1 else k))
-        end += count
+            pointers = tuple(f"grad[{j}]" for j in range(count))
+            name, column = "g", 0
+        else:
+            pointers = tuple(f"buffers[{end + j}]" for j in range(count))
+            name, column = f"b{k - 1}", 0 if k == 1 else k
+            end += count
+        if isinstance(format, Factored):
+            streams.append(Stream(name, pointers, is_factored=True))
+        else:
+            streams.append(Stream(name, pointers, format, column))
     return streams
 
 
@@ -193,7 +179,7 @@ def either(
     elements elsewhere."""
     if width == 1:
         return single
-    head = f"if i + {len(lanes)} <= size:"
+    head = f"if aligned and i + {len(lanes)} <= size:"
     return [head, *indented(whole), "else:", *indented(single)]
 
 

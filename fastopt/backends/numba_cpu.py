@@ -36,7 +36,7 @@ from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
 from fastopt import language
-from fastopt.backends import cython_cpu, kernel_cache, llvm_ir, numpy_ref
+from fastopt.backends import cython_cpu, kernel_cache, kernel_link, llvm_ir, numpy_ref
 from fastopt.backends.kernel_cache import Kernel
 from fastopt.backends.numpy_ref import Step
 from fastopt.language import Function, concrete
@@ -385,7 +385,7 @@ def compile_kernel(function: Callable[..., None], *taken: Any, **flags: Any) -> 
     return Kernel(
         native.native_name,
         tuple(name for name in imports if not name.startswith("llvm.")),
-        kernel_cache.target_machine().emit_object(llvm.parse_assembly(text)),
+        kernel_link.target_machine().emit_object(llvm.parse_assembly(text)),
     )
 
 
@@ -417,7 +417,7 @@ def kernel_for(
         kernel = build(function, dtype, streams, constants, terms)
         return compile_kernel(kernel, *[nt.int64] * kernel.__code__.co_argcount)
 
-    return kernel_cache.obtain(identity, make)
+    return kernel_link.obtain(identity, make)
 
 
 @functools.cache
@@ -433,7 +433,7 @@ def own_driver(function: Callable[..., None], **flags: Any) -> Any:
         return compile_kernel(function, *[nt.int64] * 9, **flags)
 
     native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
-    return native(kernel_cache.obtain(identity, make))
+    return native(kernel_link.obtain(identity, make))
 
 
 def reached(update: Function) -> str:

@@ -118,7 +118,7 @@ def sections() -> dict[str, dict[str, str]]:
         "compiled kernels (cython)": dict(kernels()),
         "threads": dict(threading()),
         "OpenMP runtimes loaded": {"paths": threads.openmp_runtimes()},
-        "kernel cache (numba)": {"directory": cache()},
+        "kernel cache": {"directory": cache()},
     }
 
 

@@ -58,8 +58,11 @@ def aligned(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(ALIGNED[: dtype.itemsize].view(dtype).reshape(()), shape)
 
 
-def state_arena(params: Sequence[Array], streams: int) -> list[tuple[Array, ...]]:
-    """Zeroed state for these parameters: for each, ``streams`` flat arrays.
+def state_arena(
+    params: Sequence[Array], streams: int, near: Any = None
+) -> list[tuple[Array, ...]]:
+    """Zeroed state for these parameters: for each, ``streams`` flat arrays. ``near`` is
+    an array on the device that a backend for GPUs is to use.
 
     All in one allocation, a stream after the other. Each array begins as many bytes
     after a cache line's begin as its parameter, so that where one of a step's stores

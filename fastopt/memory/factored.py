@@ -15,6 +15,7 @@ import math
 import operator
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,9 @@ class Factors:
     they change at the instant when a step is counted.
     """
 
-    def __init__(self, module: ModuleType, array: Array, kept: Array | None):
+    def __init__(
+        self, module: ModuleType, array: Array, kept: Array | None, near: Any = None
+    ):
         *matrices, self.height, self.width = array.shape
         self.count = math.prod(matrices)
         self.sets = np.zeros((2, *matrices, self.height + self.width), array.dtype)
@@ -52,7 +55,8 @@ class Factors:
             self.sets[:] = kept
         sizes = self.height, self.width
         seen = [np.empty((self.count, size), array.dtype) for size in sizes]
-        self.product = Product(*zeros(module.state_arena, seen, 1)[0])
+        arena = functools.partial(module.state_arena, near=near)
+        self.product = Product(*zeros(arena, seen, 1)[0])
 
     def keep(self, t: int) -> None:
         """Make the next set, that of step ``t``, as it was."""

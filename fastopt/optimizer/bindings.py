@@ -94,7 +94,12 @@ class Bindings:
             checks.check_decays(rule)
         self._pending: Pending | None = None
         self._spare: Pending | None = None  # zeros, for the next accumulation
-        self._busy, self._skipped, self._grad_norm = new_flag(self), 0, math.nan
+        self._busy, self._skipped = new_flag(self), 0
+        # The norm, or a function that returns it, and who counts skipped steps, if that
+        # is a GPU.
+        self._grad_norm: Any = math.nan
+        self._decider: Any = None
+        self._in_graphs: tuple[Bound, ...] = ()  # whose memory CUDA graphs use
         self._requests = checks.Requests()
         self._averages = None if ema is None else self._params.like(computed=True)
         groups, values = zip(
@@ -244,10 +249,19 @@ class Bindings:
         What was once switched on stays so: with a switch off, a variant does what the
         one without that state does (with finite numbers), and the state survives.
         """
-        values = [
-            group.checked(changed, self.steps)
-            for group, changed in zip(self.groups, changes, strict=True)
-        ]
+
+        def checked(steps: int) -> list[dict[str, Any]]:
+            pairs = zip(self.groups, changes, strict=True)
+            return [group.checked(changed, steps) for group, changed in pairs]
+
+        known = self._bound.known_steps
+        try:
+            values = checked(known)
+        except (ValueError, ArithmeticError):
+            # Perhaps only in the first step, which a GPU may have done.
+            if self.steps == known:
+                raise
+            values = checked(self.steps)
         bound, switches = self._bound, self.rule.switches
         if not {n for n in switches if any(v[n] for v in values)} <= bound.on:
             bound = self._bind(values, bound)
@@ -418,14 +432,14 @@ class Bindings:
             or any(group.frozen for group in self.groups)
             or (
                 bool(rule.starts or rule.carry or self._averages is not None)
-                and self.steps == 0
+                and self._bound.is_first
             )
         )
         # What a step needs, in one lookup: a class with __getattr__ takes 23 ns for
         # each attribute instead of 7.
         plan = (
             self._params.layout,
-            None if schedules else self._values(self.steps),
+            None if schedules else self._values(self._bound.known_steps),
             self.threads,
             None if needs_python else self._params.watching(self._bound.program.runner),
             self.ema is not None,

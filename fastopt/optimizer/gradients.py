@@ -77,7 +77,7 @@ def of_tasks(params: Parameters, grads: Any, weights: Any) -> Gradients:
 
 def take(
     params: Parameters,
-    runner: Runner,
+    runner: Any,
     gradients: Gradients,
     spans: Sequence[tuple[int, int]],
 ) -> Gradients:
@@ -86,9 +86,11 @@ def take(
     gradient is converted and checked here, where errors get their messages."""
     if "scalars" in runner.fuses and gradients.offer(runner):
         return gradients
-    gradients = gradients.fitting(params, spans)
-    gradients.give(runner)
-    return gradients
+    fitting = gradients.fitting(params, spans)
+    fitting.give(runner)
+    if "again" in runner.fuses and gradients.weights is None:
+        runner.remember(gradients.tasks[0])
+    return fitting
 
 
 def grad_name(params: Parameters, i: int, task: str = "") -> str:

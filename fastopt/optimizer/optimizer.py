@@ -27,6 +27,7 @@ from fastopt.step import (
     Options,
     Request,
     added,
+    decided,
     examine,
     execute,
     over_ranks,
@@ -134,14 +135,19 @@ class Optimizer(Storage):
 
     @property
     def skipped(self) -> int:
-        """How often ``nonfinite="skip"`` has left a step out."""
+        """How often ``nonfinite="skip"`` has left a step out. On a GPU, this waits for
+        the steps that are under way."""
+        if self._decider is not None:
+            self._skipped += self._decider.skips()
         return self._skipped
 
     @property
     def grad_norm(self) -> float:
         """The norm of all gradients, scaled and not yet clipped, in the last step that
-        had ``clip_norm`` or looked for what is not finite; NaN before one."""
-        return self._grad_norm
+        had ``clip_norm`` or looked for what is not finite; NaN before one. On a GPU,
+        this waits for the step."""
+        norm = self._grad_norm
+        return float(norm() if callable(norm) else norm)
 
     @exclusive
     def eval_params(self) -> Any:
@@ -211,10 +217,15 @@ class Optimizer(Storage):
         FloatingPointError
             With ``nonfinite="raise"``; nothing has been written.
         RuntimeError
-            If a step of this optimizer is under way, in another thread.
+            If a step of this optimizer is under way, in another thread. On a GPU also
+            if the driver reports an error, now or at an earlier step, or if a step that
+            needs the host is captured into a CUDA graph.
 
         Notes
         -----
+        The first step of a kind on a GPU compiles its kernels, which takes seconds. A
+        step on a GPU may return before the device has done it (docs/gpu.md).
+
         Steps are counted for the optimizer, not for each parameter as in torch, so a
         parameter that was left alone has the bias correction of the others.
         """
@@ -315,7 +326,7 @@ class Optimizer(Storage):
     ) -> None:
         """Do a step with everything that a request may ask for."""
         bound, params = self._bound, self._params
-        program, first = bound.program, bound.steps == 0
+        program, first = bound.program, bound.is_first
         gradients = self._without_frozen(gradients)
         params.check_unchanged(program.runner, gradients.tasks)
         gradients = take(params, program.runner, gradients, bound.spans)
@@ -325,6 +336,25 @@ class Optimizer(Storage):
             self._start(values)
         factor = grad_scale
         calls, changes = self._using_up()
+        # What is due after a step is not if the step is skipped, which the host must
+        # know then.
+        waits = self._with_step is not None and request.nonfinite == "skip"
+        alone = self._reduce is None and self._in_one_call and not waits
+        if program.decides and alone:
+            call = decided(
+                program,
+                partial(bound.keys, values, factor),
+                partial(bound.hyperparameters, values),
+                factor,
+                request,
+            )
+            if call is not None:
+                more = self._with_step([call]) if self._with_step else ()
+                changes |= self._deciding(program.runner, request)
+                if first:
+                    changes |= self._unplanned()
+                self._finish([call, *calls, *more], changes)
+                return
         if request.needs_norm:
 
             def is_finite(_: int, i: int) -> bool:
@@ -356,6 +386,17 @@ class Optimizer(Storage):
         if first:  # what is done before it need not be done again
             changes |= self._unplanned()
         self._finish([*own, *calls, *more], changes)
+
+    def _deciding(self, runner: Any, request: Request) -> dict[str, Any]:
+        """Return what changes with a step that ``runner`` decides on the device."""
+        changes: dict[str, Any] = {}
+        if request.needs_norm:
+            changes["_grad_norm"] = runner.norm
+        if runner is not self._decider:
+            changes |= {"_skipped": self.skipped, "_decider": runner}
+        if runner.is_in_graph and self._bound not in self._in_graphs:
+            changes["_in_graphs"] = (*self._in_graphs, self._bound)
+        return changes
 
     def _without_frozen(self, gradients: Gradients) -> Gradients:
         """Replace the gradients of frozen groups by None."""

@@ -233,6 +233,9 @@ class Parameters:
     def watching(self, runner: Any) -> Callable[..., bool] | None:
         """Return what does a plain step in one call, if the runner can, after a check
         of the arrays that it cannot check itself."""
+        if "again" in runner.fuses and self.watch.is_fixed(runner):
+            again: Callable[..., bool] = runner.again
+            return again
         if "scalars" not in runner.fuses:
             return None
         at: Callable[..., bool] = runner.at

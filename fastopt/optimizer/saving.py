@@ -37,11 +37,12 @@ def save(opt: Bindings, take: Callable[[Array], Array] = to_host) -> dict[str, A
     """Everything but the parameters, and the schedules: a copy, or what ``take`` makes
     of each array."""
     bound, pending = opt._bound, opt._pending
+    bound.program.check_working()
     return {
         "format": FORMAT,
         "rule": opt.rule.name,
         "steps": opt.steps,
-        "skipped": opt._skipped,
+        "skipped": opt.skipped,
         "switched_on": sorted(bound.on),
         "params": [
             [[name, list(shape)] for name, shape in part] for part in bound.params.parts
@@ -288,6 +289,7 @@ def loading(opt: Bindings, saved: Mapping[str, Any]) -> Callable[..., None]:
             _pending=pending,
             _estimated=estimated,
             _skipped=operator.index(saved["skipped"]),
+            _decider=None,
         )
 
     return commit

@@ -64,7 +64,7 @@ class Bound:
             if is_factored(rule, like):
                 (kept,) = self.buffers.values()
                 there = kept[i] if i < len(kept) else None
-                self.factors[i] = Factors(module, like, there)
+                self.factors[i] = Factors(module, like, there, params.arrays[i])
                 kept[i : i + 1] = [] if there is None else [empty]
         for first in set(since.values()) - {len(arrays)}:
             alike: dict[Any, tuple[list[str], list[Array]]] = {}  # by dtypes
@@ -80,7 +80,8 @@ class Bound:
         row_of = range(len(arrays)) if rule.by_segment else params.set_of
         # For each stream and array, the groups that could not be stored.
         counts = aligned(np.dtype(np.int64), (1 + len(rule.state), len(arrays)))
-        ((self.not_stored,),) = zeros(module.state_arena, [counts], 1)
+        arena = partial(module.state_arena, near=arrays[0] if arrays else None)
+        ((self.not_stored,),) = zeros(arena, [counts], 1)
         # Parameters and the buffers of the state, as kernels take them.
         self.streams = {
             name: [self._stream(name, i, k) for i in range(len(arrays))]
@@ -133,12 +134,31 @@ class Bound:
         if second := part_name(name, format):
             parts.append(self.buffers[second][i])
         if format.scale is not None:
-            parts.append(self.not_stored[k, i : i + 1])
+            place = k * len(self.params.arrays) + i
+            parts.append(self.not_stored.reshape(-1)[place : place + 1])
         return Encoded(format, tuple(parts))
 
     @property
     def steps(self) -> int:
-        return int(self.program.count[0])
+        program = self.program
+        if program.decides:
+            program.runner.refresh()
+        return int(program.known_count[0])
+
+    @property
+    def known_steps(self) -> int:
+        """The number of completed steps, without waiting for those that a GPU has not
+        decided yet: for checks, to which another number means as much."""
+        return int(self.program.known_count[0])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the next step is the first one. One that a GPU may have skipped
+        counts as done here, so that nobody has to wait for it."""
+        program = self.program
+        if program.decides and program.runner.is_ahead:
+            return False
+        return not program.known_count[0]
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -203,9 +223,14 @@ class Bound:
         keys = [Key(t, (), of_set, factor) for of_set in values]
         return [keys[number] for number in self.sets]
 
+    def hyperparameters(self, values: Sequence[Values]) -> list[Values]:
+        """Return the hyperparameters of each row of scalars."""
+        return [values[number] for number in self.sets]
+
     @standard
     def evaluated(self, values: Sequence[Values]) -> Any:
         """New arrays with the parameters to use, in the structure of the parameters."""
+        self.program.check_working()
         rule, params, dtype = self.rule, self.params, self.params.dtype
         if rule.evaluate is None:
             raise TypeError(

@@ -110,6 +110,7 @@ class Storage(Bindings):
         float32 (or float64) in their structure. Those of "bf16+r8" and "bf16+r16" have
         their remainders."""
         self._params.watch.check()
+        self._bound.program.check_working()
         tree, arrays = self._params.like(computed=True)
         for array, stream in zip(arrays, self._bound.streams[PARAM], strict=True):
             fill(array, numbers(stream))

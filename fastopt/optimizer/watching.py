@@ -86,6 +86,10 @@ class Watch:
             if isinstance(leaf, np.ndarray)
         ]
 
+    def is_fixed(self, runner: Any) -> bool:
+        """Whether no array can change, as far as a runner knows their libraries."""
+        return all(map(runner.is_fixed, self._leaves))
+
     def unchanged(self) -> bool:
         """Whether the arrays that are not NumPy's are as they were."""
         return all(

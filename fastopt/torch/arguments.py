@@ -179,7 +179,7 @@ ABOUT = {
     "decoupled_weight_decay": "Whether weight decay is as in AdamW.",
     "foreach": "Accepted for compatibility; has no effect on fastopt's steps.",
     "fused": "True: GradScaler leaves unscaling to ``step``, as with torch's.",
-    "capturable": "True: steps are torch's own.",
+    "capturable": "True: CUDA graphs may capture steps; on a CPU these are torch's.",
     "differentiable": "True: steps are torch's own, and autograd goes through them.",
     "etas": "Factors of a step after a change of sign, and after the same sign.",
     "step_sizes": "Least and largest step.",
@@ -201,8 +201,8 @@ ABOUT = {
     "copy_to": "Tensors that steps copy float32 parameters to, in 16 bits.",
     "master": 'How bfloat16 parameters are kept: "bf16+r8", "bf16+r16", "bf16".',
     "shard_group": "True, or a group: each process has some of the parameters.",
-    "threads": "The most to use; by default as many as torch.",
-    "backend": '"cython", "numba" or "numpy"; by default the fastest.',
+    "threads": "The most to use on a CPU; by default as many as torch.",
+    "backend": 'For CPU tensors: "cython", "numba", "numpy"; default: the fastest.',
 }
 
 EXAMPLE = """\

@@ -26,6 +26,7 @@ from fastopt.optimizer.formats import (
     spelled,
 )
 from fastopt.rule import Rule
+from fastopt.torch import memory
 from fastopt.torch.memory import array, at_address, computed, is_dense, numbers
 
 # The tensors of a format's parts, by the names of their dtypes.
@@ -78,8 +79,6 @@ class Wanted(NamedTuple):
         its kernels have the ``known`` ones."""
         if not self.any or computed(param) is not torch.float32:
             return {}
-        if not param.is_cpu:  # groups that are not finite are counted in host memory
-            known = {name for name in known if FORMATS[name].scale is None}
         kind, like = str(param.dtype).removeprefix("torch."), (numbers(param),)
         chosen = formats.of(name, param, kind, aligned(COMPUTED, like), known)
         return {stream: self._counted(stream, of) for stream, of in chosen.items()}
@@ -181,7 +180,7 @@ def tensor_dtype(format: Format, second: bool = False) -> torch.dtype:
 def part(tensor: Tensor, dtype: np.dtype[Any], count: int) -> Any:
     """Return ``count`` elements of a tensor, in the order of memory, as its device's
     kernels take them."""
-    if tensor.is_cpu:
+    if not memory.on_gpu(tensor):
         if not count:
             return np.empty(0, dtype)
         return at_address(tensor.data_ptr(), count, dtype)
@@ -197,7 +196,7 @@ def stream(
     tensor: Tensor,
     format: Format | None,
     second: Tensor | None,
-    counter: Array,
+    counter: Any,
     count: int | None = None,
 ) -> Any:
     """Return a tensor as kernels take it, with the second part of its format; ``count``

@@ -16,7 +16,7 @@ from fastopt.optimizer.state import bind_alone
 from fastopt.rule import shown
 from fastopt.rules import passes
 from fastopt.step import Key, Program, execute, plain
-from fastopt.torch import dtensors
+from fastopt.torch import dtensors, memory
 from fastopt.torch.flat import in_flat_buffer
 from fastopt.torch.memory import (
     COMPUTED,
@@ -141,9 +141,10 @@ class Sums:
             if total is not None:
                 alike.setdefault((total.dtype, total.device), []).append(i)
         self.programs = []
-        for (_, device), of_kind in alike.items():
+        for of_kind in alike.values():
             arrays = [array(self.tensors[i]) for i in of_kind]
-            choice = backends.choose(passes.accumulate, device.type != "cpu")
+            on_gpu = memory.on_gpu(self.tensors[of_kind[0]])
+            choice = backends.choose(passes.accumulate, on_gpu)
             program = bind_alone(backends.load(choice), passes.accumulate, arrays)
             self.programs.append((of_kind, program))
 

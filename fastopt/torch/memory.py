@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -46,6 +46,27 @@ NUMPY: dict[torch.dtype, Any] = {
 
 class Unsupported(RuntimeError):
     """What fastopt has no kernels for."""
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is in the memory of a GPU, on which kernels of ours can work."""
+    return bool(tensor.is_cuda)
+
+
+def is_captured(tensors: Iterable[Tensor]) -> bool:
+    """Whether steps on these tensors become part of a CUDA graph."""
+    there = any(map(on_gpu, tensors))
+    return there and bool(torch.cuda.is_current_stream_capturing())
+
+
+def refuse_capture(tensors: Iterable[Tensor]) -> None:
+    """Refuse to prepare a step while it becomes part of a CUDA graph: what is allocated
+    then belongs to the graph."""
+    if is_captured(tensors):
+        raise RuntimeError(
+            "a step of a new kind cannot be captured in a CUDA graph, because memory "
+            "must be allocated for it: run a few steps before capturing, as torch does"
+        )
 
 
 def computed(param: Tensor) -> torch.dtype:
@@ -138,7 +159,7 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
     kernels take them; ``count`` of them, if those of other tensors follow."""
     count = numbers(tensor) if count is None else count
     format = HALVES.get(tensor.dtype)
-    if tensor.is_cpu:
+    if not on_gpu(tensor):
         dtype = NUMPY[COMPUTED[tensor.dtype]] if format is None else format.stored
         address = tensor.data_ptr()
         if not address and count:
@@ -154,10 +175,11 @@ def array(tensor: Tensor, count: int | None = None, shape: Any = (-1,)) -> Any:
     from fastopt.backends import cuda_driver
 
     flat = real.as_strided((count,), (1,)).reshape(shape)
-    memory = cuda_driver.as_array("params", flat)
+    there = cuda_driver.as_array("params", flat)
     if format is None:
-        return memory
-    return Encoded(format, (memory.view(format.stored),))
+        return there
+    words: Any = there.view(format.stored)
+    return Encoded(format, (words,))
 
 
 def at_address(address: int, count: int, dtype: np.dtype[Any], kept: Any = ()) -> Array:

@@ -39,9 +39,9 @@ class Part:
         self.wave = wave  # steps come after those of the waves before
         self.plain, self.device = members[0].plain, members[0].param.device
         self.over_all = rule.measure is not None and rule.over == "all"
-        self.vectors = state.vectors(kind)
+        self._count(kind)
         self.buffer_keys = state.make(kind, find_runs(kind, self.vectors))
-        self.carried = len(self.vectors) - 1
+        self.carried = len(names.carried(rule))
         self.counted = [key for key in (names.steps, *names.carried(rule)) if key]
         self.scalars = names.scalars or module.scalars(rule)
         self.used = None if rule.settle else rule.scalar_count  # of the scalars
@@ -59,6 +59,10 @@ class Part:
         self.run_of = np.repeat(np.arange(len(sizes)), sizes)  # of each member
         if self.plain:
             self._bind([member.param for member in members])
+
+    def _count(self, kind: Kind) -> None:
+        """Find or make the counts of steps, and the numbers that the rule carries."""
+        self.vectors = state.vectors(kind)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -117,6 +121,9 @@ class Part:
             carry=np.zeros((2, len(self.runs), self.carried)),
             scalars=self.scalars,
         )
+        if self.device.type == "cuda":  # asked in every step, because it changes
+            current = torch._C._cuda_getCurrentRawStream
+            self.program.runner.stream = partial(current, self.device.index)
         self.sizes = [segment.param.size for segment in segments]
         self.places = np.array([self.members[run[0]].place for run in self.runs])
         self._here = np.zeros(len(self.runs), np.int64)
@@ -152,8 +159,9 @@ class Part:
         """Return whether the native step has noted where the gradients are, and need
         not be told again before they move."""
         runner, format = self.program.runner, HALVES.get(self.members[0].param.dtype)
-        if "scalars" in runner.fuses and not mixed and runner.place(self._here, format):
-            return True
+        if "addresses" in runner.fuses and not mixed:
+            if runner.place(self._here, format):
+                return True
         self._give([[grads[place] for place in self.places]])
         return False
 
@@ -207,12 +215,14 @@ class Part:
 
     def end(self) -> None:
         """After a step, note what the next one needs to know."""
+        fuses = self.program.runner.fuses
+        waits = self.rule.settle and ("decisions" not in fuses or self.over_all)
         self.usual = (
             self.all
             and self._placed
             and len(self.kinds) == 1
-            and not (self.wave or self.carried or self.rule.settle)
-            and "step" in self.program.runner.fuses
+            and not (self.wave or self.carried or waits)
+            and "step" in fuses
         )
         self._t = int(self.vectors[0].item(0))
 
@@ -274,17 +284,20 @@ class Part:
         request: Request,
         attributes: dict[str, Any],
     ) -> tuple[Call, ...]:
-        """Return the calls of a step like the last, if the part ``goes_on``: the rule
-        needs no more than scalars."""
+        """Return the calls of a step like the last, if the part ``goes_on``: the host
+        computes no more than scalars."""
         steps, runner = self.vectors[0], self.program.runner
         group, t = self.members[0].group, self._t + 1
         row = (factors[group], *self.scalars(t, *values[group])[: self.used])
-        rows = [row] * len(self.runs)
-        numbers = [t] * len(rows) if self.program.draws else None
+        rows = [row] * (1 if "one row" in runner.fuses else len(self.runs))
+        settles = self.rule.settle is not None
+        numbers = [t] * len(rows) if self.program.draws or settles else None
         step = partial(runner, rows, request, numbers)
         if request.clip_norm < math.inf:
             of_norm = attributes, "grad_norm"
             step = partial(runner.limited, rows, request, numbers, *of_norm)
+        elif settles:
+            step = runner.decided_by_host(rows, request, numbers)
         if self.names.steps is None:
             return (step,)
         # If the step is not done, the next one finds other counts, and is planned.
@@ -334,7 +347,10 @@ class Part:
         keys = self.keys(values, factors)
         if rule.factored:
             self._load_factors()
-        calls = execute(program, keys, request, totals)
+        if totals is None and self.decides(request):
+            calls = [self._decided(keys, request)]
+        else:
+            calls = execute(program, keys, request, totals)
         carried = program.carried_next
         if self.carried and not self.over_all:
             for run in np.flatnonzero(~self.active):
@@ -368,6 +384,23 @@ class Part:
             for member, new, active in copies:
                 calls += writing(member.param.detach(), new) if active else []
         return calls
+
+    def decides(self, request: Request) -> bool:
+        """Whether the device finds out what the norms of a step mean, so that the host
+        need not wait for it."""
+        runner = self.program.runner
+        return "decisions" in runner.fuses and runner.decided_by(request) == "host"
+
+    def _decided(self, keys: list[Key], request: Request) -> Call:
+        """Return the call of a step that the device decides."""
+        program = self.program
+        rows = program.rows(keys)
+        if self.carried:
+            program.carried_next[:] = [row[-self.carried :] for row in rows]
+        call: Call = program.runner.decided_by_host(
+            rows, request, [key.t for key in keys]
+        )
+        return call
 
     def _load_factors(self) -> None:
         """Copy the averages of rows and columns from the state to the factors."""

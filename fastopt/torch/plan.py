@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
@@ -21,8 +22,10 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Examination, Request, Sums, examine, together
-from fastopt.torch import dtensors
+from fastopt.torch import counts, dtensors, memory
 from fastopt.torch.arguments import spared
+from fastopt.torch.changes import aliases_of, noting, zeroing
+from fastopt.torch.counts import CountedPart, Scaler, is_countable
 from fastopt.torch.dtensors import local
 from fastopt.torch.formats import names_of
 from fastopt.torch.gradients import Gradients, fitted
@@ -34,37 +37,19 @@ from fastopt.torch.memory import (
     simple,
     watched,
 )
+from fastopt.torch.orders import Order, Read
 from fastopt.torch.part import Part
 from fastopt.torch.ranks import Ranks, ranks_of
 from fastopt.torch.runs import in_turn
-from fastopt.torch.state import Kind, Member, Values
+from fastopt.torch.state import Kind, Member
 from fastopt.torch.supported import check_shards, in_fake_mode, is_planned
 from fastopt.torch.turns import Call
+from fastopt.torch.values import device_lr, is_fixed, options_of
 
 if TYPE_CHECKING:
     from fastopt.torch.step import Stepping
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
-
-
-# Of each group the rule, its hyperparameters, and the sign of its gradients.
-Read = tuple[list[Rule], Sequence[Values], list[float]]
-
-
-class Order(NamedTuple):
-    """A step that was asked for."""
-
-    request: Request
-    scale: float = 1.0  # for the gradients
-    single: Tensor | None = None  # the parameter to update; None: all of them
-    gradients: Gradients | None = None  # in place of those in ``.grad``
-    summed: bool = False  # whether these are accumulated sums
-
-    def entries(self, state: dict[Any, Any]) -> dict[Any, Any]:
-        """The entries of the state that the step uses."""
-        if self.single is None:
-            return state
-        return {self.single: state[self.single]} if self.single in state else {}
 
 
 class Plan:
@@ -82,6 +67,8 @@ class Plan:
         there is a mask for weight decay, the same again without weight decay.
     gradients
         Gradients in place of those in ``.grad``.
+    counting
+        The request of a step that a GPU is to count, if it can.
     """
 
     def __init__(
@@ -92,6 +79,7 @@ class Plan:
         read: Read,
         single: Tensor | None = None,
         gradients: Gradients | None = None,
+        counting: Request | None = None,
     ):
         self.rules, self.values, self.signs = read
         self.averaged, names = optimizer.ema is not None, optimizer._names
@@ -154,7 +142,7 @@ class Plan:
             if not planned[place]:
                 continue
             rule, param = self.rules[group], params[place]
-            module = backend_of(rule, param.is_cpu)
+            module = backend_of(rule, memory.on_gpu(param))
             plain = bool(are_simple[place]) or is_plain(
                 param, rule.factored, module.formats
             )
@@ -178,14 +166,21 @@ class Plan:
             member = Member(*of, alone, firsts[owner], owner)
             member.copy = local((optimizer.copy_to or {}).get(owner))
             alike.setdefault(key, []).append(member)
-        self.parts = []
+        kinds = []
         for members in alike.values():
             rule = self.rules[members[0].group]
-            module = backend_of(rule, members[0].param.is_cpu)
+            module = backend_of(rule, memory.on_gpu(members[0].param))
             for wave, apart in enumerate(in_turn(members)):
-                own = apart, optimizer._not_stored
+                own = apart, optimizer._counter(members[0].param)
                 kind = Kind(rule, names, module, self.averaged, *own)
-                self.parts.append(Part(kind, wave))
+                kinds.append((kind, wave))
+        self._countable = all(is_countable(kind) for kind, _ in kinds)
+        self._countable &= self._ranks is None or not self._ranks.rows
+        self._apart = self._ranks is not None or len(kinds) > 1
+        self._wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        self.counted = counting is not None and self.can_count(counting)
+        part = CountedPart if self.counted else Part
+        self.parts: list[Any] = [part(*of) for of in kinds]
         members = [member for part in self.parts for member in part.members]
         self._plain = {member.place for member in members if member.plain}
         self._merged = any(part.merged for part in self.parts)
@@ -205,7 +200,7 @@ class Plan:
         self._watched = buffers, alone, owners, planned, groups
         self._planned = planned
         self.tensors = self._watch({**state, **self._new})
-        self._fixed = all(map(is_fixed, options_of(groups)))
+        self._note_options(groups, len(self.values))
         self._usual = False  # whether the last step was as most are
         self._expected: Any = None
         self._odd: list[Tensor] = []  # gradients that are not where they should be
@@ -276,11 +271,15 @@ class Plan:
         state: Any,
         request: Request,
         attributes: dict[str, Any],
+        scaler: Scaler | None = None,
     ) -> bool:
         """Do the last step again, if all is as it was then: the fastest path.
-        ``attributes`` are the optimizer's."""
+        ``attributes`` are the optimizer's. A ``scaler`` is of steps that a GPU
+        counts."""
         tensors, turns = self.tensors, attributes["_turns"]
         if not self._usual or in_fake_mode():
+            return False
+        if self.counted and not self.can_count(request):
             return False
         if self.averaged != (request.ema_weight > 0):
             return False
@@ -296,7 +295,9 @@ class Plan:
         if not all([part.goes_on for part in self.parts]):
             return False
         calls, signs = [turns.claim], self.signs
-        if request.clip_norm < math.inf and (self._ranks or len(self.parts) > 1):
+        if self.counted:
+            calls += self._heed(self.parts, request, attributes, scaler)
+        elif request.clip_norm < math.inf and self._apart:
             norm, finite, _, shrink = self._examine(self.parts, 1.0, request, grads)
             calls += noting(attributes, norm, finite, request)
             signs = [sign * shrink for sign in signs]
@@ -314,6 +315,24 @@ class Plan:
         tensors.moved = False
         return True
 
+    def _note_options(self, groups: list[dict[str, Any]], count: int) -> None:
+        """Note which learning rates are on a GPU, for each of so many groups, and
+        whether the options can change only if other objects take their place."""
+        lrs = list(map(device_lr, groups))
+        self.lrs = lrs * (count // len(groups))
+        unread = {id(lr) for lr in lrs if lr is not None}
+        options = options_of(groups)
+        self._fixed = all(is_fixed(of) or id(of) in unread for of in options)
+
+    def can_count(self, request: Request) -> bool:
+        """Whether a GPU can count a step: there are kernels for all that it decides."""
+        if not self._countable or request.nonfinite == "raise":
+            return False
+        if not request.needs_norm:
+            return True
+        # The squares of float64 may overflow although all gradients are finite.
+        return not self._apart and not (self._wide and request.nonfinite == "skip")
+
     @property
     def options_hold(self) -> bool:
         """Whether the options of the groups are still what was read of them."""
@@ -323,7 +342,7 @@ class Plan:
         """Take over changed options. Return False if they need another plan."""
         rules, self.values, self.signs = read
         self.tensors.note(groups)
-        self._fixed = all(map(is_fixed, options_of(groups)))
+        self._note_options(groups, len(self.values))
         return rules == self.rules
 
     @standard
@@ -390,7 +409,13 @@ class Plan:
         skipped or not."""
         turns, request, gradients = optimizer["_turns"], order.request, order.gradients
         factors = [sign * order.scale for sign in self.signs]
-        if request.needs_norm:
+        waits = not self._decides(parts, request)  # for what the device measures
+        if self.counted:
+            last += self._heed(parts, request, optimizer, order.scaler)
+        elif request.needs_norm and not waits:
+            runner = parts[0].program.runner
+            last.append(partial(optimizer.update, grad_norm=runner.norm))
+        elif request.needs_norm:
             of = parts, abs(factors[0]), request, self._grads_taken
             norm, finite, _, shrink = self._examine(*of)
             last += noting(optimizer, norm, finite, request)
@@ -400,15 +425,17 @@ class Plan:
                 turns.commit(last)
                 return False
             factors = [factor * shrink for factor in factors]
+            request = request._replace(clip_norm=math.inf, nonfinite="propagate")
         if request.zero_grads:
-            apart = gradients is not None or self._overlap()
+            # If the GPU skips the step, they are to be zero all the same.
+            apart = self.counted or gradients is not None or self._overlap()
             # Kernels set to zero what they read, which may be copies of these.
             members = [m for p in parts if apart or not p.plain for m in p.members]
             copied = [member.owner.grad for member in members]
             last += zeroing(copied if gradients is None else self._grads(gradients))
             last += zeroing(self._odd)
             request = request._replace(zero_grads=not apart)
-        totals = self._measure(parts, factors, request)
+        totals = self._measure(parts, factors, request) if waits else {}
         if not any(part.any or is_there(totals.get(part, ())) for part in parts):
             turns.commit(last)  # there is no gradient in any process
             return False
@@ -428,6 +455,28 @@ class Plan:
                 uninterrupted(*calls)
             calls = []
         return True
+
+    def _heed(
+        self,
+        parts: list[Any],
+        request: Request,
+        own: dict[str, Any],
+        scaler: Scaler | None,
+    ) -> list[Call]:
+        """Let counted parts know what a step depends on. Return the calls that note in
+        an optimizer's attributes who knows what comes of it."""
+        for part in parts:
+            part.heed(scaler, self.lrs)
+        return counts.noting(parts, request, own)
+
+    def _decides(self, parts: list[Part], request: Request) -> bool:
+        """Whether the device decides what norms mean: those of all gradients are in one
+        part then, and its own."""
+        if self.counted:
+            return True
+        if self._ranks is not None or len(parts) > 1:
+            return False
+        return parts[0].plain and parts[0].decides(request)
 
     def _examine(
         self, parts: list[Part], factor: float, request: Request, grads: list[Any]
@@ -535,31 +584,6 @@ def is_there(sums: Sequence[Sums]) -> bool:
     return any(terms is not None for _, terms in sums)
 
 
-def aliases_of(member: Member) -> list[Tensor]:
-    """Return plain tensors that share a parameter's count of versions: that of a shard,
-    and that of the DTensor that it belongs to."""
-    if member.owner is member.param:
-        return [member.param.detach()]
-    return [member.param.detach(), dtensors.alias(member.owner)]
-
-
-def noting(
-    optimizer: dict[str, Any], norm: float, finite: bool, request: Request
-) -> list[Call]:
-    """Return the calls that note in an optimizer what a look at its gradients has
-    shown. Raises FloatingPointError if that is asked for."""
-    calls: list[Call] = []
-    if norm == norm:
-        calls.append(partial(optimizer.update, grad_norm=norm))
-    if not finite and request.nonfinite == "raise":
-        raise FloatingPointError(
-            "infinity or NaN in the gradients; nothing was updated"
-        )
-    if not finite and request.nonfinite == "skip":
-        calls.append(partial(optimizer.update, skipped=optimizer["skipped"] + 1))
-    return calls
-
-
 def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
     """Whether an entry of the state has the same objects as another."""
     return (
@@ -569,26 +593,8 @@ def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
     )
 
 
-def zeroing(grads: Iterable[Tensor | None]) -> list[Call]:
-    """Return the calls that set gradients to zero."""
-    there = [grad for grad in grads if grad is not None]
-    return [(g.detach() if g.requires_grad else g).zero_ for g in there]
-
-
-def options_of(groups: list[dict[str, Any]]) -> list[Any]:
-    lists = "params", "param_names"
-    return [v for group in groups for k, v in group.items() if k not in lists]
-
-
-def is_fixed(value: Any) -> bool:
-    """Whether an option can change only if another object takes its place."""
-    if type(value) is tuple:
-        return all(map(is_fixed, value))
-    return value is None or type(value) in (float, int, bool, str)
-
-
-def module_for(backend: str | None, rule: Rule, on_cpu: bool) -> ModuleType:
+def module_for(backend: str | None, rule: Rule, on_gpu: bool) -> ModuleType:
     """Return the backend that updates parameters. The one asked for applies to CPU
     tensors."""
-    asked = backend if on_cpu else None
-    return backends.load(asked or backends.choose(rule, not on_cpu))
+    asked = None if on_gpu else backend
+    return backends.load(asked or backends.choose(rule, on_gpu))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastopt.memory.segments import Array
+from fastopt.torch import memory
 from fastopt.torch.memory import same_layout
 from fastopt.torch.state import Kind, Member, in_one_piece
 
@@ -58,7 +59,7 @@ def placement(
         return None
     if any(format.scale is not None for format in member.chosen.values()):
         return None  # groups begin with its first element
-    if not (member.plain and param.is_cpu and same_layout(grad, param)):
+    if memory.on_gpu(param) or not (member.plain and same_layout(grad, param)):
         return None
     first = 0
     if any(format.stochastic for format in member.chosen.values()):

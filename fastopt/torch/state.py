@@ -22,7 +22,7 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM, Chosen
 from fastopt.portable import portable
 from fastopt.rule import Rule
-from fastopt.torch import formats, masters
+from fastopt.torch import formats, masters, memory
 from fastopt.torch.memory import (
     COMPUTED,
     NUMPY,
@@ -131,7 +131,7 @@ class Kind(NamedTuple):
     module: ModuleType
     averaged: bool  # whether moving averages of the parameters are kept
     members: list[Member]
-    not_stored: Array  # counts groups of 8-bit state that were not finite
+    not_stored: Any  # counts groups of 8-bit state that were not finite
 
     @property
     def keys(self) -> dict[str, str]:
@@ -231,14 +231,14 @@ def zeros(
     """Return, for each member, ``streams`` flat buffers of zeros."""
     first, sizes = members[0].param, [numbers(member.param) for member in members]
     dtype = COMPUTED[dtype] if dtype.is_complex else dtype
-    if first.is_cpu and dtype not in NUMPY:  # NumPy may have no such dtype
+    if not memory.on_gpu(first) and dtype not in NUMPY:  # NumPy may have no such dtype
         stored = np.dtype(f"i{dtype.itemsize}")
         kinds = [arena.aligned(stored, (size,)) for size in sizes]
         return [
             tuple(torch.from_numpy(flat).view(dtype) for flat in of)
             for of in arena.state_arena(kinds, streams)
         ]
-    if first.is_cpu:
+    if not memory.on_gpu(first):
         arrays = [
             arena.like(array(member.param))
             if member.plain
@@ -288,7 +288,8 @@ def factor(member: Member, module: Any) -> None:
                 new if before is None else new.copy_(before.detach().resolve_neg())
             )
     shaped = np.empty(param.shape, NUMPY[COMPUTED[param.dtype]])
-    member.factors = Factors(module, shaped, None)
+    near = None if param.is_cpu else array(member.state[key])
+    member.factors = Factors(module, shaped, None, near)
 
 
 def has_begun(state: Mapping[str, Any] | None, rule: Rule, names: Names) -> bool:
@@ -315,6 +316,9 @@ def vectors(kind: Kind) -> list[Array]:
     """Return, as vectors, the steps that each member has done, and each number that the
     rule carries. The 0-d tensors in the state are views of them."""
     rule, names, members = kind.rule, kind.names, kind.members
+    for counted in (names.steps, *names.carried(rule)):
+        if counted is not None:
+            fetch(members, counted)
     if names.steps is None:  # the first step is that without a buffer
         keys = [names.key(name) for name in rule.state]
         begun = [any(m.state.get(key) is not None for key in keys) for m in members]
@@ -329,6 +333,21 @@ def vectors(kind: Kind) -> list[Array]:
         first = [rule.start(of, member.values) for member in members]
         vectors.append(vector(kind, key, first, names.carry_dtype))
     return vectors
+
+
+def fetch(members: Sequence[Member], key: str) -> None:
+    """Let the members' entries of a key be in host memory. To read those that a GPU has
+    counted is to wait for it, once."""
+    entries: list[Any] = [member.state.get(key) for member in members]
+    there = [
+        i
+        for i, entry in enumerate(entries)
+        if isinstance(entry, Tensor) and entry.numel() == 1 and memory.on_gpu(entry)
+    ]
+    if there:
+        numbers = torch.stack([entries[i].detach().reshape(()) for i in there]).cpu()
+        for i, number in zip(there, numbers.unbind(), strict=True):
+            members[i].state[key] = number
 
 
 def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Array:

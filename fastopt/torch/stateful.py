@@ -19,6 +19,7 @@ from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.threads import available, forked, launched_with_one, own_number
+from fastopt.step import HalfDone
 from fastopt.torch import dtensors, loading
 from fastopt.torch.arguments import (
     EXTRAS,
@@ -56,6 +57,7 @@ class Stateful(Storage):
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients
+    _half_done: HalfDone | None = None  # why nothing but a checkpoint helps
     weight_decay_mask: Any = None
     threads: int | None
 
@@ -66,9 +68,11 @@ class Stateful(Storage):
         self._plans: dict[Tensor, Plan | None] = {}  # of single parameters
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._noted: set[Any] = set()  # what steps have needed of all parameters
+        self._kernels_count = True  # unless they cannot compute a rule's scalars
         if "_turns" not in vars(self):
             self._turns, self._requests = Turns(), checks.Requests()
             self._not_stored = np.zeros(1, np.int64)
+            self._not_stored_there = {}
             self._most_threads = available()
             self._threads_chosen = bool(own_number())
             self._launched_with_one = launched_with_one()
@@ -261,8 +265,14 @@ class Stateful(Storage):
         with self._turns.lock:
             super().add_param_group(param_group)
 
+    def check_whole(self) -> None:
+        """Refuse to go on after a step that has failed half-way on a GPU."""
+        if self._half_done is not None:
+            raise HalfDone(str(self._half_done)) from self._half_done
+
     def state_dict(self) -> dict[str, Any]:
         with self._turns.lock:
+            self.check_whole()
             saved: dict[str, Any] = super().state_dict()
             for key, state in saved["state"].items():
                 if isinstance(state, dict) and not self._torchs:
@@ -285,6 +295,8 @@ class Stateful(Storage):
             loading.check(state_dict, self, self._own)
             loaded = self._loaded(state_dict)
             new = {k: v for k, v in loaded.items() if own.get(k, NEVER) is not v}
+            if self._half_done is not None:
+                new["_half_done"] = None
             uninterrupted(self._turns.overtake, partial(own.update, new))
         for after in list(self._optimizer_load_state_dict_post_hooks.values()):
             after(self)

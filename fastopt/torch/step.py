@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import is_
@@ -21,8 +20,16 @@ from fastopt.rule import Rule, shown
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.collector import paused
-from fastopt.step import OPTIONS, PLAIN, Nonfinite, Options, Request, examine
-from fastopt.torch import dtensors, sharding
+from fastopt.step import (
+    OPTIONS,
+    PLAIN,
+    HalfDone,
+    Nonfinite,
+    Options,
+    Request,
+    examine,
+)
+from fastopt.torch import dtensors, memory, sharding
 from fastopt.torch.arguments import (
     EXTRAS,
     Arguments,
@@ -31,10 +38,13 @@ from fastopt.torch.arguments import (
     refuse_schedules,
     spared,
 )
+from fastopt.torch.changes import noting, zeroing
+from fastopt.torch.counts import Scaler, Uncountable
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
+from fastopt.torch.orders import Order, Read
 from fastopt.torch.part import Part, estimate
-from fastopt.torch.plan import Order, Plan, Read, noting, zeroing
+from fastopt.torch.plan import Plan
 from fastopt.torch.ranks import check_group, ranks_of
 from fastopt.torch.stateful import Stateful
 from fastopt.torch.storage import Storage
@@ -94,17 +104,21 @@ class Stepping(Stateful):
         How many to use; by default as many as torch uses, within the container's quota
         and this process's share of the machine (docs/threads.md).
     backend
-        Of CPU tensors: "cython", "numba" or "numpy"; by default the fastest.
+        For CPU tensors: "cython", "numba" or "numpy"; by default the fastest. Tensors
+        on a GPU are stepped there, by the backend "cuda" of the core.
 
     Attributes
     ----------
     grad_norm
-        The norm of all gradients in the last step that needed it.
+        The norm of all gradients in the last step that needed it. On a GPU, to ask for
+        it is to wait for that step.
     skipped
-        How many steps ``nonfinite="skip"`` has left out.
+        How many steps ``nonfinite="skip"`` has left out. On a GPU, to ask for it is to
+        wait for the steps that are under way.
     """
 
     _step_supports_amp_scaling = False  # True in instances with fused=True, as in torch
+    _teller: Any = None  # the runner that counts the steps that are skipped
     _warned = False  # that this process has a share of the parameters
     # What the last request without options was made from, and this request.
     _request_before: tuple[tuple[Any, ...], Request] = (object(),) * 5, PLAIN
@@ -149,7 +163,8 @@ class Stepping(Stateful):
         self.threads = None if threads is None else checks.check_threads(threads)
         if backend not in (None, "cython", "numba", "numpy"):
             raise ValueError(
-                f"backend must be 'cython', 'numba' or 'numpy', got {backend!r}"
+                f"backend must be 'cython', 'numba' or 'numpy', got {backend!r}; "
+                f"tensors on a GPU are stepped there without it"
             )
         self.backend = backend
         self.skipped, self.grad_norm = 0, math.nan
@@ -167,6 +182,30 @@ class Stepping(Stateful):
         self._check_formats(rules)
         self._check_copies()
         self._warn_of_shares(clip_norm is not None, nonfinite)
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of all gradients in the last step that needed it; on a GPU, this
+        waits for that step."""
+        norm = self.__dict__.get("grad_norm", math.nan)
+        return float(norm() if callable(norm) else norm)
+
+    @grad_norm.setter
+    def grad_norm(self, norm: float) -> None:
+        self.__dict__["grad_norm"] = norm
+
+    @property
+    def skipped(self) -> int:
+        """How many steps ``nonfinite="skip"`` has left out; on a GPU, this waits for
+        the steps that are under way."""
+        own = self.__dict__
+        if self._teller is not None:
+            own["skipped"] += self._teller.skips()
+        return int(own["skipped"])
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self.__dict__.update(skipped=count, _teller=None)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
         """Warn once if a step needs all parameters, of which each process has some."""
@@ -236,30 +275,33 @@ class Stepping(Stateful):
             # interrupt or in a signal handler, finds no plan that is half up to date.
             plan, self._plan = self._plan, None
             request = self._request(options)
-            usual = request.nonfinite == "propagate" and not request.zero_grads
-            scaled = "grad_scale" in own or "found_inf" in own
-            if usual and plan and gradients is None and not scaled:
+            scaler, usual = None, request.nonfinite == "propagate"
+            if "grad_scale" in own or "found_inf" in own:
+                scaler = Scaler(own.get("found_inf"), own.get("grad_scale"))
+                usual = False
+            usual = not request.zero_grads and (usual or bool(plan and plan.counted))
+            if usual and plan and gradients is None:
                 turns.begin()
-                if plan.again(self.param_groups, self.state, request, own):
+                try:
+                    done = plan.again(
+                        self.param_groups, self.state, request, own, scaler
+                    )
+                except HalfDone as error:
+                    self._half_done = error
+                    raise
+                if done:
                     self._plan = plan
                     return loss
-            scale = self._scale()
-            if scale is not None:
-                order = Order(request, scale, None, gradients, summed=grads is None)
-                if gradients is None:
-                    plan = self._update(plan, order)
-                else:
-                    other, self._other_plan = self._other_plan, None
-                    self._other_plan = self._update(other, order)
-            else:  # GradScaler has found an infinity or a NaN
-                calls = []
-                if self._sums is not None and grads is None:
-                    calls = self._sums.emptying()
-                if options.get("zero_grads"):
-                    own_grads = [[param.grad for param, _ in self._all()]]
-                    tasks = own_grads if gradients is None else gradients.tasks
-                    calls += zeroing(chain(*tasks))
-                uninterrupted(*calls)
+            order: Order | None = Order(
+                request, 1.0, None, gradients, grads is None, scaler
+            )
+            if order and scaler is not None and not scaler.on_gpu:
+                order = self._heeded(order)
+            if order is not None and gradients is None:
+                plan = self._update(plan, order)
+            elif order is not None:
+                other, self._other_plan = self._other_plan, None
+                self._other_plan = self._update(other, order)
             self._plan = plan
         return loss
 
@@ -321,15 +363,24 @@ class Stepping(Stateful):
             self._request_before = made, request
         return request
 
-    @standard
-    def _scale(self) -> float | None:
-        """Return the factor by which GradScaler wants the gradients unscaled; None if
-        it wants no step."""
-        own = self.__dict__
-        overflow, scale = own.get("found_inf"), own.get("grad_scale")
-        if overflow is not None and float(overflow):
-            return None
-        return 1.0 if scale is None else 1 / float(scale)
+    def _heeded(self, order: Order) -> Order | None:
+        """Return an order with the factor that GradScaler asks for. If it has found an
+        infinity or a NaN, return None: the step is then left out. This waits for a
+        GPU."""
+        if order.scaler is None:
+            return order
+        scale = order.scaler.factor()
+        if scale is not None:
+            return order._replace(scale=scale, scaler=None)
+        calls = []
+        if self._sums is not None and order.summed:
+            calls = self._sums.emptying()
+        if order.request.zero_grads:
+            own_grads = [[param.grad for param, _ in self._all()]]
+            given = order.gradients
+            calls += zeroing(chain(*(own_grads if given is None else given.tasks)))
+        uninterrupted(*calls)
+        return None
 
     def _check_mode(self) -> None:
         """Refuse a step in eval mode, if the class has one."""
@@ -337,9 +388,14 @@ class Stepping(Stateful):
     def _read(self, groups: list[dict[str, Any]]) -> Read:
         self._check_mode()
         for group in groups:
-            for option in ("differentiable", "capturable"):
-                if group.get(option):
-                    raise Unsupported(f"{option}=True")
+            if group.get("differentiable"):
+                raise Unsupported("differentiable=True")
+            if group.get("capturable") and not self._kernels_count:
+                raise Unsupported("capturable=True")
+            if group.get("capturable") and not all(
+                memory.on_gpu(dtensors.local(param)) for param in group["params"]
+            ):
+                raise Unsupported("capturable=True")
         rules = [self._rule(group) for group in groups]
         values = [self._values(*of) for of in zip(groups, rules, strict=True)]
         signs = [-1.0 if group.get("maximize") else 1.0 for group in groups]
@@ -358,10 +414,18 @@ class Stepping(Stateful):
             if order.single is not None:
                 groups = [self._group_of(order.single)]
             try:
+                self.check_whole()
                 return self._attempt(plan, groups, order)
+            except HalfDone as error:
+                self._half_done = error
+                raise
             except Unsupported as reason:
-                self._unsupported(str(reason), order)
+                heeded = self._heeded(order)
+                if heeded is not None:
+                    self._unsupported(str(reason), heeded)
                 return None
+            except Uncountable:
+                self._kernels_count, plan = False, None
             except Overtaken:  # in a signal handler, say
                 plan = None
                 if order.gradients and order.summed and not self._gradients(None, None):
@@ -376,13 +440,18 @@ class Stepping(Stateful):
             self._noted.add(needs)
             self._warn_of_shares(*needs)
         state, averaged = order.entries(self.state), self.ema is not None
+        capturable = any(group.get("capturable") for group in groups)
+        asked = capturable or order.scaler is not None or request.nonfinite == "skip"
+        asked = self._kernels_count and (asked or bool(plan and plan.counted))
+        if plan is not None and plan.counted != (asked and plan.can_count(request)):
+            plan = None
         grads = None if plan is None else plan.look(groups, state, averaged)
         if plan is None or grads is None or not plan.options_hold:
             read = self._read(groups)
             if plan is None or grads is None or not plan.reread(groups, read):
-                plan = self._new_plan(groups, state, read, order)
+                plan = self._new_plan(groups, state, read, order, asked)
                 if plan is None:
-                    self._join(groups, request)
+                    self._join(groups, order)
                     return None
                 grads = plan.look(groups, state, averaged) or []
         if gradients is None:
@@ -390,25 +459,34 @@ class Stepping(Stateful):
         else:
             parts = plan.take_gradients(gradients)
         if parts is None:  # a gradient where there was none before
-            plan = self._new_plan(groups, state, self._read(groups), order)
+            plan = self._new_plan(groups, state, self._read(groups), order, asked)
             parts = plan.take_gradients(gradients) if plan and gradients else None
         if plan is None or not parts:
-            self._join(groups, request)
+            self._join(groups, order)
             return plan
+        if capturable and not plan.counted:
+            raise Unsupported("capturable=True")
+        if not plan.counted:
+            heeded = self._heeded(order)
+            if heeded is None:
+                plan.forget()
+                return None if plan.unused else plan
+            order = heeded
         last = self._sums.emptying() if self._sums is not None and gradients else []
-        with in_order({part.device for part in parts}):
-            done = plan.do(parts, order, self.__dict__, last)
-        if done:
+        if plan.do(parts, order, self.__dict__, last):
             plan.end(parts, order.entries(self.state))
             return plan
         plan.forget()
         return None if plan.unused else plan
 
-    def _join(self, groups: list[dict[str, Any]], request: Request) -> None:
+    def _join(self, groups: list[dict[str, Any]], order: Order) -> None:
         """Take part in what other processes add up, if there is no gradient here."""
+        request = order.request
         rules, _, _ = self._read(groups)
         params = [param for group in groups for param in group["params"]]
         if self.shard_group is None and not dtensors.are_there(params):
+            return
+        if self._heeded(order) is None:
             return
         of_each = [
             rule
@@ -433,9 +511,11 @@ class Stepping(Stateful):
         state: dict[Any, Any],
         read: Read,
         order: Order,
+        counting: bool,
     ) -> Plan | None:
         """Return a new plan; None if there is no gradient. Raise Unsupported if there
-        are no kernels for one."""
+        are no kernels for one. With ``counting``, or if the counts of steps are on a
+        GPU already, it counts them."""
         single, gradients = order.single, order.gradients
         params = [p for p, _ in self._all()] if single is None else [single]
         grads = [p.grad for p in params] if gradients is None else gradients.first
@@ -444,12 +524,21 @@ class Stepping(Stateful):
         joint = shared and any(of.measure and of.over == "all" for of in rules)
         if all(grad is None for grad in grads) and not joint:
             return None
+        memory.refuse_capture(map(dtensors.local, params))
+        counting |= self._kernels_count and self._counts_on_gpu()
+        more = single, gradients, order.request if counting else None
         with paused():
-            plan = Plan(self, groups, state, read, single, gradients)
+            plan = Plan(self, groups, state, read, *more)
             if self._torchs:
                 self._to_our_form()
-                plan = Plan(self, groups, state, read, single, gradients)
+                plan = Plan(self, groups, state, read, *more)
         return plan
+
+    def _counts_on_gpu(self) -> bool:
+        """Whether the counts of steps in the state are on a GPU."""
+        entry = next(iter(self.state.values()), None)
+        steps = entry.get(self._names.steps) if isinstance(entry, dict) else None
+        return isinstance(steps, Tensor) and memory.on_gpu(steps)
 
     def _unsupported(self, reason: str, order: Order) -> None:
         """Let torch's own step do what fastopt has no kernels for."""
@@ -486,23 +575,6 @@ class Stepping(Stateful):
             own.update(kept)
 
     profile_hook_step = staticmethod(hooked_step)
-
-
-@contextmanager
-def in_order(devices: set[torch.device]) -> Iterator[None]:
-    """Let Numba's kernels, which are on the default stream of a GPU, come after what
-    has been enqueued on torch's current stream, and before what will be."""
-    streams = [
-        (torch.cuda.default_stream(device), torch.cuda.current_stream(device))
-        for device in devices
-        if device.type == "cuda"
-    ]
-    streams = [pair for pair in streams if pair[0] != pair[1]]
-    for default, current in streams:
-        default.wait_stream(current)
-    yield
-    for default, current in streams:
-        current.wait_stream(default)
 
 
 def without_decay(rule: Rule, values: Sequence[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.storage import Usage
 from fastopt.rule import Rule
+from fastopt.torch import memory
 from fastopt.torch.dtensors import fits, is_dtensor, local, on_shard
 from fastopt.torch.formats import Wanted
 from fastopt.torch.masters import master
@@ -30,6 +32,7 @@ class Storage(Optimizer):
     _scales = True  # and whether these may have scales
     _turns: Turns
     _not_stored: Array
+    _not_stored_there: dict[torch.device, Tensor]  # on GPUs
     state_dtype: torch.dtype | None = None
     formats: Any = None
     master: str | None = None
@@ -111,7 +114,21 @@ class Storage(Optimizer):
     def nonfinite_groups(self) -> int:
         """How often a group of 64 numbers of 8-bit state was left as it was, because
         its new numbers were not all finite."""
-        return int(self._not_stored[0])
+        there = [int(counter) for counter in self._not_stored_there.values()]
+        return int(self._not_stored[0]) + sum(there)
+
+    def _counter(self, param: Tensor) -> Any:
+        """Return where kernels count these groups: on the device of a parameter."""
+        if not memory.on_gpu(param) or not self._wanted.any:
+            return self._not_stored
+        from fastopt.backends import cuda_driver
+
+        device = param.device
+        if device not in self._not_stored_there:
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            self._not_stored_there[device] = zero
+        counter = self._not_stored_there[device]
+        return cuda_driver.as_array("a count", counter).view(np.dtype(np.uint64))
 
     def master_params(self) -> list[Tensor]:
         """Return each parameter with all bits that are kept of it, as a new tensor in

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fastopt.rule import Rule, check_hyperparameter, shown
 from fastopt.signatures import limits
+from fastopt.torch import memory
 from fastopt.torch.arguments import PAIRS, called, number, refuse_schedules
 
 BIG = 2**53  # integers below it are floats, too
+UNREAD = 1.0  # stands for a learning rate on a GPU, which the host does not read
 
 # A function that returns the name of a hyperparameter, or of a tuple, in messages.
 Called = Callable[[str], str]
@@ -85,6 +87,8 @@ def values_of(
     values, unusual = [], False
     for name, read, least, below, flag, optional in readers(rule):
         value = read(group)
+        if name == "lr" and device_lr(group) is not None:
+            value = UNREAD
         kind = type(value)
         if kind is not float and not (kind is int and -BIG < value < BIG):
             if not flag and not (optional and value is None):
@@ -96,6 +100,14 @@ def values_of(
     if unusual:
         check_decays(rule, values, in_group(group, groups), own)
     return values
+
+
+def device_lr(group: Mapping[str, Any]) -> Tensor | None:
+    """Return a group's learning rate if it is to stay on a GPU."""
+    lr = group.get("lr")
+    if not isinstance(lr, Tensor) or not group.get("capturable"):
+        return None
+    return lr if memory.on_gpu(lr) else None
 
 
 def in_group(group: Mapping[str, Any], groups: Sequence[Any]) -> Called:
@@ -171,6 +183,18 @@ def can_step(rule: Rule, values: Sequence[Any]) -> bool:
     except (ArithmeticError, ValueError):
         return False
     return not any(isinstance(x, complex) or math.isnan(x) for x in scalars)
+
+
+def options_of(groups: list[dict[str, Any]]) -> list[Any]:
+    lists = "params", "param_names"
+    return [v for group in groups for k, v in group.items() if k not in lists]
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether an option can change only if another object takes its place."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return value is None or type(value) in (float, int, bool, str)
 
 
 def check_arguments(defaults: Mapping[str, Any], named: Mapping[str, Any]) -> None:

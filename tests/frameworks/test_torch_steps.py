@@ -4,10 +4,7 @@ and dtype, and with what moves under them."""
 import copy
 import itertools
 import math
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 import weakref
 
@@ -35,7 +32,6 @@ from torch_tensors import (  # noqa: E402
 
 import fastopt.torch as ft  # noqa: E402
 from fastopt.torch import memory  # noqa: E402
-from fastopt.torch import step as steps  # noqa: E402
 
 # Every rule -----------------------------------------------------------------------
 
@@ -703,114 +699,6 @@ def test_every_backend_has_the_same_bits(name, backend):
             opt.step()
         found.append(flat(params))
     assert torch.equal(*found)
-
-
-SIMULATED = """
-import itertools, torch, fastopt.torch as ft
-from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-from fastopt.backends import cuda_driver
-from fastopt.torch import part, plan
-
-host, chosen, dtypes = part.array, plan.module_for, []
-cuda_driver.as_array = lambda name, tensor: FakeCUDAArray(tensor.numpy())
-
-class OnDevice:
-    is_cpu = False
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __getattr__(self, name):
-        return getattr(self.tensor, name)
-
-def device(tensor, *a, **k):
-    dtypes.append(tensor.dtype)
-    return host(OnDevice(tensor), *a, **k)
-
-names = "SGD", "AdamW", "Adafactor", "LAMB", "DoG"
-kinds = torch.float32, torch.bfloat16, torch.float16
-for name, dtype in itertools.product(names, kinds):
-    found = []
-    for simulated in (False, True):
-        part.array = device if simulated else host
-        plan.module_for = (lambda *a: cuda_driver) if simulated else chosen
-        torch.manual_seed(0)
-        draw = lambda *s, kind=dtype: torch.randn(s).to(kind)
-        params = [torch.nn.Parameter(draw(*s)) for s in ((3, 5), (7,), (0,))]
-        opt = getattr(ft, name)(params, lr=0.1, clip_norm=0.7, ema=0.5)
-        start = torch.cat([p.detach().reshape(-1) for p in params])
-        for step in range(3):
-            for p in params:
-                p.grad = draw(*p.shape)
-            params[0].grad = None if step == 1 else params[0].grad
-            opt.step()
-        for p in params:
-            p.grad = None
-        tasks = [[draw(*p.shape, kind=kind) for p in params] for kind in kinds]
-        opt.step(grads=tasks, weights=[0.5, -1.0, 2.0])
-        assert all(entry["ema"].dtype == torch.float32 for entry in opt.state.values())
-        end = [p.detach().reshape(-1) for p in params]
-        end += [entry["ema"].reshape(-1) for entry in opt.state.values()]
-        found.append(torch.cat(end[:3]))
-        found.append(torch.cat(end[3:]))
-    assert torch.equal(found[0], found[2]), (name, found)
-    assert torch.equal(found[1], found[3]), (name, found)
-    assert name == "DoG" or not torch.equal(found[0], start)  # whose steps are small
-    assert dtype in dtypes
-
-# State of bfloat16, which is rounded stochastically; torch's SGD rounds to nearest.
-for name, dtype in (("SGD", torch.bfloat16), ("AdamW", torch.float32)):
-    found = []
-    for simulated in (False, True):
-        part.array = device if simulated else host
-        plan.module_for = (lambda *a: cuda_driver) if simulated else chosen
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (4099, 7)]
-        more = {"momentum": 0.9} if name == "SGD" else {}
-        opt = getattr(ft, name)(params, lr=0.1, state_dtype=torch.bfloat16, **more)
-        for step in range(2):
-            for p in params:
-                p.grad = torch.randn(p.shape).to(dtype)
-            opt.step()
-        kept = [v for s in opt.state.values() for v in s.values() if torch.is_tensor(v)]
-        assert sum(v.dtype is torch.bfloat16 for v in kept) >= 1
-        kept += [p.detach() for p in params]
-        found.append(torch.cat([v.reshape(-1).float() for v in kept]))
-    assert torch.equal(*found), name
-"""
-
-
-def test_arrays_of_a_device_in_the_simulator():
-    pytest.importorskip("numba_cuda")
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SIMULATED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_kernels_are_ordered_with_torchs_stream(monkeypatch):
-    class Stream(str):
-        def wait_stream(self, other):
-            calls.append((self, other))
-
-    calls = []
-    now = {"cuda": Stream("side")}
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["cuda"])
-    devices = {torch.device("cpu"), torch.device("cuda", 1)}
-    with steps.in_order(devices):
-        calls.append("kernels")
-    assert calls == [("default", "side"), "kernels", ("side", "default")]
-    calls.clear()
-    now["cuda"] = Stream("default")
-    with steps.in_order(devices):
-        pass
-    assert calls == []
 
 
 def test_without_the_native_look(monkeypatch):

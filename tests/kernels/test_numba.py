@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, same_bits
 
-from fastopt.backends import kernel_cache, numba_cpu, numpy_ref
+from fastopt.backends import kernel_cache, kernel_link, numba_cpu, numpy_ref
 from fastopt.memory.segments import Segment
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, where
 from fastopt.rule import sqrt as root
@@ -313,7 +313,7 @@ def test_vectorised_without_contraction_or_float64(rule, dtype):
     # No version of the loop for streams that overlap: LLVM knows that they do not.
     assert "vector.memcheck" not in text
     width = max(map(int, re.findall(rf"<(\d+) x {kind}>", text)))
-    assembly = kernel_cache.target_machine().emit_assembly(
+    assembly = kernel_link.target_machine().emit_assembly(
         numba_cpu.llvm.parse_assembly(text)
     )
     assert "vfmadd" not in assembly and "vfnmadd" not in assembly

@@ -142,6 +142,9 @@ def test_special_cases_are_those_of_ieee_754(functions):
         check(functions, -inf, y, sign * inf)
         check(functions, -inf, -y, sign * 0.0)
         check(functions, -1.0, y, nan if y == 0.5 else sign)
+    for y in (math.nextafter(1.0, 0), math.nextafter(1.0, 2)):  # almost odd
+        check(functions, -0.0, -y, inf)
+        check(functions, -inf, -y, 0.0)
     for x, up, down in (
         (0.5, 0.0, inf),
         (2.0, inf, 0.0),

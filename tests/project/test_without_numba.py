@@ -101,9 +101,12 @@ for module in pkgutil.walk_packages(fastopt.__path__, "fastopt."):
 """)
     assert found.split() == [
         "fastopt.backends.cuda_accesses",
-        "fastopt.backends.cuda_driver",
         "fastopt.backends.cuda_kernels",
-        "fastopt.backends.kernel_cache",
+        "fastopt.backends.cuda_powers",
+        "fastopt.backends.cuda_scalars",
+        "fastopt.backends.cuda_settle",
+        "fastopt.backends.cuda_simulated",
+        "fastopt.backends.kernel_link",
         "fastopt.backends.llvm_ir",
         "fastopt.backends.numba_cpu",
         "fastopt.njit",

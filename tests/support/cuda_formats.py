@@ -18,13 +18,12 @@ from cuda_simulator import (  # noqa: F401
     on_device,
     quick_simulator,
     rewritten,
-    threads_that_wait,
     unlike,
 )
 from numba import cuda
 
 import fastopt
-from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
+from fastopt.backends import cuda_driver, cuda_jobs, cuda_kernels, numpy_ref
 from fastopt.memory.arrays import to_host
 from fastopt.memory.formats import FORMATS
 from fastopt.memory.segments import Encoded, Segment
@@ -61,15 +60,6 @@ KINDS = {
     "v8": ("bf16+r8", "bf16", "v8", "m8"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    """Threads wait for each other where scales are shared."""
-    kind = getattr(request.node, "callspec", None) and request.node.callspec.params
-    if kind and kind.get("kind") in ("stochastic", "r8", "r16"):
-        return
-    request.getfixturevalue("threads_that_wait")
 
 
 def run_formats(rule, values, kind, sizes=(7, 0, 65, 33), steps=3, **asked):
@@ -150,13 +140,15 @@ def test_state_that_begins_with_parameters_and_is_saved(
 def run_segments(rule, stored, draws, size=37, first=5, offset=0):
     """What differs after steps over a segment of any formats, with any numbers in what
     is drawn, and what is written outside of it."""
-    rows = [(0.7, *[0.3 + 0.1 * k for k in range(rule.scalar_count)])] * 2
+    scalars = [0.7, *[0.3 + 0.1 * k for k in range(rule.scalar_count)]]
+    # Two objects, because of one there would be the steps of one, too.
+    rows = [tuple(scalars), tuple(scalars)]
     whole = []
 
     def put(array):
         view, room = on_device(array, offset)
         whole.append((room, array.size))
-        return view
+        return cuda_driver.as_array("an array", view)
 
     def run(module, put):
         rng = np.random.default_rng(0)
@@ -230,16 +222,21 @@ def test_groups_that_are_not_finite_stay_and_are_counted(bad, small_arrays):
     assert not unlike(run)
 
 
+def on_device_whole(array):
+    """A copy, as an array of the backend's."""
+    return cuda_driver.as_array("an array", cuda.to_device(array))
+
+
 def encoded_on_device(format, numbers, first=0, step=1):
     """The words that a kernel makes of numbers, as parameters: 0 + g."""
     parts = [np.zeros(numbers.size, format.stored)]
     if format.second:
         parts.append(np.zeros(numbers.size, format.second[1]))
-    parts = tuple(map(cuda.to_device, parts))
+    parts = tuple(map(on_device_whole, parts))
     segment = Segment(Encoded(format, parts), (), 0, first=first)
     rule = fastopt.rules.passes.accumulate
     step_ = cuda_driver.OnDevice(rule, [segment], np.zeros(1, np.int64))
-    step_.take([cuda.to_device(numbers)])
+    step_.take([on_device_whole(numbers)])
     step_([(1.0,)], steps=[step])
     return [part.copy_to_host() for part in parts]
 
@@ -302,14 +299,14 @@ EACH = [(kind, mutant) for kind, mutants in MUTANTS.items() for mutant in mutant
 
 def mutated(monkeypatch, pattern, new):
     """Rewrite the kernels that are generated from here on."""
-    generated = rewritten(pattern, new)
+    names_of = cuda_kernels.names_of
 
-    def with_all(lines, element, dtype, formats, width):
-        more = *formats, FORMATS["bf16"], R8
-        return generated(lines, element, dtype, more, width)
+    def with_all(element, dtype, formats, width):
+        return names_of(element, dtype, (*formats, FORMATS["bf16"], R8), width)
 
-    monkeypatch.setattr(cuda_kernels, "generated", with_all)
-    cuda_driver.launcher.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "names_of", with_all)
+    monkeypatch.setattr(cuda_kernels, "compiled", rewritten(pattern, new))
+    cuda_jobs.loaded.cache_clear()
 
 
 @functools.cache

@@ -20,13 +20,23 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernel import BlockThread
 
 import fastopt
-from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
+from fastopt.backends import (
+    cuda_accesses,
+    cuda_device,
+    cuda_driver,
+    cuda_jobs,
+    cuda_kernels,
+    cuda_settle,
+    cuda_simulated,
+    cuda_sums,
+    cuda_table,
+    numpy_ref,
+)
 from fastopt.memory import factored
 from fastopt.memory.arrays import to_host
 from fastopt.memory.order import CHUNK
 from fastopt.memory.trees import leaves
 from fastopt.rule import Rule, copysign, maximum, minimum, sign, sqrt, where
-from fastopt.rules import passes
 from fastopt.step import Request, limits
 
 SIZES = (0, 1, 7, 63, 64, 65, 4097)
@@ -84,7 +94,7 @@ class AtOnce(BlockThread):
         return False
 
     def syncthreads(self):
-        raise RuntimeError("its test needs the fixture threads_that_wait")
+        raise RuntimeError("its kernel must say that its threads wait")
 
 
 class InTurns(BlockThread):
@@ -116,22 +126,28 @@ class InTurns(BlockThread):
         self.given_back.release()
 
 
-@pytest.fixture
-def threads_that_wait(quick_simulator, monkeypatch):
-    """For kernels whose threads wait for each other."""
-    if cuda_kernels.SIMULATED:
-        monkeypatch.setattr(simulator, "BlockThread", InTurns)
-
-
 @pytest.fixture(autouse=True)
 def quick_simulator(monkeypatch):
     if cuda_kernels.SIMULATED:
-        monkeypatch.setattr(cuda_driver, "BLOCK", 32)  # few idle threads
-        monkeypatch.setattr(simulator, "BlockThread", AtOnce)
+        monkeypatch.setattr(cuda_table, "BLOCK", 32)  # few idle threads
         monkeypatch.setattr(kernelapi, "threading", threading)  # and put it back
-    cuda_driver.launcher.cache_clear()
+        monkeypatch.setattr(cuda_simulated.Launch, "__call__", launched)
+    cuda_jobs.loaded.cache_clear()
     yield
-    cuda_driver.launcher.cache_clear()
+    cuda_jobs.loaded.cache_clear()
+
+
+LAUNCH = cuda_simulated.Launch.__call__
+
+
+def launched(launch, stream):
+    """Launch a kernel with threads as it needs them."""
+    simulator.BlockThread = InTurns if launch.waits else AtOnce
+    try:
+        LAUNCH(launch, stream)
+    finally:
+        simulator.BlockThread = BlockThread
+        kernelapi.threading = threading
 
 
 def on_device(values, offset):
@@ -139,7 +155,7 @@ def on_device(values, offset):
     room = np.full(values.size + offset + 1, 7, values.dtype)
     room[offset : offset + values.size] = values.reshape(-1)
     whole = cuda.to_device(room)
-    assert cuda_driver.address(whole) % 16 == 0
+    assert cuda_table.address(cuda_driver.as_array("whole", whole)) % 16 == 0
     return whole[offset : offset + values.size].reshape(values.shape), whole
 
 
@@ -211,10 +227,9 @@ def test_special_values(rule, values, dtype):
 def test_same_bits_where_state_is_factored(monkeypatch, dtype, clip_value):
     """Tiles and stretches so small that some matrices have several of them."""
     if cuda_kernels.SIMULATED:
-        for module in (factored, cuda_kernels, cuda_driver):
+        for module in (factored, cuda_kernels, cuda_sums):
             monkeypatch.setattr(module, "TILE_ROWS", 16)
             monkeypatch.setattr(module, "TILE_COLUMNS", 64)
-        monkeypatch.setattr(cuda_driver, "ROOM", cuda_driver.CHUNK)
     shapes = [(7,), (), (3, 5), (2, 3, 4), (1, 9), (70, 80), (0, 3), (4, 4)]
     rng = np.random.default_rng(0)
     host = [nonzero(rng, int(np.prod(s)), dtype).reshape(s) for s in shapes]
@@ -246,7 +261,7 @@ def test_state_is_aligned():
     """Of arrays of odd sizes, whose state shares one allocation."""
     params = [cuda.to_device(a) for a in drawn(0, (5, 0, 130, 3))]
     for arrays in fastopt.adamw(params).state.values():
-        assert all(cuda_driver.address(a) % 16 == 0 for a in arrays)
+        assert all(cuda_table.address(a) % 16 == 0 for a in arrays)
 
 
 def test_state_starts_at_zero():
@@ -257,23 +272,22 @@ def test_state_starts_at_zero():
 
 
 def test_an_error_leaves_the_parameters_alone(monkeypatch):
-    """The first segment must not be updated when the second has no kernel."""
+    """Nothing is updated if there is no kernel."""
 
-    def only_aligned(blocks, make, update, states, dtype, width, *of):
-        if width == 1:
-            raise RuntimeError("no kernel")
-        return launcher(blocks, make, update, states, dtype, width, *of)
+    def refused(job, number):
+        raise RuntimeError("no kernel")
 
-    launcher = cuda_driver.launcher
-    monkeypatch.setattr(cuda_driver, "launcher", only_aligned)
     ones = np.ones(9, np.float32)
     params = [on_device(ones, 0)[0], on_device(ones, 1)[0]]
     opt = fastopt.sgd(params, lr=0.5)
+    monkeypatch.setattr(cuda_jobs, "loaded", refused)
     with pytest.raises(RuntimeError, match="no kernel"):
         opt.step([cuda.to_device(ones), cuda.to_device(ones)])
     assert opt.steps == 0
     assert all(np.all(p.copy_to_host() == 1) for p in params)
     monkeypatch.undo()
+    opt.step([cuda.to_device(ones), cuda.to_device(ones)])
+    assert all(np.all(p.copy_to_host() == 0.5) for p in params)
 
 
 # Whole runs: what a function does with backend "numpy" and arrays in host memory, and
@@ -350,8 +364,10 @@ def test_beside_the_rule(rule, values, dtype):
 def small_chunks(quick_simulator, monkeypatch):
     """For many of them in little time; a GPU's kernels were compiled for large ones."""
     if cuda_kernels.SIMULATED:
-        for module in (cuda_kernels, cuda_driver, numpy_ref):
+        for module in (*(cuda_kernels, cuda_settle, cuda_sums, cuda_table, numpy_ref),):
             monkeypatch.setattr(module, "CHUNK", 128)
+            if hasattr(module, "SPAN"):
+                monkeypatch.setattr(module, "SPAN", 2)
 
 
 def chunks(*sizes):
@@ -366,6 +382,12 @@ def test_sums_over_several_chunks(rule, values, dtype, small_chunks):
     assert not unlike(run_beside(rule, values, dtype, sizes))
 
 
+@cases(*MEASURED, "adamw")
+def test_decisions_over_several_spans(rule, values, small_chunks):
+    sizes = chunks((5, 33), (0, 5), (4, 0), (2, 1))
+    assert not unlike(run_decided(rule, values, sizes=sizes))
+
+
 def run_sums(rule, values, dtype, sizes, of_grads=None):
     """The sums themselves, which may agree in float32 where they differ."""
 
@@ -376,7 +398,8 @@ def run_sums(rule, values, dtype, sizes, of_grads=None):
         opt.step(list(map(put, drawn(1, sizes, kind))))
         grads = [put(g, i // 2 % 2) for i, g in enumerate(drawn(2, sizes, kind))]
         step = opt._bound.program.runner
-        step.take([*grads[:-1], None])
+        as_array = opt._module.as_array
+        step.take([*(as_array("a gradient", g) for g in grads[:-1]), None])
         rows = [(0.7, *[0.3 + i] * rule.measure_count) for i in range(len(sizes))]
         found = {"params": params}
         for what in ("gradients", "rule"):
@@ -398,7 +421,7 @@ def test_sums(rule, values, dtype, small_chunks):
 
 @cases("lamb", "prodigy")
 def test_sums_over_whole_chunks(rule, values):
-    assert CHUNK == cuda_driver.CHUNK == numpy_ref.CHUNK
+    assert CHUNK == cuda_table.CHUNK == numpy_ref.CHUNK
     assert not unlike(run_beside(rule, values, sizes=(2 * CHUNK + 33, 31), steps=1))
 
 
@@ -419,6 +442,97 @@ def run_plain(rule, values, sizes=(130, 3), **asked):
 @cases("adamw", "lamb", "prodigy")
 def test_one_thing_beside_the_rule(rule, values, asked):
     assert not unlike(run_plain(rule, values, **{asked: BESIDE[asked]}))
+
+
+DECIDED = (
+    {"clip_norm": 2.0, "nonfinite": "skip"},
+    {"nonfinite": "skip", "clip_value": 0.4},
+    {"clip_norm": 0.5},
+    {},
+    {"clip_norm": 3.0, "nonfinite": "skip"},
+    {"clip_norm": 1.5, "clip_value": 0.2, "zero_grads": True},
+)
+
+
+def run_decided(
+    rule, values, dtype=np.float32, bad=(1, 4), of_grads=None, sizes=(65, 0, 7)
+):
+    """Steps whose norms and decisions need not come back to the host. Some are skipped,
+    one of which is the first that the device decides."""
+
+    def run(backend, put):
+        params = [put(p, i % 2) for i, p in enumerate(drawn(0, sizes, dtype))]
+        opt = rule(params, backend=backend, ema=0.75, **values)
+        norms = []
+        for k, asked in enumerate(DECIDED):
+            grads = drawn(1 + k, sizes, of_grads or dtype)
+            if k in bad:
+                grads[0][-1] = math.nan
+            grads = [put(g, (i + k) // 2 % 2) for i, g in enumerate(grads)]
+            grads[-1] = None if k == 2 else grads[-1]
+            opt.step(grads, grad_scale=0.7, **asked)
+            norms += [opt.grad_norm] if k % 2 else []
+        return opt, {"params": params, "norms": np.array(norms)}
+
+    return run
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decisions(rule, values, dtype):
+    assert not unlike(run_decided(rule, values, dtype))
+
+
+@cases("adamw", "lamb", "prodigy", "nadam", "novograd")
+def test_decisions_of_which_the_first_is_to_skip(rule, values):
+    assert not unlike(run_decided(rule, values, bad=(0, 1)))
+
+
+@cases("adamw", "lamb", "prodigy")
+def test_no_decision_comes_back_to_the_host(rule, values, monkeypatch):
+    """Nothing is copied from the device after the first step, also if a hyperparameter
+    changes, and counts are right after."""
+    copied = []
+    of_all = cuda_device.download
+
+    def noted(*given):
+        copied.append(given)
+        of_all(*given)
+
+    monkeypatch.setattr(cuda_device, "download", noted)
+    params = [on_device(p, 0)[0] for p in drawn(0, (65, 7))]
+    opt = rule(params, backend="cuda", **values)
+    for k in range(4):
+        grads = drawn(1 + k, (65, 7))
+        grads[0][3] = math.nan if k == 2 else 0.5
+        opt.step([on_device(g, 0)[0] for g in grads], clip_norm=1.0, nonfinite="skip")
+        if k == 0:
+            copied.clear()
+        opt.lr = 0.1 / (1 + k)
+    assert not copied
+    assert (opt.steps, opt.skipped) == (3, 1)
+    assert copied
+
+
+def test_scalars_that_cannot_be_compiled_are_left_to_the_host(monkeypatch):
+    """A user's, which may be any Python."""
+    table = {1: 0.5}
+
+    def scalars(t, lr=0.1):
+        return (lr * table.get(t, 0.25),)
+
+    rule = Rule(fastopt.gd.update, scalars)
+    if cuda_kernels.SIMULATED:  # which runs all that is Python
+        refusing = TypeError("not in a kernel")
+        monkeypatch.setattr(cuda_settle, "device_scalars", raising(refusing))
+    assert not unlike(run_decided(rule, {}))
+
+
+def raising(error):
+    def raises(*given):
+        raise error
+
+    return raises
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -666,6 +780,38 @@ def test_muon():
         assert not unlike(run_muon(**asked))
 
 
+def test_what_is_refused_before_the_first_step_only():
+    """Also if the host does not know yet that there was one."""
+    param = on_device(np.ones(5, np.float32), 0)[0]
+    opt = fastopt.sgd(param, backend="cuda")
+    with pytest.raises(ValueError, match="needs momentum"):
+        opt.nesterov = True
+    grad = on_device(np.ones(5, np.float32), 0)[0]
+    opt.step(grad, nonfinite="skip")
+    opt.nesterov = True
+    for _ in range(2):
+        opt.step(grad, nonfinite="skip")
+    assert opt.nesterov and opt.steps == 3
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "prodigy"])
+def test_lookahead_where_steps_are_skipped(name):
+    """Those after which the slow weights would have moved, and others."""
+
+    def run(backend, put):
+        params = [put(p, i) for i, p in enumerate(drawn(0, (65, 7)))]
+        inner = getattr(fastopt, name)(params, lr=0.1, backend=backend)
+        opt = fastopt.Lookahead(inner, k=2, alpha=0.3)
+        for k in range(7):
+            grads = drawn(1 + k, (65, 7))
+            if k in (1, 2, 4):
+                grads[1][3] = math.nan
+            opt.step(list(map(put, grads)), nonfinite="skip")
+        return opt, params
+
+    assert not unlike(run)
+
+
 @pytest.mark.parametrize("name", ["sgd", "lamb"])
 def test_lookahead(name):
     def run(backend, put):
@@ -718,28 +864,29 @@ def test_a_step_too_far_is_noticed(monkeypatch):
     def one_further(*of):
         return update_of(*of[:-1], of[-1] + 1)
 
+    assert not differing(*CASES[0], 64, np.float32, 0, steps=1)
     monkeypatch.setattr(cuda_kernels, "update_of", one_further)
-    with pytest.raises(IndexError):
-        differing(*CASES[0], 64, np.float32, 0, steps=1)
+    cuda_jobs.loaded.cache_clear()
+    assert "outside" in differing(*CASES[0], 64, np.float32, 0, steps=1)
 
 
-GENERATED = cuda_kernels.generated
+COMPILED = cuda_kernels.compiled
 
 
 def rewritten(pattern, new):
     """What makes kernels' functions, of lines in which something is replaced."""
 
-    def generated(lines, *of):
-        return GENERATED([re.sub(pattern, new, line) for line in lines], *of)
+    def compiled(lines, names):
+        return COMPILED([re.sub(pattern, new, line) for line in lines], names)
 
-    return generated
+    return compiled
 
 
 @in_simulator
 def test_unequal_precision_is_noticed(monkeypatch):
     """As if a float32 kernel computed in float64."""
     in_double = rewritten(r"update\((.*)\)", r"update(*map(wide, (\1,)))")
-    monkeypatch.setattr(cuda_kernels, "generated", in_double)
+    monkeypatch.setattr(cuda_kernels, "compiled", in_double)
     rule, values = next(case for case in CASES if case[0].name == "adamw")
     assert differing(rule, values, 64, np.float32, 0)
 
@@ -757,26 +904,25 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_what_is_wrong_beside_the_rule_is_noticed(monkeypatch, mutant):
     assert not unlike(run_beside(*BY_ID["adamw"]))
-    monkeypatch.setattr(cuda_kernels, "generated", rewritten(*MUTANTS[mutant]))
-    cuda_driver.launcher.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "compiled", rewritten(*MUTANTS[mutant]))
+    cuda_jobs.loaded.cache_clear()
     assert unlike(run_beside(*BY_ID["adamw"]))
 
 
-def one_by_one(count, lanes, sums):
+def one_by_one(x, term):
     """The lanes not by halves."""
-    thread = cuda.grid(1)
-    if thread < count:
-        total = 0.0
-        for lane in range(thread * 32, (thread + 1) * 32):
-            total += lanes[lane]
-        sums[thread] = total
+    lane = cuda.threadIdx.x % 32
+    cuda_accesses.SUMS[lane, term] = x
+    total = 0.0
+    for k in range(lane + 1):
+        total += cuda_accesses.SUMS[k, term]
+    return total
 
 
 SUMS_MUTANTS = {
-    "add_lanes": one_by_one,
-    "LANES": 16,
+    "simulated_halves": one_by_one,
     "CHUNK": 2048,
-    "generated": rewritten(r"wide\((x\d)\)", r"wide(__import__('numpy').float32(\1))"),
+    "compiled": rewritten(r"wide\((x\d)\)", r"wide(__import__('numpy').float32(\1))"),
 }
 
 
@@ -784,8 +930,8 @@ SUMS_MUTANTS = {
 @pytest.mark.parametrize("mutant", SUMS_MUTANTS)
 @pytest.mark.parametrize("name", ["lamb", "prodigy"])
 def test_another_order_of_sums_is_noticed(monkeypatch, name, mutant):
-    """And other lanes, other chunks, and terms in float32."""
-    for module in (cuda_kernels, cuda_driver):
+    """And other chunks, and terms in float32."""
+    for module in (cuda_kernels, cuda_accesses, cuda_settle, cuda_sums, cuda_table):
         if hasattr(module, mutant):
             monkeypatch.setattr(module, mutant, SUMS_MUTANTS[mutant])
     wrong = unlike(run_sums(*BY_ID[name], np.float64, (2500, 2800, 3000, 7)))
@@ -820,17 +966,10 @@ def test_sums_of_misplaced_arrays_are_noticed(monkeypatch):
 @in_simulator
 def test_an_average_that_stands_still_is_noticed(monkeypatch):
     """Where there is no gradient."""
-    launcher = cuda_driver.launcher
-
-    def without(blocks, make, *of):
-        if passes.average.update in of:
-            return lambda *given: None
-        return launcher(blocks, make, *of)
-
     assert not unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5)))
-    monkeypatch.setattr(cuda_driver, "launcher", without)
+    monkeypatch.setattr(cuda_kernels, "averaging", lambda *of: [])
+    cuda_jobs.loaded.cache_clear()
     assert unlike(run_beside(*BY_ID["adamw"], sizes=(7, 5))) == ["ema[0]", "ema[1]"]
-    monkeypatch.undo()
 
 
 @pytest.mark.skipif(

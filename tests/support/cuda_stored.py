@@ -32,7 +32,16 @@ from cuda_simulator import (  # noqa: F401
 from numba import cuda
 
 import fastopt
-from fastopt.backends import cuda_driver, cuda_kernels, numpy_ref
+from fastopt.backends import (
+    cuda_boards,
+    cuda_driver,
+    cuda_jobs,
+    cuda_kernels,
+    cuda_runner,
+    cuda_sums,
+    cuda_table,
+    numpy_ref,
+)
 from fastopt.memory import factored
 from fastopt.memory.arrays import to_host
 from fastopt.memory.formats import FORMATS
@@ -102,8 +111,15 @@ def test_special_values(rule, values, name):
     assert not unlike(run)
 
 
+def ours(array):
+    """The backend's array, which shares a device array's memory or has a host array's
+    numbers."""
+    there = cuda.to_device(array) if isinstance(array, np.ndarray) else array
+    return cuda_driver.as_array("an array", there)
+
+
 def copied(grad, param):
-    """What a kernel makes of 0 + g."""
+    """Write what a kernel makes of 0 + g."""
     step = cuda_driver.OnDevice(passes.accumulate, [Segment(param, (), 0)], [0])
     step.take([grad])
     step([(1.0,)])
@@ -118,11 +134,11 @@ def miscoded(name, every=1):
     low = rng.integers(0, 1 << 16, words.size, np.uint32)
     low[::3] = 0x1000 << rng.integers(0, 4, low[::3].size, np.uint32)  # ties
     numbers = (upper << np.uint32(16) | low).view(np.float32)
-    sums = cuda.to_device(np.zeros(words.size, np.float32))
-    rounded = cuda.to_device(np.zeros(words.size, format.stored))
+    sums = ours(np.zeros(words.size, np.float32))
+    rounded = ours(np.zeros(words.size, format.stored))
     with np.errstate(all="ignore"):
-        copied(Encoded(format, (cuda.to_device(words),)), sums)
-        copied(cuda.to_device(numbers), Encoded(format, (rounded,)))
+        copied(Encoded(format, (ours(words),)), sums)
+        copied(ours(numbers), Encoded(format, (rounded,)))
         exact = words.view(oracle).astype(np.float32) + np.float32(0)
         nearest = (numbers + np.float32(0)).astype(oracle)
     wrong = [] if same_bits(sums.copy_to_host(), exact) else ["decoded"]
@@ -158,18 +174,17 @@ def test_state_that_is_encoded(rule, values):
         step(rows, request)
         return [to_host(a) for a in (grad, param, *state, average, sums)]
 
-    ours = run(cuda_driver, lambda a: on_device(a, 0)[0])
-    assert all(map(same_bits, ours, run(numpy_ref, np.copy)))
-    assert not ours[0].any()
+    found = run(cuda_driver, lambda a: ours(on_device(a, 0)[0]))
+    assert all(map(same_bits, found, run(numpy_ref, np.copy)))
+    assert not found[0].any()
 
 
 @pytest.mark.parametrize("clip_value", [None, 0.3])
 def test_state_that_is_factored(monkeypatch, clip_value):
     if cuda_kernels.SIMULATED:
-        for module in (factored, cuda_kernels, cuda_driver):
+        for module in (factored, cuda_kernels, cuda_sums):
             monkeypatch.setattr(module, "TILE_ROWS", 16)
             monkeypatch.setattr(module, "TILE_COLUMNS", 64)
-        monkeypatch.setattr(cuda_driver, "ROOM", cuda_driver.CHUNK)
     shapes = [(7,), (3, 5), (2, 3, 4), (70, 80), (0, 3)]
     kinds = bfloat16, np.float16, np.float32, bfloat16, bfloat16
 
@@ -318,50 +333,66 @@ def test_arrays_of_other_libraries(monkeypatch):
     assert same_bits(gpu, cpu)
 
 
-def widths(monkeypatch, dtype, of_grads, offset, state=0):
-    """How many elements at a time a step moves."""
-    found = []
-    launcher = cuda_driver.launcher
+def widths(monkeypatch, dtype, of_grads, of_param, of_grad=None):
+    """How many elements at a time a step moves, for arrays that begin at these
+    elements. The gradient's place is the parameter's, if it is not given."""
+    found = set()
+    update_of = cuda_kernels.update_of
 
-    def noted(blocks, make, update, states, dtype, width, *of):
-        found.append(width)
-        return launcher(blocks, make, update, states, dtype, width, *of)
+    def noted(*of):
+        update = update_of(*of)
+
+        def function(*given):
+            found.add(of[-1])
+            return update(*given)
+
+        return function
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_driver, "launcher", noted)
-        param = on_device(np.ones(9, dtype), offset)[0]
-        grad = on_device(np.ones(9, of_grads), offset)[0]
+        patch.setattr(cuda_kernels, "update_of", noted)
+        cuda_jobs.loaded.cache_clear()
+        size = 4 * cuda_table.BLOCK  # a whole block, whose end is no other's
+        param = on_device(np.ones(size, dtype), of_param)[0]
+        place = of_param if of_grad is None else of_grad
+        grad = on_device(np.ones(size, of_grads), place)[0]
         fastopt.adamw(param).step(grad)
-    return found
+    cuda_jobs.loaded.cache_clear()
+    (width,) = found
+    return width
 
 
+@in_simulator
 def test_vectors_are_as_wide_as_each_stream_is_aligned(monkeypatch):
     """A vector of 16 bits begins at 8 bytes."""
-    assert widths(monkeypatch, bfloat16, bfloat16, 0) == [4]
-    assert widths(monkeypatch, bfloat16, bfloat16, 4) == [4]
-    assert widths(monkeypatch, np.float16, np.float16, 12) == [4]
-    assert widths(monkeypatch, bfloat16, np.float32, 4) == [4]
+    assert widths(monkeypatch, bfloat16, bfloat16, 0) == 4
+    assert widths(monkeypatch, bfloat16, bfloat16, 4) == 4
+    assert widths(monkeypatch, np.float16, np.float16, 12) == 4
+    assert widths(monkeypatch, bfloat16, np.float32, 4) == 4
     for offset in (1, 2, 3, 5, 6):
-        assert widths(monkeypatch, bfloat16, bfloat16, offset) == [1]
-        assert widths(monkeypatch, np.float32, bfloat16, offset) == [1]
+        assert widths(monkeypatch, bfloat16, bfloat16, offset) == 1
+        assert widths(monkeypatch, np.float32, bfloat16, offset) == 1
+        # Either alone, which the table says of one and the kernel finds of the other.
+        assert widths(monkeypatch, bfloat16, bfloat16, offset, 0) == 1
+        assert widths(monkeypatch, bfloat16, bfloat16, 0, offset) == 1
+    assert widths(monkeypatch, np.float32, np.float32, 4, 8) == 4
+    assert widths(monkeypatch, np.float32, np.float32, 4, 2) == 1
 
 
+@in_simulator
 def test_a_step_makes_no_copies(monkeypatch):
-    """Nothing is allocated on the device, but for the numbers that sums come to."""
+    """Nothing is allocated on the device."""
     param, grad = (on_device(a, 0)[0] for a in drawn(0, (4097, 4097), bfloat16))
     opt = fastopt.adamw(param)
+    asked = [{"clip_value": 0.1, "zero_grads": True}, {"clip_norm": 1.0}]
     opt.step(grad)
-    made, allocate = [], cuda.device_array
-
-    def noted(size, dtype):
-        made.append(dtype)
-        return allocate(size, dtype)
-
-    monkeypatch.setattr(cuda_driver.cuda, "device_array", noted)
-    opt.step(grad, clip_value=0.1, zero_grads=True)
-    assert made == []
-    opt.step(grad, clip_norm=1.0)
-    assert made == [np.float64] * 2
+    for one in asked:
+        opt.step(grad, **one)
+    monkeypatch.setattr(cuda_runner.device, "Memory", None)
+    monkeypatch.setattr(cuda_runner.device, "Board", None)
+    for one in ({}, *asked):
+        opt.step(grad, **one)
+    with pytest.raises(TypeError, match="not callable"):  # so it would be noticed
+        opt.step(grad, clip_value=0.2, zero_grads=False)
 
 
 # That these tests can fail
@@ -381,17 +412,23 @@ MUTANTS = {
 
 def mutated(monkeypatch, pattern, new):
     """Rewrite the kernels that are generated from here on."""
-    generated = rewritten(pattern, new)
+    names_of, compiled = cuda_kernels.names_of, rewritten(pattern, new)
 
-    def with_all(lines, element, dtype, formats, width):
-        # So that there is what mutants call.
-        formats = *formats, *(FORMATS[k] for k in sorted(DTYPES))
-        lines.insert(1, "    from fastopt.rule import bits, real, word")
-        lines.insert(2, "    HALF = word(0x8000)")
-        return generated(lines, element, dtype, formats, width)
+    def with_all(element, dtype, formats, width):  # so that there is what mutants call
+        more = *formats, *(FORMATS[k] for k in sorted(DTYPES))
+        return names_of(element, dtype, more, width)
 
-    monkeypatch.setattr(cuda_kernels, "generated", with_all)
-    cuda_driver.launcher.cache_clear()
+    def with_words(lines, names):
+        head, *body = lines
+        more = (
+            "    from fastopt.rule import bits, real, word",
+            "    HALF = word(0x8000)",
+        )
+        return compiled([head, *more, *body], names)
+
+    monkeypatch.setattr(cuda_kernels, "names_of", with_all)
+    monkeypatch.setattr(cuda_kernels, "compiled", with_words)
+    cuda_jobs.loaded.cache_clear()
 
 
 @in_simulator
@@ -414,13 +451,13 @@ def test_ties_that_are_rounded_away_from_zero_are_noticed(monkeypatch):
 @in_simulator
 def test_the_formats_of_other_streams_are_noticed(monkeypatch):
     """As if words of bfloat16 were of float16."""
-    formats_of = cuda_driver.formats_of
+    swapped = {FORMATS["bf16"]: FORMATS["fp16"]}
+    prepared = cuda_boards.table_of
 
-    def turned(streams):
-        found = formats_of(streams)
-        return tuple(FORMATS["fp16"] if f == FORMATS["bf16"] else f for f in found)
+    def turned(segments, grads, *of):
+        return prepared(segments, [swapped.get(f, f) for f in grads], *of)
 
     run = run_beside(*BY_ID["lamb"], np.float32, of_grads=bfloat16)
     assert not unlike(run)
-    monkeypatch.setattr(cuda_driver, "formats_of", turned)
+    monkeypatch.setattr(cuda_boards, "table_of", turned)
     assert unlike(run)

@@ -80,7 +80,9 @@ class Memory:
             protect(region.address, region.nbytes, READ)
         return array
 
-    def arena(self, params: list[np.ndarray], streams: int) -> list[Any]:
+    def arena(
+        self, params: list[np.ndarray], streams: int, near: Any = None
+    ) -> list[Any]:
         """In place of ``fastopt.memory.arena.state_arena``."""
         return [
             tuple(self.array(np.zeros(p.size, p.dtype)) for _ in range(streams))
