@@ -1,209 +1,279 @@
-"""Steps on an NVIDIA GPU, against what its memory can do and against torch fused.
+"""Steps on an NVIDIA GPU, against what its memory can do and against other packages.
 
-    python bench/gpu.py [--json bench/results/gpu.json] [--sizes 1e6 1e8 1e9]
-                        [--bursts 30] [--steps 10]
+    python bench/gpu.py                         all of it, in less than 8 minutes
+    python bench/gpu.py --groups float32 --sizes 1e8 --no-tests
+    python bench/gpu.py --simulate --no-tests --rounds 2   tiny cases, without a GPU
 
-For the traffic of three kinds of rule (AdamW: 4 streams read, 3 written; SGD with
-momentum and Lion: 3 and 2), and for AdamW with parameters and gradients of bfloat16
-beside state of float32, it times, by events on the device, fastopt, the same traffic
-without arithmetic, a copy within the device, and the fused optimizers of torch and apex
-where they are installed: one after the other, for a billion parameters fill a GPU, the
-median of 30 bursts of steps each. Small steps wait for the host that launches them, so
-at a million it is launches that are compared. A rate is the bytes that a step must move
-over its time; a copy's, the bytes it reads and writes. torch's state has the dtype of
-its parameters, so that it moves fewer bytes with bfloat16.
+It needs the extras ``cuda13`` (or ``cuda12``) and ``test``. It first runs the tests of
+the CUDA kernels' bits. Then it prints what it predicts, and
+measures the cases of ``gpu_cases.py``: in each, fastopt over device arrays and
+``fastopt.torch`` over tensors, the fused optimizers of torch, apex and bitsandbytes
+where they are installed, and two bounds that move as many bytes as our step must. The
+"floor" is a rule of fastopt without arithmetic, over the streams of AdamW in float32.
+The "device copy" reads half of the bytes and writes the other half.
+
+Contenders take turns, two times for 50 rounds, unless memory has room for one only. A
+"step" is the median time between two events on the GPU, "host" the median time until
+``step`` returned. Small cases rotate several sets of buffers, which are together larger
+than the GPU's cache. Where steps wait for the host, ratios compare launches. Rates are
+those of the bytes that a contender's step must move; torch's state, for example, has
+the dtype of the parameters. Cases for which there is no memory or no time are left out,
+and listed with the reason.
+
+It writes ``bench/results/gpu_NAME.json``, with the GPU's name, unless ``--json`` names
+another file. It returns 1 if there is no GPU or if bits differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
-from numba import cuda
+import gpu_report
+from gpu_report import GROUPS
+from rich.console import Console
 
-import fastopt
-from fastopt.rule import Rule
-from fastopt.rules.floor import FLOORS
-
-BURSTS, STEPS = 30, 10
-WARM_UP = 3
-Step = Callable[[], object]
-
-
-class Kind(NamedTuple):
-    rule: Rule
-    hyperparameters: dict[str, float]
-    states: int  # buffers
-    torch: str  # the class
-    apex: str
-    dtype: str = "float32"  # of parameters and gradients
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = 10**6, 10**8, 10**9
+SIMULATED_SIZES = 70, 300
+ROUNDS = 50
+MINUTES = 7.5
+TESTS_SHARE, LAUNCHES_SHARE = 1 / 3, 0.05  # of the time
+TESTS = "cuda_simulator.py", "cuda_stored.py", "cuda_formats.py"
+PACKAGES = (
+    *("fastopt", "numpy", "numba", "numba-cuda", "cuda-core", "cuda-bindings"),
+    *("nvidia-nvvm", "torch", "apex", "bitsandbytes"),
+)
 
 
-KINDS = {
-    "adamw": Kind(fastopt.adamw, {}, 2, "AdamW", "FusedAdam"),
-    "adamw, bfloat16": Kind(fastopt.adamw, {}, 2, "AdamW", "FusedAdam", "bfloat16"),
-    "sgd (momentum)": Kind(fastopt.sgd, {"momentum": 0.9}, 1, "SGD", "FusedSGD"),
-    "lion": Kind(fastopt.lion, {}, 1, "", ""),
-}
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# The machine --------------------------------------------------------------------------
 
 
-def device_array(size: int, seed: int, dtype: str = "float32") -> Any:
-    """Normal numbers; large arrays repeat a million of them."""
-    part = np.random.default_rng(seed).standard_normal(min(size, 2**20), np.float32)
-    part = part.astype(DTYPES[dtype])
-    array = cuda.device_array(size, DTYPES[dtype])
-    for begin in range(0, size, part.size):
-        end = min(begin + part.size, size)
-        array[begin:end].copy_to_device(part[: end - begin])
-    return array
+def output_of(*command: str) -> str:
+    """Return what a command prints; nothing if it fails."""
+    if not shutil.which(command[0]):
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def ours(kind: Kind, size: int) -> Step:
-    return steps(kind.rule, kind.dtype, size, **kind.hyperparameters)
+def machine() -> dict[str, Any]:
+    """Describe the GPU and what drives it, without names of people or hosts."""
+    from numba import cuda
 
+    from fastopt.backends.cuda_accesses import SIMULATED
+    from fastopt.bench.machine import cpu
 
-def floor(kind: Kind, size: int) -> Step:
-    """The same traffic."""
-    return steps(FLOORS[kind.states], kind.dtype, size, scale=1e-6)
-
-
-def steps(
-    rule: Rule, dtype: str, size: int, scale: float = 1.0, **hyperparameters: float
-) -> Step:
-    opt = rule(device_array(size, 0, dtype), backend="cuda", **hyperparameters)
-    grad = device_array(size, 1, dtype)
-    return lambda: opt.step(grad, grad_scale=scale)
-
-
-def copy(size: int) -> Step:
-    source, target = device_array(size, 0), cuda.device_array(size, np.float32)
-    return lambda: target.copy_to_device(source)
-
-
-def peers(torch_name: str, apex_name: str, momentum: dict[str, float]) -> Any:
-    """Name -> optimizer class with its arguments, of those that are installed."""
-    classes: dict[str, tuple[Any, dict[str, Any]]] = {}
-    try:
-        import torch
-    except ImportError:
-        return classes
-    if torch_name and torch.cuda.is_available():
-        optimizer = getattr(torch.optim, torch_name)
-        classes["torch fused"] = optimizer, {"lr": 1e-3, "fused": True, **momentum}
-        try:
-            from apex import optimizers
-        except ImportError:
-            return classes
-        classes["apex"] = getattr(optimizers, apex_name), {"lr": 1e-3, **momentum}
-    return classes
-
-
-def of_torch(optimizer: Any, options: dict[str, Any], size: int, name: str) -> Step:
-    import torch
-
-    kind = {"dtype": getattr(torch, name), "device": "cuda"}
-    param = torch.randn(size, requires_grad=True, **kind)
-    param.grad = torch.randn(size, **kind)
-    step: Step = optimizer([param], **options).step
-    return step
-
-
-def milliseconds(step: Step, steps: int) -> float:
-    """Of a step, between two events on the default stream, which all share."""
-    begin, end = cuda.event(), cuda.event()
-    begin.record()
-    for _ in range(steps):
-        step()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / steps
-
-
-def release_memory() -> None:
-    """torch keeps what it frees, and the next contender may need it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def measure(name: str, size: int, bursts: int, steps: int) -> dict[str, Any]:
-    """Each contender alone in memory: a billion parameters of AdamW take 16 GB."""
-    kind = KINDS[name]
-    make: dict[str, Callable[[], Step]] = {
-        "fastopt": lambda: ours(kind, size),
-        "floor": lambda: floor(kind, size),
-        "device copy": lambda: copy(size),
+    about: dict[str, Any] = {"date": str(date.today()), "cpu": cpu()}
+    about["python"] = platform.python_version()
+    if SIMULATED:
+        return {"name": "Numba's simulator", "driver": "none", **about}
+    device = cuda.get_current_device()
+    name = device.name.decode() if isinstance(device.name, bytes) else device.name
+    asked = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    driver = output_of(*asked).partition("\n")[0]
+    return {
+        "name": name,
+        "driver": driver or "unknown",
+        "CUDA of the driver": told(lambda: cuda.cudadrv.driver.get_version()),
+        "compute capability": told(lambda: device.compute_capability),
+        "memory": told(lambda: cuda.current_context().get_memory_info().total),
+        # Two for each cycle and wire, as in all such memories.
+        "nominal bytes/s": told(
+            lambda: device.MEMORY_CLOCK_RATE * device.GLOBAL_MEMORY_BUS_WIDTH * 250
+        ),
+        **about,
     }
-    for peer, (optimizer, options) in peers(
-        kind.torch, kind.apex, kind.hyperparameters
-    ).items():
-        make[peer] = lambda o=optimizer, arguments=options: of_torch(
-            o, arguments, size, kind.dtype
-        )
-    width = DTYPES[kind.dtype].itemsize
-    results = {}
-    for contender, build in make.items():
-        step = build()
-        times = [milliseconds(step, steps) for _ in range(WARM_UP + bursts)][WARM_UP:]
-        of_state = width if contender == "torch fused" else 4
-        moved = size * (3 * width + 2 * of_state * kind.states)
-        moved = 8 * size if contender == "device copy" else moved
-        median = float(np.median(times))
-        results[contender] = {
-            "milliseconds": median,
-            "quartiles": [float(q) for q in np.quantile(times, [0.25, 0.75])],
-            "GB/s": moved / median / 1e6 if median else None,
-        }
-        del step
-        release_memory()
-    return results
 
 
-def machine() -> dict[str, str]:
-    facts = {"date": str(date.today()), "python": platform.python_version()}
-    name = getattr(cuda.get_current_device(), "name", "numba's simulator")
-    facts["gpu"] = name.decode() if isinstance(name, bytes) else str(name)
-    for package in ("fastopt", "numba", "numba-cuda", "torch", "apex"):
+def told(ask: Callable[[], Any]) -> Any:
+    """Return what a driver says, or None: no measurement is lost for lack of it."""
+    try:
+        return ask()
+    except Exception:
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
         try:
-            facts[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return facts
+    return found
 
 
-def main() -> None:
+def commit() -> str:
+    """Return the revision of the working tree, with a mark if it was changed."""
+    revision = output_of("git", "rev-parse", "HEAD")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{revision} and changes" if changed else revision or "unknown"
+
+
+def file_name(gpu: str) -> str:
+    """Return the name of the file of results for a GPU."""
+    return f"gpu_{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
+
+
+# The tests ----------------------------------------------------------------------------
+
+
+class Tests(NamedTuple):
+    """What the tests of bits said: "passed", "failed", or why they did not end."""
+
+    outcome: str
+    summary: str
+    seconds: float
+
+
+def bits_tests(seconds: float, simulated: bool) -> Tests:
+    """Run the tests of the CUDA kernels' bits, for so many seconds at most."""
+    import fastopt
+    from fastopt.runtime.threads import available
+
+    if find_spec("pytest") is None:
+        return Tests("not run", "pytest is not installed", 0.0)
+    workers = min(8, available()) if find_spec("xdist") else 0
+    files = [str(ROOT / "tests" / "support" / name) for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["-n", str(workers)] if workers else []
+    begin = time.monotonic()
+    folder = str(Path(fastopt.__file__).parents[1])  # of the fastopt that is measured
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    # Somewhere else, or Python would import fastopt from the sources.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=elsewhere,
+            env={
+                **os.environ,
+                "NUMBA_ENABLE_CUDASIM": str(int(simulated)),
+                "PYTHONPATH": path,
+            },
+            start_new_session=True,  # with its workers, which must end with it
+        )
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+    taken = time.monotonic() - begin
+    lines = said.strip().splitlines() or [""]
+    if process.returncode == -signal.SIGKILL:
+        return Tests("cut short", f"no failure within {seconds:.0f} s", taken)
+    if process.returncode:
+        print(*lines[-40:], sep="\n")
+    outcome = "failed" if process.returncode else "passed"
+    return Tests(outcome, lines[-1].strip("= "), taken)
+
+
+# The command --------------------------------------------------------------------------
+
+
+def size_of(text: str) -> int:
+    size = int(float(text))
+    if size < 1:
+        raise argparse.ArgumentTypeError("a size is at least 1")
+    return size
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--bursts", type=int, default=BURSTS)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--sizes", type=float, nargs="*", default=[1e6, 1e8, 1e9])
-    options = parser.parse_args()
-    record: dict[str, Any] = {"machine": machine(), "results": {}}
-    print(json.dumps(record["machine"]))
-    for name in KINDS:
-        for size in map(int, options.sizes):
-            results = measure(name, size, options.bursts, options.steps)
-            record["results"].setdefault(name, {})[str(size)] = results
-            for contender, result in results.items():
-                rate = result["GB/s"]
-                print(
-                    f"{name:<16} {size:>13,} {contender:<12} "
-                    f"{result['milliseconds']:>9.3f} ms  "
-                    f"{'' if rate is None else f'{rate:,.0f} GB/s'}"
-                )
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP"
+    )
+    parser.add_argument("--sizes", nargs="+", type=size_of, metavar="ELEMENTS")
+    parser.add_argument("--rounds", type=size_of, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
+    parser.add_argument("--no-tests", action="store_true", help="of bits")
+    parser.add_argument("--simulate", action="store_true", help="without a GPU")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="to write to")
+    return parser.parse_args(arguments)
+
+
+def written(record: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    seconds = 60 * options.minutes
+    # Numba reads this when it is imported, which the next imports do.
+    os.environ["NUMBA_ENABLE_CUDASIM"] = str(int(options.simulate))
+    from fastopt.backends import cuda_driver
+
+    if missing := cuda_driver.missing():
+        print(f"bench/gpu.py needs a GPU, but {missing}", file=sys.stderr)
+        print(
+            "--simulate tries it without a GPU, with Numba's simulator", file=sys.stderr
+        )
+        return 1
+    from gpu_cases import cases
+    from gpu_measure import Budget, count_launches, measure
+
+    whole, budget = Budget(seconds), Budget(seconds * (1 - LAUNCHES_SHARE))
+    width = None if sys.stdout.isatty() else 140
+    console = Console(width=width, highlight=False, markup=False)
+    about = machine()
+    record: dict[str, Any] = {"machine": about, "versions": versions()}
+    record["commit"] = commit()
+    console.print_json(json.dumps(record))
+    tests = Tests("not run", "--no-tests", 0.0)
+    if not options.no_tests:
+        console.print("tests of the CUDA kernels' bits ...")
+        tests = bits_tests(seconds * TESTS_SHARE, options.simulate)
+    console.print(f"tests of bits: {tests.outcome}, {tests.summary}")
+    sizes = options.sizes or (SIMULATED_SIZES if options.simulate else SIZES)
+    chosen = list(cases(options.groups, sizes))
+    nominal = about.get("nominal bytes/s")
+    predictions = [
+        gpu_report.predicted(case.group, case.name, case.elements, moved, nominal)
+        for case, moved in ((case, case.moved()) for case in chosen)
+    ]
+    console.print(gpu_report.prediction_table(predictions))
+    done, left = measure(chosen, options.rounds, budget, console.print)
+    results = [result for _, result in done]
+    record |= {"tests": tests._asdict(), "predictions": predictions}
+    record["left out"] = [vars(each) for each in left]
+    path = options.json
+    if path is None and not options.simulate:
+        path = ROOT / "bench" / "results" / file_name(about["name"])
+    record["results"] = list(map(gpu_report.as_json, results))
+    written(record, path)  # before the profiler, which may fail, is used
+    count_launches(done, whole)
+    record["results"] = list(map(gpu_report.as_json, results))
+    written(record, path)
+    for group in options.groups:
+        if of_group := [result for result in results if result.group == group]:
+            console.print(gpu_report.table(of_group))
+    for each in left:
+        about_case = f"{each.group}: {each.case}, {each.elements:,}"
+        console.print(f"left out: {about_case}: {each.reason}")
+    if path is not None:
+        console.print(f"written: {path}")
+    return int(tests.outcome == "failed")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
