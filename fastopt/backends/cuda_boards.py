@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastopt.backends.cuda_runner import OnDevice
 
 
-class Placed(NamedTuple):
+class DeviceTable(NamedTuple):
     """A table of segments in device memory."""
 
     kinds: tuple[cuda_table.Formats, ...]
@@ -31,7 +31,7 @@ class Placed(NamedTuple):
     spans: DeviceArray
 
 
-def placed(runner: OnDevice, what: str) -> Placed:
+def device_table(runner: OnDevice, what: str) -> DeviceTable:
     """Return a runner's table, on the device. See :meth:`OnDevice.table`."""
     segments = runner.segments
     if what != "update":
@@ -46,10 +46,10 @@ def placed(runner: OnDevice, what: str) -> Placed:
         device.set_aside(runner.context, array.address, numbers)
         arrays.append(array)
     counts = len(table.blocks), len(table.chunks), len(table.spans)
-    return Placed(table.kinds, table.stride, *counts, *arrays)
+    return DeviceTable(table.kinds, table.stride, *counts, *arrays)
 
 
-class Written:
+class NumberBoard:
     """A board that is written if its numbers change."""
 
     def __init__(self, runner: OnDevice, shape: tuple[int, ...], dtype: Any):
@@ -77,7 +77,7 @@ class Written:
         self.write_noted(stream)
 
     def forget(self) -> None:
-        """Write the numbers at the next time, even if they are the same."""
+        """Let the next write take place even if the numbers are the same."""
         self._is_new = True
 
     def read(self, stream: int) -> Array:
@@ -88,6 +88,6 @@ class Written:
         return numbers
 
     def set_aside(self, numbers: Any) -> None:
-        """Write before anything on the device uses the board."""
+        """Write the numbers at once. Nothing on the device may use the board yet."""
         self.numbers[...] = numbers
         device.set_aside(self._context, self.address, self.numbers)

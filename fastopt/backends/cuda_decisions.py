@@ -20,7 +20,7 @@ import numpy as np
 from fastopt.backends import cuda_device as device
 from fastopt.backends import cuda_jobs, cuda_table
 from fastopt.backends.cuda_arrays import DeviceArray, empty
-from fastopt.backends.cuda_boards import Written
+from fastopt.backends.cuda_boards import NumberBoard
 from fastopt.backends.cuda_jobs import CONTROL, LIMITS, Beside, Settle, Sums, Update
 from fastopt.backends.cuda_table import ceiling
 from fastopt.memory.order import LANES
@@ -73,21 +73,22 @@ class Decisions:
     def __init__(self, runner: OnDevice, rows: int, carry: Array):
         self.runner, self.rows, self.host_carry = runner, rows, carry
         self.rule, self.carried = runner.rule, carry.shape[2]
-        self.steps = Written(runner, (rows,), np.int64)
-        self.carry = Written(runner, (rows, self.carried), NUMBER)
-        self.control = self._array((len(CONTROL),), NUMBER)
+        self.steps = NumberBoard(runner, (rows,), np.int64)
+        self.carry = NumberBoard(runner, (rows, self.carried), NUMBER)
+        self.control = self.array((len(CONTROL),), NUMBER)
         size = len(runner.segments), max(self.rule.terms, 1)
-        self.totals = self._array(size, NUMBER)
-        self._asked = Written(runner, (2 + LIMITS,), NUMBER)
-        self._factor = Written(runner, (1,), runner.dtype)
-        self._sequences: dict[Any, Sequenced] = {}
-        self._captured: list[Sequenced] = []  # what graphs launch
-        self._known: tuple[int, bytes] = (-1, b"")  # what the device began with
+        self.totals = self.array(size, NUMBER)
+        self._asked = NumberBoard(runner, (2 + LIMITS,), NUMBER)
+        self._factor = NumberBoard(runner, (1,), runner.dtype)
+        self._sequences: dict[Any, LaunchSequence] = {}
+        self._captured: list[LaunchSequence] = []  # what graphs launch
+        # The count and the carried numbers that host and device last agreed on.
+        self._known: tuple[int, bytes] = (-1, b"")
         self.ahead = False  # whether the device knows more than the host
-        # Whether graphs count steps here: of their replays the host knows nothing.
+        # Whether a CUDA graph counts steps here. The host does not see its replays.
         self.is_replayed = False
 
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+    def array(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         return empty(shape, dtype, self.runner.near, self.runner.stream)
 
     # The host's view ------------------------------------------------------------------
@@ -98,7 +99,7 @@ class Decisions:
             self.tell(stream, captured)
 
     def tell(self, stream: int, captured: bool = False) -> None:
-        """Give the device what the host knows, which is more."""
+        """Give the device the host's count and carried numbers."""
         count = int(self.runner.count[0])
         numbers = self.host_carry[count % 2]
         now = count, numbers.tobytes()
@@ -112,6 +113,11 @@ class Decisions:
                     board.write(new, stream)
                     board.forget()  # kernels will write other numbers there
         self._known = now
+
+    def forget(self) -> None:
+        """Forget what the device has, because a kernel has written other numbers."""
+        self._known = (-1, b"")
+        self.steps.forget()
 
     def refresh(self) -> None:
         """Wait for the device, and bring the host's count and carried numbers up to
@@ -138,7 +144,7 @@ class Decisions:
 
     def by_host(
         self, rows: Sequence[Row], request: Request, steps: Sequence[int]
-    ) -> Sequenced:
+    ) -> LaunchSequence:
         """Prepare a step whose rows the host has computed in full: the factor for the
         gradients, and all results of the rule's ``scalars``. ``steps`` are the numbers
         of the rows' steps."""
@@ -157,7 +163,7 @@ class Decisions:
         request: Request,
         places: Places = NOWHERE,
         counts: Counts | None = None,
-    ) -> Sequenced:
+    ) -> LaunchSequence:
         """Prepare a step whose scalars the device computes. With ``counts``, there are
         hyperparameters for each group, and a row of scalars for each segment."""
         pairs = zip(factors, hyperparameters, strict=True)
@@ -214,25 +220,25 @@ class Decisions:
         request: Request,
         places: Places,
         counts: Counts | None = None,
-    ) -> Sequenced:
+    ) -> LaunchSequence:
         formats = self.runner.format_number
         if self.runner.is_captured():
             of = job, rows, request, places, counts
-            self._captured.append(Sequenced(self, *of, captured=True))
+            self._captured.append(LaunchSequence(self, *of, captured=True))
             return self._captured[-1]
         key = job, rows, request.zero_grads, formats, places, counts
         sequence = self._sequences.get(key)
         if sequence is None:
-            sequence = Sequenced(self, job, rows, request, places, counts)
+            sequence = LaunchSequence(self, job, rows, request, places, counts)
             self._sequences[key] = sequence
         return sequence
 
 
-class Sequenced:
-    """The launches of one kind of step, up to the numbers that change.
+class LaunchSequence:
+    """The launches of one kind of step. Only the numbers that change are missing.
 
-    One that is ``captured`` belongs to a CUDA graph. Nothing is copied in it, so all
-    that the host writes is in boards of its own, which no other step changes.
+    If it is ``captured``, it belongs to a CUDA graph. A graph copies nothing from the
+    host, so what the host writes is in boards that no other step changes.
     """
 
     def __init__(
@@ -252,12 +258,12 @@ class Sequenced:
         self._factor = decisions._factor
         if captured:
             size = (len(runner.segments),)
-            self.gradients = Written(runner, size, np.int64)
-            self._asked = Written(runner, (2 + LIMITS,), NUMBER)
-            self._factor = Written(runner, (1,), runner.dtype)
-        self.hyper = Written(runner, (rows, 1 + job.hyper), NUMBER)
+            self.gradients = NumberBoard(runner, size, np.int64)
+            self._asked = NumberBoard(runner, (2 + LIMITS,), NUMBER)
+            self._factor = NumberBoard(runner, (1,), runner.dtype)
+        self.hyper = NumberBoard(runner, (rows, 1 + job.hyper), NUMBER)
         length = 1 if counts is None else len(counts.groups)
-        groups, self._counts = decisions._array((length,), np.int64), 0
+        groups, self._counts = decisions.array((length,), np.int64), 0
         if counts is not None:
             rows, self._counts = length, counts.steps
             numbers = np.array(counts.groups, np.int64)
@@ -277,21 +283,21 @@ class Sequenced:
             job.skips or job.found,
         )
         measured_row = 1 + job.measured + LIMITS * job.clip
-        self.out = decisions._array((out_rows, update.row), runner.dtype)
+        self.out = decisions.array((out_rows, update.row), runner.dtype)
         # Where nothing comes before the sums, the host writes what these need.
         self.direct = job.scalars is None and job.settle is not None and not job.norm
-        array: Any = Written if self.direct else decisions._array
+        array: Any = NumberBoard if self.direct else decisions.array
         before = (runner,) if self.direct else ()
         self.measured = array(*before, (rows, measured_row), runner.dtype)
         self.numbers = array(*before, (rows, 1 + job.results), NUMBER)
-        self.factor = decisions._array((1,), runner.dtype)
+        self.factor = decisions.array((1,), runner.dtype)
         norm_table = runner.table("gradients")
         rule_table = runner.table("rule")
-        self.squares = decisions._array((max(norm_table.chunk_count, 1),), NUMBER)
+        self.squares = decisions.array((max(norm_table.chunk_count, 1),), NUMBER)
         shape = max(rule_table.chunk_count, 1), max(rule.terms, 1)
-        self.sums = decisions._array(shape, NUMBER)
+        self.sums = decisions.array(shape, NUMBER)
         spans = max(norm_table.span_count, rule_table.span_count, 1)
-        self.partials = decisions._array((spans, max(rule.terms, 1)), NUMBER)
+        self.partials = decisions.array((spans, max(rule.terms, 1)), NUMBER)
         self.launches: list[Any] = []
         if job.norm:
             factor = self._factor.address
@@ -362,7 +368,9 @@ class Sequenced:
         launch = device.Launch(kernel, blocks, cuda_table.BLOCK, addresses)
         self.launches.append(launch)
 
-    def asked(self, rows: Sequence[Sequence[float]], request: Request) -> Sequenced:
+    def asked(
+        self, rows: Sequence[Sequence[float]], request: Request
+    ) -> LaunchSequence:
         """Note what the next run is asked for."""
         limits = request.limits if request.limits_gradients else (0.0,) * LIMITS
         self._now = rows, (request.clip_norm, *limits, request.ema_weight)
@@ -403,9 +411,8 @@ class Sequenced:
             for launch in self.launches:
                 launch(stream)
         if job.scalars is None:
-            decisions._known = (-1, b"")
-            decisions.steps.forget()  # a kernel may have written there
+            decisions.forget()
             runner.count[0] += 1
-        elif not job.counts:  # which are not the host's
+        elif not job.counts:  # torch's counts are not the host's
             decisions.ahead = True
             decisions.is_replayed |= self.captured

@@ -23,7 +23,7 @@ from fastopt.backends.cuda_arrays import (
     default_stream,
     state_arena,
 )
-from fastopt.backends.cuda_boards import Placed, Written, placed
+from fastopt.backends.cuda_boards import DeviceTable, NumberBoard, device_table
 from fastopt.backends.cuda_decisions import (
     NOWHERE,
     Counts,
@@ -98,25 +98,26 @@ class OnDevice(Step):
         self.context = device.context(self.number)
         self.averaged = any(segment.average is not None for segment in segments)
         self.draws = any(segment.draws for segment in segments)
-        # Addresses, or 0 for none. A gradient without elements may be anywhere else.
+        # The address of each gradient, or 0 if there is none. A gradient without
+        # elements has an address that is not 0.
         self.grads_now = np.zeros(len(segments), np.int64)
         self.grad_formats: tuple[Format | None, ...] = ()
         # One number for equal formats, because a tuple of thousands takes long to hash.
         self.format_number = 0
         self._format_numbers: dict[tuple[Format | None, ...], int] = {}
-        self._tables: dict[Any, Placed] = {}
-        self._launches: dict[Any, Prepared] = {}
+        self._tables: dict[Any, DeviceTable] = {}
+        self._launches: dict[Any, PreparedUpdate] = {}
         self._measuring = Measuring(self)
         self._given: list[Any] | None = None  # gradients, as a user gave them
         self._scalars = portable(rule.scalars)
         self._made: list[DeviceArray] = []  # where several tasks are combined
         self._combining: OnDevice | None = None
         self._failure: BaseException | None = None
-        self.gradients = Written(self, (len(segments),), np.int64)
+        self.gradients = NumberBoard(self, (len(segments),), np.int64)
         self._decisions: Decisions | None = None
         self._carry = carry
-        self._has_device_scalars = True  # unless they cannot be compiled
-        self._skips = 0  # of which the optimizer knows
+        self._has_device_scalars = True  # until a compilation fails
+        self._skips = 0  # the number that the optimizer has been told
         self.tasks: list[list[Any]] = []
 
     # Gradients ------------------------------------------------------------------------
@@ -257,15 +258,15 @@ class OnDevice(Step):
 
     # What is prepared once ------------------------------------------------------------
 
-    def table(self, what: str) -> Placed:
+    def table(self, what: str) -> DeviceTable:
         """Return the table of segments with the formats of the gradients at hand: for
         the "update", or for what is measured of the "gradients" or by the "rule"."""
         known = what, self.format_number
         if known not in self._tables:
-            self._tables[known] = placed(self, what)
+            self._tables[known] = device_table(self, what)
         return self._tables[known]
 
-    def _prepared(self, request: Request, rows: int) -> Prepared:
+    def _prepared(self, request: Request, rows: int) -> PreparedUpdate:
         """Return the launch of an update."""
         key = request.limits_gradients, request.zero_grads, self.format_number, rows
         launch = self._launches.get(key)
@@ -274,7 +275,7 @@ class OnDevice(Step):
             table = self.table("update")
             of = self.rule.update, len(self.rule.state), self.dtype
             job = Update(*of, table.kinds, table.stride, beside)
-            launch = Prepared(self, job, table, rows)
+            launch = PreparedUpdate(self, job, table, rows)
             self._launches[key] = launch
         return launch
 
@@ -292,7 +293,7 @@ class OnDevice(Step):
         steps: Sequence[int] | None = None,
     ) -> list[Call]:
         self.check_working()
-        # All that can be refused is, before anything is written.
+        # Everything that can fail is done here, before anything is written.
         self._prepared(request, row_count(rows))
         return [functools.partial(self, rows, request, steps)]
 
@@ -502,10 +503,10 @@ class OnDevice(Step):
         return self._measuring.squares(rows, request)
 
 
-class Prepared:
+class PreparedUpdate:
     """An update of a runner's segments, up to the numbers that change."""
 
-    def __init__(self, runner: OnDevice, job: Update, table: Placed, rows: int):
+    def __init__(self, runner: OnDevice, job: Update, table: DeviceTable, rows: int):
         self.runner, self.job = runner, job
         self.data = np.zeros((rows, job.row), job.dtype)
         self.steps = np.zeros(rows, np.int64)

@@ -21,7 +21,7 @@ from cuda_stubbed import (
 
 import fastopt
 from fastopt.backends import cuda_calls, cuda_runner
-from fastopt.backends.cuda_boards import Written
+from fastopt.backends.cuda_boards import NumberBoard
 from fastopt.rule import Rule
 
 pytestmark = needs_driver
@@ -201,7 +201,7 @@ def test_the_number_of_a_step_is_written_after_a_kernel_has_counted(stub):
 @pytest.mark.parametrize("dtype", [np.int64, np.float64])
 def test_a_board_is_written_if_a_bit_changes(stub, dtype):
     opt = fastopt.adamw(ones([5]))
-    board = Written(opt._bound.program.runner, (2,), dtype)
+    board = NumberBoard(opt._bound.program.runner, (2,), dtype)
     for new in ([0.0, 3.0], [-0.0, 3.0], [0.0, 3.0], [0.0, 4.0]):
         with cuda_calls.context(0):
             board.write(new, 0)
