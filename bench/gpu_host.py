@@ -13,13 +13,17 @@ It needs numba-cuda (the extra ``cuda13``), pytest and a C compiler.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +128,27 @@ def of_torch(params: list[Any], grads: list[Any]) -> Callable[[], object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="the host's time of a step on a GPU")
+    parser.add_argument("--json", type=Path, help="a file for the results")
+    path = parser.parse_args().json
     folder = Path(tempfile.mkdtemp())
     library = cuda_stub.build(folder)
     os.environ["FASTOPT_LIBCUDA"] = str(library)
     stub = cuda_stub.Stub(library)
     stub.quiet()
-    print(
-        f"{'tensors':>8}",
-        *(f"{n:>12}" for n in ("same", "moved", "clip_norm", "optimizer")),
-        "us",
-    )
+    results: dict[str, dict[str, float]] = {}
     for count in COUNTS:
-        times = measured(count)
-        print(f"{count:8}", *(f"{t:12.1f}" for t in times.values()))
+        times = results[str(count)] = measured(count)
+        if len(results) == 1:
+            print(" tensors", *(f"{name:>10}" for name in times), "(us)")
+        print(f"{count:8}", *(f"{time:10.1f}" for time in times.values()))
+    if path is not None:
+        from fastopt.bench import machine
+
+        about = {"date": str(date.today()), "cpu": machine.cpu()}
+        about |= {"caches": machine.caches(), "python": platform.python_version()}
+        record = {"format": 1, "machine": about, "microseconds": results}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
