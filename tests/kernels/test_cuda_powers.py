@@ -200,6 +200,8 @@ def hyperparameters(rule, rng):
 @pytest.fixture
 def on_this_machine(monkeypatch, functions):
     """Compile copies of rules' functions for this machine's processor."""
+    if cuda_accesses.not_installed:
+        pytest.skip("numba-cuda is not installed")
 
     def jitted(function):
         return numba.njit(error_model="numpy", inline="always")(function)
