@@ -37,6 +37,7 @@ def local(tensor: Any) -> Any:
 
 def locals_of(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """Return a parameter's entry of the state with this process's shards."""
+    entry = dict(entry)  # a signal handler may add to the state's
     for key, value in entry.items():
         if is_dtensor(value) and value.dim() and not fits(value, param):
             raise ValueError(

@@ -290,12 +290,12 @@ class Tensors:
 
     def note(self, groups: list[dict[str, Any]]) -> None:
         """Note that the options have been read."""
-        self.options = [value for group in groups for value in group.values()]
+        self.options = [value for group in groups for value in list(group.values())]
 
     def _objects(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
         """Return parameters, None after each group, and the entries of the state."""
         parts = [] if self.single else [(*group["params"], None) for group in groups]
-        for key, value in state.items():
+        for key, value in list(state.items()):  # a handler may add some
             parts.append((key, value, *(value.values() if type(value) is dict else ())))
         return list(chain.from_iterable(parts))
 
@@ -314,7 +314,7 @@ class Tensors:
         addresses have changed since it was last set to False, and ``same_options`` that
         the options of the groups are those that were noted.
         """
-        options = [value for group in groups for value in group.values()]
+        options = [value for group in groups for value in list(group.values())]
         self.same_options = same(self.options, options)
         if not same(self.objects, self._objects(groups, state)):
             return None

@@ -102,7 +102,8 @@ class Stateful(Storage):
         return state
 
     def _entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [(p, s) for p, s in self.state.items() if isinstance(s, dict)]
+        entries = list(self.state.items())  # a handler may add some
+        return [(p, s) for p, s in entries if isinstance(s, dict)]
 
     def _to_torchs_form(self) -> None:
         buffers = {self._names.key(name) for rule in self._rules for name in rule.state}

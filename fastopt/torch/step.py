@@ -536,9 +536,10 @@ class Stepping(Stateful):
 
     def _counts_on_gpu(self) -> bool:
         """Whether the counts of steps in the state are on a GPU."""
-        entry = next(iter(self.state.values()), None)
-        steps = entry.get(self._names.steps) if isinstance(entry, dict) else None
-        return isinstance(steps, Tensor) and memory.on_gpu(steps)
+        for _, entry in self._entries()[:1]:
+            steps = entry.get(self._names.steps or "")
+            return isinstance(steps, Tensor) and memory.on_gpu(steps)
+        return False
 
     def _unsupported(self, reason: str, order: Order) -> None:
         """Let torch's own step do what fastopt has no kernels for."""

@@ -143,7 +143,7 @@ class Storage(Optimizer):
         params = self._params
         buffers: dict[str, list[Tensor]] = {PARAM: list(params)}
         for param in params:
-            for key, value in self.state.get(param, {}).items():
+            for key, value in list(self.state.get(param, {}).items()):
                 if isinstance(value, Tensor) and value.dim():
                     buffers.setdefault(key, []).append(value)
         buffers["copy"] = list((self.copy_to or {}).values())

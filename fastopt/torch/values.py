@@ -187,7 +187,7 @@ def can_step(rule: Rule, values: Sequence[Any]) -> bool:
 
 def options_of(groups: list[dict[str, Any]]) -> list[Any]:
     lists = "params", "param_names"
-    return [v for group in groups for k, v in group.items() if k not in lists]
+    return [v for group in groups for k, v in list(group.items()) if k not in lists]
 
 
 def is_fixed(value: Any) -> bool:

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from interrupts import PACKAGE, alarm, interrupted
+from interrupts import PACKAGE, alarm, handled, interrupted
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -506,3 +506,31 @@ def test_signals_that_step_in_a_step_of_torch(campaign):
 
         for seed in range(200 if campaign.long else 10):
             campaign.attempt(f"{name}, {seed}", check, seed)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_handlers_that_step_everywhere_in_a_first_step(campaign, native, monkeypatch):
+    """A first step adds to the state, which the step that it comes into reads."""
+    if not native:
+        monkeypatch.setattr("fastopt.torch.memory.native", None)
+    names = CASES if campaign.long else ("SGD, momentum",)
+    for name in names:
+        expected, reached = maker(name)(), [True]
+        expected.give(0)
+        for _ in range(3):
+            expected.optimizer.step()
+        after = expected.all()
+
+        def check(place, name=name, after=after, reached=reached):
+            made = maker(name)()
+            made.give(0)
+            step = made.optimizer.step
+            reached[0] = handled(step, step, place)
+            for _ in range(1 if reached[0] else 2):
+                step()
+            assert equal(made.all(), after)
+
+        place = 0
+        while reached[0]:
+            campaign.attempt(f"{name}, place {place}", check, place)
+            place += 1

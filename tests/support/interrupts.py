@@ -4,6 +4,9 @@ can arrive in Python code."""
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
+import operator
 import os
 import signal
 import sys
@@ -41,6 +44,44 @@ def interrupted(action: Callable[[], Any], line: int, folder: str = PACKAGE) -> 
     finally:
         sys.settrace(before)
     return False
+
+
+HANDLED_AFTER = "CALL", "JUMP_BACKWARD", "RESUME"  # see eval_breaker in CPython
+code_of: Callable[[Any], bytes] = functools.cache(operator.attrgetter("co_code"))
+
+
+def handled(
+    action: Callable[[], Any],
+    handler: Callable[[], Any],
+    place: int,
+    folder: str = PACKAGE,
+) -> bool:
+    """Do something, and call a handler in its midst, at the place-th of those below
+    ``folder`` that it comes to where Python calls the handlers of signals, counted from
+    0; one that it comes to again does not count again. Whether it came so far."""
+    places, last = set[tuple[Any, int]](), dict[Any, str]()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before, code = last.get(frame, ""), code_of(frame.f_code)
+            last[frame] = dis.opname[code[frame.f_lasti]]
+            if before.startswith(HANDLED_AFTER):
+                places.add((frame.f_code, frame.f_lasti))
+            if len(places) > place:
+                sys.settrace(None)
+                handler()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return len(places) > place
 
 
 def at_every_line(
