@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
 
@@ -309,7 +310,8 @@ def examine(
                 if not math.isfinite(sums[0]) and not is_finite(p, i):
                     nonfinite.append((p, i))
     if over_ranks is None:
-        total, count = added(map(added, squares)), float(len(nonfinite))
+        total = added(chain.from_iterable(squares))
+        count = float(len(nonfinite))
     else:
         total, count = over_ranks(squares, len(nonfinite))
     norm = math.sqrt(total)

@@ -167,14 +167,18 @@ class OnDevice(Step):
         numbers = self._format_numbers
         self.format_number = numbers.setdefault(self.grad_formats, len(numbers))
 
-    def place(self, addresses: Array, format: Format | None = None) -> bool:
+    def place(
+        self, addresses: Array, formats: Format | Sequence[Format | None] | None = None
+    ) -> bool:
         """Take gradients by their addresses, with 0 for none. The caller has checked
-        that they fit, and names their format if they are encoded. Return False where
-        their shapes are needed, too."""
+        that they fit, and names their format if they are encoded, or lists the format
+        of each. Return False where their shapes are needed, too."""
         if self.rule.factored:
             return False
         self._point(addresses)
-        self._name_formats((format,) * len(self.segments))
+        if formats is None or isinstance(formats, Format):
+            formats = (formats,) * len(self.segments)
+        self._name_formats(formats)
         self.grads, self.tasks, self._given = [], [], None
         return True
 

@@ -1,4 +1,4 @@
-"""Parameters of one rule, dtype and device, which one native step updates together."""
+"""Parameters of one rule and device, which one native step updates together."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ class Part:
             current = torch._C._cuda_getCurrentRawStream
             self.program.runner.stream = partial(current, self.device.index)
         self.sizes = [segment.param.size for segment in segments]
+        halves = [HALVES.get(self.members[run[0]].param.dtype) for run in self.runs]
+        self._halves = halves if len({*halves}) > 1 else halves[0]
         self.places = np.array([self.members[run[0]].place for run in self.runs])
         self._here = np.zeros(len(self.runs), np.int64)
         self._taken: list[Any] = []  # gradients that the runner looks at
@@ -158,9 +160,9 @@ class Part:
     def _place(self, grads: Sequence[Any], mixed: bool) -> bool:
         """Return whether the native step has noted where the gradients are, and need
         not be told again before they move."""
-        runner, format = self.program.runner, HALVES.get(self.members[0].param.dtype)
+        runner = self.program.runner
         if "addresses" in runner.fuses and not mixed:
-            if runner.place(self._here, format):
+            if runner.place(self._here, self._halves):
                 return True
         self._give([[grads[place] for place in self.places]])
         return False

@@ -40,7 +40,7 @@ from fastopt.torch.memory import (
 from fastopt.torch.orders import Order, Read
 from fastopt.torch.part import Part
 from fastopt.torch.ranks import Ranks, ranks_of
-from fastopt.torch.runs import in_turn
+from fastopt.torch.runs import in_turn, stepped_together
 from fastopt.torch.state import Kind, Member
 from fastopt.torch.supported import check_shards, in_fake_mode, is_planned
 from fastopt.torch.turns import Call
@@ -136,7 +136,7 @@ class Plan:
             firsts[owner] = count + (sharded and dtensors.first_number(owner))
             count += 0 if is_lazy(owner) else numbers(owner)
         backend_of = cache(partial(module_for, optimizer.backend))
-        alike: dict[Any, list[Member]] = {}
+        alike: dict[Any, dict[Any, list[Member]]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (owner, group) in enumerate(pairs):
             if not planned[place]:
@@ -162,17 +162,17 @@ class Plan:
                     f"master out"
                 )
             of = param, chosen, place, group, named[group], entry, plain
-            key = id(rule), param.dtype, param.device, plain, chosen.get(PARAM)
             member = Member(*of, alone, firsts[owner], owner)
             member.copy = local((optimizer.copy_to or {}).get(owner))
-            alike.setdefault(key, []).append(member)
+            key = id(rule), param.device, plain, memory.COMPUTED[param.dtype]
+            storage = param.dtype, chosen.get(PARAM)
+            alike.setdefault(key, {}).setdefault(storage, []).append(member)
         kinds = []
-        for members in alike.values():
-            rule = self.rules[members[0].group]
-            module = backend_of(rule, memory.on_gpu(members[0].param))
+        for members in stepped_together(alike.values(), self.rules):
+            rule, first = self.rules[members[0].group], members[0].param
+            common = rule, names, backend_of(rule, memory.on_gpu(first)), self.averaged
             for wave, apart in enumerate(in_turn(members)):
-                own = apart, optimizer._counter(members[0].param)
-                kind = Kind(rule, names, module, self.averaged, *own)
+                kind = Kind(*common, apart, optimizer._counter(first))
                 kinds.append((kind, wave))
         self._countable = all(is_countable(kind) for kind, _ in kinds)
         self._countable &= self._ranks is None or not self._ranks.rows

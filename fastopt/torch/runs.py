@@ -1,15 +1,17 @@
-"""Parameters that follow one another in memory, stepped as one segment, and those that
-share memory, stepped one after another."""
+"""Parameters that are stepped together: those that follow one another in memory as one
+segment, and those that share memory one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from fastopt.memory.segments import Array
+from fastopt.rule import Rule
 from fastopt.torch import memory
 from fastopt.torch.memory import same_layout
 from fastopt.torch.state import Kind, Member, in_one_piece
@@ -80,6 +82,22 @@ def placement(
     return (*common, member.copy.untyped_storage().data_ptr()), [
         *(param, grad, member.copy)
     ]
+
+
+def stepped_together(
+    alike: Iterable[Mapping[Any, list[Member]]], rules: Sequence[Rule]
+) -> Iterator[list[Member]]:
+    """Yield the members that a native step updates together. Each of ``alike`` has
+    members with one rule, device and dtype to compute in, by how they are stored. One
+    launch on a GPU is for all of them, in this order, while the CPU's kernels are each
+    for parameters that are stored alike."""
+    for stored in alike:
+        first = next(iter(stored.values()))[0]
+        factored = rules[first.group].factored
+        if memory.on_gpu(first.param) and first.plain and not factored:
+            yield list(chain.from_iterable(stored.values()))
+        else:
+            yield from stored.values()
 
 
 def in_turn(members: list[Member]) -> list[list[Member]]:

@@ -94,6 +94,12 @@ class Member:
         """The dtype that is computed in, and that of plain state."""
         return computed(self.param)
 
+    @property
+    def keeps_remainder(self) -> bool:
+        """Whether the state has the rest of a parameter that is stored in two parts."""
+        format = self.chosen.get(PARAM)
+        return format is not None and format.second is not None
+
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of a buffer of the rule; of a parameter, its remainder's."""
         format = self.chosen.get(name)
@@ -139,8 +145,7 @@ class Kind(NamedTuple):
         keys = {name: self.names.key(name) for name in self.rule.state}
         if self.averaged:
             keys[EMA] = EMA
-        of_param = self.members[0].chosen.get(PARAM)  # which all members have
-        if of_param is not None and of_param.second is not None:
+        if any(member.keeps_remainder for member in self.members):
             keys[PARAM] = formats.REMAINDER
         return keys
 
@@ -149,8 +154,8 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
     """Make the buffers that members lack, and return the keys of all. The buffers of a
     run lie one after the other in memory, as its members do."""
     rule, members, keys = kind.rule, kind.members, kind.keys
-    if PARAM not in keys:
-        for member in members:  # of an optimizer with another master
+    for member in members:  # they may be of an optimizer with another master
+        if not member.keeps_remainder:
             member.state.pop(formats.REMAINDER, None)
     apart = {
         (i, name)
@@ -169,6 +174,7 @@ def make(kind: Kind, runs: Sequence[Sequence[int]]) -> list[str]:
             name
             for name, key in keys.items()
             if not (of_matrix and name != EMA)
+            and (name != PARAM or member.keeps_remainder)
             and ((i, name) in apart or not member.has(name, key))
         )
         if lacking and not member.chosen:

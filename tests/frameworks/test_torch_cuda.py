@@ -81,13 +81,14 @@ def gpu(tmp_path, monkeypatch):
         forget()
 
 
-def in_device_memory(shape):
+def in_device_memory(shape, dtype=torch.float32):
     """A parameter in the stub's device memory."""
-    array = cuda_arrays.empty(shape, np.float32, 0)
+    stored = np.dtype(f"i{dtype.itemsize}")
+    array = cuda_arrays.empty(shape, stored, 0)
     memory = (cuda_calls.ctypes.c_char * array.nbytes).from_address(array.address)
     memory.owner = array
-    tensor = torch.from_numpy(np.frombuffer(memory, np.float32).reshape(shape))
-    return torch.nn.Parameter(tensor)
+    tensor = torch.from_numpy(np.frombuffer(memory, stored).reshape(shape))
+    return torch.nn.Parameter(tensor.view(dtype))
 
 
 def give(params):
@@ -119,9 +120,10 @@ CASES = {
 @pytest.mark.skipif(SIMULATED, reason="the simulator has no driver")
 @pytest.mark.parametrize("case", CASES)
 def test_a_captured_step_is_kernels_alone(gpu, case):
-    """Nothing that it does besides invalidates the capture, or is a part of it."""
+    """Nothing that it does besides invalidates the capture, or is a part of it. One
+    launch is for parameters of all dtypes that are computed in float32."""
     name, make, kernels = CASES[case]
-    params = [in_device_memory((3, 5)), in_device_memory((7,))]
+    params = [in_device_memory((3, 5)), in_device_memory((7,), torch.bfloat16)]
     opt = getattr(ft, name)(params, **make)
     opt.param_groups[0]["capturable"] = True
     opt.param_groups[0]["lr"] = torch.tensor(0.125)

@@ -179,11 +179,13 @@ def test_machine_code_of_formats(name, cc=HOPPER):
 
 
 # Several kinds of segments in one kernel: 8-bit state and such that is not, since small
-# arrays keep theirs in float32; and gradients of two dtypes.
+# arrays keep theirs in float32; gradients of two dtypes; and parameters of two, as in
+# models whose norms alone are in float32.
 EIGHT_BITS, PLAIN = (None, None, M8, V8), (None, None, None, None)
 KINDS = {
     "8 bits and none": (EIGHT_BITS, PLAIN),
     "gradients of two dtypes": (PLAIN, (BF16, None, None, None)),
+    "parameters of two dtypes": (PLAIN, (BF16, BF16, None, None)),
 }
 
 

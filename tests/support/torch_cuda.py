@@ -11,81 +11,33 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from cuda_simulator import quick_simulator  # noqa: F401
-from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from posing_tensors import (
+    MIXED,
+    SHAPES,
+    FakeScaler,
+    drawn,
+    give,
+    gpu,
+    kept,
+    params_of,
+    posing,
+    reads,
+)
 from torch import Tensor
 
 import fastopt
 import fastopt.torch as ft
-from fastopt.backends import cuda_arrays, cuda_device, cuda_driver
-from fastopt.torch import memory
-
-SHAPES = (3, 5), (7,), (130,), (0,)
+from fastopt.backends import cuda_driver
 
 
 @pytest.fixture(autouse=True)
 def posing_tensors(monkeypatch):
     monkeypatch.setattr(cuda_driver, "as_array", posing)
-
-
-def posing(name, tensor):
-    return cuda_arrays.as_device_array(name, FakeCUDAArray(tensor.numpy()))
-
-
-@contextmanager
-def gpu(on=True):
-    """Let tensors pose as a GPU's meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "on_gpu", lambda tensor: on)
-        patch.setattr(memory, "is_captured", lambda tensors: False)
-        yield
-
-
-@contextmanager
-def reads(found):
-    """Note what is read back to the host meanwhile."""
-
-    def noting(name, function):
-        def noted(*arguments):
-            found.append(name)
-            return function(*arguments)
-
-        return noted
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (cuda_device, cuda_arrays.device):
-            patch.setattr(module, "download", noting("download", module.download))
-        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu"):
-            patch.setattr(Tensor, name, noting(name, getattr(Tensor, name)))
-        yield
-
-
-def drawn(seed, dtype=torch.float32, shapes=SHAPES):
-    random = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=random).to(dtype) for s in shapes]
-
-
-def params_of(dtype=torch.float32, shapes=SHAPES):
-    return [torch.nn.Parameter(p) for p in drawn(0, dtype, shapes)]
-
-
-def give(params, seed, absent=()):
-    grads = drawn(seed, params[0].dtype, [p.shape for p in params])
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        param.grad = None if i in absent else grad
-
-
-def kept(opt):
-    """Everything that steps change, in an order."""
-    found = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
-    for entry in opt.state.values():
-        found += [v.detach().float() for v in entry.values() if isinstance(v, Tensor)]
-    return found
 
 
 def run(simulated, name, steps, make, dtype=torch.float32):
@@ -122,7 +74,11 @@ HOSTS = "Adafactor", "DoG"  # whose averages, or carried sums, the host keeps
 
 
 @pytest.mark.parametrize(("name", "make"), CASES, ids=[name for name, _ in CASES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, MIXED],
+    ids=["float32", "bfloat16", "float16", "mixed"],
+)
 @pytest.mark.parametrize("clip_norm", [None, 0.7])
 def test_norms_are_not_read_back(name, make, dtype, clip_norm):
     make = {**make, "clip_norm": clip_norm, "ema": 0.5}
@@ -135,16 +91,25 @@ def test_norms_are_not_read_back(name, make, dtype, clip_norm):
 
 
 @pytest.mark.parametrize(
-    ("make", "scaled"),
+    ("make", "dtype", "scaled"),
     [
-        ({"formats": "8bit"}, False),
-        ({"formats": "8bit", "master": "bf16+r8"}, True),
-        ({"formats": "bf16", "master": "bf16+r16"}, True),
+        ({"formats": "8bit"}, torch.float32, False),
+        ({"formats": "8bit"}, MIXED, True),
+        ({"formats": "8bit", "master": "bf16+r8"}, torch.bfloat16, True),
+        ({"formats": "bf16", "master": "bf16+r16"}, torch.bfloat16, True),
+        ({"formats": "bf16", "master": "bf16+r16"}, MIXED, True),
+        ({"clip_norm": 0.1, "master": "bf16+r16"}, MIXED, True),
     ],
-    ids=["8bit, counted by the host", "8bit and bf16+r8", "bf16 and bf16+r16"],
+    ids=[
+        "8bit, counted by the host",
+        "8bit, mixed",
+        "8bit and bf16+r8",
+        "bf16 and bf16+r16",
+        "bf16 and bf16+r16, mixed",
+        "bf16+r16, mixed, clipped",
+    ],
 )
-def test_formats(make, scaled):
-    dtype = torch.bfloat16 if "master" in make else torch.float32
+def test_formats(make, dtype, scaled):
     found = []
     for simulated in (False, True):
         with gpu(simulated):
@@ -159,6 +124,8 @@ def test_formats(make, scaled):
                     scaler.step(t == 1, 2.0)
                 elif t != 1:
                     opt.step()
+            several = dtype is MIXED and not simulated
+            assert len(opt._plan.parts) == 1 + several
             found.append([*kept(opt), torch.tensor(opt.nonfinite_groups)])
     expected, got = found
     assert len(expected) == len(got)
@@ -206,6 +173,21 @@ def test_the_norm_is_a_number():
         assert opt.grad_norm == 2.0
 
 
+@pytest.mark.parametrize("simulated", [False, True])
+def test_the_order_of_a_norm_over_several_dtypes(simulated):
+    """The squares of one parameter after another are added to those before."""
+    with gpu(simulated):
+        dtypes = torch.float32, *[torch.bfloat16] * 8, torch.float16
+        params = params_of(dtypes, [(1,)] + [(2,)] * 8 + [(1,)])
+        for param in params:  # each adds half of the last bit of 1, which is even
+            param.grad = torch.full_like(param, 2.0**-27)
+        params[0].grad = torch.ones(1)
+        params[-1].grad = torch.zeros(1, dtype=torch.float16)
+        opt = ft.SGD(params, lr=0.1, clip_norm=0.5)
+        opt.step()
+        assert opt.grad_norm == 1
+
+
 # Counts on the device ---------------------------------------------------------------
 
 
@@ -216,21 +198,6 @@ def quiet(function):
         result = function()
     assert found == []
     return result
-
-
-class FakeScaler:
-    """Sets what GradScaler does for a step."""
-
-    def __init__(self, opt):
-        self.opt = opt
-
-    def step(self, found, scale, **options):
-        self.opt.found_inf = torch.tensor(float(found))
-        self.opt.grad_scale = torch.tensor(float(scale))
-        try:
-            self.opt.step(**options)
-        finally:
-            del self.opt.found_inf, self.opt.grad_scale
 
 
 FLAGS = 0, 1, 0, 0, 1, 0
@@ -260,7 +227,11 @@ def run_scaled(simulated, name, make, dtype, flags=FLAGS):
 
 
 @pytest.mark.parametrize(("name", "make"), COUNTED, ids=IDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, MIXED],
+    ids=["float32", "bfloat16", "mixed"],
+)
 @pytest.mark.parametrize("clip_norm", [None, 0.7])
 def test_what_a_scaler_has_found_is_not_read(name, make, dtype, clip_norm):
     make = {**make, "clip_norm": clip_norm, "ema": 0.5}
@@ -370,7 +341,7 @@ def test_counts_in_the_state():
             give(params, t, absent=(1,) if t == 2 else ())
             opt.step()
         counts = [opt.state[p]["step"] for p in params]
-        assert [c.item() for c in counts] == [3, 2, 3, 3]
+        assert [c.item() for c in counts] == [3, 2, 3, 3, 3]
         assert {c.dtype for c in counts} == {torch.float32}
         assert len({c.untyped_storage().data_ptr() for c in counts}) == 1
         # A state of torch's has them one by one.
@@ -386,7 +357,7 @@ def test_counts_in_the_state():
             own = o.param_groups[0]["params"]
             give(own, 9)
             quiet(o.step) if o is not opt else o.step()
-            assert [o.state[p]["step"].item() for p in own] == [4, 3, 4, 4]
+            assert [o.state[p]["step"].item() for p in own] == [4, 3, 4, 4, 4]
         assert all(map(torch.equal, kept(opt), kept(other)))
 
 
@@ -544,7 +515,7 @@ def test_release_in_the_backward_pass():
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64,)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64,)])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_norms_that_the_host_takes(dtypes, clip_norm, nonfinite):
@@ -560,7 +531,7 @@ def test_norms_that_the_host_takes(dtypes, clip_norm, nonfinite):
             for t in range(5):
                 for i, param in enumerate(params):
                     (grad,) = drawn(10 * t + i, param.dtype, [param.shape])
-                    param.grad = grad * (1e200 if dtypes[0].itemsize == 8 else 1)
+                    param.grad = grad * (1e200 if param.dtype.itemsize == 8 else 1)
                 if t == 3 and nonfinite == "skip":
                     params[1].grad[0] = math.nan
                 scaler.step(t == 1, 2.0)
