@@ -41,7 +41,10 @@ def main(rank, folder):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.disable(logging.WARNING)
     Ranks(rank, folder).run()
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # On a busy machine, gloo's threads may outlive their group, and abort the end of an
+    # interpreter.
+    os._exit(0)
 
 
 class Ranks:
