@@ -24,9 +24,9 @@ from fastopt.rule import check_hyperparameter
 from fastopt.rules import passes
 from fastopt.rules.lookahead import lookahead
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import Call, uninterrupted
+from fastopt.runtime.atomic import Call
 from fastopt.runtime.exclusive import exclusive
-from fastopt.step import Key, Request, execute
+from fastopt.step import Key, Program, Request, execute
 
 KEYS = ("opt", "slow", "k", "alpha")
 
@@ -90,8 +90,11 @@ class Lookahead:
         values = [*self._slow, *map(numbers, self._streams[len(self._slow) :])]
         for new, value in zip(slow, values, strict=True):
             fill(new, value)
-        pull = bind_alone(opt._module, lookahead, slow, count=self._moved)
-        vars(self).update(_slow=slow, _pull=pull)
+        vars(self).update(_slow=slow, _pull=self._new_pull(slow))
+
+    def _new_pull(self, slow: list[Array]) -> Program:
+        """Return the program that moves the slow weights."""
+        return bind_alone(self.opt._module, lookahead, slow, count=self._moved)
 
     def step(self, *grads: Any, **asked: Any) -> None:
         """Do a step of the inner optimizer, and what is due after it; see there."""
@@ -126,7 +129,7 @@ class Lookahead:
             self._make_room()
         if opt.steps % self.k or opt.steps == self._synchronized:
             return
-        uninterrupted(*self._moving(opt.steps, {}))
+        opt._write(*self._moving(opt.steps, {}))
 
     def _due(self, step: Sequence[Call]) -> list[Call]:
         """Return the calls that are due after a step that these calls make."""
@@ -241,6 +244,8 @@ class Lookahead:
             *[filling(*pair) for pair in zip(self._slow, slow, strict=True)],
             partial(setitem, self._moved, 0, steps),
             partial(vars(self).update, values, _synchronized=steps),
+            # The one that there is may have failed.
+            partial(vars(self).update, _pull=self._new_pull(self._slow)),
         )
 
     def __repr__(self) -> str:

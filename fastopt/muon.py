@@ -24,7 +24,7 @@ from fastopt.optimizer.groups import Values
 from fastopt.optimizer.optimizer import Optimizer
 from fastopt.optimizer.state import Bound, bind_alone, fill, filling
 from fastopt.rules.muon import direction, muon
-from fastopt.runtime.atomic import Call, uninterrupted
+from fastopt.runtime.atomic import Call
 from fastopt.step import Key, Program, Request, execute
 
 # Jordan et al. 2024: chosen to push small singular values up fast.
@@ -300,7 +300,7 @@ class Muon(Optimizer):
         room, program = self._pass or self._new_pass(self._bound, self._matrices)
         gradients._replace(tasks=of_matrices).give(program.runner)
         alone = request._replace(ema_weight=0.0, zero_grads=False)
-        uninterrupted(*execute(program, keys, alone))
+        self._write(*execute(program, keys, alone))
         for i, update in zip(self._matrices, room, strict=True):
             if all(task[i] is None for task in gradients.tasks) or not update.size:
                 continue

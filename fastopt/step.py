@@ -237,6 +237,13 @@ class Program:
         if "failure" in self.runner.fuses:
             self.runner.check_working()
 
+    def note_failure(self, error: Exception) -> None:
+        """Note that a call has failed with an error after others may have written, be
+        it another program's. If a device has failed, ``check_working`` raises from now
+        on, and HalfDone is raised here."""
+        if "failure" in self.runner.fuses:
+            self.runner.note_failure(error)
+
     def rows(self, keys: Sequence[Key]) -> list[Row]:
         """Compute the rows of scalars, one for each key: the factor for the gradients,
         the scalars, and what the rule will carry. One key makes one row, however often

@@ -73,8 +73,7 @@ class Decisions:
     def __init__(self, runner: OnDevice, rows: int, carry: Array):
         self.runner, self.rows, self.host_carry = runner, rows, carry
         self.rule, self.carried = runner.rule, carry.shape[2]
-        self.steps = NumberBoard(runner, (rows,), np.int64)
-        self.carry = NumberBoard(runner, (rows, self.carried), NUMBER)
+        self._make_boards()
         self.control = self.array((len(CONTROL),), NUMBER)
         size = len(runner.segments), max(self.rule.terms, 1)
         self.totals = self.array(size, NUMBER)
@@ -82,6 +81,7 @@ class Decisions:
         self._factor = NumberBoard(runner, (1,), runner.dtype)
         self._sequences: dict[Any, LaunchSequence] = {}
         self._captured: list[LaunchSequence] = []  # what graphs launch
+        self._retired: list[Any] = []  # what kernels in a queue may still use
         # The count and the carried numbers that host and device last agreed on.
         self._known: tuple[int, bytes] = (-1, b"")
         self.ahead = False  # whether the device knows more than the host
@@ -90,6 +90,10 @@ class Decisions:
 
     def array(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         return empty(shape, dtype, self.runner.near, self.runner.stream)
+
+    def _make_boards(self) -> None:
+        self.steps = NumberBoard(self.runner, (self.rows,), np.int64)
+        self.carry = NumberBoard(self.runner, (self.rows, self.carried), NUMBER)
 
     # The host's view ------------------------------------------------------------------
 
@@ -223,6 +227,12 @@ class Decisions:
     ) -> LaunchSequence:
         formats = self.runner.format_number
         if self.runner.is_captured():
+            if not self.ahead:
+                # The host is to write its count beside the stream, where kernels of
+                # earlier steps may be about to write theirs.
+                self._retired.append((self.steps, self.carry, self._sequences))
+                self._make_boards()
+                self._sequences, self._known = {}, (-1, b"")
             of = job, rows, request, places, counts
             self._captured.append(LaunchSequence(self, *of, captured=True))
             return self._captured[-1]

@@ -54,12 +54,18 @@ UNREADABLE = (
     "GPU: neither steps, skipped, grad_norm nor the state; read them after the capture"
 )
 
+FILLING = (
+    "this step cannot be captured into a CUDA graph, because state must be filled "
+    "before the first step, and before the first one after add_group or a switch; do a "
+    "step before the capture"
+)
+
 CAPTURED = (
     "the stream is being captured into a CUDA graph, but this step needs the host and "
     "cannot be captured. These steps need it: of groups without capturable=True in "
-    "fastopt.torch; with nonfinite='raise'; with nonfinite='skip' and float64 or "
-    "zero_grads; of rules with factored state; and of rules whose scalars Numba cannot "
-    "compile"
+    "fastopt.torch; with weights, and those of accumulate() and estimate(); with "
+    "nonfinite='raise'; with nonfinite='skip' and float64 or zero_grads; of rules with "
+    "factored state; and of rules whose scalars Numba cannot compile"
 )
 
 
@@ -340,6 +346,13 @@ class OnDevice(Step):
         self._failure = error
         return HalfDone(BROKEN.format(error=error))
 
+    def note_failure(self, error: Exception) -> None:
+        """See :meth:`fastopt.step.Program.note_failure`."""
+        if isinstance(error, HalfDone):
+            self._failure = error.__cause__
+        elif isinstance(error, device.DriverError):
+            raise self._failed(error) from error
+
     def _zero_tasks(self, request: Request) -> None:
         """Set the gradients of several tasks to zero. The step has read their sum."""
         if not request.zero_grads or not self.tasks or self.tasks[0] is self.grads:
@@ -387,6 +400,12 @@ class OnDevice(Step):
                 self._decisions.refresh()
             return "host"
         return "device" if self._has_device_scalars else ""
+
+    def check_filling(self) -> None:
+        """Refuse to fill state before a step that becomes part of a CUDA graph: this
+        waits for the parameters, and must not be done again by replays."""
+        if self.is_captured():
+            raise RuntimeError(FILLING)
 
     def is_captured(self) -> bool:
         """Whether what is enqueued becomes part of a CUDA graph."""
@@ -476,21 +495,6 @@ class OnDevice(Step):
             total = self._decisions.skips()
         new, self._skips = total - self._skips, total
         return new
-
-    def limited(
-        self,
-        rows: list[Row],
-        request: Request,
-        steps: Sequence[int] | None,
-        attributes: dict[str, Any],
-        name: str,
-    ) -> None:
-        """Do a step after the norm of all gradients was brought under the request's
-        limit. The norm becomes an item of ``attributes``, by this name: a function that
-        returns it, because it is on the device."""
-        numbers = steps or [int(self.count[0]) + 1] * len(rows)
-        self.decided_by_host(rows, request, numbers)()
-        attributes[name] = self.norm
 
     # Sums -----------------------------------------------------------------------------
 

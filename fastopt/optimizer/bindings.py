@@ -131,6 +131,7 @@ class Bindings:
         number = len(self.groups)
         new, values = self._new_group(number, True, changes, {}, self.steps)
         before = vars(self).get("_bound", self._bound_before)
+        before.program.check_working()
         on = before.on | {name for name in self.rule.switches if values[name]}
         self._check_results([new], [values], on, params, self.steps)
         changes = {"groups": (*self.groups, new), "_params": params, "_spare": None}
@@ -394,7 +395,7 @@ class Bindings:
         flags = frozen or [None] * len(groups)
         changes |= self._unplanned(bound.params)
         changes |= self._following(values, bound)
-        uninterrupted(
+        self._write(
             *also,
             *[
                 group.committing(named, flag)
@@ -403,6 +404,16 @@ class Bindings:
             partial(vars(self).update, changes, _bound=bound, groups=groups),
         )
         self._plan_steps()
+
+    def _write(self, *calls: Call) -> None:
+        """Make all calls or, with an interrupt, none. If one fails on a device, the
+        optimizer refuses to go on, whose program it may be."""
+        try:
+            uninterrupted(*calls)
+        except Exception as error:
+            if bound := vars(self).get("_bound"):
+                bound.program.note_failure(error)
+            raise
 
     def _following(
         self, values: Sequence[Mapping[str, Any]], bound: Bound

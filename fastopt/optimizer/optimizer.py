@@ -18,7 +18,7 @@ from fastopt.optimizer.state import bind_alone, filling
 from fastopt.optimizer.storage import Storage
 from fastopt.rule import Rule, shown
 from fastopt.runtime.arithmetic import standard
-from fastopt.runtime.atomic import Call, uninterrupted
+from fastopt.runtime.atomic import Call
 from fastopt.runtime.claims import claimed
 from fastopt.runtime.exclusive import exclusive, free_flag
 from fastopt.runtime.threads import forked
@@ -411,7 +411,7 @@ class Optimizer(Storage):
 
     def _finish(self, calls: Iterable[Call], changes: Mapping[str, Any]) -> None:
         """Write the result of a step: all of it or, with an interrupt, nothing."""
-        uninterrupted(*calls, partial(vars(self).update, changes))
+        self._write(*calls, partial(vars(self).update, changes))
         if not self._planned:
             self._plan_steps()
 

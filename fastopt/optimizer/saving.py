@@ -287,6 +287,7 @@ def loading(opt: Bindings, saved: Mapping[str, Any]) -> Callable[..., None]:
             also=[*calls, *also],
             ema=saved["ema_decay"],
             _pending=pending,
+            _spare=None,
             _estimated=estimated,
             _skipped=operator.index(saved["skipped"]),
             _decider=None,

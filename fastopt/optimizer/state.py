@@ -163,6 +163,9 @@ class Bound:
     @property
     def kept(self) -> dict[str, Any]:
         """What another of these goes on with."""
+        self.program.check_working()
+        if self.program.decides:
+            self.program.runner.check_filling()
         return {
             "state": self.state,
             "carried": self.program.carried,
@@ -196,6 +199,9 @@ class Bound:
         """Give what does not start at zero its value, under the hyperparameters of each
         set; of state buffers, from the segment on that ``since`` says."""
         params = self.params
+        filled = self.averages or self.rule.starts.keys() & since.keys()
+        if filled and self.program.decides:
+            self.program.runner.check_filling()
         for name, first in since.items():
             if name not in self.rule.starts:
                 continue

@@ -10,7 +10,6 @@ from fastopt.optimizer import checkpoint, checks, saving
 from fastopt.optimizer.bindings import Bindings
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.state import fill, filling_stream, numbers
-from fastopt.runtime.atomic import uninterrupted
 from fastopt.runtime.exclusive import exclusive
 
 
@@ -121,6 +120,7 @@ class Storage(Bindings):
         """Set the parameters, and their remainders, to numbers of float32 in the
         structure of the parameters, such as those of :meth:`master_params`."""
         self._params.watch.check()
+        self._bound.program.check_working()
         values: list[Any] = []
         checks.collect(self._params.layout, masters, "", values, "masters")
         names, calls = self._params.names, []
@@ -135,7 +135,7 @@ class Storage(Bindings):
         for value, copy in zip(values, self._params.copies, strict=True):
             if copy is not None:
                 calls += filling_stream(copy, value)
-        uninterrupted(*calls)
+        self._write(*calls)
 
     @exclusive
     def state_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Averaging(Stepping):
             return [*changes, partial(self.__dict__.update, mode)]
 
         with torch.no_grad():
-            self._turns.change(calls)
+            self._change(calls)
 
     def _to_average(self, param: Tensor, group: dict[str, Any]) -> list[Call]:
         state = self.state.get(param)

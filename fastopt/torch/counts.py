@@ -65,23 +65,26 @@ def device_counts(kind: Kind) -> Tensor:
     """Return the steps that each member has done as a vector of float32 on the GPU. The
     0-d tensors in the state, which torch has there for ``capturable`` and ``fused``
     steps, are views of it. Nothing is read back."""
-    key, members = kind.names.steps, kind.members
+    key, members = kind.names.steps or state.BEGUN, kind.members
     device = members[0].param.device
-    if key is None:  # the first step is that without a buffer, also if it was skipped
-        keys = [kind.names.key(name) for name in kind.rule.state]
-        begun = [any(m.state.get(key) is not None for key in keys) for m in members]
-        return torch.tensor(begun, dtype=torch.float32, device=device)
+    before = [0.0] * len(members)
+    if kind.names.steps is None:
+        before = list(map(float, state.has_buffer(kind)))
+        if not kind.rule.state:
+            return torch.tensor(before, dtype=torch.float32, device=device)
     entries: list[Any] = [member.state.get(key) for member in members]
     if are_views(entries):
         vector: Tensor = entries[0].as_strided((len(entries),), (1,))
         return vector
     there = [isinstance(entry, Tensor) and memory.on_gpu(entry) for entry in entries]
     numbers = []
-    for member, entry, on_gpu in zip(members, entries, there, strict=True):
+    for i, (member, entry, on_gpu) in enumerate(
+        zip(members, entries, there, strict=True)
+    ):
         if entry is not None and not on_gpu:
             where = f"state[...][{key!r}] of parameter {member.place}"
             state.check_steps(where, entry)
-        numbers.append(0.0 if entry is None or on_gpu else float(entry))
+        numbers.append(before[i] if entry is None else 0.0 if on_gpu else float(entry))
     vector = torch.tensor(numbers, dtype=torch.float32, device=device)
     for member, entry, on_gpu, view in zip(
         members, entries, there, vector.unbind(), strict=True
@@ -226,8 +229,10 @@ def noting(
         return []
     runner = parts[0].program.runner
     calls: list[Call] = [partial(own.update, grad_norm=runner.norm)]
-    teller = own.get("_teller")
-    if request.nonfinite == "skip" and teller is not runner:
-        own["skipped"] += teller.skips() if teller else 0
-        calls.append(partial(own.update, _teller=runner))
+    tellers = own.get("_tellers", ())
+    if request.nonfinite == "skip" and runner not in tellers:
+        # Two, because steps with gradients in ``.grad`` and others may take turns.
+        for teller in tellers[:-1]:
+            own["skipped"] += teller.skips()
+        calls.append(partial(own.update, _tellers=(*tellers[-1:], runner)))
     return calls

@@ -242,6 +242,7 @@ def fitted(grad: Tensor, like: Tensor) -> Tensor:
     encoded = dtype is torch.float32 and grad.dtype in HALVES
     if same_layout(grad, like, grad.dtype if encoded else dtype):
         return grad.detach()
+    memory.check_device(like, grad)
     empty = torch.empty_like(like, dtype=dtype, requires_grad=False)
     # Otherwise, torch 2.13 forgets the sign of a negated view of float16.
     return empty.copy_(grad.detach().resolve_neg())

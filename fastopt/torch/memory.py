@@ -219,6 +219,16 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
         )
 
 
+def check_device(param: Tensor, grad: Tensor) -> None:
+    """Check that a gradient need not be copied from another device, which would wait
+    for it."""
+    if grad.device != param.device:
+        raise ValueError(
+            f"a gradient is on {grad.device}, but its parameter on {param.device}; "
+            f"move the gradient there before"
+        )
+
+
 def broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether torch repeats a tensor of a shape where another one is wanted."""
     try:

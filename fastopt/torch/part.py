@@ -19,7 +19,7 @@ from fastopt.step import Key, Program, Request, Sums, execute, plain
 from fastopt.torch import formats, state
 from fastopt.torch.dtensors import local_gradient
 from fastopt.torch.gradients import Gradients, fitted
-from fastopt.torch.memory import HALVES, array, numbers
+from fastopt.torch.memory import HALVES, array, check_device, numbers
 from fastopt.torch.runs import find_runs
 from fastopt.torch.state import EMA, FACTORS, Kind, Member, Values
 from fastopt.torch.turns import Call
@@ -192,7 +192,10 @@ class Part:
         def fit(member: Member, grad: Tensor | None) -> Tensor | None:
             if grad is None:
                 return None
-            return fitted(grad, member.param) if self.plain else copy(member, grad)
+            if self.plain:
+                return fitted(grad, member.param)
+            check_device(member.param, grad)
+            return copy(member, grad)
 
         self._give([list(map(fit, self.members, task)) for task in tasks], weights)
 
@@ -294,17 +297,24 @@ class Part:
         rows = [row] * (1 if "one row" in runner.fuses else len(self.runs))
         settles = self.rule.settle is not None
         numbers = [t] * len(rows) if self.program.draws or settles else None
-        step = partial(runner, rows, request, numbers)
-        if request.clip_norm < math.inf:
+        clips, on_device = request.clip_norm < math.inf, "decisions" in runner.fuses
+        # What a device has to compile or allocate, it does before any part has stepped.
+        if on_device and (clips or settles):
+            calls = [runner.decided_by_host(rows, request, [t] * len(rows))]
+            if clips:
+                calls.append(partial(attributes.update, grad_norm=runner.norm))
+        elif on_device:
+            calls = runner.calls(rows, request, numbers)
+        elif clips:
             of_norm = attributes, "grad_norm"
-            step = partial(runner.limited, rows, request, numbers, *of_norm)
-        elif settles:
-            step = runner.decided_by_host(rows, request, numbers)
+            calls = [partial(runner.limited, rows, request, numbers, *of_norm)]
+        else:
+            calls = [partial(runner, rows, request, numbers)]
         if self.names.steps is None:
-            return (step,)
+            return tuple(calls)
         # If the step is not done, the next one finds other counts, and is planned.
         self._t = t
-        return step, partial(steps.fill, t)
+        return *calls, partial(steps.fill, t)
 
     def _bytes(self) -> list[bytes]:
         return [vector.tobytes() for vector in self.vectors]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from fastopt import backends
 from fastopt.optimizer.formats import PARAM, first_element
-from fastopt.rule import Rule
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
-from fastopt.step import Examination, Request, Sums, examine, together
+from fastopt.step import Examination, HalfDone, Request, Sums, examine, together
 from fastopt.torch import counts, dtensors, memory
 from fastopt.torch.arguments import spared
 from fastopt.torch.changes import aliases_of, noting, zeroing
@@ -41,8 +38,8 @@ from fastopt.torch.orders import Order, Read
 from fastopt.torch.part import Part
 from fastopt.torch.ranks import Ranks, ranks_of
 from fastopt.torch.runs import in_turn, stepped_together
-from fastopt.torch.state import Kind, Member
-from fastopt.torch.supported import check_shards, in_fake_mode, is_planned
+from fastopt.torch.state import Kind, Member, holds
+from fastopt.torch.supported import check_shards, in_fake_mode, is_planned, module_for
 from fastopt.torch.turns import Call
 from fastopt.torch.values import device_lr, is_fixed, options_of
 
@@ -50,6 +47,10 @@ if TYPE_CHECKING:
     from fastopt.torch.step import Stepping
 
 USUAL, ALL = attrgetter("usual"), attrgetter("all")
+TORN = (
+    "a step failed after it had updated the first of several parameters that share "
+    "memory ({error}); load a checkpoint"
+)
 
 
 class Plan:
@@ -441,19 +442,28 @@ class Plan:
             return False
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
-        for wave in waves:  # of parameters that share memory, one after another
-            for part in parts:
-                if part.wave == wave:
-                    sums = totals.get(part)
-                    calls += part.update(self.values, factors, request, sums)
-            if wave == waves[-1]:
-                calls += last
-            if wave == waves[0]:
-                self._tell(parts)
-                turns.commit(calls)
-            else:
-                uninterrupted(*calls)
-            calls = []
+        # What is measured, is so when the waves before have stepped.
+        at_once, begun = not any(part.rule.measure for part in parts), False
+        try:
+            for wave in waves:  # of parameters that share memory, one after another
+                for part in parts:
+                    if part.wave == wave:
+                        sums = totals.get(part)
+                        calls += part.update(self.values, factors, request, sums)
+                if wave == waves[-1]:
+                    calls += last
+                elif at_once:
+                    continue
+                if begun:
+                    uninterrupted(*calls)
+                else:
+                    self._tell(parts)
+                    turns.commit(calls)
+                calls, begun = [], True
+        except Exception as error:
+            if begun and not isinstance(error, HalfDone):
+                raise HalfDone(TORN.format(error=error)) from error
+            raise
         return True
 
     def _heed(
@@ -582,19 +592,3 @@ class Plan:
 def is_there(sums: Sequence[Sums]) -> bool:
     """Whether anything was measured."""
     return any(terms is not None for _, terms in sums)
-
-
-def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
-    """Whether an entry of the state has the same objects as another."""
-    return (
-        there is not None
-        and there.keys() == entry.keys()
-        and all(there[key] is value for key, value in entry.items())
-    )
-
-
-def module_for(backend: str | None, rule: Rule, on_gpu: bool) -> ModuleType:
-    """Return the backend that updates parameters. The one asked for applies to CPU
-    tensors."""
-    asked = None if on_gpu else backend
-    return backends.load(asked or backends.choose(rule, on_gpu))

@@ -38,6 +38,9 @@ from fastopt.torch.memory import (
 Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
 EMA = "ema"  # the key of the moving average of a parameter
 TRAINED = "trained"  # the key of what a parameter is in training, in eval mode
+# Where torch does not count steps, the key of 1 or 0 on a GPU that does: whether there
+# was one, for it may have been skipped although there is a buffer.
+BEGUN = "begun"
 FACTORS = "row_var", "col_var"  # those of a matrix's averages, where it is factored
 
 
@@ -325,10 +328,10 @@ def vectors(kind: Kind) -> list[Array]:
     for counted in (names.steps, *names.carried(rule)):
         if counted is not None:
             fetch(members, counted)
-    if names.steps is None:  # the first step is that without a buffer
-        keys = [names.key(name) for name in rule.state]
-        begun = [any(m.state.get(key) is not None for key in keys) for m in members]
-        vectors = [np.array(begun, float)]
+    if names.steps is None:
+        fetch(members, BEGUN)
+        begun = [bool(member.state.pop(BEGUN, True)) for member in members]
+        vectors = [np.array(has_buffer(kind), float) * begun]
     else:
         for member in members:
             if (steps := member.state.get(names.steps)) is not None:
@@ -339,6 +342,13 @@ def vectors(kind: Kind) -> list[Array]:
         first = [rule.start(of, member.values) for member in members]
         vectors.append(vector(kind, key, first, names.carry_dtype))
     return vectors
+
+
+def has_buffer(kind: Kind) -> list[bool]:
+    """Whether each member has a buffer. Where steps are not counted, the first one is
+    that without a buffer, unless a GPU may have skipped it."""
+    keys = [kind.names.key(name) for name in kind.rule.state]
+    return [any(m.state.get(key) is not None for key in keys) for m in kind.members]
 
 
 def fetch(members: Sequence[Member], key: str) -> None:
@@ -429,3 +439,12 @@ def evaluated(
     tensor = torch.view_as_complex(tensor) if param.is_complex() else tensor
     result: Tensor = tensor.to(param.device, param.dtype)
     return result
+
+
+def holds(there: dict[str, Any] | None, entry: dict[str, Any]) -> bool:
+    """Whether an entry of the state has the same objects as another."""
+    return (
+        there is not None
+        and there.keys() == entry.keys()
+        and all(there[key] is value for key, value in entry.items())
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -183,7 +183,16 @@ class Stateful(Storage):
             adding = sums.adding(factor, self._threads())
             return [*adding, partial(self.__dict__.update, _sums=sums)]
 
-        self._turns.change(calls)
+        self._change(calls)
+
+    def _change(self, prepare: Callable[[], Iterable[Call]]) -> None:
+        """Make a change, as ``Turns.change``."""
+        self.check_whole()
+        try:
+            self._turns.change(prepare)
+        except HalfDone as error:
+            self._half_done, self._plan = error, None
+            raise
 
     def drop_accumulated(self) -> None:
         """Discard the sums of :meth:`accumulate`."""
@@ -314,9 +323,11 @@ class Stateful(Storage):
             loaded = other.state.get(param)
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    counts = not value.dim() and not self._names.torchs
-                    if param.dtype in HALVES or counts:
-                        loaded[key] = value.to(param.device)
+                    carried = not value.dim() and not self._names.torchs
+                    if key == self._names.steps:
+                        continue  # torch moves it to the device that is to count
+                    if param.dtype in HALVES or carried:
+                        loaded[key] = value if carried else value.to(param.device)
                 elif isinstance(value, Tensor) and value.dtype in WORDS:
                     loaded[key] = value.to(param.device)  # no numbers to convert
             if loaded:
@@ -341,6 +352,7 @@ class Stateful(Storage):
         """Set each parameter, its remainder and its copy to a tensor of float32 in its
         shape, such as those of :meth:`master_params`."""
         masters, copies = check_masters(masters, self._params), self.copy_to or {}
+        self.check_whole()
         with self._turns.lock, torch.no_grad():
             masters = apart(masters, [*self._params, *copies.values()])
             params, calls = list(self._with_formats()), list[Call]()
@@ -368,6 +380,7 @@ class Stateful(Storage):
                 yield param, group, rule, chosen
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_whole()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ class Stepping(Stateful):
     """
 
     _step_supports_amp_scaling = False  # True in instances with fused=True, as in torch
-    _teller: Any = None  # the runner that counts the steps that are skipped
+    _tellers: tuple[Any, ...] = ()  # runners that count the steps that are skipped
     _warned = False  # that this process has a share of the parameters
     # What the last request without options was made from, and this request.
     _request_before: tuple[tuple[Any, ...], Request] = (object(),) * 5, PLAIN
@@ -199,13 +199,14 @@ class Stepping(Stateful):
         """How many steps ``nonfinite="skip"`` has left out; on a GPU, this waits for
         the steps that are under way."""
         own = self.__dict__
-        if self._teller is not None:
-            own["skipped"] += self._teller.skips()
+        own["skipped"] += sum([teller.skips() for teller in self._tellers])
         return int(own["skipped"])
 
     @skipped.setter
     def skipped(self, count: int) -> None:
-        self.__dict__.update(skipped=count, _teller=None)
+        for teller in self._tellers:
+            teller.skips()  # which are not to count again
+        self.__dict__.update(skipped=count)
 
     def _warn_of_shares(self, clip_norm: bool, nonfinite: str) -> None:
         """Warn once if a step needs all parameters, of which each process has some."""
@@ -346,7 +347,7 @@ class Stepping(Stateful):
                 *chain(*[estimate(p, plan.values, threads) for p in plan.parts]),
             ]
 
-        self._turns.change(calls)
+        self._change(calls)
 
     def _request(self, options: Options) -> Request:
         """Return the request of a step. Most steps ask for what the optimizer was made

@@ -3,12 +3,14 @@ and for its state."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fastopt import backends
 from fastopt.memory.order import GROUP
 from fastopt.optimizer.formats import Chosen
 from fastopt.rule import Rule
@@ -107,3 +109,10 @@ def in_fake_mode() -> bool:
         return False
     mode = modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE)
     return bool(mode is not None)
+
+
+def module_for(backend: str | None, rule: Rule, on_gpu: bool) -> ModuleType:
+    """Return the backend that updates parameters. The one asked for applies to CPU
+    tensors."""
+    asked = None if on_gpu else backend
+    return backends.load(asked or backends.choose(rule, on_gpu))

@@ -1,8 +1,10 @@
 """The classes of fastopt.torch on CUDA tensors: their bits in Numba's simulator, and
 what a captured step asks of the driver, of which there is a stub."""
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,13 @@ import cuda_stub
 import numpy as np
 import pytest
 
-from fastopt.backends import cuda_arrays, cuda_calls, cuda_driver, cuda_jobs
+from fastopt.backends import (
+    cuda_arrays,
+    cuda_calls,
+    cuda_device,
+    cuda_driver,
+    cuda_jobs,
+)
 from fastopt.backends.cuda_device import SIMULATED
 from fastopt.backends.kernel_cache import Kernel
 
@@ -67,6 +75,7 @@ def gpu(tmp_path, monkeypatch):
         monkeypatch.setattr(cuda_jobs, "obtained", named)
         monkeypatch.setattr(cuda_driver, "missing", lambda: None)
         monkeypatch.setattr(cuda_driver, "as_array", as_array)
+        monkeypatch.setattr(cuda_device, "device_of", lambda address: 0)
         monkeypatch.setattr(memory, "on_gpu", lambda tensor: True)
         handle = cuda_calls.Handle()
         with cuda_calls.context(0):
@@ -178,6 +187,121 @@ def test_an_optimizer_that_has_failed_refuses_to_go_on(gpu):
         opt.load_state_dict(saved)
         opt.step()
         opt.state_dict()
+
+
+KINDS = torch.float32, torch.float64  # whose launches are two
+
+
+def with_two_launches(name, **options):
+    params = [in_device_memory((300,), dtype) for dtype in KINDS]
+    give(params)
+    return getattr(ft, name)(params, **options)
+
+
+@cuda_stub.needs_compiler
+@pytest.mark.skipif(SIMULATED, reason="the simulator has no driver")
+@pytest.mark.parametrize("use", ["step", "estimate", "accumulate"])
+def test_no_door_leads_on(gpu, use):
+    """The second of two launches fails."""
+    opt = with_two_launches("SophiaG")
+    opt.step()
+    saved = opt.state_dict()
+    if use == "accumulate":
+        opt.accumulate()
+        give(opt.param_groups[0]["params"])
+    gpu.stub.fail("cuLaunchKernel", cuda_stub.OUT_OF_MEMORY, 2)
+    with pytest.raises(RuntimeError, match="failed on the GPU"):
+        getattr(opt, use)()
+    gpu.stub.clear_failures()
+    opt.zero_grad()
+    if use != "accumulate":  # there are sums, and there may not be both
+        give(opt.param_groups[0]["params"])
+    ones = [torch.ones(300), torch.ones(300, dtype=torch.float64)]
+    doors = {
+        "step": opt.step,
+        "a parameter": lambda: opt.step_param(opt.param_groups[0]["params"][0]),
+        "estimate": opt.estimate,
+        "accumulate": opt.accumulate,
+        "masters": lambda: opt.load_master_params([g.float() for g in ones]),
+        "state": opt.state_dict,
+        "copy": lambda: copy.deepcopy(opt),
+        "pickle": lambda: pickle.dumps(opt),
+    }
+    if use != "accumulate":
+        doors["gradients"] = lambda: opt.step(grads=ones)
+    for door in doors.values():
+        gpu.stub.clear()
+        with pytest.raises(RuntimeError, match="failed on the GPU"):
+            door()
+        assert not gpu.stub.calls("cuLaunchKernel")
+    opt.load_state_dict(saved)
+    give(opt.param_groups[0]["params"])
+    opt.step()
+    opt.estimate()
+
+
+@cuda_stub.needs_compiler
+@pytest.mark.skipif(SIMULATED, reason="the simulator has no driver")
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+@pytest.mark.parametrize("shared", [False, True], ids=["two dtypes", "shared memory"])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_all_launches_are_prepared_before_the_first(gpu, name, shared, steps):
+    """What cannot be, changes nothing: here memory for the second launch of a kind."""
+    if shared:
+        first = in_device_memory((400,)).detach()
+        params = [torch.nn.Parameter(part) for part in (first[:300], first[100:])]
+        give(params)
+        opt = getattr(ft, name)(params)
+    else:
+        opt = with_two_launches(name)
+    for _ in range(steps):
+        opt.step()
+    fails = False
+    for nth in range(1, 40):
+        gpu.stub.clear()
+        gpu.stub.fail("cuMemAlloc_v2", cuda_stub.OUT_OF_MEMORY, nth)
+        before = [float(entry["step"]) for entry in opt.state.values()]
+        try:
+            opt.step(clip_value=0.5)
+        except RuntimeError as error:
+            gpu.stub.clear_failures()
+            fails = True
+            if gpu.stub.calls("cuLaunchKernel") and "Update" in {
+                call.arguments["kernel"] for call in gpu.stub.calls("cuLaunchKernel")
+            }:
+                assert shared and name == "LAMB" and "load a checkpoint" in str(error)
+                with pytest.raises(RuntimeError, match="load a checkpoint"):
+                    opt.step()
+                return
+            after = [float(entry["step"]) for entry in opt.state.values()]
+            assert before == after and "OUT_OF_MEMORY" in str(error)
+        else:
+            break
+    gpu.stub.clear_failures()
+    assert fails and not (shared and name == "LAMB")
+    opt.step()
+
+
+def test_a_gradient_on_another_device_is_refused():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = ft.AdamW([param])
+    with pytest.raises(ValueError, match="gradient is on meta, but its parameter on c"):
+        memory.check_device(param, torch.ones(3, device="meta"))
+    opt.step(grads=[torch.ones(3)])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Prodigy", "NAdam"])
+def test_loaded_counts_stay_in_host_memory(name):
+    """Where torch leaves them, for the host goes on counting; "meta" is like a GPU."""
+    opt = getattr(ft, name)([torch.nn.Parameter(torch.ones(3))])
+    give(opt.param_groups[0]["params"])
+    opt.step()
+    meta = [torch.nn.Parameter(torch.ones(3, device="meta"))]
+    other = getattr(ft, name)(meta)
+    other.load_state_dict(opt.state_dict())
+    entry = other.state[meta[0]]
+    assert {entry[key].device.type for key in entry if entry[key].dim()} == {"meta"}
+    assert entry["step"].device.type == "cpu"
 
 
 def test_what_must_be_prepared_is_not_captured(gpu):

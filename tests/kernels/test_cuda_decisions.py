@@ -111,6 +111,51 @@ def test_a_step_is_captured(stub, name, warm):
     assert failed <= {"cuCtxGetDevice", "cuPointerGetAttribute"}
 
 
+STARTING = {
+    "an average": lambda params: fastopt.adamw(params, ema=0.9),
+    "the parameters": fastopt.schedule_free_adamw,
+    "a number": fastopt.adagrad,
+}
+
+
+@pytest.mark.parametrize("name", STARTING)
+def test_a_first_step_that_fills_state_is_not_captured(stub, name):
+    """Neither is one after a group has come. The capture goes on."""
+    stream = stream_made(stub)
+    params, grads = ones([5, 300, 7]), ones([5, 300, 7])
+    for array in (*params, *grads):
+        array.stream = lambda: stream
+    opt = STARTING[name](params[:2])
+    with stub.capture(stream):
+        with pytest.raises(RuntimeError, match="do a step before the capture"):
+            opt.step(grads[:2])
+        assert stub.capture_status(stream) == cuda_stub.ACTIVE
+    assert opt.steps == 0
+    opt.step(grads[:2])
+    opt.add_group({"params": params[2]})
+    with stub.capture(stream):
+        with pytest.raises(RuntimeError, match="do a step before the capture"):
+            opt.step([grads[:2], grads[2]])
+        assert stub.capture_status(stream) == cuda_stub.ACTIVE
+    opt.step([grads[:2], grads[2]])
+
+
+def test_a_capture_does_not_write_where_earlier_steps_may(stub):
+    """The host writes its count beside the stream, which may be busy. An earlier step's
+    kernel in the queue would then put an older count in its place."""
+    stream = stream_made(stub)
+    opt, grads = made_on(stream)
+    opt.step(grads, clip_norm=1.0)
+    decisions = opt._bound.program.runner.decisions
+    earlier = decisions.steps
+    opt.step(grads)
+    with stub.capture(stream):
+        opt.step(grads)
+    assert decisions.steps.address != earlier.address
+    assert at(stub, decisions.steps.address, (1,), np.int64) == [2]
+    assert not at(stub, earlier.address, (1,), np.int64).any()  # no kernel runs here
+
+
 def test_two_captured_steps_keep_their_gradients(stub):
     """The addresses that a graph reads are not those of later steps."""
     stream = stream_made(stub)
@@ -209,17 +254,34 @@ def test_a_board_is_written_if_a_bit_changes(stub, dtype):
         assert at(stub, board.address, (2,), dtype).tobytes() == wanted
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [{"nonfinite": "raise"}, {"nonfinite": "skip", "zero_grads": True}],
-    ids=["raise", "skip and zeros"],
-)
-def test_what_needs_the_host_is_not_captured(stub, asked):
+HOSTS = {
+    "raise": lambda opt, grads: opt.step(grads, nonfinite="raise"),
+    "skip and zeros": lambda opt, grads: opt.step(
+        grads, nonfinite="skip", zero_grads=True
+    ),
+    "weights": lambda opt, grads: opt.step([grads, grads], weights=[1.0, 2.0]),
+    "accumulate": lambda opt, grads: opt.accumulate(grads),
+    "estimate": lambda opt, grads: opt.estimate(grads),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", HOSTS)
+def test_what_needs_the_host_is_not_captured(stub, name, warm):
     stream = stream_made(stub)
-    opt, grads = made_on(stream)
-    with stub.capture(stream), pytest.raises(RuntimeError, match="captured into"):
-        opt.step(grads, **asked)
+    opt, grads = made_on(stream, fastopt.sophia_g)
+    if warm:
+        HOSTS[name](opt, grads)
+        opt.drop_accumulated()
+        stub.clear()
+    steps = opt.steps
+    with stub.capture(stream):
+        with pytest.raises(RuntimeError, match="captured into"):
+            HOSTS[name](opt, grads)
+        assert stub.capture_status(stream) == cuda_stub.ACTIVE
     assert not stub.calls(LAUNCH)
+    opt.step(grads)
+    assert opt.steps == steps + 1
 
 
 def test_a_rule_that_numba_cannot_compile_is_not_captured(stub, monkeypatch):

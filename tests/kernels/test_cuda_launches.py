@@ -425,66 +425,6 @@ def test_arrays_on_several_devices_are_refused(stub):
         fastopt.adamw(params)
 
 
-# Failures
-
-
-@pytest.mark.parametrize("function", [LAUNCH, COPY])
-@pytest.mark.parametrize("code", [cuda_stub.ILLEGAL_ADDRESS, cuda_stub.OUT_OF_MEMORY])
-def test_an_optimizer_that_has_failed_refuses_to_go_on(stub, tmp_path, function, code):
-    params, grads = ones([5, 1000]), ones([5, 1000])
-    opt = fastopt.schedule_free_adamw(params, ema=0.9)
-    opt.step(grads)
-    stub.fail(function, code)
-    with pytest.raises(RuntimeError, match="load a checkpoint") as raised:
-        opt.step(grads)
-    assert function in str(raised.value) and f"({code})" in str(raised.value)
-    stub.clear_failures()
-    refused = [
-        lambda: opt.step(grads),
-        lambda: opt.step(grads, clip_norm=1.0),
-        opt.state_dict,
-        lambda: opt.save(tmp_path / "state"),
-        opt.eval_params,
-        opt.master_params,
-    ]
-    for call in refused:
-        stub.clear()
-        with pytest.raises(RuntimeError, match="failed on the GPU") as again:
-            call()
-        assert function in str(again.value)
-        assert not stub.calls(LAUNCH)
-        assert not (tmp_path / "state").exists()
-    assert opt.steps == 1
-    again = fastopt.schedule_free_adamw(params, ema=0.9)  # over the same memory
-    again.step(grads)
-    assert again.state_dict()["steps"] == 1
-
-
-def test_a_failure_while_a_step_is_prepared_changes_nothing(stub):
-    """Nothing was written yet, so the optimizer goes on."""
-    opt, grads = several([5, 1000])()
-    stub.fail("cuMemAlloc_v2", cuda_stub.OUT_OF_MEMORY)
-    with pytest.raises(RuntimeError, match="OUT_OF_MEMORY"):
-        opt.step(grads)
-    assert opt.steps == 0 and not stub.calls(LAUNCH)
-    opt.step(grads)
-    assert opt.steps == 1 and len(stub.calls(LAUNCH)) == 1
-
-
-def test_a_context_is_left_after_a_failure(stub):
-    opt, grads = several([5])()
-    opt.step(grads)
-    stub.clear()
-    stub.fail(LAUNCH, cuda_stub.OUT_OF_MEMORY)
-    with pytest.raises(RuntimeError):
-        opt.step(grads)
-    calls = names(stub.calls())
-    assert calls.count(PUSH) == calls.count(POP) == 1
-
-
-# Memory
-
-
 @pytest.mark.parametrize("name", sorted({*STEPS} - {"a thousand tensors"}))
 def test_memory_is_freed_with_the_optimizer(stub, name):
     kinds = "device", "host", "event"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastopt.backends import cuda_arrays, cuda_device
 from fastopt.torch import memory
+from fastopt.torch.state import BEGUN
 
 SHAPES = (3, 5), (7,), (130,), (0,), (9,)
 MIXED = torch.bfloat16, torch.float32, torch.bfloat16, torch.float16, torch.float32
@@ -67,10 +68,11 @@ def give(params, seed, absent=()):
 
 
 def kept(opt):
-    """Everything that steps change, in an order."""
+    """Everything that steps change, in an order; but for what is only on a GPU."""
     found = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
     for entry in opt.state.values():
-        found += [v.detach().float() for v in entry.values() if isinstance(v, Tensor)]
+        values = [value for key, value in entry.items() if key != BEGUN]
+        found += [v.detach().float() for v in values if isinstance(v, Tensor)]
     return found
 
 

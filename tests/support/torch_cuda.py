@@ -465,6 +465,59 @@ def test_shards(mesh, clip_norm):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("then", ["same plan", "group", "reload", "copy", "host"])
+def test_a_first_step_that_was_skipped_is_not_the_first(then):
+    """torch counts no steps of SGD: the first is that without a buffer, which is there
+    on a GPU."""
+    found = []
+    for simulated in (False, True):
+        with gpu(simulated):
+            params = params_of(shapes=SHAPES[:2])
+            opt = ft.SGD(params, lr=1.0, momentum=0.9, dampening=0.5)
+            give(params, 0)
+            params[0].grad[1] = math.inf
+            opt.step(nonfinite="skip")
+            give(params, 1, absent=(1,))
+            if then != "same plan":
+                opt.step(nonfinite="skip")
+            if then == "group":
+                opt.add_param_group({"params": params_of(shapes=[(2,)])})
+            elif then == "reload":
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            elif then == "copy":
+                opt = pickle.loads(pickle.dumps(opt))
+                params = opt.param_groups[0]["params"]
+            nonfinite = "raise" if then == "host" else "skip"
+            for t in (2, 3):
+                give(params, t)
+                params[1].grad.sub_(params[1].grad)  # which tells -0.0 from 0.0
+                opt.step(nonfinite=nonfinite)
+            found.append(kept(opt))
+            assert opt.skipped == 1
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_skipped_steps_of_two_plans():
+    """Those with gradients in ``.grad`` and others take turns, and nobody waits."""
+    with gpu():
+        params = params_of(shapes=SHAPES[:2])
+        opt = ft.AdamW(params, nonfinite="skip")
+        for t in range(3):
+            for value in (1.0, math.nan):
+                grads = [torch.full_like(p, value) for p in params]
+                for given in (None, grads):
+                    for param, grad in zip(params, grads, strict=True):
+                        param.grad = None if given else grad
+                    step = partial(opt.step, grads=given)
+                    quiet(step) if t else step()
+        assert opt.skipped == 6
+        opt.skipped = 0
+        give(params, 0)
+        opt.step()
+        assert opt.skipped == 0
+
+
 def test_a_scalers_steps_do_not_count_as_skipped():
     found = []
     for simulated in (False, True):
