@@ -211,10 +211,13 @@ class OnDevice(Step):
             made_arrays: list[Any] = [*self._made]
             segments = [Segment(made, (), 0) for made in made_arrays]
             step = self._alongside(passes.accumulate, segments)
-        for task, weight in zip(tasks, weights, strict=True):
-            if self.dtype.type(weight) != 0:
-                step.take([None if g is None else flat(g) for g in task])
-                step([(weight,)])
+        try:
+            for task, weight in zip(tasks, weights, strict=True):
+                if self.dtype.type(weight) != 0:
+                    step.take([None if g is None else flat(g) for g in task])
+                    step([(weight,)])
+        except HalfDone as error:  # nothing of the optimizer's was written
+            raise error.__cause__ or error from None
         self._combining = step  # unless it has failed
         there = [any(g is not None for g in of) for of in zip(*tasks, strict=True)]
         return [

@@ -65,6 +65,18 @@ def test_a_context_is_left_after_a_failure(stub):
     assert calls.count(PUSH) == calls.count(POP) == 1
 
 
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failure_while_tasks_are_combined_changes_nothing(stub, nth):
+    opt, grads = fastopt.adamw(ones([5, 1000])), ones([5, 1000])
+    tasks, weights = [grads, grads], [1.0, 2.0]
+    stub.fail(LAUNCH, cuda_stub.OUT_OF_MEMORY, nth)
+    with pytest.raises(RuntimeError, match="OUT_OF_MEMORY") as raised:
+        opt.step(tasks, weights=weights)
+    assert "load a checkpoint" not in str(raised.value)
+    opt.step(tasks, weights=weights)
+    assert opt.steps == 1
+
+
 def switched(opt):
     opt.momentum = 0.9
 
