@@ -406,8 +406,8 @@ class Bindings:
         self._plan_steps()
 
     def _write(self, *calls: Call) -> None:
-        """Make all calls or, with an interrupt, none. If one fails on a device, the
-        optimizer refuses to go on, whose program it may be."""
+        """Make all calls or, with an interrupt, none. If one fails on a device, in
+        whichever program, the optimizer refuses to go on."""
         try:
             uninterrupted(*calls)
         except Exception as error:

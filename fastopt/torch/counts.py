@@ -18,7 +18,7 @@ from fastopt.runtime.arithmetic import standard
 from fastopt.step import Request, Sums
 from fastopt.torch import memory, state
 from fastopt.torch.part import Part
-from fastopt.torch.state import Kind, Values
+from fastopt.torch.state import Kind, Names, Values
 from fastopt.torch.turns import Call
 
 
@@ -59,6 +59,14 @@ def is_countable(kind: Kind) -> bool:
         and first.plain
         and not (rule.factored or over_all or carried or rule.carry)
     )
+
+
+def are_counted(entries: Sequence[tuple[Tensor, dict[str, Any]]], names: Names) -> bool:
+    """Whether a GPU has counted the steps in these entries of the state."""
+    for _, entry in entries[:1]:
+        steps = entry.get(names.steps or state.BEGUN)
+        return isinstance(steps, Tensor) and memory.on_gpu(steps)
+    return False
 
 
 def device_counts(kind: Kind) -> Tensor:

@@ -442,7 +442,7 @@ class Plan:
             return False
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
-        # What is measured, is so when the waves before have stepped.
+        # A rule with sums measures a wave after those before it have stepped.
         at_once, begun = not any(part.rule.measure for part in parts), False
         try:
             for wave in waves:  # of parameters that share memory, one after another

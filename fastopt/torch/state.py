@@ -38,8 +38,8 @@ from fastopt.torch.memory import (
 Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
 EMA = "ema"  # the key of the moving average of a parameter
 TRAINED = "trained"  # the key of what a parameter is in training, in eval mode
-# Where torch does not count steps, the key of 1 or 0 on a GPU that does: whether there
-# was one, for it may have been skipped although there is a buffer.
+# Where a GPU counts steps that torch does not count, the key of how many there were, 0
+# or 1: the first one may have been skipped although there is a buffer.
 BEGUN = "begun"
 FACTORS = "row_var", "col_var"  # those of a matrix's averages, where it is factored
 

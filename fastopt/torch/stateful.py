@@ -186,7 +186,8 @@ class Stateful(Storage):
         self._change(calls)
 
     def _change(self, prepare: Callable[[], Iterable[Call]]) -> None:
-        """Make a change, as ``Turns.change``."""
+        """Make a change, as ``Turns.change``. If it fails half-way on a GPU, refuse to
+        go on."""
         self.check_whole()
         try:
             self._turns.change(prepare)

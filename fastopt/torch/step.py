@@ -39,7 +39,7 @@ from fastopt.torch.arguments import (
     spared,
 )
 from fastopt.torch.changes import noting, zeroing
-from fastopt.torch.counts import Scaler, Uncountable
+from fastopt.torch.counts import Scaler, Uncountable, are_counted
 from fastopt.torch.hooks import hooked_step
 from fastopt.torch.memory import Unsupported
 from fastopt.torch.orders import Order, Read
@@ -526,7 +526,7 @@ class Stepping(Stateful):
         if all(grad is None for grad in grads) and not joint:
             return None
         memory.refuse_capture(map(dtensors.local, params))
-        counting |= self._kernels_count and self._counts_on_gpu()
+        counting |= self._kernels_count and are_counted(self._entries(), self._names)
         more = single, gradients, order.request if counting else None
         with paused():
             plan = Plan(self, groups, state, read, *more)
@@ -534,13 +534,6 @@ class Stepping(Stateful):
                 self._to_our_form()
                 plan = Plan(self, groups, state, read, *more)
         return plan
-
-    def _counts_on_gpu(self) -> bool:
-        """Whether the counts of steps in the state are on a GPU."""
-        for _, entry in self._entries()[:1]:
-            steps = entry.get(self._names.steps or "")
-            return isinstance(steps, Tensor) and memory.on_gpu(steps)
-        return False
 
     def _unsupported(self, reason: str, order: Order) -> None:
         """Let torch's own step do what fastopt has no kernels for."""
