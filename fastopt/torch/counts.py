@@ -63,9 +63,10 @@ def is_countable(kind: Kind) -> bool:
 
 def are_counted(entries: Sequence[tuple[Tensor, dict[str, Any]]], names: Names) -> bool:
     """Whether a GPU has counted the steps in these entries of the state."""
-    for _, entry in entries[:1]:
+    for _, entry in entries:
         steps = entry.get(names.steps or state.BEGUN)
-        return isinstance(steps, Tensor) and memory.on_gpu(steps)
+        if isinstance(steps, Tensor):
+            return memory.on_gpu(steps)
     return False
 
 

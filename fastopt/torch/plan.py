@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from fastopt.optimizer.formats import PARAM, first_element
+from fastopt.optimizer.formats import first_element
 from fastopt.runtime.arithmetic import standard
 from fastopt.runtime.atomic import uninterrupted
 from fastopt.step import Examination, HalfDone, Request, Sums, examine, together
@@ -26,18 +26,11 @@ from fastopt.torch.counts import CountedPart, Scaler, is_countable
 from fastopt.torch.dtensors import local
 from fastopt.torch.formats import names_of
 from fastopt.torch.gradients import Gradients, fitted
-from fastopt.torch.memory import (
-    Unsupported,
-    check_gradient,
-    is_plain,
-    numbers,
-    simple,
-    watched,
-)
+from fastopt.torch.memory import Unsupported, check_gradient
 from fastopt.torch.orders import Order, Read
 from fastopt.torch.part import Part
 from fastopt.torch.ranks import Ranks, ranks_of
-from fastopt.torch.runs import in_turn, stepped_together
+from fastopt.torch.runs import stepped_together
 from fastopt.torch.state import Kind, Member, holds
 from fastopt.torch.supported import check_shards, in_fake_mode, is_planned, module_for
 from fastopt.torch.turns import Call
@@ -117,7 +110,7 @@ class Plan:
             keep and not (self._ranks and id(rule) in self._ranks.together)
             for keep, rule in zip(keeps, self.rules, strict=True)
         ]
-        are_simple = simple(params, grads)
+        are_simple = memory.simple(params, grads)
         planned = [
             is_planned(
                 *(param, grad, names, self.rules[group], here.get(owner)),
@@ -135,16 +128,16 @@ class Plan:
         count, firsts = first_element(optimizer.seed), {}
         for owner, _ in optimizer._all():
             firsts[owner] = count + (sharded and dtensors.first_number(owner))
-            count += 0 if is_lazy(owner) else numbers(owner)
+            count += 0 if is_lazy(owner) else memory.numbers(owner)
         backend_of = cache(partial(module_for, optimizer.backend))
-        alike: dict[Any, dict[Any, list[Member]]] = {}
+        alike: dict[Any, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (owner, group) in enumerate(pairs):
             if not planned[place]:
                 continue
             rule, param = self.rules[group], params[place]
             module = backend_of(rule, memory.on_gpu(param))
-            plain = bool(are_simple[place]) or is_plain(
+            plain = bool(are_simple[place]) or memory.is_plain(
                 param, rule.factored, module.formats
             )
             entry: dict[str, Any] = {}
@@ -166,14 +159,13 @@ class Plan:
             member = Member(*of, alone, firsts[owner], owner)
             member.copy = local((optimizer.copy_to or {}).get(owner))
             key = id(rule), param.device, plain, memory.COMPUTED[param.dtype]
-            storage = param.dtype, chosen.get(PARAM)
-            alike.setdefault(key, {}).setdefault(storage, []).append(member)
+            alike.setdefault(key, []).append(member)
         kinds = []
-        for members in stepped_together(alike.values(), self.rules):
+        for members in alike.values():
             rule, first = self.rules[members[0].group], members[0].param
             common = rule, names, backend_of(rule, memory.on_gpu(first)), self.averaged
-            for wave, apart in enumerate(in_turn(members)):
-                kind = Kind(*common, apart, optimizer._counter(first))
+            for wave, at_once in stepped_together(members, rule):
+                kind = Kind(*common, at_once, optimizer._counter(first))
                 kinds.append((kind, wave))
         self._countable = all(is_countable(kind) for kind, _ in kinds)
         self._countable &= self._ranks is None or not self._ranks.rows
@@ -200,6 +192,10 @@ class Plan:
         alone = single is not None
         self._watched = buffers, alone, owners, planned, groups
         self._planned = planned
+        # Whether all waves can be prepared before the first: not if one measures what
+        # another has made, or counts its steps.
+        self._at_once = len({*map(id, owners)}) == len(owners)
+        self._at_once &= not any(rule.measure for rule in self.rules)
         self.tensors = self._watch({**state, **self._new})
         self._note_options(groups, len(self.values))
         self._usual = False  # whether the last step was as most are
@@ -220,7 +216,7 @@ class Plan:
 
     def _watch(self, state: dict[Any, Any]) -> Any:
         *last, params, planned, groups = self._watched
-        return watched(params, planned, groups, state, *last)
+        return memory.watched(params, planned, groups, state, *last)
 
     @property
     def unused(self) -> bool:
@@ -372,13 +368,14 @@ class Plan:
     def _stepping(self, taken: list[bool]) -> list[Part]:
         """Return the parts that a step changes: those with a gradient or, if averages
         are kept, all parts, because averages follow parameters without gradients. Those
-        of a rule over everything may step because another process has a gradient."""
+        of a rule over everything step if another one, or another process, has one."""
         averaged = self.averaged and any(taken)
-        pairs = zip(self.parts, taken, strict=True)
+        pairs = list(zip(self.parts, taken, strict=True))
+        stepping = {id(part.rule) for part, there in pairs if there or self._ranks}
         return [
             part
             for part, there in pairs
-            if there or averaged or (self._ranks and part.over_all)
+            if there or averaged or (part.over_all and id(part.rule) in stepping)
         ]
 
     @standard
@@ -442,8 +439,7 @@ class Plan:
             return False
         calls = self.entries(optimizer["state"])
         waves = sorted({part.wave for part in parts})
-        # A rule with sums measures a wave after those before it have stepped.
-        at_once, begun = not any(part.rule.measure for part in parts), False
+        torn: list[int] = []  # the waves that are done, if others are not
         try:
             for wave in waves:  # of parameters that share memory, one after another
                 for part in parts:
@@ -451,18 +447,23 @@ class Plan:
                         sums = totals.get(part)
                         calls += part.update(self.values, factors, request, sums)
                 if wave == waves[-1]:
-                    calls += last
-                elif at_once:
+                    calls += [*last, torn.clear]
+                elif self._at_once:
                     continue
-                if begun:
+                else:
+                    calls.append(partial(torn.append, wave))
+                if torn:
                     uninterrupted(*calls)
                 else:
                     self._tell(parts)
                     turns.commit(calls)
-                calls, begun = [], True
-        except Exception as error:
-            if begun and not isinstance(error, HalfDone):
-                raise HalfDone(TORN.format(error=error)) from error
+                calls = []
+        except BaseException as error:
+            if torn and not isinstance(error, HalfDone):
+                half = HalfDone(TORN.format(error=repr(error)))
+                optimizer["_half_done"] = half
+                if isinstance(error, Exception):
+                    raise half from error
             raise
         return True
 
@@ -583,6 +584,8 @@ class Plan:
             part.end()
         self.forget()
         self._usual = len(parts) == len(self.parts) and all(map(USUAL, parts))
+        # What is measured of shards is added up by the host.
+        self._usual &= not (self._ranks and any(map(self._ranks.divide, parts)))
         if self._new:
             self._new = {}
             self.tensors = self._watch(state)

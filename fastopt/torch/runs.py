@@ -3,7 +3,7 @@ segment, and those that share memory one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastopt.memory.segments import Array
+from fastopt.optimizer.formats import PARAM
 from fastopt.rule import Rule
 from fastopt.torch import memory
 from fastopt.torch.memory import same_layout
@@ -85,19 +86,28 @@ def placement(
 
 
 def stepped_together(
-    alike: Iterable[Mapping[Any, list[Member]]], rules: Sequence[Rule]
-) -> Iterator[list[Member]]:
-    """Yield the members that a native step updates together. Each of ``alike`` has
-    members with one rule, device and dtype to compute in, by how they are stored. One
-    launch on a GPU is for all of them, in this order, while the CPU's kernels are each
-    for parameters that are stored alike."""
-    for stored in alike:
-        first = next(iter(stored.values()))[0]
-        factored = rules[first.group].factored
-        if memory.on_gpu(first.param) and first.plain and not factored:
-            yield list(chain.from_iterable(stored.values()))
-        else:
-            yield from stored.values()
+    members: list[Member], rule: Rule
+) -> Iterator[tuple[int, list[Member]]]:
+    """Yield the members that a native step updates together, of those on one device
+    with one rule and one dtype to compute in, and how many steps come before it over
+    members that share memory with them. The order is that of how they are stored. One
+    launch on a GPU is for all of them, while the CPU's kernels are each for parameters
+    that are stored alike."""
+    first = members[0]
+    at_once = memory.on_gpu(first.param) and first.plain and not rule.factored
+    ordered = list(chain.from_iterable(by_storage(members)))
+    for wave, apart in enumerate(in_turn(ordered)):
+        for together in [apart] if at_once else by_storage(apart):
+            yield wave, together
+
+
+def by_storage(members: list[Member]) -> list[list[Member]]:
+    """Return lists of members that are stored alike."""
+    alike: dict[Any, list[Member]] = {}
+    for member in members:
+        storage = member.param.dtype, member.chosen.get(PARAM)
+        alike.setdefault(storage, []).append(member)
+    return list(alike.values())
 
 
 def in_turn(members: list[Member]) -> list[list[Member]]:

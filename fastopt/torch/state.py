@@ -329,8 +329,10 @@ def vectors(kind: Kind) -> list[Array]:
         if counted is not None:
             fetch(members, counted)
     if names.steps is None:
-        fetch(members, BEGUN)
-        begun = [bool(member.state.pop(BEGUN, True)) for member in members]
+        begun = [True] * len(members)
+        if rule.state:
+            fetch(members, BEGUN)
+            begun = [bool(member.state.pop(BEGUN, True)) for member in members]
         vectors = [np.array(has_buffer(kind), float) * begun]
     else:
         for member in members:

@@ -34,7 +34,7 @@ from fastopt.torch.masters import apart, check_masters, setting
 from fastopt.torch.memory import HALVES, Unsupported, native
 from fastopt.torch.plan import Plan
 from fastopt.torch.ranks import refuse_group_in
-from fastopt.torch.state import EMA, TRAINED, evaluated, first_counts, has_begun
+from fastopt.torch.state import BEGUN, EMA, TRAINED, evaluated, first_counts, has_begun
 from fastopt.torch.storage import Storage
 from fastopt.torch.turns import Call, Turns
 from fastopt.torch.values import values_of
@@ -57,7 +57,6 @@ class Stateful(Storage):
     _own: Rule | None = None  # the rule of a class that torch has not
     _torchs = False  # whether state is in torch's form, since the last step was torch's
     _sums: Sums | None = None  # of accumulated gradients
-    _half_done: HalfDone | None = None  # why nothing but a checkpoint helps
     weight_decay_mask: Any = None
     threads: int | None
 
@@ -113,11 +112,16 @@ class Stateful(Storage):
                 calls.append(state.clear)
                 continue
             changed = dict(self._outward(state))
-            for key in buffers & changed.keys():
+            begun = bool(changed.pop(BEGUN, True))
+            gone = {REMAINDER, BEGUN}  # torch's step will change the parameter
+            if not begun:
+                gone |= buffers
+            for key in (buffers & changed.keys()) - gone:
                 # Ours may be of another dtype.
                 changed[key] = decoded(changed, key).to(param.dtype)
-            changed.pop(REMAINDER, None)  # torch's step will change the parameter
-            calls += [partial(state.update, changed), partial(state.pop, REMAINDER, 0)]
+            changed = {key: new for key, new in changed.items() if key not in gone}
+            calls.append(partial(state.update, changed))
+            calls += [partial(state.pop, key, None) for key in gone]
         uninterrupted(*calls, partial(self.__dict__.update, _torchs=True))
 
     def _to_our_form(self) -> None:
@@ -273,13 +277,9 @@ class Stateful(Storage):
             ours = self.defaults
             refuse_options(param_group, self)
             refuse_schedules({k: v for k, v in param_group.items() if k in ours})
+        self.check_whole()
         with self._turns.lock:
             super().add_param_group(param_group)
-
-    def check_whole(self) -> None:
-        """Refuse to go on after a step that has failed half-way on a GPU."""
-        if self._half_done is not None:
-            raise HalfDone(str(self._half_done)) from self._half_done
 
     def state_dict(self) -> dict[str, Any]:
         with self._turns.lock:
@@ -403,6 +403,7 @@ class Stateful(Storage):
         """Return the parameters to use, such as for a validation, in their order. For
         rules like ``ScheduleFreeAdamW`` they are not those that are trained."""
         tensors = []
+        self.check_whole()
         with self._turns.lock:
             for param, group in self._all():
                 state = self.state.get(param)

@@ -14,6 +14,7 @@ from fastopt.memory.segments import Array
 from fastopt.optimizer.formats import PARAM
 from fastopt.optimizer.storage import Usage
 from fastopt.rule import Rule
+from fastopt.step import HalfDone
 from fastopt.torch import memory
 from fastopt.torch.dtensors import fits, is_dtensor, local, on_shard
 from fastopt.torch.formats import Wanted
@@ -31,6 +32,7 @@ class Storage(Optimizer):
     _encodes = True  # whether its state may have formats
     _scales = True  # and whether these may have scales
     _turns: Turns
+    _half_done: HalfDone | None = None  # why nothing but a checkpoint helps
     _not_stored: Array
     _not_stored_there: dict[torch.device, Tensor]  # on GPUs
     state_dtype: torch.dtype | None = None
@@ -130,9 +132,15 @@ class Storage(Optimizer):
         counter = self._not_stored_there[device]
         return cuda_driver.as_array("a count", counter).view(np.dtype(np.uint64))
 
+    def check_whole(self) -> None:
+        """Refuse to go on after a step that has failed half-way."""
+        if self._half_done is not None:
+            raise HalfDone(str(self._half_done)) from self._half_done
+
     def master_params(self) -> list[Tensor]:
         """Return each parameter with all bits that are kept of it, as a new tensor in
         the dtype that is computed in."""
+        self.check_whole()
         with self._turns.lock:
             pairs = [(param, self.state.get(param, {})) for param in self._params]
             return [on_shard(master, *pair) for pair in pairs]

@@ -508,6 +508,39 @@ def test_signals_that_step_in_a_step_of_torch(campaign):
             campaign.attempt(f"{name}, {seed}", check, seed)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+def test_interrupts_where_parameters_share_memory(name):
+    """A rule that measures steps them one after another, so an interrupt may come in
+    between. The optimizer then refuses to go on, as if a GPU had failed."""
+
+    def trained():
+        made = Trained(name, steps=1)
+        first = made.params[0].detach()
+        made.optimizer.add_param_group({"params": [Parameter(first[1:])]})
+        made.params.append(made.optimizer.param_groups[1]["params"][0])
+        made.give(1)
+        return made
+
+    made = trained()
+    before = made.all()
+    made.optimizer.step()
+    after, line, refused = made.all(), 0, 0
+    while True:
+        made = trained()
+        came = interrupted(made.optimizer.step, line)
+        try:
+            now = made.all()
+        except RuntimeError as error:
+            assert "load a checkpoint" in str(error)
+            refused += 1
+        else:
+            assert equal(now, before) or equal(now, after)
+        if not came:
+            break
+        line += 3
+    assert bool(refused) == (name == "LAMB")
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_handlers_that_step_everywhere_in_a_first_step(campaign, native, monkeypatch):
     """A first step adds to the state, which the step that it comes into reads."""

@@ -32,10 +32,11 @@ from fastopt.torch import memory  # noqa: E402
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
-def test_in_the_simulator():
+@pytest.mark.parametrize("file", ["torch_cuda.py", "torch_cuda_parts.py"])
+def test_in_the_simulator(file):
     pytest.importorskip("numba_cuda")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", SUPPORT / "torch_cuda.py"],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", SUPPORT / file],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -223,6 +224,9 @@ def test_no_door_leads_on(gpu, use):
         "estimate": opt.estimate,
         "accumulate": opt.accumulate,
         "masters": lambda: opt.load_master_params([g.float() for g in ones]),
+        "a group": lambda: opt.add_param_group({"params": [in_device_memory((3,))]}),
+        "parameters": opt.eval_params,
+        "their masters": opt.master_params,
         "state": opt.state_dict,
         "copy": lambda: copy.deepcopy(opt),
         "pickle": lambda: pickle.dumps(opt),

@@ -26,6 +26,7 @@ from posing_tensors import (
     kept,
     params_of,
     posing,
+    quiet,
     reads,
 )
 from torch import Tensor
@@ -173,31 +174,7 @@ def test_the_norm_is_a_number():
         assert opt.grad_norm == 2.0
 
 
-@pytest.mark.parametrize("simulated", [False, True])
-def test_the_order_of_a_norm_over_several_dtypes(simulated):
-    """The squares of one parameter after another are added to those before."""
-    with gpu(simulated):
-        dtypes = torch.float32, *[torch.bfloat16] * 8, torch.float16
-        params = params_of(dtypes, [(1,)] + [(2,)] * 8 + [(1,)])
-        for param in params:  # each adds half of the last bit of 1, which is even
-            param.grad = torch.full_like(param, 2.0**-27)
-        params[0].grad = torch.ones(1)
-        params[-1].grad = torch.zeros(1, dtype=torch.float16)
-        opt = ft.SGD(params, lr=0.1, clip_norm=0.5)
-        opt.step()
-        assert opt.grad_norm == 1
-
-
 # Counts on the device ---------------------------------------------------------------
-
-
-def quiet(function):
-    """Call a function that must not wait for the device."""
-    found = []
-    with reads(found):
-        result = function()
-    assert found == []
-    return result
 
 
 FLAGS = 0, 1, 0, 0, 1, 0
@@ -428,44 +405,9 @@ def test_scalars_that_kernels_cannot_compute():
     assert all(map(torch.equal, *found))
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    """A mesh of this process alone."""
-    distributed = pytest.importorskip("torch.distributed.tensor")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_shards(mesh, clip_norm):
-    """The local tensors of DTensors are stepped in the same way."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    found = []
-    for simulated in (False, True):
-        with gpu(simulated):
-            params = [
-                torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]))
-                for p in drawn(0, shapes=SHAPES[:3])
-            ]
-            opt = ft.AdamW(params, lr=0.1, clip_norm=clip_norm)
-            scaler = FakeScaler(opt)
-            for t in range(4):
-                for p, g in zip(params, drawn(t + 1), strict=False):
-                    p.grad = distribute_tensor(g, mesh, [Shard(0)])
-                if simulated and t:
-                    quiet(partial(scaler.step, t == 1, 2.0))
-                else:
-                    scaler.step(t == 1, 2.0)
-            assert opt._plan.counted == simulated
-            found.append([p.to_local().detach().clone() for p in params])
-            found[-1] += [opt.state[p]["step"] for p in params]
-    assert all(map(torch.equal, *found))
-
-
-@pytest.mark.parametrize("then", ["same plan", "group", "reload", "copy", "host"])
+@pytest.mark.parametrize(
+    "then", ["same plan", "group", "reload", "copy", "host", "no momentum", "torch"]
+)
 def test_a_first_step_that_was_skipped_is_not_the_first(then):
     """torch counts no steps of SGD: the first is that without a buffer, which is there
     on a GPU."""
@@ -480,7 +422,18 @@ def test_a_first_step_that_was_skipped_is_not_the_first(then):
             give(params, 1, absent=(1,))
             if then != "same plan":
                 opt.step(nonfinite="skip")
-            if then == "group":
+            if then == "no momentum":
+                opt.param_groups[0].update(momentum=0.0, dampening=0.0)
+                give(params, 4)
+                opt.step(nonfinite="skip")
+                opt.param_groups[0].update(momentum=0.9, dampening=0.5)
+            elif then == "torch":
+                opt.param_groups[0]["differentiable"] = True
+                give(params, 4)
+                with torch.no_grad():
+                    opt.step()
+                opt.param_groups[0]["differentiable"] = False
+            elif then == "group":
                 opt.add_param_group({"params": params_of(shapes=[(2,)])})
             elif then == "reload":
                 opt.load_state_dict(copy.deepcopy(opt.state_dict()))
