@@ -34,7 +34,7 @@ class Part:
     """
 
     def __init__(self, kind: Kind, wave: int = 0):
-        rule, names, module, self.averaged, members, self.not_stored = kind
+        rule, names, module, self.averaged, members, _, self.not_stored = kind
         self.rule, self.names, self.module, self.members = rule, names, module, members
         self.wave = wave  # steps come after those of the waves before
         self.plain, self.device = members[0].plain, members[0].param.device

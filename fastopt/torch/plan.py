@@ -131,6 +131,7 @@ class Plan:
             count += 0 if is_lazy(owner) else memory.numbers(owner)
         backend_of = cache(partial(module_for, optimizer.backend))
         alike: dict[Any, list[Member]] = {}
+        of_rule: dict[int, list[Member]] = {}
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (owner, group) in enumerate(pairs):
             if not planned[place]:
@@ -160,13 +161,14 @@ class Plan:
             member.copy = local((optimizer.copy_to or {}).get(owner))
             key = id(rule), param.device, plain, memory.COMPUTED[param.dtype]
             alike.setdefault(key, []).append(member)
+            of_rule.setdefault(id(rule), []).append(member)
         kinds = []
         for members in alike.values():
             rule, first = self.rules[members[0].group], members[0].param
             common = rule, names, backend_of(rule, memory.on_gpu(first)), self.averaged
             for wave, at_once in stepped_together(members, rule):
-                kind = Kind(*common, at_once, optimizer._counter(first))
-                kinds.append((kind, wave))
+                more = of_rule[id(rule)], optimizer._counter(first)
+                kinds.append((Kind(*common, at_once, *more), wave))
         self._countable = all(is_countable(kind) for kind, _ in kinds)
         self._countable &= self._ranks is None or not self._ranks.rows
         self._apart = self._ranks is not None or len(kinds) > 1

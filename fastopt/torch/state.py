@@ -140,6 +140,7 @@ class Kind(NamedTuple):
     module: ModuleType
     averaged: bool  # whether moving averages of the parameters are kept
     members: list[Member]
+    all_members: list[Member]  # of the rule, also those that are stepped apart
     not_stored: Any  # counts groups of 8-bit state that were not finite
 
     @property
@@ -376,8 +377,10 @@ def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Arra
     if len(there) == len(entries) and in_a_row(there):
         kept = [entry.untyped_storage() for entry in there]
         return at_address(there[0].data_ptr(), len(there), NUMPY[there[0].dtype], kept)
-    if kind.rule.measure is not None and kind.rule.over == "all" and there:
-        first = [max(map(float, there))] * len(first)  # one number for all of them
+    if kind.rule.measure is not None and kind.rule.over == "all":
+        numbers = [member.state.get(key) for member in kind.all_members]
+        known = [float(number) for number in numbers if number is not None]
+        first = [max(known, default=first[0])] * len(first)  # one number for all
     dtypes = {entry.dtype for entry in there if isinstance(entry, Tensor)}
     if len(dtypes) == 1 and dtypes <= set(NUMPY):  # as torch loads it
         (dtype,) = dtypes
