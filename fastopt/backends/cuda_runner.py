@@ -306,9 +306,9 @@ class OnDevice(Step):
         steps: Sequence[int] | None = None,
     ) -> list[Call]:
         self.check_working()
-        # Everything that can fail is done here, before anything is written.
-        self._prepared(request, row_count(rows))
-        return [functools.partial(self, rows, request, steps)]
+        # What has to be compiled or allocated is, before anything is written.
+        launch = self._prepared(request, row_count(rows))
+        return [functools.partial(self._do, launch, rows, request, steps)]
 
     def __call__(
         self,
@@ -318,6 +318,15 @@ class OnDevice(Step):
     ) -> bool:
         self.check_working()
         launch = self._prepared(request, row_count(rows))
+        return self._do(launch, rows, request, steps)
+
+    def _do(
+        self,
+        launch: PreparedUpdate,
+        rows: list[Row],
+        request: Request,
+        steps: Sequence[int] | None,
+    ) -> bool:
         try:
             launch.run(rows, request, steps)
             self._zero_tasks(request)

@@ -9,6 +9,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import cuda_stub
 import pytest
 
 pytest.importorskip("rich")
@@ -59,6 +60,17 @@ def test_it_runs_in_the_simulator(tmp_path):
     for group in {group for group, *_ in found}:
         assert f"{group}: times of a step" in done.stdout
     assert re.search(r"AdamW, \d+, 3 tensors", done.stdout)
+
+
+@cuda_stub.needs_compiler
+def test_the_hosts_times(tmp_path):
+    """``bench/gpu_host.py`` takes the steps that it measures."""
+    pytest.importorskip("numba_cuda")
+    path = tmp_path / "host.json"
+    command = [sys.executable, BENCH / "gpu_host.py", "--repeats", "1", "--json", path]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    times = json.loads(path.read_text())["microseconds"]
+    assert all(len(of_count) == 7 for of_count in times.values()) and len(times) == 3
 
 
 def test_it_needs_a_gpu(tmp_path):
