@@ -66,6 +66,7 @@ def test_it_runs_in_the_simulator(tmp_path):
 def test_the_hosts_times(tmp_path):
     """``bench/gpu_host.py`` takes the steps that it measures."""
     pytest.importorskip("numba_cuda")
+    pytest.importorskip("torch")
     path = tmp_path / "host.json"
     command = [sys.executable, BENCH / "gpu_host.py", "--repeats", "1", "--json", path]
     subprocess.run(command, check=True, capture_output=True, text=True)
