@@ -238,9 +238,9 @@ class Program:
             self.runner.check_working()
 
     def note_failure(self, error: Exception) -> None:
-        """Note that a call has failed with an error after others may have written, be
-        it another program's. If a device has failed, ``check_working`` raises from now
-        on, and HalfDone is raised here."""
+        """Note that a call of this program or of another one has failed, after others
+        may have written. If a device has failed, ``check_working`` raises HalfDone from
+        now on, and so does this."""
         if "failure" in self.runner.fuses:
             self.runner.note_failure(error)
 

@@ -306,7 +306,7 @@ class OnDevice(Step):
         steps: Sequence[int] | None = None,
     ) -> list[Call]:
         self.check_working()
-        # What has to be compiled or allocated is, before anything is written.
+        # Compile and allocate here, before anything is written.
         launch = self._prepared(request, row_count(rows))
         return [functools.partial(self._do, launch, rows, request, steps)]
 

@@ -220,8 +220,7 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
 
 
 def check_device(param: Tensor, grad: Tensor) -> None:
-    """Check that a gradient need not be copied from another device, which would wait
-    for it."""
+    """Refuse a gradient on another device: a copy of it would wait for that device."""
     if grad.device != param.device:
         raise ValueError(
             f"a gradient is on {grad.device}, but its parameter on {param.device}; "

@@ -298,7 +298,7 @@ class Part:
         settles = self.rule.settle is not None
         numbers = [t] * len(rows) if self.program.draws or settles else None
         clips, on_device = request.clip_norm < math.inf, "decisions" in runner.fuses
-        # What a device has to compile or allocate, it does before any part has stepped.
+        # On a device, compile and allocate here, before any part has stepped.
         if on_device and (clips or settles):
             calls = [runner.decided_by_host(rows, request, [t] * len(rows))]
             if clips:

@@ -163,12 +163,13 @@ class Plan:
             alike.setdefault(key, []).append(member)
             of_rule.setdefault(id(rule), []).append(member)
         kinds = []
-        for members in alike.values():
-            rule, first = self.rules[members[0].group], members[0].param
+        for computed_alike in alike.values():
+            first = computed_alike[0].param
+            rule = self.rules[computed_alike[0].group]
             common = rule, names, backend_of(rule, memory.on_gpu(first)), self.averaged
-            for wave, at_once in stepped_together(members, rule):
-                more = of_rule[id(rule)], optimizer._counter(first)
-                kinds.append((Kind(*common, at_once, *more), wave))
+            more = of_rule[id(rule)], optimizer._counter(first)
+            for wave, members in stepped_together(computed_alike, rule):
+                kinds.append((Kind(*common, members, *more), wave))
         self._countable = all(is_countable(kind) for kind, _ in kinds)
         self._countable &= self._ranks is None or not self._ranks.rows
         self._apart = self._ranks is not None or len(kinds) > 1
@@ -194,8 +195,8 @@ class Plan:
         alone = single is not None
         self._watched = buffers, alone, owners, planned, groups
         self._planned = planned
-        # Whether all waves can be prepared before the first: not if one measures what
-        # another has made, or counts its steps.
+        # Whether all waves can be prepared before the first one is done. They cannot if
+        # a rule measures parameters, or if one parameter is in several waves.
         self._at_once = len({*map(id, owners)}) == len(owners)
         self._at_once &= not any(rule.measure for rule in self.rules)
         self.tensors = self._watch({**state, **self._new})

@@ -88,11 +88,13 @@ def placement(
 def stepped_together(
     members: list[Member], rule: Rule
 ) -> Iterator[tuple[int, list[Member]]]:
-    """Yield the members that a native step updates together, of those on one device
-    with one rule and one dtype to compute in, and how many steps come before it over
-    members that share memory with them. The order is that of how they are stored. One
-    launch on a GPU is for all of them, while the CPU's kernels are each for parameters
-    that are stored alike."""
+    """Yield the number of a wave, and the members that one native step updates.
+
+    ``members`` are on one device, and have one rule and one dtype to compute in. If
+    some share memory, they are in different waves, which are done one after another. A
+    GPU updates a wave in one launch; the CPU's kernels are each for one way to store
+    parameters. The order is the same on both, so that norms have the same bits.
+    """
     first = members[0]
     at_once = memory.on_gpu(first.param) and first.plain and not rule.factored
     ordered = list(chain.from_iterable(by_storage(members)))

@@ -38,8 +38,8 @@ from fastopt.torch.memory import (
 Values = Sequence[Any]  # of the hyperparameters of a group, as scalars takes them
 EMA = "ema"  # the key of the moving average of a parameter
 TRAINED = "trained"  # the key of what a parameter is in training, in eval mode
-# Where a GPU counts steps that torch does not count, the key of how many there were, 0
-# or 1: the first one may have been skipped although there is a buffer.
+# The key of the number of steps, 0 or 1, that a GPU keeps for classes that count none,
+# such as SGD: it may have skipped the first step, although there is a buffer.
 BEGUN = "begun"
 FACTORS = "row_var", "col_var"  # those of a matrix's averages, where it is factored
 
@@ -348,8 +348,8 @@ def vectors(kind: Kind) -> list[Array]:
 
 
 def has_buffer(kind: Kind) -> list[bool]:
-    """Whether each member has a buffer. Where steps are not counted, the first one is
-    that without a buffer, unless a GPU may have skipped it."""
+    """Return for each member whether it has a buffer. If torch counts no steps, a
+    parameter with a buffer has done one, unless a GPU has skipped it."""
     keys = [kind.names.key(name) for name in kind.rule.state]
     return [any(m.state.get(key) is not None for key in keys) for m in kind.members]
 

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from interrupts import PACKAGE, alarm, handled, interrupted
+from interrupts import PACKAGE, alarm, at_line, at_place, interrupted
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -325,32 +325,6 @@ def test_other_changes_of_torch_interrupted_at_lines(campaign, name):
 # Signals ------------------------------------------------------------------------------
 
 
-def stepped_at(action, inner, line):
-    """Do ``action``, with ``inner`` at the line-th line of fastopt's that it comes to,
-    as a signal handler would do it; whether it came so far."""
-    count, came = 0, False
-
-    def trace(frame, event, argument):
-        nonlocal count, came
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line" and not came:
-            count += 1
-            if count > line:
-                came = True
-                sys.settrace(None)
-                inner()
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-    return came
-
-
 def lines_of(action):
     """How many lines of fastopt's an action comes to."""
     count = 0
@@ -393,7 +367,7 @@ def test_steps_of_torch_within_a_step(campaign, name):
         def check(line, make=make, expected=expected):
             made = make()
             made.give(7)
-            if not stepped_at(made.optimizer.step, made.optimizer.step, line):
+            if not at_line(made.optimizer.step, made.optimizer.step, line):
                 made.optimizer.step()
             assert equal(made.all(), expected[0])
             made.optimizer.step()  # by what has been noted of those before
@@ -427,7 +401,7 @@ def test_loads_of_torch_within_a_step(campaign):
         made = Trained("NAdam", 1)
         made.give(7)
         load = partial(made.optimizer.load_state_dict, copy.deepcopy(saved))
-        came[0] = stepped_at(made.optimizer.step, load, line)
+        came[0] = at_line(made.optimizer.step, load, line)
         assert not came[0] or any(equal(made.all(), end) for end in ends)
 
     line, came = 0, [True]
@@ -558,7 +532,7 @@ def test_handlers_that_step_everywhere_in_a_first_step(campaign, native, monkeyp
             made = maker(name)()
             made.give(0)
             step = made.optimizer.step
-            reached[0] = handled(step, step, place)
+            reached[0] = at_place(step, step, place)
             for _ in range(1 if reached[0] else 2):
                 step()
             assert equal(made.all(), after)

@@ -18,47 +18,70 @@ import fastopt
 PACKAGE = os.path.dirname(fastopt.__file__)
 
 
-def interrupted(action: Callable[[], Any], line: int, folder: str = PACKAGE) -> bool:
-    """Do something, with a KeyboardInterrupt at the line-th line of Python code below
-    ``folder`` that it comes to, counted from 0. Whether it came so far; if not, the
-    action was done without one."""
+@contextlib.contextmanager
+def traced(trace: Callable[[Any, str, Any], Any]) -> Iterator[None]:
+    """Let a function trace what is done meanwhile."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def at_line(
+    action: Callable[[], Any],
+    handler: Callable[[], Any],
+    line: int,
+    folder: str = PACKAGE,
+) -> bool:
+    """Do something, and call a handler before the line-th line of Python code below
+    ``folder``, counted from 0, as if a signal had come. Return whether the action came
+    so far."""
     count = 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal count
         if not frame.f_code.co_filename.startswith(folder):
             return None
-        if event == "line":
+        if event == "line" and count <= line:
             count += 1
             if count > line:
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                handler()
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         action()
+    return count > line
+
+
+def interrupted(action: Callable[[], Any], line: int, folder: str = PACKAGE) -> bool:
+    """Do something, with a KeyboardInterrupt before the line-th line, as ``at_line``.
+    Return whether the action came so far; if not, it was done without one."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return at_line(action, interrupt, line, folder)
     except KeyboardInterrupt:
         return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 HANDLED_AFTER = "CALL", "JUMP_BACKWARD", "RESUME"  # see eval_breaker in CPython
 code_of: Callable[[Any], bytes] = functools.cache(operator.attrgetter("co_code"))
 
 
-def handled(
+def at_place(
     action: Callable[[], Any],
     handler: Callable[[], Any],
     place: int,
     folder: str = PACKAGE,
 ) -> bool:
-    """Do something, and call a handler in its midst, at the place-th of those below
-    ``folder`` that it comes to where Python calls the handlers of signals, counted from
-    0; one that it comes to again does not count again. Whether it came so far."""
+    """Do something, and call a handler at the place-th place, counted from 0. Places
+    are where Python may call the handlers of signals in code below ``folder``; one that
+    is reached again does not count again. Return whether the action came so far."""
     places, last = set[tuple[Any, int]](), dict[Any, str]()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -75,12 +98,8 @@ def handled(
                 handler()
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         action()
-    finally:
-        sys.settrace(before)
     return len(places) > place
 
 

@@ -10,7 +10,7 @@ import torch
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from torch import Tensor
 
-from fastopt.backends import cuda_arrays, cuda_device
+from fastopt.backends import cuda_arrays, cuda_device, cuda_driver
 from fastopt.torch import memory
 from fastopt.torch.state import BEGUN
 
@@ -20,6 +20,11 @@ MIXED = torch.bfloat16, torch.float32, torch.bfloat16, torch.float16, torch.floa
 
 def posing(name, tensor):
     return cuda_arrays.as_device_array(name, FakeCUDAArray(tensor.numpy()))
+
+
+@pytest.fixture(autouse=True)
+def posing_arrays(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "as_array", posing)
 
 
 @contextmanager

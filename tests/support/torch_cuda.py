@@ -25,7 +25,7 @@ from posing_tensors import (
     gpu,
     kept,
     params_of,
-    posing,
+    posing_arrays,  # noqa: F401
     quiet,
     reads,
 )
@@ -33,12 +33,6 @@ from torch import Tensor
 
 import fastopt
 import fastopt.torch as ft
-from fastopt.backends import cuda_driver
-
-
-@pytest.fixture(autouse=True)
-def posing_tensors(monkeypatch):
-    monkeypatch.setattr(cuda_driver, "as_array", posing)
 
 
 def run(simulated, name, steps, make, dtype=torch.float32):

@@ -3,6 +3,7 @@ are of several dtypes, share memory, or are in several processes: see torch_cuda
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from posing_tensors import (
     kept,
     params_of,
     posing,
+    posing_arrays,  # noqa: F401
     quiet,
 )
 
@@ -26,11 +28,6 @@ import fastopt.torch as ft
 from fastopt.backends import cuda_driver
 
 two_ranks = ranks.fixture(2)
-
-
-@pytest.fixture(autouse=True)
-def posing_arrays(monkeypatch):
-    monkeypatch.setattr(cuda_driver, "as_array", posing)
 
 
 @pytest.mark.parametrize("simulated", [False, True])
@@ -46,6 +43,20 @@ def test_the_order_of_a_norm_over_several_dtypes(simulated):
         opt = ft.SGD(params, lr=0.1, clip_norm=0.5)
         opt.step()
         assert opt.grad_norm == 1
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_the_order_of_a_norm_is_that_of_dtypes(simulated):
+    """Those of the first parameter's dtype come first."""
+    with gpu(simulated):
+        dtypes = torch.bfloat16, torch.float32, *[torch.bfloat16] * 7
+        params = params_of(dtypes, [(2,), (1,)] + [(2,)] * 7)
+        for param in params:
+            param.grad = torch.full_like(param, 2.0**-27)
+        params[1].grad = torch.ones(1)
+        opt = ft.SGD(params, lr=0.1, clip_norm=0.5)
+        opt.step()
+        assert opt.grad_norm == math.sqrt(1 + 2.0**-50)
 
 
 @pytest.mark.parametrize("simulated", [False, True])
