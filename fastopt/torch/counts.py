@@ -52,12 +52,11 @@ NO_SCALER = Scaler(None, None)
 def is_countable(kind: Kind) -> bool:
     """Whether a GPU can count the steps of these members."""
     rule, first = kind.rule, kind.members[0]
-    over_all = rule.measure is not None and rule.over == "all"
     carried = kind.names.carried(rule)
     return (
         memory.on_gpu(first.param)
         and first.plain
-        and not (rule.factored or over_all or carried or rule.carry)
+        and not (rule.factored or kind.is_over_all or carried or rule.carry)
     )
 
 

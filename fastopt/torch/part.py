@@ -38,7 +38,7 @@ class Part:
         self.rule, self.names, self.module, self.members = rule, names, module, members
         self.wave = wave  # steps come after those of the waves before
         self.plain, self.device = members[0].plain, members[0].param.device
-        self.over_all = rule.measure is not None and rule.over == "all"
+        self.over_all = kind.is_over_all
         self._count(kind)
         self.buffer_keys = state.make(kind, find_runs(kind, self.vectors))
         self.carried = len(names.carried(rule))

@@ -130,8 +130,7 @@ class Plan:
             firsts[owner] = count + (sharded and dtensors.first_number(owner))
             count += 0 if is_lazy(owner) else memory.numbers(owner)
         backend_of = cache(partial(module_for, optimizer.backend))
-        alike: dict[Any, list[Member]] = {}
-        of_rule: dict[int, list[Member]] = {}
+        alike, of_rule = dict[Any, list[Member]](), dict[int, list[Member]]()
         entries: dict[Tensor, dict[str, Any]] = {}  # copies of the state's
         for place, (owner, group) in enumerate(pairs):
             if not planned[place]:
@@ -159,6 +158,7 @@ class Plan:
             of = param, chosen, place, group, named[group], entry, plain
             member = Member(*of, alone, firsts[owner], owner)
             member.copy = local((optimizer.copy_to or {}).get(owner))
+            member.before = here.get(owner) or {}
             key = id(rule), param.device, plain, memory.COMPUTED[param.dtype]
             alike.setdefault(key, []).append(member)
             of_rule.setdefault(id(rule), []).append(member)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -91,6 +91,8 @@ class Member:
     owner: Tensor  # the parameter as the optimizer has it
     factors: Factors | None = None
     copy: Tensor | None = None  # where steps copy the parameter to
+    # The state before this plan, to which plans add what is missing.
+    before: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -142,6 +144,11 @@ class Kind(NamedTuple):
     members: list[Member]
     all_members: list[Member]  # of the rule, also those that are stepped apart
     not_stored: Any  # counts groups of 8-bit state that were not finite
+
+    @property
+    def is_over_all(self) -> bool:
+        """Whether the rule measures all parameters together."""
+        return self.rule.measure is not None and self.rule.over == "all"
 
     @property
     def keys(self) -> dict[str, str]:
@@ -336,7 +343,7 @@ def vectors(kind: Kind) -> list[Array]:
             begun = [bool(member.state.pop(BEGUN, True)) for member in members]
         vectors = [np.array(has_buffer(kind), float) * begun]
     else:
-        for member in members:
+        for member in kind.all_members if kind.is_over_all else members:
             if (steps := member.state.get(names.steps)) is not None:
                 where = f"state[...][{names.steps!r}] of parameter {member.place}"
                 check_steps(where, steps)
@@ -377,10 +384,10 @@ def vector(kind: Kind, key: str, first: list[float], dtype: torch.dtype) -> Arra
     if len(there) == len(entries) and in_a_row(there):
         kept = [entry.untyped_storage() for entry in there]
         return at_address(there[0].data_ptr(), len(there), NUMPY[there[0].dtype], kept)
-    if kind.rule.measure is not None and kind.rule.over == "all":
-        numbers = [member.state.get(key) for member in kind.all_members]
-        known = [float(number) for number in numbers if number is not None]
-        first = [max(known, default=first[0])] * len(first)  # one number for all
+    if kind.is_over_all:  # one number for all, if steps have left one
+        left = [member.before.get(key) for member in kind.all_members]
+        if known := [float(number) for number in left if number is not None]:
+            first = [max(known)] * len(first)
     dtypes = {entry.dtype for entry in there if isinstance(entry, Tensor)}
     if len(dtypes) == 1 and dtypes <= set(NUMPY):  # as torch loads it
         (dtype,) = dtypes

@@ -396,6 +396,7 @@ class Stateful(Storage):
         if self.ema is None:
             call = f"{type(self).__name__}(..., ema=0.999)"
             raise RuntimeError(f"ema_params() needs an optimizer made with ema: {call}")
+        self.check_whole()
         return [self.state.get(p, {}).get(EMA, p.detach()) for p, _ in self._all()]
 
     @standard

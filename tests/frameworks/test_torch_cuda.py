@@ -204,7 +204,7 @@ def with_two_launches(name, **options):
 @pytest.mark.parametrize("use", ["step", "estimate", "accumulate"])
 def test_no_door_leads_on(gpu, use):
     """The second of two launches fails."""
-    opt = with_two_launches("SophiaG")
+    opt = with_two_launches("SophiaG", ema=0.5)
     opt.step()
     saved = opt.state_dict()
     if use == "accumulate":
@@ -227,6 +227,7 @@ def test_no_door_leads_on(gpu, use):
         "a group": lambda: opt.add_param_group({"params": [in_device_memory((3,))]}),
         "parameters": opt.eval_params,
         "their masters": opt.master_params,
+        "averages": opt.ema_params,
         "state": opt.state_dict,
         "copy": lambda: copy.deepcopy(opt),
         "pickle": lambda: pickle.dumps(opt),

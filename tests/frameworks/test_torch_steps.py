@@ -738,3 +738,34 @@ def test_a_parameter_alone_that_is_left_to_torch():
     assert opt.param_groups[0]["params"] == params
     opt.step()
     assert [param.tolist() for param in params] == [[1.5] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("starts", [(1e-3, 1e-6), (1e-6, 1e-3)])
+def test_groups_start_with_numbers_of_their_own(name, dtype, starts):
+    """A rule carries one number for all, but each group begins with its own."""
+    params = [Parameter(torch.linspace(-1, 1, 6).to(d)) for d in (torch.float32, dtype)]
+    pairs = zip(params, starts, strict=True)
+    opt = getattr(ft, name)([{"params": [p], "d0": d0} for p, d0 in pairs])
+    alone = []
+    for param, d0 in zip(params, starts, strict=True):
+        param.grad = torch.ones_like(param)
+        other = Parameter(param.detach().clone())
+        other.grad = torch.ones_like(other)
+        getattr(ft, name)([other], d0=d0).step()
+        alone.append(other.detach())
+    opt.step()
+    for param, expected in zip(params, alone, strict=True):
+        assert torch.allclose(param.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_bad_count_in_another_dtype_is_named():
+    params = [Parameter(torch.ones(6).to(d)) for d in (torch.float32, torch.float64)]
+    opt = ft.Prodigy(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    opt.state[params[0]]["step"], opt.state[params[1]]["step"] = 1, "x"
+    with pytest.raises(ValueError, match="parameter 1 is 'x'; it must be the number"):
+        opt.step()
